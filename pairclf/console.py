@@ -1,0 +1,52 @@
+"""What the user reads while a job works: one console, one kind of table, one progress bar with an ETA.
+
+Everything goes to standard error, so that standard output stays free for what a command is asked to print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(stderr=True, highlight=False)
+output = Console(highlight=False, soft_wrap=True)
+
+
+class Advance(Protocol):
+    """Called with the work done since the last call, and what to show beside the bar."""
+
+    def __call__(self, step: float = 1, *, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress(title: str, total: float) -> Iterator[Advance]:
+    """A bar with count, time elapsed and ETA; on a terminal it moves, in a log only its last state is printed."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=False) as bar:
+        job = bar.add_task(title, total=total, note="")
+
+        def advance(step: float = 1, *, note: str = "") -> None:
+            bar.update(job, advance=step, note=note or bar.tasks[0].fields["note"])
+
+        yield advance
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table in the house's look; the first column is left-aligned, the others right-aligned."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        made.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    return made

@@ -1,0 +1,1 @@
+"""Tables: the only rooms that know files, columns and formats. No torch here."""

@@ -1,0 +1,69 @@
+"""The exception tree: what the user sees when something is wrong, and the exit code.
+
+Every error that a user can cause is a `PairclfError`. The command line prints it without a traceback and
+exits with its `exit_code`; anything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_ROWS_SHOWN = 5
+
+
+class PairclfError(Exception):
+    """A failure with a place, the rows concerned and a remedy.
+
+    Args:
+        what: parameter, value and the rule that it breaks, in one sentence.
+        where: file, key or command that it was found in.
+        rows: ids of the rows concerned; the first five are shown, and their number.
+        remedy: what the user can do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self, what: str, *, where: object = None, rows: Sequence[object] = (), remedy: str | None = None
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.rows = tuple(rows)
+        self.remedy = remedy
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        lines = [self.what]
+        if self.where is not None:
+            lines.append(f"  where:  {self.where}")
+        if self.rows:
+            shown = ", ".join(str(row) for row in self.rows[:MAX_ROWS_SHOWN])
+            more = len(self.rows) - MAX_ROWS_SHOWN
+            lines.append(f"  rows:   {shown}" + (f" and {more:,} more" if more > 0 else ""))
+        if self.remedy:
+            lines.append(f"  remedy: {self.remedy}")
+        return "\n".join(lines)
+
+
+class ConfigError(PairclfError):
+    """A setting is unknown, has a wrong value, or contradicts another."""
+
+
+class DataError(PairclfError):
+    """A file of rows or scores can't be used as it is."""
+
+
+class LeakError(DataError):
+    """A row that must stay unseen shares its prompt with a row that is trained on."""
+
+
+class ModelError(PairclfError):
+    """A base model can't be loaded, or a combination of its parts is not legal."""
+
+
+class BundleError(PairclfError):
+    """A bundle is incomplete, was changed, or does not score its probe rows as it did."""
+
+
+class PackagingError(PairclfError):
+    """The folder for Kaggle can't be built, or its rehearsal did not end in a valid submission."""

@@ -1,0 +1,113 @@
+"""Whole or not at all: atomic files and folders, content hashes, and YAML and JSON as we write them.
+
+A reader never sees half a file: everything is written beside its destination, synced, and renamed over it.
+A killed process leaves a `.tmp-…` entry that nothing reads and that the next writer of the same path removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 1 << 20  # bytes
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f".tmp-{path.name}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; on success it replaces `path` in one rename, on any error it is removed.
+
+    Raises:
+        OSError: as the writing raised it (a full disk, a read-only folder); `path` is then untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    _remove(temporary)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+    _sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it takes the place of `path`, on any error it is removed.
+
+    An older folder at `path` is moved aside first and removed last, so that at every moment one whole folder
+    exists under either name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = _temporary(path), path.parent / f".tmp-old-{path.name}"
+    _remove(temporary)
+    if old.exists() and not path.exists():  # killed between the two renames below: the old one is the whole one
+        os.replace(old, path)
+    _remove(old)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in sorted(temporary.rglob("*")):
+            if entry.is_file():
+                _sync(entry)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+    _remove(old)
+    _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with a closing newline, atomically. NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in chunks of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_tree(folder: Path, *, without: frozenset[str] = frozenset()) -> dict[str, str]:
+    """`{relative posix path: hex SHA-256}` of every file under `folder`, sorted, less the paths in `without`."""
+    files = (entry for entry in sorted(folder.rglob("*")) if entry.is_file())
+    names = ((entry, entry.relative_to(folder).as_posix()) for entry in files)
+    return {name: sha256_file(entry) for entry, name in names if name not in without}

@@ -1,0 +1,1 @@
+"""Tensors: batches, layouts, the backbone, the head, and the bundle that holds them."""

@@ -1,0 +1,1 @@
+"""Packaging: from bundles to a folder that Kaggle runs offline, and its rehearsal."""

@@ -1,0 +1,1 @@
+"""Judgements over `(N, C)` arrays of probabilities and targets. No torch here."""
