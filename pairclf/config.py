@@ -70,7 +70,7 @@ class Inputs(Section):
 
 class Lora(Section):
     rank: int = Field(16, ge=1, description="rank of the adapters")
-    alpha: float = Field(32.0, gt=0, description="scale; the adapters' output is multiplied by alpha / rank")
+    alpha: int = Field(32, ge=1, description="scale; the adapters' output is multiplied by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the adapters")
     targets: list[str] | Literal["all-linear"] = Field(
         "all-linear", description="names of the linear modules that get adapters, or all-linear (head excluded)"
@@ -252,6 +252,18 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return _merge(tree, value)
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `key=value` overrides laid on it, checked anew.
+
+    Raises:
+        ConfigError: an override is malformed, unknown or wrong.
+    """
+    tree = config.model_dump(mode="json")
+    for one in overrides:
+        tree = _override(tree, one)
+    return resolve(tree, f"overrides {' '.join(overrides)}")
 
 
 def settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,0 +1,243 @@
+"""The command line: arguments to jobs, and nothing else. Jobs are imported where they are called, so that `--help`
+and a typing error cost no import of torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from pairclf import __version__
+from pairclf.config import Config, describe_config, load_config
+from pairclf.console import console, output
+from pairclf.errors import ConfigError, PairclfError
+from pairclf.task import PRESETS, Task
+
+app = typer.Typer(
+    name="pairclf",
+    help="From preference pairs to a submission that is right and in time.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. configs/demo/gemma2-tiny.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings to override, e.g. train.epochs=2")
+]
+Bundles = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="bundle folders")]
+BaseFolder = Annotated[Path | None, typer.Option("--base", help="folder of the base model on this machine")]
+TaskName = Annotated[str, typer.Option("--task", help=f"one of {', '.join(PRESETS)}")]
+
+
+def _example(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A command whose `--help` ends with an example."""
+    return app.command(epilog=f"**Example:** `{text}`")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        output.print(f"pairclf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    return
+
+
+def _task(name: str) -> Task:
+    if name not in PRESETS:
+        raise ConfigError(f"--task {name} is no preset", remedy=f"one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _load(config: Path, overrides: list[str] | None) -> Config:
+    return load_config(config, overrides or [])
+
+
+@_example("pairclf demo --folder runs/demo")
+def demo(
+    folder: Annotated[Path, typer.Option(help="where everything of the demo goes")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """Run the whole job on a synthetic arena: rows, folds, QLoRA, evaluation, an offline notebook's submission."""
+    from pairclf.jobs.demo import demo as job
+
+    job(folder, overrides or [])
+
+
+@_example("pairclf check data/lmsys/train.csv --task lmsys")
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".csv, .parquet or .jsonl")],
+    task: TaskName = "lmsys",
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="the files are test files")] = False,
+    out: Annotated[Path, typer.Option(help="where the findings go as JSON")] = Path("audit.json"),
+) -> None:
+    """Audit files of rows: what is wrong with them, by row id, and what will be done about it."""
+    from pairclf.data.audit import audit, render, write_audit
+    from pairclf.data.tables import read_rows
+
+    chosen = _task(task)
+    findings = audit(read_rows(files, chosen, labelled=not unlabelled), chosen)
+    write_audit(out, findings)
+    output.print(render(findings))
+
+
+@_example("pairclf folds configs/lmsys/gemma2-9b-qlora.yaml folds.n=5")
+def folds(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Make the folds of a run anew, grouped by prompt and stratified by label, and show their balance."""
+    from pairclf.data.folds import report
+    from pairclf.jobs.run import folds_of, labelled_rows
+
+    settings = _load(config, overrides)
+    frame = labelled_rows(settings)
+    output.print(report(folds_of(settings, frame, renew=True), frame, settings.task))
+
+
+@_example("pairclf train configs/lmsys/gemma2-9b-qlora.yaml --fold 0 train.learning_rate=2e-4")
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    fold: Annotated[int | None, typer.Option(help="fold to hold out and score; none: train on all rows")] = None,
+) -> None:
+    """Fine-tune one classifier and write its bundle."""
+    from pairclf.jobs.fit import fit
+
+    output.print(fit(_load(config, overrides), fold))
+
+
+@_example("pairclf cv configs/lmsys/gemma2-9b-qlora.yaml folds.run=[0,1]")
+def cv(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train the folds one after another and join their out-of-fold scores."""
+    from pairclf.jobs.cv import cross_validate
+
+    for bundle in cross_validate(_load(config, overrides)):
+        output.print(bundle)
+
+
+@_example("pairclf predict runs/lmsys/gemma2-9b-qlora/fold0/bundle --data test.csv --sample sample_submission.csv")
+def predict(
+    bundles: Bundles,
+    data: Annotated[Path, typer.Option("--data", help="unlabelled file to predict")],
+    sample: Annotated[Path | None, typer.Option("--sample", help="sample submission: ids, order and columns")] = None,
+    out: Annotated[Path, typer.Option("--out", help="the submission to write")] = Path("submission.csv"),
+    scores: Annotated[Path | None, typer.Option("--scores", help="write the scores as parquet too")] = None,
+    base: BaseFolder = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting")
+    ] = None,
+) -> None:
+    """Score a test file with one or more bundles and write the submission."""
+    from pairclf.jobs.predict import predict as job
+
+    job(bundles, data, out, sample=sample, scores=scores, base=base, overrides=overrides or [])
+
+
+@_example("pairclf evaluate configs/demo/gemma2-tiny.yaml --truth runs/demo/data/truth.parquet")
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    scores: Annotated[Path | None, typer.Option(help="scores to judge; none: the run's out-of-fold scores")] = None,
+    truth: Annotated[Path | None, typer.Option(help="true probabilities, where they are known")] = None,
+) -> None:
+    """Judge scores against labels, the class prior and, where it is known, the best possible."""
+    from pairclf.jobs.evaluate import evaluate as job
+    from pairclf.jobs.evaluate import render
+    from pairclf.jobs.run import OOF, OOF_AB, labelled_rows, output_of
+
+    settings = _load(config, overrides)
+    run = output_of(settings)
+    one_order = run / OOF_AB if scores is None else None
+    judged = job(labelled_rows(settings), scores or run / OOF, settings.task, one_order=one_order, truth=truth)
+    output.print(render(judged))
+
+
+@_example("pairclf package configs/lmsys/gemma2-9b-qlora.yaml package.owner=me --out kaggle/build/lmsys")
+def package(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    bundle: Annotated[list[Path] | None, typer.Option(help="bundle; none: all of the run's folds")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write; none: kaggle/build/NAME")] = None,
+) -> None:
+    """Build the folder to push to Kaggle: a notebook, the bundles' dataset, the wheels' dataset, their metadata."""
+    from pairclf.jobs.run import bundles_of
+    from pairclf.packaging.build import package as job
+
+    settings = _load(config, overrides)
+    target = out or Path("kaggle", "build", settings.package.name)
+    output.print(job(settings, bundle or bundles_of(settings), target))
+
+
+@_example("pairclf rehearse kaggle/build/lmsys --test test.csv --sample sample_submission.csv")
+def rehearse(
+    folder: Annotated[Path, typer.Argument(metavar="PACKAGE", help="folder that `pairclf package` wrote")],
+    test: Annotated[Path, typer.Option(help="test file as the competition gives it")],
+    sample: Annotated[Path, typer.Option(help="its sample submission")],
+    out: Annotated[Path, typer.Option(help="where submission and report go")] = Path("rehearsal"),
+) -> None:
+    """Execute the packaged notebook offline, on an image like Kaggle's, and check its submission."""
+    from pairclf.packaging.rehearse import rehearse as job
+
+    output.print(job(folder, test, sample, out).render())
+
+
+@_example("pairclf verify runs/lmsys/gemma2-9b-qlora/fold0/bundle")
+def verify(bundles: Bundles, base: BaseFolder = None) -> None:
+    """Prove that bundles are what was saved: hashes of every file, and their probe rows scored again."""
+    from pairclf.jobs.scoring import verify as job
+    from pairclf.model.backbone import pick_device
+    from pairclf.model.bundle import open_bundle
+
+    for folder in bundles:
+        bundle = open_bundle(folder)
+        difference = job(bundle, bundle.load(pick_device(), base))
+        output.print(f"[green]verified[/] {escape(str(folder))}: {len(bundle.manifest.probes)} probe rows, "
+                     f"logits within {difference:.2g}")  # fmt: skip
+
+
+@_example("pairclf config configs/demo/gemma2-tiny.yaml train.epochs=2")
+def config(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the resolved settings as YAML, each with its help."""
+    output.out(describe_config(_load(config, overrides)), end="", highlight=False)
+
+
+@_example("pairclf doctor")
+def doctor() -> None:
+    """Look at this machine: versions, devices, 4-bit arithmetic, disk."""
+    from pairclf.jobs.doctor import doctor as job
+
+    output.print(job())
+
+
+def main() -> None:
+    """Entry point: errors that a user can cause end in one message and exit code 2, never in a traceback."""
+    # Nothing here ever phones a hub by itself; a hub id in the config is fetched only if this is unset by the user.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except PairclfError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        console.print(
+            f"[bold red]error:[/] {escape(f'can not write {error.filename or chr(0x2026)}: {error.strerror}')}\n"
+            "  remedy: free some disk space or give another folder; nothing was left half written",
+            soft_wrap=True,
+        )
+        sys.exit(PairclfError.exit_code)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(130)

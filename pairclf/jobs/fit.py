@@ -1,0 +1,105 @@
+"""One fold, from the config to a bundle that proves itself: split, train, score what was held out, save, re-score."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pairclf.config import Config
+from pairclf.console import console
+from pairclf.data.tables import to_rows, write_scores
+from pairclf.jobs.run import OOF, OOF_AB, Paths, labelled_rows, output_of, split
+from pairclf.jobs.scoring import Floats, by_order, combine, items_of, probabilities, score, verify
+from pairclf.jobs.train import make_accelerator, train
+from pairclf.model.bundle import Probe, open_bundle, save
+from pairclf.scores.metrics import accuracy, log_loss
+from pairclf.task import AB, Row
+
+PROBES = 8
+
+
+def fit(config: Config, fold: int | None) -> Path:
+    """Train on all folds but `fold` (on all rows, if it is None) and write the bundle, verified by re-scoring.
+
+    Beside the bundle stand `config.yaml`, `metrics.jsonl` and, where a fold was held out, its scores: `oof.parquet`
+    (both orders averaged) and `oof-ab.parquet` (the order of the file alone).
+
+    Returns:
+        The bundle's folder.
+    """
+    paths = Paths(output_of(config), fold)
+    accelerator = make_accelerator(config)
+    with accelerator.main_process_first():  # it writes the folds that the others read
+        training, held_out = split(config, labelled_rows(config), fold)
+    trained = train(config, to_rows(training, config.task), paths.folder, accelerator)
+    if not accelerator.is_main_process:
+        return paths.bundle
+    rows = to_rows(held_out if held_out is not None else training.head(PROBES), config.task)
+    items = items_of(trained.builder.encode(rows), orders=2)
+    logits = score(trained.classifier, items, tokens_per_batch=config.predict.tokens_per_batch, title="score")
+    orders = by_order(items, logits, len(rows))
+    metrics = {} if held_out is None else _write_held_out(config, paths, rows, orders)
+    name = "-".join([*paths.output.parts[-1:], paths.folder.name])
+    save(
+        paths.bundle,
+        trained.classifier,
+        config,
+        trained.tokenizer,
+        name=name,
+        fold=fold,
+        metrics=metrics,
+        probes=pick_probes(rows, [len(item.ids) for item in items if item.order == AB], orders),
+    )
+    device = trained.classifier.device
+    del trained
+    free_memory()
+    _prove(paths.bundle, device)
+    return paths.bundle
+
+
+def pick_probes(rows: Sequence[Row], lengths: Sequence[int], orders: Sequence[Floats]) -> list[Probe]:
+    """Up to eight rows, from the shortest to the longest, with their logits in each order."""
+    ranked = sorted(range(len(rows)), key=lambda row: (lengths[row], row))
+    chosen = dict.fromkeys(ranked[round(at)] for at in np.linspace(0, len(ranked) - 1, PROBES))
+    return [
+        Probe(
+            id=rows[row].id,
+            fields={name: list(turns) for name, turns in rows[row].fields.items()},
+            logits=[one[row].tolist() for one in orders],
+        )
+        for row in chosen
+    ]
+
+
+def free_memory() -> None:
+    """Give back what a dropped model held, before another is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _write_held_out(config: Config, paths: Paths, rows: Sequence[Row], logits: Sequence[Floats]) -> dict[str, float]:
+    orders = probabilities(logits, config.task, config.predict.temperature)
+    ids, models = [row.id for row in rows], [f"fold{paths.fold}"]
+    averaged = combine(orders, config.task)
+    write_scores(paths.folder / OOF, ids, averaged, config.task, orders=len(orders), models=models)
+    write_scores(paths.folder / OOF_AB, ids, orders[AB], config.task, orders=1, models=models)
+    targets = np.array([row.target for row in rows])
+    return {
+        "rows": float(len(rows)),
+        "log_loss": log_loss(averaged, targets),
+        "log_loss_one_order": log_loss(orders[AB], targets),
+        "accuracy": accuracy(averaged, targets),
+    }
+
+
+def _prove(folder: Path, device: torch.device) -> None:
+    """Load what was saved and score its probes: a head or adapter lost on saving is found now, not by Kaggle."""
+    bundle = open_bundle(folder)
+    difference = verify(bundle, bundle.load(device))
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in bundle.manifest.metrics.items() if name != "rows")
+    console.print(f"[green]saved and re-scored[/] {folder} (logits within {difference:.1g}) {shown}")

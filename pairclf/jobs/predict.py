@@ -1,0 +1,94 @@
+"""Bundles and a test file in, a submission out: every row, both orders, every model, joined on id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from pairclf.config import override
+from pairclf.console import console
+from pairclf.data.tables import make_scores, read_rows, to_rows, write_submission
+from pairclf.errors import BundleError, ConfigError
+from pairclf.files import atomic_file
+from pairclf.jobs.fit import free_memory
+from pairclf.jobs.scoring import by_order, combine, items_of, probabilities, score
+from pairclf.model.backbone import pick_device
+from pairclf.model.bundle import Bundle, open_bundle
+from pairclf.scores.blend import blend
+from pairclf.task import Row
+
+SETTABLE = ("predict.", "model.dtype=", "model.attention=")
+"""Overrides that leave a bundle the model that it is."""
+
+
+def predict(
+    folders: Sequence[Path],
+    data: Path,
+    out: Path,
+    *,
+    sample: Path | None = None,
+    scores: Path | None = None,
+    base: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> pl.DataFrame:
+    """Score `data` with every bundle, average, and write the submission.
+
+    Args:
+        folders: the bundles; they must agree on the task.
+        data: unlabelled file.
+        out: the submission to write.
+        sample: sample submission, whose ids, order and columns `out` will have.
+        scores: where to write the scores as parquet too, with what stands behind each row.
+        base: folder of the base model on this machine.
+        overrides: `key=value` for settings under `predict`, `model.dtype` and `model.attention`.
+
+    Returns:
+        The blended scores.
+
+    Raises:
+        BundleError, DataError, ConfigError, ModelError: before anything is written.
+    """
+    if refused := [one for one in overrides if not one.startswith(SETTABLE)]:
+        raise ConfigError(f"{refused} can't be set for a trained bundle", remedy=f"settable: {', '.join(SETTABLE)}")
+    bundles = [open_bundle(folder) for folder in folders]
+    _check_agreement(bundles)
+    task = bundles[0].config.task
+    rows = to_rows(read_rows([data], task, labelled=False), task)
+    scored = []
+    for bundle in bundles:
+        scored.append(_score(bundle, rows, base, overrides))
+        free_memory()
+    blended = blend(scored, task)
+    write_submission(out, blended, task, sample)
+    if scores is not None:
+        with atomic_file(scores) as temporary:
+            blended.write_parquet(temporary)
+    console.print(f"[green]wrote[/] {out}: {len(rows):,} rows from {len(bundles)} model(s)")
+    return blended
+
+
+def _check_agreement(bundles: Sequence[Bundle]) -> None:
+    if not bundles:
+        raise ConfigError("no bundle is given", remedy="pairclf predict BUNDLE [BUNDLE ...] --data test.csv")
+    first = bundles[0]
+    for other in bundles[1:]:
+        if other.config.task != first.config.task:
+            raise BundleError(
+                f"bundles {first.name} and {other.name} were trained for different tasks",
+                remedy="give bundles of one task with the same classes in the same order",
+            )
+
+
+def _score(bundle: Bundle, rows: Sequence[Row], base: Path | None, overrides: Sequence[str]) -> pl.DataFrame:
+    """One model's scores for all rows, in their order."""
+    config = override(bundle.config, overrides)
+    settings = config.predict
+    items = items_of(bundle.builder().encode(rows), orders=2 if settings.swap == "full" else 1)
+    classifier = Bundle(bundle.folder, bundle.manifest, config).load(pick_device(), base)
+    logits = score(classifier, items, tokens_per_batch=settings.tokens_per_batch, title=bundle.name)
+    orders = probabilities(by_order(items, logits, len(rows)), config.task, settings.temperature)
+    return make_scores(
+        [row.id for row in rows], combine(orders, config.task), config.task, orders=len(orders), models=[bundle.name]
+    )

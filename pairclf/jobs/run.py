@@ -1,0 +1,109 @@
+"""A run: its folder, its rows, its folds, and the assertion that nothing leaks from one side to the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from pairclf.config import Config
+from pairclf.data.folds import assert_no_leak, make_folds, read_folds, write_folds
+from pairclf.data.tables import read_rows
+from pairclf.errors import ConfigError
+
+FOLDS, OOF, OOF_AB = "folds.csv", "oof.parquet", "oof-ab.parquet"
+BUNDLE, MANIFEST = "bundle", "bundle.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where a run keeps what: `output/fold0/...`, or `output/all/...` where nothing is held out."""
+
+    output: Path
+    fold: int | None
+
+    @property
+    def folder(self) -> Path:
+        return self.output / ("all" if self.fold is None else f"fold{self.fold}")
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / BUNDLE
+
+
+def output_of(config: Config) -> Path:
+    """The run folder.
+
+    Raises:
+        ConfigError: the config was made without a file and names none.
+    """
+    if config.output is None:
+        raise ConfigError(
+            "output is not set, and there is no config file to derive it from", remedy="set output=FOLDER"
+        )
+    return config.output
+
+
+def bundles_of(config: Config) -> list[Path]:
+    """The bundles that the run has trained, folds in their order.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    output = output_of(config)
+    found = sorted(entry.parent for entry in output.glob(f"*/{BUNDLE}/{MANIFEST}"))
+    if not found:
+        raise ConfigError(f"{output} holds no bundle", remedy="run `pairclf cv CONFIG` or `pairclf train CONFIG` first")
+    return found
+
+
+def labelled_rows(config: Config) -> pl.DataFrame:
+    """The canonical table of `data.train`.
+
+    Raises:
+        ConfigError: `data.train` is empty.
+        DataError: as `read_rows`.
+    """
+    if not config.data.train:
+        raise ConfigError("data.train names no file", remedy="e.g. data.train=[train.csv]")
+    return read_rows(
+        config.data.train_paths,
+        config.task,
+        labelled=True,
+        max_rows=config.data.max_rows,
+        ignore_columns=config.data.ignore_columns,
+    )
+
+
+def folds_of(config: Config, frame: pl.DataFrame, *, renew: bool = False) -> pl.DataFrame:
+    """The run's folds: read if they were made before (and fit the rows), else made and written.
+
+    Raises:
+        DataError: the file does not cover these rows, or holds another number of folds than `folds.n`.
+    """
+    path = output_of(config) / FOLDS
+    if path.exists() and not renew:
+        return read_folds(path, frame, n=config.folds.n)
+    folds = make_folds(frame, config.task, n=config.folds.n, seed=config.seed)
+    write_folds(path, folds)
+    return folds
+
+
+def split(config: Config, frame: pl.DataFrame, fold: int | None) -> tuple[pl.DataFrame, pl.DataFrame | None]:
+    """Training rows and held-out rows; it is asserted that they share no prompt.
+
+    Raises:
+        ConfigError: there is no such fold.
+        LeakError: a prompt stands on both sides.
+    """
+    if fold is None:
+        return frame, None
+    if not 0 <= fold < config.folds.n:
+        raise ConfigError(f"fold {fold} does not exist: folds are counted from 0 and folds.n={config.folds.n}")
+    folds = folds_of(config, frame)
+    joined = frame.join(folds.select("id", "fold"), on="id", how="left", maintain_order="left")
+    training = joined.filter(pl.col("fold") != fold).drop("fold")
+    held_out = joined.filter(pl.col("fold") == fold).drop("fold")
+    assert_no_leak(training, held_out, config.task)
+    return training, held_out

@@ -1,0 +1,194 @@
+"""The backbone: a pretrained decoder without its LM head, quantised and with adapters as the config says."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig
+
+from pairclf.config import Lora, Model
+from pairclf.errors import ModelError
+
+EMBEDDED = "embedded:"
+_FILES = ("config.json", "*.safetensors")
+_BLOCK = 1 << 20  # bytes sampled at once
+_BLOCKS = 64  # samples a file
+
+
+def resolve_base(base: str, override: Path | None = None) -> str:
+    """Where the base model's files are: a folder, or a hub id left as it is.
+
+    Args:
+        base: the setting `model.base`.
+        override: a folder that holds the same model on this machine (an attached Kaggle model, say).
+
+    Raises:
+        ModelError: the folder or the embedded model does not exist.
+    """
+    if override is not None:
+        if not (override / "config.json").is_file():
+            raise ModelError(
+                f"base model folder {override} holds no config.json", remedy="give the folder of the model"
+            )
+        return str(override)
+    if base.startswith(EMBEDDED):
+        folder = Path(str(files("pairclf"))) / "embedded" / base.removeprefix(EMBEDDED)
+        if not (folder / "config.json").is_file():
+            shipped = sorted(entry.parent.name for entry in folder.parent.glob("*/config.json"))
+            raise ModelError(f"model.base={base} is not shipped with pairclf", remedy=f"one of {shipped}")
+        return str(folder)
+    folder = Path(base).expanduser()
+    if folder.is_dir() or not (base.startswith((".", "/", "~")) or base.count("/") > 1):
+        return str(folder)
+    raise ModelError(f"model.base={base} is no folder here", remedy="give an existing folder, or a hub id owner/name")
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex SHA-256 that tells one base model from another.
+
+    Reads config.json and weights: files up to 64 MiB whole, larger ones by their size and 64 evenly spaced blocks of
+    1 MiB, so that a 9B model takes seconds and not minutes of a notebook's time.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(entry for pattern in _FILES for entry in folder.glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        step = max(_BLOCK, size // _BLOCKS)
+        with path.open("rb") as stream:
+            for start in range(0, size, step):
+                stream.seek(start)
+                digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def pick_device() -> torch.device:
+    """The first CUDA device, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype to compute in, and why.
+
+    `torch.cuda.is_bf16_supported()` counts emulation, which is slower than float32 on a T4; hence the capability.
+    """
+    if setting != "auto":
+        return getattr(torch, setting), "as set"
+    if device.type != "cuda":
+        return torch.float32, "CPU: bfloat16 is many times slower there"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return torch.bfloat16, f"compute capability {major}.{minor} has bfloat16"
+    return torch.float16, f"compute capability {major}.{minor} only emulates bfloat16"
+
+
+def load_tokenizer(source: str, model: Model) -> Any:
+    """The tokenizer that stands with a model or in a bundle.
+
+    Raises:
+        ModelError: it can't be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the tokenizer of {source} can't be loaded: {error}") from error
+
+
+def load_base(source: str, model: Model, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The frozen base on `device`, quantised as `model.quantization` says, ready to be given adapters.
+
+    Raises:
+        ModelError: it can't be loaded, or is not a decoder.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.base={model.base} can't be loaded: {' '.join(str(error).split())[:300]}",
+            where=source,
+            remedy="give a folder with config.json and *.safetensors, or a hub id this machine can reach",
+        ) from error
+    text_config = config.get_text_config()
+    if config.is_encoder_decoder or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ModelError(
+            f"model.base={model.base} is a {config.model_type}, not a decoder: its last token does not sum up the row",
+            remedy="use a decoder such as Gemma-2, Llama-3 or Qwen-2.5",
+        )
+    attention = model.attention
+    if attention == "auto":
+        # Plain SDPA knows no soft-capping: https://github.com/huggingface/transformers/pull/31674
+        attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
+    loaded: nn.Module = AutoModel.from_pretrained(
+        source,
+        dtype=dtype,
+        attn_implementation=attention,
+        quantization_config=_quantization(model, dtype),
+        device_map={"": device} if model.quantization != "none" else None,
+        trust_remote_code=model.trust_remote_code,
+        use_safetensors=True,
+    )
+    if model.quantization == "none":
+        loaded.to(device)
+    if device.type == "cpu":
+        _keep_full_precision(loaded)
+    loaded.requires_grad_(model.lora is None)
+    return loaded
+
+
+def _keep_full_precision(loaded: nn.Module) -> None:
+    """Compute NF4 layers in float32 in evaluation as in training.
+
+    On a CPU with AVX512-BF16, bitsandbytes (0.50) repacks a 4-bit weight at its first evaluation: scales and products
+    become bfloat16, so that scores would differ between CPUs by 1e-2, and shapes not divisible by 32 fail an assertion.
+    """
+    for module in loaded.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if model.quantization == "none":
+        return None
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    # NF4 with double quantisation, as in QLoRA: https://arxiv.org/abs/2305.14314
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+
+
+def add_adapters(base: nn.Module, lora: Lora) -> nn.Module:
+    """Wrap the base with LoRA adapters; they are float32 and the only parameters that train.
+
+    Raises:
+        ModelError: no linear module of the base has one of the names in `lora.targets`.
+    """
+    linear = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    targets = sorted(linear) if lora.targets == "all-linear" else lora.targets
+    if unknown := sorted(set(targets) - linear):
+        raise ModelError(
+            f"model.lora.targets names {unknown}, which the base has not", remedy=f"choose among {sorted(linear)}"
+        )
+    layers: int = base.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    if lora.first_layer >= layers:
+        raise ModelError(f"model.lora.first_layer={lora.first_layer} leaves none of the {layers} layers an adapter")
+    peft_config = LoraConfig(
+        task_type=TaskType.FEATURE_EXTRACTION,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        layers_to_transform=list(range(lora.first_layer, layers)) if lora.first_layer else None,
+    )
+    adapted: nn.Module = get_peft_model(base, peft_config)
+    return adapted

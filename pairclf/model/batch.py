@@ -1,0 +1,41 @@
+"""`Batch`: token ids with a description of their topology. Models read it and know no layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Item(NamedTuple):
+    """One sequence to be scored: the row's index in its table, the order it is told in, and its token ids."""
+
+    row: int
+    order: int
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward pass needs, and which logit belongs to whom. R is the number of logits read.
+
+    Attributes:
+        inputs: keyword arguments of the backbone; `input_ids` and `position_ids` are `(B, T)` int64.
+        read_at: `(R,)` int64, places in the flattened `(B * T)` hidden states whose logits are wanted.
+        row_at: `(R,)` int64, index of the row in its table.
+        order: `(R,)` int64, `task.AB` or `task.BA`.
+        tokens: number of real tokens, padding not counted.
+    """
+
+    inputs: dict[str, Tensor]
+    read_at: Tensor
+    row_at: Tensor
+    order: Tensor
+    tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with the tensors that the model reads on `device`."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.read_at.to(device), self.row_at, self.order, self.tokens)

@@ -1,0 +1,36 @@
+"""Where pairclf's own files are: in a checkout, or inside the installed wheel."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pairclf
+from pairclf.errors import PackagingError
+
+_PACKAGE = Path(pairclf.__file__).resolve().parent
+
+
+def checkout() -> Path | None:
+    """The source checkout that this pairclf runs from; `None` where it was installed from a wheel."""
+    project = _PACKAGE.parent / "pyproject.toml"
+    if not project.is_file():
+        return None
+    name = tomllib.loads(project.read_text(encoding="utf-8")).get("project", {}).get("name")
+    return _PACKAGE.parent if name == "pairclf" else None
+
+
+def shipped(name: str) -> Path:
+    """A file that lives beside the package in a checkout and travels inside its wheel.
+
+    Args:
+        name: path from the top of the checkout, e.g. `kaggle/notebook.py`.
+
+    Raises:
+        PackagingError: neither place holds it.
+    """
+    top = checkout()
+    path = (_PACKAGE / "_shipped" if top is None else top) / name
+    if not path.exists():
+        raise PackagingError(f"pairclf's own {name} is missing", where=path, remedy="install pairclf again")
+    return path

@@ -1,0 +1,73 @@
+"""Averages: over the two orders of one model, and over models; joined on id, never by position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+from numpy.typing import ArrayLike
+
+from pairclf.data.tables import class_matrix, scores_frame
+from pairclf.errors import DataError
+from pairclf.scores.metrics import Floats, checked_weights
+from pairclf.task import Task
+
+
+def unswap(scores: ArrayLike, task: Task) -> Floats:
+    """Scores `(..., C)` of order BA (probabilities or logits) in the columns of order AB; its own inverse.
+
+    >>> from pairclf.task import LMSYS
+    >>> unswap([[0.7, 0.2, 0.1]], LMSYS).tolist()
+    [[0.2, 0.7, 0.1]]
+    """
+    given = np.asarray(scores, dtype=np.float64)
+    return given[..., list(task.swapped_columns)]
+
+
+def average_orders(ab: ArrayLike, ba: ArrayLike, task: Task) -> Floats:
+    """Mean probabilities `(N, C)` of both orders; `ba` as the model gave it, not yet un-swapped.
+
+    Raises:
+        DataError: the two have different shapes.
+    """
+    first, second = np.asarray(ab, dtype=np.float64), unswap(ba, task)
+    if first.shape != second.shape:
+        raise DataError(f"orders AB and BA have shapes {first.shape} and {second.shape}; they must be alike")
+    mean: Floats = (first + second) / 2
+    return mean
+
+
+def blend(frames: Sequence[pl.DataFrame], task: Task, weights: Sequence[float] | None = None) -> pl.DataFrame:
+    """Weighted mean of several models' scores of the same rows, in the order of the first table.
+
+    Args:
+        frames: tables of scores, as `scores_frame` makes them.
+        task: whose classes the columns are.
+        weights: one a table, from 0 up; None: alike.
+
+    Returns:
+        Scores whose `models` are those of all tables, and whose `orders` are the fewest that any of them has for the
+        row: 2 says that every model behind it saw both orders.
+
+    Raises:
+        DataError: there is no table, the tables hold different ids, or the weights can't be used.
+    """
+    if not frames:
+        raise DataError("there is nothing to blend", remedy="give at least one table of scores")
+    shares = np.ones(len(frames)) if weights is None else checked_weights(weights, len(frames))
+    ids = frames[0].select("id")
+    aligned = []
+    for number, frame in enumerate(frames, start=1):
+        odd = set(frame["id"]) ^ set(ids["id"])
+        if odd or len(frame) != len(ids):
+            raise DataError(
+                f"table {number} of {len(frames)} holds other ids than the first",
+                rows=sorted(odd) or frame["id"].filter(frame["id"].is_duplicated()).to_list(),
+                remedy="blend scores of the same test file",
+            )
+        aligned.append(ids.join(frame, on="id", how="left", maintain_order="left"))
+    mean = np.average([class_matrix(frame, task) for frame in aligned], axis=0, weights=shares)
+    orders = np.min([frame["orders"].to_numpy() for frame in aligned], axis=0)
+    models = pl.select(pl.concat_list([frame["models"] for frame in aligned])).to_series()
+    return scores_frame(ids["id"].to_list(), mean, task, orders=orders.tolist(), models=models)

@@ -1,0 +1,508 @@
+"""Files in, canonical rows out; scores in, a submission out; and one clear message for whatever is wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pairclf.data import tables
+from pairclf.data.tables import (
+    check_submission,
+    class_matrix,
+    read_rows,
+    read_scores,
+    scores_frame,
+    to_rows,
+    write_scores,
+    write_submission,
+)
+from pairclf.errors import DataError
+from pairclf.task import LMSYS, WSDM, Task
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not here")
+
+TURNS = st.lists(st.none() | st.text(max_size=12), max_size=3)
+
+
+def lmsys_rows(n: int = 3) -> dict[str, list[str | None]]:
+    """Columns of a sound LMSYS training file of up to three rows."""
+    return {
+        "id": [str(100 + row) for row in range(n)],
+        "model_a": ["x"] * n,
+        "model_b": ["y"] * n,
+        "prompt": [json.dumps([f"question {row}"]) for row in range(n)],
+        "response_a": [json.dumps([f"answer {row}"]) for row in range(n)],
+        "response_b": [json.dumps(["no"])] * n,
+        "winner_model_a": ["1", "0", "0"][:n],
+        "winner_model_b": ["0", "1", "0"][:n],
+        "winner_tie": ["0", "0", "1"][:n],
+    }
+
+
+def write_csv(path: Path, columns: dict[str, Any]) -> Path:
+    pl.DataFrame(columns).write_csv(path)
+    return path
+
+
+def refusal(act: Callable[[], object]) -> DataError:
+    with pytest.raises(DataError) as caught:
+        act()
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def read_lmsys(path: Path, **options: Any) -> pl.DataFrame:
+    return read_rows([path], LMSYS, **{"labelled": True, **options})
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_lmsys_csv_becomes_canonical(tmp_path: Path) -> None:
+    frame = read_lmsys(write_csv(tmp_path / "train.csv", lmsys_rows()))
+    assert frame.schema == {
+        "id": pl.String,
+        **dict.fromkeys(LMSYS.fields, pl.List(pl.String)),
+        "target": pl.List(pl.Float64),
+        "weight": pl.Float64,
+    }
+    first = to_rows(frame, LMSYS)[0]
+    assert (first.id, first.target, first.weight) == ("100", (1.0, 0.0, 0.0), 1.0)
+    assert first.fields == {"prompt": ("question 0",), "response_a": ("answer 0",), "response_b": ("no",)}
+
+
+@pytest.mark.parametrize(
+    ("cell", "turns"),
+    [
+        ("[null]", (None,)),
+        ("[]", ()),
+        ('[""]', ("",)),
+        ('["a", null, "b"]', ("a", None, "b")),
+        ("null", (None,)),
+        (None, (None,)),
+        ('["half \\ud83d pair"]', ("half \ufffd pair",)),
+        ('["\\udc00\\ud800"]', ("\ufffd\ufffd",)),
+        ('["whole \\ud83d\\ude00"]', ("whole 😀",)),
+        ('["nul \\u0000"]', ("nul \x00",)),
+        ('["a\nraw break"]', ("a\nraw break",)),
+        (' [ "a" ,"b" ] ', ("a", "b")),
+    ],
+)
+def test_cells_of_turns(tmp_path: Path, cell: str | None, turns: tuple[str | None, ...]) -> None:
+    columns = lmsys_rows()
+    columns["response_b"][1] = cell
+    rows = to_rows(read_lmsys(write_csv(tmp_path / "train.csv", columns)), LMSYS)
+    assert [row.fields["response_b"] for row in rows] == [("no",), turns, ("no",)]
+
+
+@given(st.lists(st.tuples(TURNS, TURNS, TURNS), min_size=1, max_size=8), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_any_turns_survive_every_format(tmp_path_factory: pytest.TempPathFactory, rows: Any, ascii_only: bool) -> None:
+    folder = tmp_path_factory.mktemp("formats")
+    ids = [f"{row:03}" for row in range(len(rows))]
+    fields = dict(zip(LMSYS.fields, map(list, zip(*rows, strict=True)), strict=True))
+    coded = {name: [json.dumps(cell, ensure_ascii=ascii_only) for cell in cells] for name, cells in fields.items()}
+    paths = [folder / "test.csv", folder / "test.parquet", folder / "test.jsonl"]
+    pl.DataFrame({"id": ids, **coded}).write_csv(paths[0])
+    pl.DataFrame({"id": ids, **fields}, schema_overrides=dict.fromkeys(fields, pl.List(pl.String))).write_parquet(
+        paths[1]
+    )
+    records = [{"id": row_id, **dict(zip(fields, row, strict=True))} for row_id, row in zip(ids, rows, strict=True)]
+    paths[2].write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    for path in paths:
+        read = to_rows(read_rows([path], LMSYS, labelled=False), LMSYS)
+        assert [row.id for row in read] == ids
+        assert [tuple(row.fields.values()) for row in read] == [tuple(map(tuple, row)) for row in rows], path.suffix
+
+
+def test_plain_text_and_a_label_column(tmp_path: Path) -> None:
+    columns = {"prompt": ["[1]", None], "response_a": ["a", ""], "response_b": ["null", "b"]}
+    extra = {"id": ["00a", "1e5"], "winner": ["model_b", "model_a"], "language": ["English", "Korean"]}
+    frame = pl.DataFrame({**extra, **columns})
+    frame.write_parquet(tmp_path / "train.parquet")
+    rows = to_rows(read_rows([tmp_path / "train.parquet"], WSDM, labelled=True), WSDM)
+    assert [row.id for row in rows] == ["00a", "1e5"]
+    assert [row.target for row in rows] == [(0.0, 1.0), (1.0, 0.0)]
+    assert [tuple(row.fields.values()) for row in rows] == [(("[1]",), ("a",), ("null",)), ((None,), ("",), ("b",))]
+
+
+def test_ids_stay_as_the_file_has_them(tmp_path: Path) -> None:
+    ids = ["007", "1.0", "1e5", " x", "12345678901234567890123"]
+    columns: dict[str, Any] = {"id": ids, **dict.fromkeys(LMSYS.fields, ['["a"]'] * len(ids))}
+    assert read_lmsys(write_csv(tmp_path / "t.csv", columns), labelled=False)["id"].to_list() == ids
+
+
+def test_numbers_as_ids_in_parquet_and_jsonl(tmp_path: Path) -> None:
+    pl.DataFrame({"id": [7, 2**60], **{name: ["a", "b"] for name in WSDM.fields}}).write_parquet(tmp_path / "t.parquet")
+    records = [{"id": row_id, **dict.fromkeys(WSDM.fields, "a")} for row_id in (7, 2**60)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    for name in ("t.parquet", "t.jsonl"):
+        assert read_rows([tmp_path / name], WSDM, labelled=False)["id"].to_list() == ["7", str(2**60)]
+
+
+def test_several_files_and_max_rows(tmp_path: Path) -> None:
+    first, second = lmsys_rows(), lmsys_rows()
+    second["id"] = ["a", "b", "c"]
+    paths = [write_csv(tmp_path / "1.csv", first), write_csv(tmp_path / "2.csv", second)]
+    assert read_rows(paths, LMSYS, labelled=True)["id"].to_list() == ["100", "101", "102", "a", "b", "c"]
+    assert read_rows(paths, LMSYS, labelled=True, max_rows=4)["id"].to_list() == ["100", "101", "102", "a"]
+    assert read_rows(paths, LMSYS, labelled=True, max_rows=2)["id"].to_list() == ["100", "101"]
+
+
+def test_soft_and_multi_labels(tmp_path: Path) -> None:
+    columns = lmsys_rows()
+    columns |= {"winner_model_a": ["0.25"] * 3, "winner_model_b": ["0.25"] * 3, "winner_tie": ["5e-1"] * 3}
+    assert read_lmsys(write_csv(tmp_path / "t.csv", columns))["target"].to_list() == [[0.25, 0.25, 0.5]] * 3
+    task = Task(name="toxic", fields=("text",), classes=("rude", "threat"), multi_label=True)
+    path = write_csv(tmp_path / "m.csv", {"id": ["1"], "text": ["x"], "rude": ["1"], "threat": ["1"]})
+    assert read_rows([path], task, labelled=True)["target"].to_list() == [[1.0, 1.0]]
+    path = write_csv(tmp_path / "m.csv", {"id": ["1"], "text": ["x"], "rude": ["2"], "threat": ["-1"]})
+    refused = refusal(lambda: read_rows([path], task, labelled=True))
+    assert "above one" in str(refused)
+    assert "negative" in str(refused)
+
+
+def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", lmsys_rows())
+    path.write_text(path.read_text() + "\n\n")
+    assert len(read_lmsys(path)) == 3
+
+
+# --- reading what is wrong -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("t.csv", b"", "the file is empty"),
+        ("t.csv", b"id,prompt,response_a,response_b\n", "no rows"),
+        ("t.csv", b"id,prompt\n1,caf\xe9\n", "utf-8"),
+        ("t.csv", b"id,prompt\n1,2,3\n", "can't be read as csv"),
+        ("t.csv", b'id,prompt\n1,"a\n2,b\n', "can't be read as csv"),
+        ("t.parquet", b"PAR1 no more", "can't be read as parquet"),
+        ("t.jsonl", b'{"id": 1}\n{"id": \n', "line 2"),
+        ("t.jsonl", b"[1]\n", "line 1 holds no object"),
+        ("t.jsonl", b"[" * 100_000, "line 1"),
+        ("t.jsonl", b"\xff\n", "utf-8"),
+        ("t.jsonl", b"\n", "no rows"),
+        ("t.txt", b"id\n", "'.txt' can't be read"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    refused = refusal(lambda: read_lmsys(path))
+    assert expected in str(refused)
+    assert refused.where == path
+    assert refused.remedy
+
+
+def test_absent_file_and_no_file(tmp_path: Path) -> None:
+    assert "no such file" in str(refusal(lambda: read_lmsys(tmp_path / "train.csv")))
+    assert "no file of rows" in str(refusal(lambda: read_rows([], LMSYS, labelled=True)))
+
+
+def test_missing_and_unknown_columns_are_named_at_once(tmp_path: Path) -> None:
+    columns = lmsys_rows()
+    del columns["winner_tie"], columns["prompt"]
+    path = write_csv(tmp_path / "t.csv", {"": ["0", "1", "2"], **columns, "language": ["en"] * 3})
+    message = str(refusal(lambda: read_lmsys(path)))
+    assert "['prompt', 'winner_tie'] are missing" in message
+    assert 'data.ignore_columns=["", "language"]' in message
+
+
+def test_unknown_columns_can_be_accepted(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", {"": ["0", "1", "2"], **lmsys_rows()})
+    assert "a column without a name" in str(refusal(lambda: read_lmsys(path)))
+    assert "" not in read_lmsys(path, ignore_columns=[""]).columns
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "expected"),
+    [
+        ("winner_tie", "1", "do not sum to one"),
+        ("winner_tie", "x", "are no numbers"),
+        ("winner_tie", None, "are no numbers"),
+        ("winner_tie", "inf", "are no numbers"),
+        ("winner_tie", "-1", "are negative"),
+        ("winner_tie", "0.00001", "do not sum to one"),
+        ("response_a", "not json", "'response_a' has cells that are no JSON lists"),
+        ("response_a", '["a"', "no JSON lists"),
+        ("response_a", "[1]", "no JSON lists"),
+        ("response_a", '{"a": 1}', "no JSON lists"),
+        ("response_a", '["a"], ["b"]', "no JSON lists"),
+        ("prompt", "['single quotes']", "no JSON lists"),
+        ("prompt", "[" * 100_000, "no JSON lists"),
+    ],
+)
+def test_bad_cells_are_refused_with_their_row(tmp_path: Path, column: str, cell: str | None, expected: str) -> None:
+    columns = lmsys_rows()
+    columns[column][1] = cell
+    refused = refusal(lambda: read_lmsys(write_csv(tmp_path / "t.csv", columns)))
+    assert expected in str(refused)
+    assert "101" in str(refused)
+    assert "102" not in str(refused)
+
+
+def test_cells_are_not_merged_across_rows(tmp_path: Path) -> None:
+    """polars' decoder alone joins the cells, and reads these two as one."""
+    columns = lmsys_rows()
+    columns["prompt"][:2] = ['["a', '"]']
+    refused = refusal(lambda: read_lmsys(write_csv(tmp_path / "t.csv", columns)))
+    assert refused.rows == ("100", "101")
+
+
+def test_ids_that_are_missing_or_stand_twice(tmp_path: Path) -> None:
+    columns = lmsys_rows()
+    columns["id"] = [None, "7", "7"]
+    for labelled in (True, False):
+        message = str(refusal(lambda: read_lmsys(write_csv(tmp_path / "t.csv", columns), labelled=labelled)))  # noqa: B023
+        assert "1 rows have no id" in message
+        assert "row 1" in message
+        assert "1 ids stand in more than one row" in message
+    paths = [write_csv(tmp_path / "1.csv", lmsys_rows()), write_csv(tmp_path / "2.csv", lmsys_rows(2))]
+    refused = refusal(lambda: read_rows(paths, LMSYS, labelled=True))
+    assert refused.where == paths[1]
+    assert refused.rows == ("100", "101")
+
+
+def test_unknown_class_names(tmp_path: Path) -> None:
+    columns = dict.fromkeys(WSDM.fields, ["x"] * 3) | {"id": ["1", "2", "3"], "winner": ["model_a", "tie", None]}
+    refused = refusal(lambda: read_rows([write_csv(tmp_path / "t.csv", columns)], WSDM, labelled=True))
+    assert "'tie', None" in str(refused)
+    assert refused.rows == ("2", "3")
+
+
+def test_a_column_of_numbers_is_no_text(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"id": ["1"], "prompt": [5], "response_a": [[1, 2]], "response_b": ["x"]})
+    frame.with_columns(winner=pl.lit("model_a")).write_parquet(tmp_path / "t.parquet")
+    assert "no texts" in str(refusal(lambda: read_rows([tmp_path / "t.parquet"], WSDM, labelled=True)))
+    rows = to_rows(read_rows([tmp_path / "t.parquet"], WSDM, labelled=False), WSDM)
+    assert list(rows[0].fields.values()) == [("5",), ("[1, 2]",), ("x",)]
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    columns = lmsys_rows()
+    columns["id"][0] = ""
+    columns["prompt"][1] = "bad"
+    columns["winner_tie"][2] = "0"
+    message = str(refusal(lambda: read_lmsys(write_csv(tmp_path / "t.csv", columns))))
+    assert message.startswith("3 things are wrong")
+    for expected in ("have no id", "'prompt' has cells", "do not sum to one", "101", "102"):
+        assert expected in message
+
+
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=10), st.sampled_from([LMSYS, WSDM]))
+@settings(max_examples=60, deadline=None)
+def test_test_rows_are_never_refused_for_their_content(
+    tmp_path_factory: pytest.TempPathFactory, cells: list[str], task: Task
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "test.parquet"
+    ids = [str(row) for row in range(len(cells))]
+    pl.DataFrame({"id": ids, **dict.fromkeys(task.fields, cells)}).write_parquet(path)
+    read = read_rows([path], task, labelled=False)
+    assert read["id"].to_list() == ids
+    assert read["target"].null_count() == len(ids)
+    for row in to_rows(read, task):
+        for turns in row.fields.values():
+            "".join(turn or "" for turn in turns).encode("utf-8")
+
+
+def test_undecodable_test_cells_become_one_turn_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    columns = lmsys_rows()
+    columns["response_a"][1] = "it's [not] json"
+    path = write_csv(tmp_path / "test.csv", columns | {"language": ["en"] * 3, "winner_tie": ["?"] * 3})
+    rows = to_rows(read_lmsys(path, labelled=False), LMSYS)
+    assert rows[1].fields["response_a"] == ("it's [not] json",)
+    assert [row.target for row in rows] == [None] * 3
+    note = capsys.readouterr().err
+    assert "101" in note
+    assert "'language'" in note
+
+
+def test_broken_utf8_in_test_rows_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "test.csv"
+    path.write_bytes(b"id,prompt,response_a,response_b\n1,caf\xe9,a,b\n")
+    assert read_rows([path], WSDM, labelled=False)["prompt"].to_list() == [["caf\ufffd"]]
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def some_scores(ids: list[str], task: Task = LMSYS, seed: int = 0) -> pl.DataFrame:
+    chosen = np.random.default_rng(seed).dirichlet(np.ones(len(task.classes)), size=len(ids))
+    return scores_frame(ids, chosen, task, 2, ["model"])
+
+
+def test_scores_come_back_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    values = np.array([[0.1, 0.2, 0.7], [1, 0, 0]], dtype=np.float32)
+    written = write_scores(path, ["01", "b"], values, LMSYS, [1, 2], ["x", "y"])
+    read = read_scores(path, LMSYS)
+    assert read.equals(written)
+    assert read["id"].to_list() == ["01", "b"]
+    assert read["orders"].to_list() == [1, 2]
+    assert read["models"].to_list() == [["x", "y"]] * 2
+    np.testing.assert_allclose(class_matrix(read, LMSYS), values)
+    assert "scores of task 'wsdm'" in str(refusal(lambda: read_scores(path, WSDM)))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [([0.5, np.nan, 0.5], "no finite"), ([0.5, 0.6, -0.1], "outside [0, 1]"), ([0.5, 0.4, 0.2], "sum to one")],
+)
+def test_impossible_scores_are_refused(tmp_path: Path, row: list[float], expected: str) -> None:
+    values = np.array([[1, 0, 0], row], dtype=np.float64)
+    refused = refusal(lambda: write_scores(tmp_path / "s.parquet", ["a", "b"], values, LMSYS, 1, ["m"]))
+    assert expected in str(refused)
+    assert refused.rows == ("b",)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_need_one_row_an_id() -> None:
+    values = np.full((2, 3), 1 / 3)
+    assert "stand twice" in str(refusal(lambda: scores_frame(["a", "a"], values, LMSYS, 1, ["m"])))
+    assert "shape" in str(refusal(lambda: scores_frame(["a"], values, LMSYS, 1, ["m"])))
+
+
+# --- submissions -----------------------------------------------------------------------------------------------------
+
+
+def write_sample(path: Path, ids: list[str], columns: list[str]) -> Path:
+    pl.DataFrame({"id": ids, **dict.fromkeys(columns, ["0"] * len(ids))}).write_csv(path)
+    return path
+
+
+@given(st.permutations([f"{row:02}" for row in range(12)]), st.permutations(LMSYS.classes))
+@settings(max_examples=25, deadline=None)
+def test_submission_follows_the_sample(tmp_path_factory: pytest.TempPathFactory, ids: Any, classes: Any) -> None:
+    folder = tmp_path_factory.mktemp("order")
+    sample, out = write_sample(folder / "sample.csv", ids, list(classes)), folder / "submission.csv"
+    scores = some_scores(sorted(ids))
+    write_submission(out, scores, LMSYS, sample)
+    written = pl.read_csv(out, schema_overrides={"id": pl.String})
+    assert written.columns == ["id", *classes]
+    assert written["id"].to_list() == list(ids)
+    assert written.sort("id").equals(scores.select("id", *classes))
+    summary = check_submission(out, sample, LMSYS)
+    assert summary["rows"] == sum(summary["verdicts"].values()) == 12
+    assert summary["means"] == pytest.approx(dict(zip(LMSYS.classes, class_matrix(scores, LMSYS).mean(0), strict=True)))
+
+
+def test_submission_of_class_names(tmp_path: Path) -> None:
+    sample, out = write_sample(tmp_path / "sample.csv", ["b", "a", "c"], ["winner"]), tmp_path / "submission.csv"
+    values = np.array([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]])
+    write_submission(out, scores_frame(["a", "b", "c"], values, WSDM, 1, ["m"]), WSDM, sample)
+    assert out.read_text() == "id,winner\nb,model_a\na,model_b\nc,model_a\n"
+    summary = check_submission(out, sample, WSDM)
+    assert summary["verdicts"] == {"model_a": 2, "model_b": 1}
+    assert summary["means"] == pytest.approx({"model_a": 2 / 3, "model_b": 1 / 3})
+
+
+def test_submission_without_a_sample(tmp_path: Path) -> None:
+    write_submission(tmp_path / "s.csv", some_scores(["b", "a"]), LMSYS, None)
+    assert pl.read_csv(tmp_path / "s.csv").columns == ["id", *LMSYS.classes]
+    write_submission(tmp_path / "w.csv", some_scores(["b", "a"], WSDM), WSDM, None)
+    assert pl.read_csv(tmp_path / "w.csv").columns == ["id", "winner"]
+    assert pl.read_csv(tmp_path / "w.csv")["id"].to_list() == ["b", "a"]
+
+
+def test_submission_refuses_other_ids_and_columns(tmp_path: Path) -> None:
+    out = tmp_path / "submission.csv"
+    sample = write_sample(tmp_path / "sample.csv", ["a", "b", "c"], list(LMSYS.classes))
+    refused = refusal(lambda: write_submission(out, some_scores(["a", "x", "y"]), LMSYS, sample))
+    assert "lack 2 ids" in str(refused)
+    assert "have 2 ids that the sample submission lacks" in str(refused)
+    twice = pl.concat([some_scores(["a", "b", "c"]), some_scores(["a"])])
+    assert "stand twice" in str(refusal(lambda: write_submission(out, twice, LMSYS, sample)))
+    broken = some_scores(["a", "b", "c"]).with_columns(winner_tie=pl.lit(float("nan")))
+    assert "no finite" in str(refusal(lambda: write_submission(out, broken, LMSYS, sample)))
+    other = write_sample(tmp_path / "other.csv", ["a"], ["label"])
+    assert "the sample submission has columns" in str(
+        refusal(lambda: write_submission(out, some_scores(["a"]), LMSYS, other))
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda text: text.replace("id,", "key,", 1), "columns"),
+        (lambda text: "," + text.replace("\n", "\n0,", 3), "columns"),
+        (lambda text: "\n".join(sorted(text.split(), reverse=True)) + "\n", "another order"),
+        (lambda text: text.rsplit("\n", 2)[0] + "\n", "lack 1 ids"),
+        (lambda text: text + "z,1,0,0\n", "have 1 ids"),
+        (lambda text: text.replace("0.5", "0.9"), "do not sum to one"),
+        (lambda text: text.replace("0.5", "nan"), "no finite"),
+        (lambda text: text.replace("0.5", ""), "no finite"),
+        (lambda text: text.replace("\nb", "\na"), "stand twice"),
+    ],
+)
+def test_check_submission_finds_what_loses_places(tmp_path: Path, edit: Any, expected: str) -> None:
+    sample = write_sample(tmp_path / "sample.csv", ["a", "b", "c"], list(LMSYS.classes))
+    out = tmp_path / "submission.csv"
+    values = np.array([[0.2, 0.3, 0.5], [0.25, 0.25, 0.5], [1, 0, 0]])
+    write_submission(out, scores_frame(["a", "b", "c"], values, LMSYS, 2, ["m"]), LMSYS, sample)
+    check_submission(out, sample, LMSYS)
+    out.write_text(edit(out.read_text()))
+    assert expected in str(refusal(lambda: check_submission(out, sample, LMSYS)))
+
+
+def test_a_full_disk_leaves_the_old_files_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submission, scores = tmp_path / "submission.csv", tmp_path / "scores.parquet"
+    frame = some_scores(["a", "b"])
+    arguments = (["a", "b"], class_matrix(frame, LMSYS), LMSYS, 2, ["m"])
+    write_submission(submission, frame, LMSYS, None)
+    write_scores(scores, *arguments)
+    before = submission.read_bytes(), scores.read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def half(_: pl.DataFrame, path: Path) -> None:
+        path.write_bytes(b"half a fi")
+        full()
+
+    for owner, name, fault in (
+        (os, "replace", full),
+        (os, "fsync", full),
+        (tables.pl.DataFrame, "write_csv", half),
+        (tables.pl.DataFrame, "write_parquet", half),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fault)
+            if name != "write_parquet":
+                with pytest.raises(OSError, match="No space"):
+                    write_submission(submission, frame.reverse(), LMSYS, None)
+            if name != "write_csv":
+                with pytest.raises(OSError, match="No space"):
+                    write_scores(scores, *arguments)
+        assert (submission.read_bytes(), scores.read_bytes()) == before
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["scores.parquet", "submission.csv"]
+
+
+# --- the real thing --------------------------------------------------------------------------------------------------
+
+
+@real_data
+@pytest.mark.parametrize(("folder", "suffix", "task"), [("arena3", "csv", LMSYS), ("arena2", "parquet", WSDM)])
+def test_real_files(tmp_path: Path, folder: str, suffix: str, task: Task) -> None:
+    train = read_rows([SHARED / folder / f"train.{suffix}"], task, labelled=True)
+    test = read_rows([SHARED / folder / f"test.{suffix}"], task, labelled=False)
+    sample = SHARED / folder / "sample_submission.csv"
+    assert len(train) == {"arena3": 7770, "arena2": 3990}[folder]
+    assert np.allclose(train["target"].list.sum().to_numpy(), 1)
+    write_submission(tmp_path / "s.csv", some_scores(test["id"].to_list(), task).reverse(), task, sample)
+    assert check_submission(tmp_path / "s.csv", sample, task)["rows"] == len(test)

@@ -1,0 +1,103 @@
+"""Metrics agree with scikit-learn where it has them, and refuse what can't be judged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pairclf.errors import DataError
+from pairclf.scores.metrics import (
+    Floats,
+    accuracy,
+    class_prior,
+    entropy,
+    expected_calibration_error,
+    log_loss,
+    way_to_best,
+)
+
+
+def random_scores(n: int, classes: int, seed: int) -> tuple[Floats, Floats, Floats]:
+    """Probabilities (some exactly 0 and 1), one-hot targets, weights."""
+    generator = np.random.default_rng(seed)
+    values = generator.dirichlet(np.full(classes, 0.3), size=n)
+    values[: n // 4] = np.eye(classes)[generator.integers(classes, size=n // 4)]
+    return values, np.eye(classes)[generator.integers(classes, size=n)], generator.uniform(0.1, 2, size=n)
+
+
+@given(n=st.integers(1, 40), classes=st.integers(2, 5), seed=st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_log_loss_and_accuracy_are_scikit_learns(n: int, classes: int, seed: int) -> None:
+    values, targets, weights = random_scores(n, classes, seed)
+    labels, everyone = targets.argmax(axis=1), list(range(classes))
+    expected = sklearn.metrics.log_loss(labels, values, labels=everyone)
+    assert log_loss(values, targets) == pytest.approx(expected, rel=1e-12)
+    weighted = sklearn.metrics.log_loss(labels, values, labels=everyone, sample_weight=weights)
+    assert log_loss(values, targets, weights) == pytest.approx(weighted, rel=1e-12)
+    assert accuracy(values, targets) == pytest.approx(sklearn.metrics.accuracy_score(labels, values.argmax(axis=1)))
+
+
+def test_soft_targets_are_the_mean_of_hard_ones() -> None:
+    values = np.array([[0.2, 0.3, 0.5]])
+    hard = [log_loss(values, np.eye(3)[[place]]) for place in range(3)]
+    assert log_loss(values, [[0.5, 0.25, 0.25]]) == pytest.approx(0.5 * hard[0] + 0.25 * hard[1] + 0.25 * hard[2])
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_nothing_beats_the_truth_nor_a_constant_the_prior(seed: int) -> None:
+    truth, other = np.random.default_rng(seed).dirichlet(np.ones(3), size=(2, 20))
+    assert log_loss(truth, truth) == pytest.approx(entropy(truth))
+    assert log_loss(other, truth) >= entropy(truth)
+    prior = np.tile(class_prior(truth), (20, 1))
+    assert log_loss(np.tile(other[0], (20, 1)), truth) >= log_loss(prior, truth) - 1e-12
+
+
+def test_prior_takes_weights() -> None:
+    targets = np.eye(3)[[0, 0, 1]]
+    assert class_prior(targets) == pytest.approx([2 / 3, 1 / 3, 0])
+    assert class_prior(targets, [1, 1, 2]) == pytest.approx([0.5, 0.5, 0])
+
+
+def test_entropy_in_nats() -> None:
+    assert entropy([[0.5, 0.5], [1.0, 0.0]]) == pytest.approx(np.log(2) / 2)
+
+
+def test_calibration_error_by_hand() -> None:
+    values = [[0.8, 0.2]] * 4 + [[0.4, 0.6]] * 2 + [[1.0, 0.0]]
+    targets = np.eye(2)[[0, 0, 0, 1, 1, 0, 0]]
+    assert expected_calibration_error(values, targets) == pytest.approx((4 * 0.05 + 2 * 0.1) / 7)
+    assert expected_calibration_error(targets, targets) == 0
+    soft = [[0.7, 0.3]]
+    assert expected_calibration_error(soft, soft) == pytest.approx(0)
+
+
+def test_way_to_best() -> None:
+    assert way_to_best(1.0, prior=1.0, best=0.5) == 0
+    assert way_to_best(0.5, prior=1.0, best=0.5) == 1
+    assert way_to_best(1.1, prior=1.0, best=0.5) < 0
+    with pytest.raises(DataError, match="must be above"):
+        way_to_best(0.5, prior=0.5, best=0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "targets", "weights", "expected"),
+    [
+        ([[0.5, 0.5]], [[1, 0, 0]], None, "must be alike"),
+        ([0.5, 0.5], [1, 0], None, "must be \\(rows, classes\\)"),
+        (np.ones((0, 3)), np.ones((0, 3)), None, "with one of each"),
+        ([[np.nan, 0.5]], [[1, 0]], None, "probabilities of 1 rows are not finite"),
+        ([[0.5, 0.5]], [[np.inf, 0]], None, "targets of 1 rows are not finite"),
+        ([[0.5, 0.5]], [[1, 0]], [1, 1], "weights"),
+        ([[0.5, 0.5]], [[1, 0]], [-1], "weights"),
+        ([[0.5, 0.5]], [[1, 0]], [0], "weights"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(values: Any, targets: Any, weights: Any, expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        log_loss(values, targets, weights)
