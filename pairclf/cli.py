@@ -82,6 +82,7 @@ def check(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".csv, .parquet or .jsonl")],
     task: TaskName = "lmsys",
     unlabelled: Annotated[bool, typer.Option("--unlabelled", help="the files are test files")] = False,
+    ignore: Annotated[list[str] | None, typer.Option(help="further column to accept and not read")] = None,
     out: Annotated[Path, typer.Option(help="where the findings go as JSON")] = Path("audit.json"),
 ) -> None:
     """Audit files of rows: what is wrong with them, by row id, and what will be done about it."""
@@ -89,7 +90,8 @@ def check(
     from pairclf.data.tables import read_rows
 
     chosen = _task(task)
-    findings = audit(read_rows(files, chosen, labelled=not unlabelled), chosen)
+    frame = read_rows(files, chosen, labelled=not unlabelled, ignore_columns=ignore or [])
+    findings = audit(frame, chosen)
     write_audit(out, findings)
     output.print(render(findings))
 

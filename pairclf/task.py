@@ -63,6 +63,8 @@ class Task(BaseModel):
         for name, values in (("fields", self.fields), ("classes", self.classes)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} {list(values)} name one thing twice")
+        if taken := {"id", "target", "weight", "group"} & {*self.fields, *self.classes}:
+            raise ValueError(f"{sorted(taken)} are columns of pairclf's own; name fields and classes otherwise")
         if (self.swap_fields is None) != (self.swap_classes is None):
             raise ValueError("swap_fields and swap_classes must be given together or not at all")
         if self.swap_fields is not None and not set(self.swap_fields) <= set(self.fields):

@@ -53,17 +53,13 @@ _FACTS: tuple[tuple[tuple[str, ...], str, tuple[tuple[str, str], ...]], ...] = (
         "The capital of {} is {}.",
         _pairs(
             "France Paris, Japan Tokyo, Russia Moscow, Greece Athens, Italy Rome, Egypt Cairo, Spain Madrid, "
-            "Peru Lima, "
-            "Cuba Havana, Kenya Nairobi, Norway Oslo, Poland Warsaw, Canada Ottawa, Germany Berlin, China Beijing, "
-            "Portugal Lisbon, Austria Vienna, Ireland Dublin, Sweden Stockholm, Turkey Ankara"
+            "Peru Lima, Cuba Havana, Norway Oslo, Poland Warsaw, Germany Berlin"
         ),
     ),
     (
         ("What sound does the {} make?", "Tell me the sound of the {}.", "How does the {} sound?"),
         "The sound of the {} is {}.",
-        _pairs(
-            "dog woof, cat meow, cow moo, sheep baa, duck quack, lion roar, bee buzz, owl hoot, frog croak, pig oink"
-        ),
+        _pairs("dog woof, cat meow, cow moo, sheep baa, duck quack, lion roar, bee buzz, owl hoot"),
     ),
     (
         ("What colour is {}?", "Name the colour of {}.", "Which colour does {} have?"),
@@ -73,16 +69,13 @@ _FACTS: tuple[tuple[tuple[str, ...], str, tuple[tuple[str, str], ...]], ...] = (
     (
         ("What is the opposite of {}?", "Give me the opposite of {}.", "Which word is the opposite of {}?"),
         "The opposite of {} is {}.",
-        _pairs(
-            "hot cold, big small, day night, old young, fast slow, rich poor, wet dry, full empty, high low, hard soft"
-        ),
+        _pairs("hot cold, big small, day night, old young, fast slow, rich poor, wet dry, high low"),
     ),
     (
         ("What comes right after {}?", "Which one follows {}?", "What is next after {}?"),
         "Right after {} comes {}.",
         _pairs(
-            "Monday Tuesday, Tuesday Wednesday, Thursday Friday, Saturday Sunday, January February, March April, "
-            "May June, July August, two three, five six, seven eight, nine ten"
+            "Monday Tuesday, Thursday Friday, Saturday Sunday, March April, May June, July August, two three, nine ten"
         ),
     ),
 )
@@ -102,7 +95,6 @@ _HARMFUL = (
 
 _NAMES = ("Ana", "Ben", "Mia", "Tom", "Eva", "Max", "Zoe", "Leo")
 _THINGS = ("ball", "kite", "drum", "lamp", "coin", "ring", "boat", "cake")
-_SYLLABLES = ("ba", "do", "fi", "ku", "la", "me", "no", "pi", "ra", "su", "ta", "vo", "we", "xi", "zu", "ge")
 
 
 @dataclass(frozen=True)
@@ -118,55 +110,55 @@ class _Language:
     words: tuple[str, ...]  # in the order of _WORDS
 
 
-_WORDS = ("water", "fire", "sun", "moon", "cat", "house", "book", "bread")
+_WORDS = ("water", "fire", "sun", "moon")
 
 _LANGUAGES: dict[str, _Language] = {
     "Spanish": _Language(
         "¿Cuál es la capital de {}?", "La capital de {} es {}.", "Responde con una sola palabra.",
         "Lo siento, no puedo ayudar con eso.", "Espero que esto te ayude.",
-        _pairs("Francia París, Japón Tokio, Rusia Moscú, Grecia Atenas, Italia Roma, Egipto Cairo"),
-        ("agua", "fuego", "sol", "luna", "gato", "casa", "libro", "pan"),
+        _pairs("Francia París, Japón Tokio, Rusia Moscú, Italia Roma"),
+        ("agua", "fuego", "sol", "luna"),
     ),
     "Russian": _Language(
         "Какой город — столица страны {}?", "Столица страны {} — {}.", "Ответь одним словом.",
         "Извините, я не могу с этим помочь.", "Надеюсь, это поможет.",
-        _pairs("Франция Париж, Япония Токио, Россия Москва, Греция Афины, Италия Рим, Египет Каир"),
-        ("вода", "огонь", "солнце", "луна", "кошка", "дом", "книга", "хлеб"),
+        _pairs("Франция Париж, Япония Токио, Россия Москва, Италия Рим"),
+        ("вода", "огонь", "солнце", "луна"),
     ),
     "Greek": _Language(
         "Ποια είναι η πρωτεύουσα της χώρας {};", "Η πρωτεύουσα της χώρας {} είναι {}.", "Απάντησε με μία λέξη.",
         "Λυπάμαι, δεν μπορώ να βοηθήσω με αυτό.", "Ελπίζω αυτό να βοηθά.",
-        _pairs("Γαλλία Παρίσι, Ιαπωνία Τόκιο, Ρωσία Μόσχα, Ελλάδα Αθήνα, Ιταλία Ρώμη, Αίγυπτος Κάιρο"),
-        ("νερό", "φωτιά", "ήλιος", "φεγγάρι", "γάτα", "σπίτι", "βιβλίο", "ψωμί"),
+        _pairs("Γαλλία Παρίσι, Ιαπωνία Τόκιο, Ρωσία Μόσχα, Ιταλία Ρώμη"),
+        ("νερό", "φωτιά", "ήλιος", "φεγγάρι"),
     ),
     "Chinese": _Language(
         "{}的首都是哪里？", "{}的首都是{}。", "请用一个词回答。", "对不起，我无法帮助您。", "希望这对您有帮助。",
-        _pairs("法国 巴黎, 日本 东京, 俄罗斯 莫斯科, 希腊 雅典, 意大利 罗马, 埃及 开罗"),
-        ("水", "火", "太阳", "月亮", "猫", "房子", "书", "面包"),
+        _pairs("法国 巴黎, 日本 东京, 俄罗斯 莫斯科, 意大利 罗马"),
+        ("水", "火", "太阳", "月亮"),
     ),
     "Japanese": _Language(
         "{}の首都はどこですか？", "{}の首都は{}です。", "一言で答えてください。",
         "申し訳ありませんが、お手伝いできません。", "お役に立てば幸いです。",
-        _pairs("フランス パリ, 日本 東京, ロシア モスクワ, ギリシャ アテネ, イタリア ローマ, エジプト カイロ"),
-        ("みず", "ひ", "たいよう", "つき", "ねこ", "いえ", "ほん", "パン"),
+        _pairs("フランス パリ, 日本 東京, ロシア モスクワ, イタリア ローマ"),
+        ("みず", "ひ", "たいよう", "つき"),
     ),
     "Korean": _Language(
         "{}의 수도는 어디입니까?", "{}의 수도는 {}입니다.", "한 단어로 답하세요.",
         "죄송하지만 도와드릴 수 없습니다.", "도움이 되었기를 바랍니다.",
-        _pairs("프랑스 파리, 일본 도쿄, 러시아 모스크바, 그리스 아테네, 이탈리아 로마, 이집트 카이로"),
-        ("물", "불", "태양", "달", "고양이", "집", "책", "빵"),
+        _pairs("프랑스 파리, 일본 도쿄, 러시아 모스크바, 이탈리아 로마"),
+        ("물", "불", "태양", "달"),
     ),
     "Arabic": _Language(
         "ما هي عاصمة {}؟", "عاصمة {} هي {}.", "أجب بكلمة واحدة.", "آسف، لا أستطيع المساعدة في ذلك.",
         "آمل أن يكون هذا مفيدا.",
-        _pairs("فرنسا باريس, اليابان طوكيو, روسيا موسكو, اليونان أثينا, إيطاليا روما, مصر القاهرة"),
-        ("ماء", "نار", "شمس", "قمر", "قطة", "بيت", "كتاب", "خبز"),
+        _pairs("فرنسا باريس, اليابان طوكيو, روسيا موسكو, إيطاليا روما"),
+        ("ماء", "نار", "شمس", "قمر"),
     ),
     "Hindi": _Language(
         "{} की राजधानी क्या है?", "{} की राजधानी {} है।", "एक शब्द में उत्तर दें।", "क्षमा करें, मैं इसमें मदद नहीं कर सकता।",
         "आशा है यह मदद करेगा।",
-        _pairs("फ़्रांस पेरिस, जापान टोक्यो, रूस मॉस्को, यूनान एथेंस, इटली रोम, मिस्र काहिरा"),
-        ("पानी", "आग", "सूरज", "चाँद", "बिल्ली", "घर", "किताब", "रोटी"),
+        _pairs("फ़्रांस पेरिस, जापान टोक्यो, रूस मॉस्को, इटली रोम"),
+        ("पानी", "आग", "सूरज", "चाँद"),
     ),
 }  # fmt: skip
 
@@ -177,13 +169,13 @@ _FILLERS = (
 )  # fmt: skip
 _FORMATS = {
     "word": ("Answer in one word.", "Reply with one word only."),
-    "upper": ("Write in upper case.", "Use capital letters."),
+    "bold": ("Use bold letters.", "Put it in bold."),
     "json": ("Answer in JSON.", "Reply as JSON."),
     "sentence": ("Answer in a full sentence.", "Use a complete sentence."),
     "numbered": ("Answer as a numbered list.", "Number the items."),
     "commas": ("Separate them by commas.", "Answer on one line with commas."),
 }
-_SINGLE_FORMS, _LIST_FORMS = ("sentence", "word", "upper", "json"), ("commas", "numbered", "upper", "json")
+_SINGLE_FORMS, _LIST_FORMS = ("sentence", "word", "bold", "json"), ("commas", "numbered", "bold", "json")
 
 
 # ------------------------------------------------------------------------------------------- questions and answers
@@ -232,14 +224,11 @@ def _translation(random: Random) -> _Question:
     return _Question(ask, (words[index],), wrong, f"In {name}, {_WORDS[index]} is {{}}.")
 
 
-def _word(random: Random) -> str:
-    return "".join(random.choices(_SYLLABLES, k=random.choice((2, 3))))
-
-
 def _copy(random: Random) -> _Question:
-    word, others = _word(random), [(_word(random),) for _ in range(3)]
+    known = [word for words in _KINDS.values() for word in words]
+    word, *others = random.sample(known, 4)
     ask = random.choice(("Repeat the word {}.", "Say {} again.", "Copy this word: {}.")).format(word)
-    return _Question(ask, (word,), tuple(other for other in others if other != (word,)), "The word is {}.")
+    return _Question(ask, (word,), tuple((other,) for other in others), "The word is {}.")
 
 
 def _lookup(random: Random) -> _Question:
@@ -297,13 +286,12 @@ def _render(question: _Question, items: Sequence[str], form: str, fillers: int, 
         return joined
     if form == "json":
         return json.dumps({"answer": items[0] if len(items) == 1 else list(items)}, ensure_ascii=False)
-    text = question.sentence.format(joined)
+    text = question.sentence.format(f"**{joined}**" if form == "bold" else joined)
     if form == "numbered":
         text = "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1))
     language = _LANGUAGES.get(question.language)
     extra = [language.filler] * min(fillers, 1) if language else random.sample(_FILLERS, fillers)
-    text = " ".join((text, *extra))
-    return text.upper() if form == "upper" else text
+    return " ".join((text, *extra))
 
 
 def _refuse(question: _Question, random: Random) -> str:
@@ -615,16 +603,17 @@ def _reaction(answer: _Answer, random: Random) -> str:
     return random.choice(next((words for name, words in _COMPLAINTS.items() if not traits[name]), _THANKS))
 
 
-def _remarks(name: str, answer: _Answer, random: Random) -> list[str]:
+def _remarks(name: str, answer: _Answer) -> list[str]:
+    """What a reviewer jots down about one response: single words, the response's name behind each."""
     correct, kept, length, refusal, relevant = answer.traits
-    remarks = [
-        f"{name} is {'right' if correct else 'wrong'}",
-        f"{name} {'keeps' if kept else 'breaks'} the format",
-        f"{name} is {('short', 'medium', 'long')[min(2, int(length * 3))]}",
-    ]
-    remarks += [f"{name} should {'not refuse' if answer.text in _REFUSALS else 'refuse'}"] * int(refusal)
-    remarks += [f"{name} is off topic"] * int(not relevant)
-    return random.sample(remarks, len(remarks))
+    remarks = (
+        "right" if correct else "wrong",
+        "kept" if kept else "broke",
+        ("short", "medium", "long")[min(2, int(length * 3))],
+        "misjudged" if refusal else "fair",
+        "relevant" if relevant else "stray",
+    )
+    return [remark + name.upper() for remark in remarks]
 
 
 def _chat(random: Random) -> str:
@@ -644,12 +633,9 @@ def _pair(random: Random) -> str:
     text = "\n\n### Prompt\n" + "\n\n".join(question.text for question in questions)
     for name, answers in zip("ab", sides, strict=True):
         text += f"\n\n### Response {name}\n" + "\n\n".join(str(answer.text) for answer in answers)
-    remarks = [
-        f"{remark}."
-        for name, answers in zip("ab", sides, strict=True)
-        for remark in _remarks(name, answers[-1], random)
-    ]
-    return f"{text}\n\n### Notes\n{' '.join(remarks)}"
+    remarks = [remark for name, answers in zip("ab", sides, strict=True) for remark in _remarks(name, answers[-1])]
+    heading = random.choice(("Notes", "Remarks", "Verdict"))
+    return f"{text}\n\n### {heading}\n{' '.join(random.sample(remarks, len(remarks)))}"
 
 
 def corpus(n: int, seed: int) -> Iterator[str]:
@@ -660,4 +646,4 @@ def corpus(n: int, seed: int) -> Iterator[str]:
     """
     random = Random(f"corpus {seed}")
     for _ in range(n):
-        yield _chat(random) if random.random() < 0.4 else _pair(random)
+        yield _chat(random) if random.random() < 0.2 else _pair(random)

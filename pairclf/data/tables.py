@@ -398,19 +398,10 @@ def scores_frame(
     )
 
 
-def write_scores(
-    path: Path,
-    ids: Sequence[str],
-    probabilities: Probabilities,
-    task: Task,
-    orders: int | Sequence[int],
-    models: Sequence[str] | pl.Series,
-) -> pl.DataFrame:
-    """Write scores as parquet, atomically, and return them as a table; arguments and errors as in `scores_frame`."""
-    scores = scores_frame(ids, probabilities, task, orders, models)
+def write_scores(path: Path, scores: pl.DataFrame) -> None:
+    """Write a table that `scores_frame` made as parquet, atomically."""
     with atomic_file(path) as temporary:
         scores.write_parquet(temporary)
-    return scores
 
 
 def read_scores(path: Path, task: Task) -> pl.DataFrame:

@@ -8,9 +8,8 @@ import polars as pl
 
 from pairclf.config import Config
 from pairclf.console import console
-from pairclf.data.tables import read_scores
+from pairclf.data.tables import read_scores, write_scores
 from pairclf.errors import ConfigError
-from pairclf.files import atomic_file
 from pairclf.jobs.fit import fit
 from pairclf.jobs.run import OOF, OOF_AB, Paths, output_of
 
@@ -33,6 +32,5 @@ def cross_validate(config: Config) -> list[Path]:
     output = output_of(config)
     for name in (OOF, OOF_AB):
         parts = [read_scores(Paths(output, fold).folder / name, config.task) for fold in chosen]
-        with atomic_file(output / name) as temporary:
-            pl.concat(parts).write_parquet(temporary)
+        write_scores(output / name, pl.concat(parts))
     return bundles

@@ -11,7 +11,7 @@ import torch
 
 from pairclf.config import Config
 from pairclf.console import console
-from pairclf.data.tables import to_rows, write_scores
+from pairclf.data.tables import scores_frame, to_rows, write_scores
 from pairclf.jobs.run import OOF, OOF_AB, Paths, labelled_rows, output_of, split
 from pairclf.jobs.scoring import Floats, by_order, combine, items_of, probabilities, score, verify
 from pairclf.jobs.train import make_accelerator, train
@@ -86,8 +86,8 @@ def _write_held_out(config: Config, paths: Paths, rows: Sequence[Row], logits: S
     orders = probabilities(logits, config.task, config.predict.temperature)
     ids, models = [row.id for row in rows], [f"fold{paths.fold}"]
     averaged = combine(orders, config.task)
-    write_scores(paths.folder / OOF, ids, averaged, config.task, orders=len(orders), models=models)
-    write_scores(paths.folder / OOF_AB, ids, orders[AB], config.task, orders=1, models=models)
+    write_scores(paths.folder / OOF, scores_frame(ids, averaged, config.task, len(orders), models))
+    write_scores(paths.folder / OOF_AB, scores_frame(ids, orders[AB], config.task, 1, models))
     targets = np.array([row.target for row in rows])
     return {
         "rows": float(len(rows)),

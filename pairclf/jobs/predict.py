@@ -9,9 +9,8 @@ import polars as pl
 
 from pairclf.config import override
 from pairclf.console import console
-from pairclf.data.tables import make_scores, read_rows, to_rows, write_submission
+from pairclf.data.tables import read_rows, scores_frame, to_rows, write_scores, write_submission
 from pairclf.errors import BundleError, ConfigError
-from pairclf.files import atomic_file
 from pairclf.jobs.fit import free_memory
 from pairclf.jobs.scoring import by_order, combine, items_of, probabilities, score
 from pairclf.model.backbone import pick_device
@@ -63,8 +62,7 @@ def predict(
     blended = blend(scored, task)
     write_submission(out, blended, task, sample)
     if scores is not None:
-        with atomic_file(scores) as temporary:
-            blended.write_parquet(temporary)
+        write_scores(scores, blended)
     console.print(f"[green]wrote[/] {out}: {len(rows):,} rows from {len(bundles)} model(s)")
     return blended
 
@@ -89,6 +87,6 @@ def _score(bundle: Bundle, rows: Sequence[Row], base: Path | None, overrides: Se
     classifier = Bundle(bundle.folder, bundle.manifest, config).load(pick_device(), base)
     logits = score(classifier, items, tokens_per_batch=settings.tokens_per_batch, title=bundle.name)
     orders = probabilities(by_order(items, logits, len(rows)), config.task, settings.temperature)
-    return make_scores(
+    return scores_frame(
         [row.id for row in rows], combine(orders, config.task), config.task, orders=len(orders), models=[bundle.name]
     )

@@ -13,7 +13,7 @@ from pairclf.data.tables import read_rows
 from pairclf.errors import ConfigError
 
 FOLDS, OOF, OOF_AB = "folds.csv", "oof.parquet", "oof-ab.parquet"
-BUNDLE, MANIFEST = "bundle", "bundle.json"
+BUNDLE = "bundle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def bundles_of(config: Config) -> list[Path]:
         ConfigError: there is none.
     """
     output = output_of(config)
-    found = sorted(entry.parent for entry in output.glob(f"*/{BUNDLE}/{MANIFEST}"))
+    found = sorted(output.glob(f"*/{BUNDLE}"))
     if not found:
         raise ConfigError(f"{output} holds no bundle", remedy="run `pairclf cv CONFIG` or `pairclf train CONFIG` first")
     return found

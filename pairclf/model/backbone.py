@@ -7,8 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig
@@ -148,7 +148,7 @@ def _keep_full_precision(loaded: nn.Module) -> None:
     become bfloat16, so that scores would differ between CPUs by 1e-2, and shapes not divisible by 32 fail an assertion.
     """
     for module in loaded.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from pairclf.errors import PackagingError
 from pairclf.packaging.wheelhouse import normalise
 
+_FOR_COMPILERS = (".c", ".cuh", ".h", ".hpp", ".pyi")  # a third of the files, and no notebook reads them
 _PROBE = """
 import importlib.metadata, importlib.util, sys
 for name in sys.argv[1:]:
@@ -83,7 +84,7 @@ def _files(found: Distribution) -> Iterator[Path]:
 
 
 def _link_tree(source: Path, target: Path, left_out: Collection[Path]) -> None:
-    """Link every file of `source` but those left out, and the byte code beside those."""
+    """Link the files of `source`, but those left out, the byte code beside those, and what only compilers read."""
     emptied = {path.parent / "__pycache__" for path in left_out}
     for root, _, names in os.walk(source):
         here = Path(root)
@@ -91,5 +92,5 @@ def _link_tree(source: Path, target: Path, left_out: Collection[Path]) -> None:
             continue
         for name in names:
             path, there = here / name, target / here.relative_to(source) / name
-            if path not in left_out and not there.exists():
+            if path.suffix not in _FOR_COMPILERS and path not in left_out and not there.exists():
                 link_or_copy(path, there)

@@ -240,9 +240,10 @@ def _execute(stage: _Stage, sandbox: Sandbox, python: Path, notebook: Path, repo
             text=True,
             start_new_session=True,
         )
+        failures: list[str] = []
         try:
             for event in map(json.loads, process.stdout or ()):
-                _note(event, report)
+                failures += _note(event, report)
                 if "cell" in event:
                     advance(note=event["cell"])
             process.wait()
@@ -250,32 +251,24 @@ def _execute(stage: _Stage, sandbox: Sandbox, python: Path, notebook: Path, repo
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+    if failures:
+        raise PackagingError(failures[0], where=notebook, remedy=f"{EXECUTED} holds all that the cells printed")
     if process.returncode != 0:
         raise PackagingError(f"the notebook could not be run:\n{_tail(log.read_text())}", where=notebook)
 
 
-def _note(event: Mapping[str, Any], report: Report) -> None:
-    """Take one line of the runner into the report.
-
-    Raises:
-        PackagingError: it tells of a failed cell, or of a sandbox that does not hold.
-    """
+def _note(event: Mapping[str, Any], report: Report) -> Iterator[str]:
+    """Take one line of the runner into the report; yield what it tells of failures."""
     if "blocked" in event:
         for what, reason in event["blocked"].items():
+            words = getattr(report, what)
+            setattr(report, what, f"{words} ({reason})")
             if reason is None:
-                raise PackagingError(
-                    f"the sandbox does not hold: {what} is open in spite of {getattr(report, what)}",
-                    remedy="rehearse where unshare(1) may make namespaces",
-                )
-        report.network += f" ({event['blocked']['network']})"
-        report.input += f" ({event['blocked']['input']})"
+                yield f"the sandbox does not hold: {what} is open in spite of: {words}"
     elif "cell" in event:
         report.seconds[f"cell {event['cell']}"] = event["seconds"]
         if event["failed"]:
-            raise PackagingError(
-                f"the notebook's cell {event['cell']!r} failed:\n{_tail(event['output'])}",
-                where=f"{EXECUTED} holds all that it printed",
-            )
+            yield f"the notebook's cell {event['cell']!r} failed:\n{_tail(event['output'])}"
     else:
         report.peak_mb = event["peak_mb"]
 

@@ -77,7 +77,8 @@ def run(notebook: Any) -> bool:
     """Execute the code cells in order; whether all went well."""
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     client = NotebookClient(notebook, km=manager, timeout=None)
-    with client.setup_kernel(stdout=sys.stderr):  # the kernel echoes what subprocesses print; our stdout is for events
+    # The kernel echoes what its subprocesses print, and our standard output is for events.
+    with client.setup_kernel(cleanup_kc=True, stdout=sys.stderr):
         for index, cell in enumerate(notebook.cells):
             if cell.cell_type != "code":
                 continue

@@ -16,14 +16,6 @@ from pairclf.packaging import build, wheelhouse
 
 SMALL = "iniconfig"  # stands for what Kaggle's image lacks: pure Python, and nothing in the notebook needs it
 
-SCORE = """
-import iniconfig
-import polars as pl
-
-table = pl.read_csv(sample, schema_overrides={"id": pl.String})
-table.write_csv("submission.csv")
-"""
-
 
 @pytest.fixture
 def config() -> Config:
@@ -32,10 +24,15 @@ def config() -> Config:
 
 @pytest.fixture
 def bundle(tmp_path: Path, config: Config) -> Path:
-    return write_bundle(tmp_path / "bundle", config, "fold0")
+    return _write_bundle(tmp_path / "bundle", config, "fold0")
 
 
-def write_bundle(folder: Path, config: Config, name: str) -> Path:
+@pytest.fixture
+def write_bundle() -> Callable[[Path, Config, str], Path]:
+    return _write_bundle
+
+
+def _write_bundle(folder: Path, config: Config, name: str) -> Path:
     """A folder that `open_bundle` accepts; its weights are no weights."""
     for part in ("adapter/adapter_model.safetensors", "head.safetensors", "tokenizer/tokenizer.json"):
         (folder / part).parent.mkdir(parents=True, exist_ok=True)
@@ -75,19 +72,20 @@ def no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wheelhouse, "_pip", offline)
 
 
-Package = Callable[[str], Path]
+Packager = Callable[..., Path]
 
 
 @pytest.fixture
 def packaged(
     tmp_path: Path, config: Config, bundle: Path, no_registry: None, monkeypatch: pytest.MonkeyPatch
-) -> Package:
-    """`packaged(code)`: a package whose notebook has all cells of the real one but the last three, and then `code`."""
+) -> Packager:
+    """`packaged(code, after=id)`: a package whose notebook has the real one's cells up to `id`, and then `code`."""
 
-    def make(code: str = SCORE) -> Path:
+    def make(code: str, after: str = "install") -> Path:
         real = build.shipped(build.TEMPLATE).read_text(encoding="utf-8")
+        head, cell, tail = real.partition(f"# %% {after}\n")
         template = tmp_path / "template.py"
-        template.write_text(real.partition("# %% [markdown] about-verify")[0] + f"# %% score\n{code}", encoding="utf-8")
+        template.write_text(head + cell + tail.partition("# %%")[0] + f"# %% score\n{code}", encoding="utf-8")
         with monkeypatch.context() as patch:
             patch.setattr(build, "shipped", lambda name: template)
             return build.package(config, [bundle], tmp_path / "package")
@@ -99,7 +97,9 @@ def packaged(
 def competition(tmp_path: Path) -> tuple[Path, Path]:
     """A test file and its sample submission."""
     test, sample = tmp_path / "rows.csv", tmp_path / "sample.csv"
-    test.write_text('id,prompt,response_a,response_b\n7,"[""p""]","[""a""]","[""b""]"\n3,"[""q""]","[""c""]","[""d""]"\n')
+    test.write_text(
+        'id,prompt,response_a,response_b\n7,"[""p""]","[""a""]","[""b""]"\n3,"[""q""]","[""c""]","[""d""]"\n'
+    )
     thirds = "0.3333333,0.3333333,0.3333334"
     sample.write_text(f"id,winner_model_a,winner_model_b,winner_tie\n7,{thirds}\n3,{thirds}\n")
     return test, sample

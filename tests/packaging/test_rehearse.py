@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pairclf.errors import DataError, PackagingError
 from pairclf.packaging import rehearse as module
 from pairclf.packaging.rehearse import rehearse
 
-Package = Callable[..., Path]
+Packager = Callable[..., Path]
 Competition = tuple[Path, Path]
 
 
@@ -27,6 +27,16 @@ def isolation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, t
         if module.namespaces(tmp_path / "probe") is None:
             pytest.skip("this machine allows no namespaces")
     return str(request.param)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This environment itself for the image: for notebooks that install nothing."""
+    monkeypatch.setattr(module, "make_image", lambda folder, hidden: Path(sys.executable))
+
+
+def quickly(packaged: Packager, code: str) -> Path:
+    return packaged(code, after="inputs")
 
 
 PRY = """
@@ -52,7 +62,7 @@ Path("submission.csv").write_bytes(sample.read_bytes())
 
 
 def test_submission_comes_out_and_nothing_else_gets_through(
-    packaged: Package, competition: Competition, tmp_path: Path, isolation: str, monkeypatch: pytest.MonkeyPatch
+    packaged: Packager, competition: Competition, tmp_path: Path, isolation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "abc")
     package = packaged(PRY)
@@ -88,40 +98,54 @@ def render(report: module.Report) -> str:
     return captured.get()
 
 
+@pytest.mark.usefixtures("quick")
 def test_failing_command_is_told_with_its_own_words(
-    packaged: Package, competition: Competition, tmp_path: Path
+    packaged: Packager, competition: Competition, tmp_path: Path
 ) -> None:
     code = "subprocess.check_call([sys.executable, '-c', 'import sys; sys.exit(\"the head has 5 classes\")'])"
     with pytest.raises(PackagingError, match=r"cell 'score' failed:[\s\S]*the head has 5 classes") as caught:
-        rehearse(packaged(code), *competition, tmp_path / "out")
+        rehearse(quickly(packaged, code), *competition, tmp_path / "out")
     assert "Traceback" not in str(caught.value)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["executed.ipynb"]
 
 
-def test_dead_kernel_is_a_failed_cell(packaged: Package, competition: Competition, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("quick")
+def test_dead_kernel_is_a_failed_cell(packaged: Packager, competition: Competition, tmp_path: Path) -> None:
     with pytest.raises(PackagingError, match="cell 'score' failed"):
-        rehearse(packaged("os._exit(9)"), *competition, tmp_path / "out")
+        rehearse(quickly(packaged, "os._exit(9)"), *competition, tmp_path / "out")
 
 
+@pytest.mark.usefixtures("quick")
 def test_wrong_submission_is_refused_and_an_older_one_stays(
-    packaged: Package, competition: Competition, tmp_path: Path
+    packaged: Packager, competition: Competition, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "submission.csv").write_text("older")
     code = "Path('submission.csv').write_text(sample.read_text().replace('0.3333334', 'nan'))"
     with pytest.raises(DataError):
-        rehearse(packaged(code), *competition, out)
+        rehearse(quickly(packaged, code), *competition, out)
     assert (out / "submission.csv").read_text() == "older"
+
+
+@pytest.mark.usefixtures("quick")
+def test_missing_submission_and_what_a_killed_rehearsal_left(
+    packaged: Packager, competition: Competition, tmp_path: Path
+) -> None:
+    left = tmp_path / "out" / ".tmp-rehearsal" / "input"
+    left.mkdir(parents=True)
+    left.chmod(0o555)
     with pytest.raises(PackagingError, match=r"without writing submission\.csv"):
-        rehearse(packaged("pass"), *competition, out)
+        rehearse(quickly(packaged, "pass"), *competition, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["executed.ipynb"]
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("payload", ["bundle/fold0/head.safetensors", "wheels/pairclf-wheels.json"])
 def test_changed_byte_is_refused_before_anything_is_installed(
-    packaged: Package, competition: Competition, tmp_path: Path, payload: str
+    packaged: Packager, competition: Competition, tmp_path: Path, payload: str
 ) -> None:
-    package = packaged()
+    package = quickly(packaged, "pass")
     content = bytearray((package / payload).read_bytes())
     content[-2] ^= 1
     (package / payload).write_bytes(content)
@@ -129,26 +153,18 @@ def test_changed_byte_is_refused_before_anything_is_installed(
         rehearse(package, *competition, tmp_path / "out")
 
 
+@pytest.mark.usefixtures("quick")
 def test_sandbox_that_does_not_hold_is_refused(
-    packaged: Package, competition: Competition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packaged: Packager, competition: Competition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "namespaces", lambda inputs: module.Sandbox((), "nothing", "nothing"))
     with pytest.raises(PackagingError, match="does not hold"):
-        rehearse(packaged(), *competition, tmp_path / "out")
+        rehearse(quickly(packaged, "pass"), *competition, tmp_path / "out")
 
 
 def test_folder_that_is_no_package(competition: Competition, tmp_path: Path) -> None:
     with pytest.raises(PackagingError, match="is no package"):
         rehearse(tmp_path, *competition, tmp_path / "out")
-
-
-def test_what_a_killed_rehearsal_left_is_removed(packaged: Package, competition: Competition, tmp_path: Path) -> None:
-    left = tmp_path / "out" / ".tmp-rehearsal" / "input"
-    left.mkdir(parents=True)
-    left.chmod(0o555)
-    rehearse(packaged(), *competition, tmp_path / "out")
-    assert not left.exists()
-    assert os.access(tmp_path / "out" / "submission.csv", os.R_OK)
 
 
 def test_guard_lets_loopback_through(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""What tests share: tiny models that are made here, with a tokenizer to match, and rows for them. No network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in two workers on two cores
+
+from pairclf.config import Config, resolve
+from pairclf.task import Row
+
+SHARED = Path(__file__).parents[2] / "shared"
+"""Real data and models, where a checkout has them beside it."""
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("no folder `shared` beside the checkout")
+    return SHARED
+
+
+def tiny_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer with a few special tokens, made in place."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<eos>",  # pad == eos, the trap of FACTS: nothing here may hang on it
+        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+    )
+    fast.save_pretrained(folder)
+
+
+def tiny_model(kind: str, folder: Path) -> None:
+    """Random weights, two layers, NF4-sized; `kind` is gemma2, llama or qwen2."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        **({"sliding_window": 32, "query_pre_attn_scalar": 16} if kind == "gemma2" else {}),
+    )
+    AutoModel.from_config(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`base_of("gemma2")` is a folder with a tiny base model of that architecture and its tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            tiny_tokenizer(made[kind])
+            tiny_model(kind, made[kind])
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def config_for(base_of: Callable[[str], Path]) -> Callable[..., Config]:
+    """`config_for("gemma2", model={...}, train={...})`: a small config on a tiny base."""
+
+    def make(kind: str = "gemma2", **sections: dict[str, object]) -> Config:
+        tree: dict[str, dict[str, object]] = {
+            "inputs": {"max_length": 160},
+            "model": {"base": str(base_of(kind)), "quantization": "none", "lora": {"rank": 4, "dropout": 0.0}},
+            "train": {"rows_per_step": 8, "rows_per_batch": 8, "learning_rate": 1e-2},
+        }
+        for name, section in sections.items():
+            tree[name] = {**tree.get(name, {}), **section}
+        return resolve(tree)
+
+    return make
+
+
+def make_rows(count: int) -> list[Row]:
+    """Rows of different lengths whose winner can be read from the text."""
+    rows = []
+    for number in range(count):
+        good, bad = "yes " * (1 + number % 5), "no " * (2 + number % 7)
+        winner = number % 3
+        a, b = ((good, bad), (bad, good), (good, good))[winner]
+        target = tuple(float(index == winner) for index in range(3))
+        fields = {"prompt": (f"question {number}",), "response_a": (a,), "response_b": (b, "more")[: 1 + number % 2]}
+        rows.append(Row(str(number), fields, target))
+    return rows

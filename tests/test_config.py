@@ -1,0 +1,115 @@
+"""Settings: strict, all errors at once, the nearest key named, and every shipped YAML readable through the real CLI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pairclf.cli import app
+from pairclf.config import (
+    describe_config,
+    dump_config,
+    load_config,
+    override,
+    parse_yaml,
+    resolve,
+    run_folder,
+    settings,
+)
+from pairclf.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(
+    path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("accelerate", "deepspeed")
+)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_shipped_config_is_read_by_the_cli(path: Path) -> None:
+    result = CliRunner().invoke(app, ["config", str(path)])
+    assert result.exit_code == 0, result.output
+    assert resolve(parse_yaml(result.stdout, path)) == load_config(path)
+
+
+def test_dump_and_description_read_back_as_the_same_config() -> None:
+    config = resolve({"task": "wsdm", "train": {"learning_rate": 3e-5}, "predict": {"swap": "off"}})
+    assert resolve(parse_yaml(dump_config(config), "dump")) == config
+    assert resolve(parse_yaml(describe_config(config), "description")) == config
+
+
+def test_every_setting_has_help() -> None:
+    assert [key for key, help_text in settings() if len(help_text) < 5] == []
+
+
+def test_all_errors_are_shown_at_once_and_name_the_nearest_key() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({"train": {"lerning_rate": 1, "epochs": "many"}, "modl": {}, "seed": -1})
+    text = str(caught.value)
+    assert "4 settings" in text
+    for part in ("train.lerning_rate", "train.learning_rate", "modl", "nearest is model", "train.epochs", "seed"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"model": {"lora": None}}, "quantization=nf4 freezes"),
+        ({"inputs": {"shares": {"prompt": 0.2, "response_a": 0.5, "response_b": 0.3}}}, "must treat response_a"),
+        ({"inputs": {"shares": {"prompt": 0.5, "response_a": 0.5, "response_b": 0.5}}}, "sum to at most 1"),
+        ({"inputs": {"cut": {"prompt": "head"}}}, "each of the task's fields"),
+        ({"task": "imdb"}, "no preset"),
+    ],
+)
+def test_contradictions_are_refused(tree: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(tree)
+
+
+def test_overrides_lie_on_the_file_and_the_file_on_what_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "base.yaml").write_text("train: {epochs: 3, clip: 0.5}\nseed: 1\n")
+    path = tmp_path / "configs" / "x.yaml"
+    path.write_text("extends: ../base.yaml\ntrain: {epochs: 2}\n")
+    config = load_config(path, ["train.learning_rate=1e-5", "predict.swap=off", "model.lora.targets=[q_proj]"])
+    assert (config.train.epochs, config.train.clip, config.seed) == (2, 0.5, 1)
+    assert config.train.learning_rate == 1e-5
+    assert config.predict.swap == "off"  # a word, as in YAML 1.2, and not False
+    assert config.model.lora is not None
+    assert config.model.lora.targets == ["q_proj"]
+    assert config.output == Path("runs/x")
+
+
+def test_a_circle_of_extends_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("extends: x.yaml\n")
+    with pytest.raises(ConfigError, match="comes back"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["- a list\n", "a: [1\n", "\x00"])
+def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(path)
+
+
+@pytest.mark.parametrize("wrong", ["train.epochs", "=3", "train.epochs=[1", "train.epoch=3"])
+def test_a_malformed_override_is_an_error(wrong: str) -> None:
+    with pytest.raises(ConfigError):
+        override(resolve({}), [wrong])
+
+
+def test_the_run_folder_mirrors_the_path_below_configs() -> None:
+    assert run_folder(Path("configs/lmsys/a.yaml")) == Path("runs/lmsys/a")
+    assert run_folder(Path("/somewhere/configs/b.yaml")) == Path("runs/b")
+    assert run_folder(Path("mine/c.yaml")) == Path("runs/c")
+
+
+def test_a_task_that_can_not_swap_shows_one_order() -> None:
+    task = {"name": "t", "fields": ["text"], "classes": ["u", "v"], "label_column": "label"}
+    assert resolve({"task": task}).train.swap == "none"
+    with pytest.raises(ConfigError, match="can not"):
+        resolve({"task": task, "train": {"swap": "random"}})

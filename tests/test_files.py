@@ -1,0 +1,66 @@
+"""Whole or not at all: a failure at any moment leaves the old file or folder, and nothing half written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pairclf.files import atomic_file, atomic_folder, sha256_tree, write_json, write_text
+
+
+def _full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(OSError, match="No space"), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        _full_disk()
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_disk_that_fills_while_closing_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = tmp_path / "folder"
+    with atomic_folder(path) as new:
+        (new / "x").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, _full_disk)
+        with pytest.raises(OSError, match="No space"), atomic_folder(path) as new:
+            (new / "x").write_text("new")
+    assert (path / "x").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_killed_between_the_two_renames_the_old_folder_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    (tmp_path / ".tmp-old-folder").mkdir()
+    (tmp_path / ".tmp-old-folder" / "x").write_text("whole")
+    with pytest.raises(RuntimeError), atomic_folder(path) as new:
+        (new / "x").write_text("half")
+        raise RuntimeError
+    assert (path / "x").read_text() == "whole"
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-a.txt").write_text("half")
+    (tmp_path / ".tmp-folder").mkdir()
+    (tmp_path / ".tmp-folder" / "stale").write_text("half")
+    write_text(tmp_path / "a.txt", "whole")
+    with atomic_folder(tmp_path / "folder") as new:
+        (new / "x").write_text("whole")
+    assert sorted(sha256_tree(tmp_path)) == ["a.txt", "folder/x"]
+
+
+def test_json_refuses_what_json_has_not(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,101 @@
+"""The house stands: imports point downwards, the lower floors know no torch, and `--help` loads none."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "pairclf"
+
+FLOORS = {
+    "pairclf": 0, "errors": 0, "task": 0, "config": 0, "files": 0, "console": 0,
+    "data": 1, "scores": 1, "inputs": 2, "model": 3, "jobs": 4, "packaging": 4, "cli": 5, "__main__": 5,
+}  # fmt: skip
+ROOMS = {
+    "words": ["errors", "files", "console", "task", "config"],
+    "data": ["tables", "arena", "folds", "audit"],
+    "scores": ["metrics", "calibration", "blend"],
+    "inputs": ["truncate", "render", "plan"],
+    "model": ["batch", "layouts", "readout", "backbone", "engine", "bundle"],
+}
+HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "deepspeed"}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "_shipped" not in path.parts)
+
+
+def room_of(module: str) -> str:
+    """`pairclf.data.tables` -> `data`."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Every absolute import in the file, those inside functions included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found.add(str(node.module))
+    return found
+
+
+def name_of(path: Path) -> str:
+    return ".".join(["pairclf", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def wrong_arrows(name: str, imported: set[str]) -> list[str]:
+    floor = FLOORS[room_of(name)]
+    upwards = [other for other in imported if other.startswith("pairclf.") and FLOORS[room_of(other)] > floor]
+    heavy = [other for other in imported if other.split(".")[0] in HEAVY] if floor <= 2 else []
+    return sorted([*upwards, *heavy, *backwards(name, imported)])
+
+
+def backwards(name: str, imported: set[str]) -> list[str]:
+    """Imports from a later module of the same room, for rooms whose order is laid down."""
+    parts = name.split(".")
+    order = ROOMS["words"] if FLOORS[room_of(name)] == 0 else ROOMS.get(room_of(name), [])
+    if parts[-1] not in order:
+        return []
+    later = order[order.index(parts[-1]) + 1 :]
+    prefix = ".".join(parts[:-1])
+    return [f"{prefix}.{module}" for module in later if f"{prefix}.{module}" in imported]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_downwards(path: Path) -> None:
+    assert wrong_arrows(name_of(path), imports(path)) == []
+
+
+def test_a_wrong_arrow_is_found() -> None:
+    assert wrong_arrows("pairclf.data.tables", {"pairclf.model.batch", "torch", "polars"}) == [
+        "pairclf.model.batch",
+        "torch",
+    ]
+    assert wrong_arrows("pairclf.inputs.truncate", {"pairclf.inputs.render"}) == ["pairclf.inputs.render"]
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["rehearse", "--help"], ["config", "x.yaml"]])
+def test_help_and_typing_errors_load_nothing_heavy(command: list[str]) -> None:
+    heavy = sorted(HEAVY | {"polars", "sklearn", "scipy", "nbclient"})
+    code = (
+        "import sys\nfrom pairclf.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"print('LOADED', [name for name in {heavy!r} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("LOADED []"), result.stdout + result.stderr
+
+
+def test_every_command_shows_an_example() -> None:
+    from typer.main import get_command
+
+    from pairclf.cli import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert len(commands) >= 12
+    assert [name for name, command in commands.items() if f"pairclf {name}" not in (command.epilog or "")] == []

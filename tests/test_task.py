@@ -1,0 +1,53 @@
+"""Swap is an involution, keeps ties, and is defined for presets and for users' own tasks alike."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pairclf.task import LMSYS, PRESETS, WSDM, Row, Task
+
+TURNS = st.lists(st.one_of(st.none(), st.text(max_size=5)), max_size=3).map(tuple)
+
+
+@given(st.tuples(TURNS, TURNS, TURNS), st.lists(st.floats(0, 1), min_size=3, max_size=3))
+def test_swapping_twice_changes_nothing(texts: tuple[tuple[str | None, ...], ...], target: list[float]) -> None:
+    row = Row("7", dict(zip(LMSYS.fields, texts, strict=True)), tuple(target), weight=2.0, group="g")
+    swapped = LMSYS.swap_row(row)
+    assert LMSYS.swap_row(swapped) == row
+    assert swapped.fields["prompt"] == row.fields["prompt"]
+    assert swapped.fields["response_a"] == row.fields["response_b"]
+    assert swapped.target is not None
+    assert swapped.target == (target[1], target[0], target[2])
+
+
+def test_swapped_columns_of_the_presets() -> None:
+    assert LMSYS.swapped_columns == (1, 0, 2)
+    assert WSDM.swapped_columns == (1, 0)
+    assert all(preset.swappable for preset in PRESETS.values())
+
+
+def test_a_task_of_single_texts_does_not_swap() -> None:
+    task = Task(name="toxic", fields=("text",), classes=("clean", "toxic"), label_column="label")
+    assert not task.swappable
+    assert task.swapped_columns == (0, 1)
+    row = Row("1", {"text": ("a",)}, (0.0, 1.0))
+    assert task.swap_row(row) == row
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fields": ("a", "a")}, "one thing twice"),
+        ({"fields": ("a", "id")}, "pairclf's own"),
+        ({"swap_fields": ("a", "b")}, "together or not at all"),
+        ({"swap_fields": ("a", "x"), "swap_classes": ("u", "v")}, "must be among fields"),
+        ({"swap_fields": ("a", "b"), "swap_classes": ("u", "x")}, "must be among classes"),
+        ({"multi_label": True, "label_column": "l"}, "multi_label"),
+    ],
+)
+def test_an_inconsistent_task_is_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Task.model_validate({"name": "t", "fields": ("a", "b"), "classes": ("u", "v"), **wrong})
