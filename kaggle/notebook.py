@@ -31,14 +31,22 @@ from pathlib import Path
 
 COMPETITION = "{{competition}}"
 BUNDLES = ["{{bundles}}"]  # folders in the bundle dataset
-BASE_MODEL = "{{base_model}}"  # attached Kaggle model: owner/model/framework/instance/version; empty: inside the wheel
+# The attached Kaggle model that the bundles stand on: owner/model/framework/instance/version. Empty: inside the wheel.
+BASE_MODEL = "{{base_model}}"
 PYTHONS = ["{{pythons}}"]  # that the wheels install on
-REQUIREMENTS = ["{{requirements}}"]  # installed from the wheel dataset; all else is the image's
+REQUIREMENTS = ["{{requirements}}"]  # from the wheel dataset; all else is the image's
 MARKERS = {  # SHA-256 of pairclf-bundle.json and pairclf-wheels.json
     "bundle": "{{bundle_sha256}}",
     "wheels": "{{wheels_sha256}}",
 }
 INPUT = Path(os.environ.get("PAIRCLF_KAGGLE_INPUT", "/kaggle/input"))
+
+
+def run(module, *arguments):
+    """`python -m module ...`, whose failure stops the notebook; its output is a log, not a terminal's."""
+    environment = {**os.environ, "FORCE_COLOR": ""}
+    subprocess.check_call([sys.executable, "-m", module, *map(str, arguments)], env=environment)
+
 
 # %% [markdown] about-machine
 # ## The machine
@@ -95,13 +103,13 @@ def find_base():
     tail = [part.lower() for part in BASE_MODEL.split("/")[1:]]
     for config in sorted(INPUT.rglob("config.json")):
         if [part.lower() for part in config.parent.parts[-len(tail) :]] == tail:
-            return ["--base", str(config.parent)]
+            return ["--base", config.parent]
     raise AssertionError(f"no config.json in a folder {'/'.join(tail)}: attach the model {BASE_MODEL}")
 
 
 wheels = find_payload("wheels")
 bundle_folder = find_payload("bundle")
-bundles = [str(bundle_folder / name) for name in BUNDLES]
+bundles = [bundle_folder / name for name in BUNDLES]
 test, sample = find_competition()
 base = find_base()
 print(wheels, *bundles, test, sample, *base, sep="\n")
@@ -111,9 +119,7 @@ print(wheels, *bundles, test, sample, *base, sep="\n")
 # Only our own wheels. A requirement that the image does not meet is named here, should a later cell stumble over it.
 
 # %% install
-subprocess.check_call(
-    [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--find-links", str(wheels), *REQUIREMENTS]
-)
+run("pip", "install", "--no-index", "--no-deps", "--find-links", wheels, *REQUIREMENTS)
 
 from packaging.requirements import Requirement
 
@@ -133,14 +139,14 @@ for line in importlib.metadata.requires("pairclf"):
 # Each bundle scores the rows that it was validated with, and must give the logits that it gave at home.
 
 # %% verify
-subprocess.check_call([sys.executable, "-m", "pairclf", "verify", *bundles, *base])
+run("pairclf", "verify", *bundles, *base)
 
 # %% [markdown] about-predict
 # ## Predict
 
 # %% predict
-files = ["--data", str(test), "--sample", str(sample), "--out", "submission.csv", "--scores", "scores.parquet"]
-subprocess.check_call([sys.executable, "-m", "pairclf", "predict", *bundles, *base, *files])
+files = ["--data", test, "--sample", sample, "--out", "submission.csv", "--scores", "scores.parquet"]
+run("pairclf", "predict", *bundles, *base, *files)
 
 # %% [markdown] about-look
 # ## A look at the submission

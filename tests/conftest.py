@@ -12,7 +12,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in two workers on two cores
 
 from pairclf.config import Config, resolve
-from pairclf.task import Row
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Real data and models, where a checkout has them beside it."""
@@ -97,16 +96,3 @@ def config_for(base_of: Callable[[str], Path]) -> Callable[..., Config]:
         return resolve(tree)
 
     return make
-
-
-def make_rows(count: int) -> list[Row]:
-    """Rows of different lengths whose winner can be read from the text."""
-    rows = []
-    for number in range(count):
-        good, bad = "yes " * (1 + number % 5), "no " * (2 + number % 7)
-        winner = number % 3
-        a, b = ((good, bad), (bad, good), (good, good))[winner]
-        target = tuple(float(index == winner) for index in range(3))
-        fields = {"prompt": (f"question {number}",), "response_a": (a,), "response_b": (b, "more")[: 1 + number % 2]}
-        rows.append(Row(str(number), fields, target))
-    return rows

@@ -173,22 +173,29 @@ def add_adapters(base: nn.Module, lora: Lora) -> nn.Module:
     Raises:
         ModelError: no linear module of the base has one of the names in `lora.targets`.
     """
-    linear = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
-    targets = sorted(linear) if lora.targets == "all-linear" else lora.targets
-    if unknown := sorted(set(targets) - linear):
+    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    leaves = {name.rsplit(".", 1)[-1] for name in linear}
+    targets = sorted(leaves) if lora.targets == "all-linear" else lora.targets
+    if unknown := sorted(set(targets) - leaves):
         raise ModelError(
-            f"model.lora.targets names {unknown}, which the base has not", remedy=f"choose among {sorted(linear)}"
+            f"model.lora.targets names {unknown}, which the base has not", remedy=f"choose among {sorted(leaves)}"
         )
-    layers: int = base.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
-    if lora.first_layer >= layers:
-        raise ModelError(f"model.lora.first_layer={lora.first_layer} leaves none of the {layers} layers an adapter")
+    if lora.first_layer:
+        # By whole names: peft's own `layers_to_transform` finds no layer in a base without a prefix.
+        targets = [name for name in linear if name.rsplit(".", 1)[-1] in targets and _layer(name) >= lora.first_layer]
+    if not targets:
+        raise ModelError(f"model.lora.first_layer={lora.first_layer} leaves no layer of the base an adapter")
     peft_config = LoraConfig(
         task_type=TaskType.FEATURE_EXTRACTION,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        layers_to_transform=list(range(lora.first_layer, layers)) if lora.first_layer else None,
     )
     adapted: nn.Module = get_peft_model(base, peft_config)
     return adapted
+
+
+def _layer(name: str) -> int:
+    """`layers.7.mlp.up_proj` -> 7; a module outside the layers counts as below them all."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)

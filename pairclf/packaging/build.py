@@ -19,11 +19,10 @@ from pairclf.files import atomic_folder, write_json, write_text
 from pairclf.model.bundle import Bundle, open_bundle
 from pairclf.packaging.metadata import Payload, check_package, dataset_metadata, kernel_metadata
 from pairclf.packaging.notebook import Value, make_notebook
-from pairclf.packaging.payload import DATASET_METADATA, refuse_own_paths, seal
+from pairclf.packaging.payload import DATASET_METADATA, KERNEL_METADATA, refuse_own_paths, seal
 from pairclf.packaging.sources import shipped
 from pairclf.packaging.wheelhouse import Wheel, fill_wheelhouse, supported_pythons
 
-KERNEL_METADATA = "kernel-metadata.json"
 TEMPLATE = "kaggle/notebook.py"
 _EMBEDDED = "embedded:"
 
@@ -105,7 +104,7 @@ def _values(
         "title": settings.name,
         "version": __version__,
         "competition": settings.competition,
-        "base": next(iter(bundles.values())).manifest.base,
+        "base": settings.base_model_source or next(iter(bundles.values())).manifest.base,
         "base_model": settings.base_model_source or "",
         "bundles": list(bundles),
         "bundle_table": "\n".join(_line(name, bundle) for name, bundle in bundles.items()),
@@ -116,7 +115,8 @@ def _values(
     }
 
 
-def _line(name: str, bundle: Bundle) -> str:
-    metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in bundle.manifest.metrics.items())
-    fold = "all rows" if bundle.manifest.fold is None else f"fold {bundle.manifest.fold}"
-    return f"| `{name}` | {fold} | {metrics} | `{bundle.manifest.seal[:12]}` |"
+def _line(folder: str, bundle: Bundle) -> str:
+    figures = bundle.manifest.metrics.items()
+    metrics = ", ".join(f"{name} {value:,.{0 if value.is_integer() else 4}f}" for name, value in figures)
+    fold = "nothing" if bundle.manifest.fold is None else f"fold {bundle.manifest.fold}"
+    return f"| `{folder}` | {fold} | {metrics} | `{bundle.manifest.seal[:12]}` |"

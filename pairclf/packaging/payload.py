@@ -15,7 +15,7 @@ from pairclf.files import sha256_file, sha256_tree, write_json
 from pairclf.packaging.metadata import Payload
 from pairclf.packaging.sources import checkout
 
-DATASET_METADATA = "dataset-metadata.json"
+DATASET_METADATA, KERNEL_METADATA = "dataset-metadata.json", "kernel-metadata.json"
 _READ_BY_PEOPLE = (".ipynb", ".json", ".md", ".txt", ".yaml")
 
 

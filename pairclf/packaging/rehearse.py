@@ -22,9 +22,8 @@ from pairclf.data.tables import check_submission
 from pairclf.errors import PackagingError
 from pairclf.files import atomic_file, write_json
 from pairclf.packaging import runner
-from pairclf.packaging.build import KERNEL_METADATA
 from pairclf.packaging.image import link_or_copy, make_image
-from pairclf.packaging.payload import DATASET_METADATA, marker_name
+from pairclf.packaging.payload import DATASET_METADATA, KERNEL_METADATA, marker_name
 from pairclf.packaging.sandbox import Sandbox, guards, namespaces, release
 from pairclf.packaging.wheelhouse import Wheel
 from pairclf.task import Task
@@ -57,8 +56,8 @@ class Report:
         made.add_row("largest process", f"{self.peak_mb:,.0f} MB")
         made.add_row("network", self.network)
         made.add_row("input", self.input)
-        for name, value in self.submission.items():
-            made.add_row(f"submission: {name}", _words(value))
+        made.add_row("submission", f"{self.submission['rows']:,} rows, ids in the sample's order")
+        made.add_row("mean probabilities", ", ".join(f"{n} {p:.4f}" for n, p in self.submission["means"].items()))
         return made
 
 
@@ -282,11 +281,3 @@ def _keep(source: Path, target: Path) -> None:
     if source.is_file():
         with atomic_file(target) as temporary:
             shutil.copyfile(source, temporary)
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(part)}" for name, part in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_words, value))
-    return f"{value:.4f}" if isinstance(value, float) else f"{value}"

@@ -54,7 +54,7 @@ def why_no_network() -> str | None:
             try:
                 channel.connect((host, 9))
             except OSError as error:
-                reason = str(error)
+                reason = error.strerror or str(error)
             else:
                 return None
     return reason
@@ -67,7 +67,7 @@ def why_no_writing(inputs: Path) -> str | None:
         try:
             path.open("ab").close()
         except OSError as error:
-            reason = str(error.strerror)
+            reason = error.strerror or str(error)
         else:
             return None
     return reason

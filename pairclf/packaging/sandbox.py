@@ -60,7 +60,7 @@ def namespaces(inputs: Path) -> Sandbox | None:
     for user in ((), ("--map-root-user",)):
         prefix = ("unshare", *user, *_NAMESPACES, "--", "sh", "-c", _BIND, str(inputs))
         if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0:
-            return Sandbox(prefix, "network namespace: no interface but loopback", "mount namespace: bound read-only")
+            return Sandbox(prefix, "namespace of its own", "read-only mount")
     return None
 
 
@@ -77,7 +77,7 @@ def guards(inputs: Path, site_packages: Path) -> Sandbox:
             os.chmod(Path(root, name), 0o444)
         os.chmod(root, 0o555)
     prefix = ("setpriv", "--bounding-set", "-dac_override", "--") if os.geteuid() == 0 else ()
-    return Sandbox(prefix, "socket guard: Python's own sockets refuse", "permissions: no right to write")
+    return Sandbox(prefix, "guard on Python's sockets", "no permission to write")
 
 
 def release(inputs: Path) -> None:

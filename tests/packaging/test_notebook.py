@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,19 @@ def test_commands_are_run_so_that_their_failure_stops_the_notebook() -> None:
     sources = "".join(source for cell in json.loads(real())["cells"] for source in cell["source"])
     assert not re.search(r"^[!%]", sources, re.MULTILINE)
     assert "--no-index" in sources
-    assert sources.count("check_call") == 3
+    assert [line.partition(",")[0] for line in sources.splitlines() if line.startswith("run(")] == [
+        'run("pip"',
+        'run("pairclf"',
+        'run("pairclf"',
+    ]
+
+
+def test_failed_command_raises() -> None:
+    seen: dict[str, Any] = {}
+    exec(code(real(), "settings"), seen)
+    seen["run"]("json.tool", "--help")
+    with pytest.raises(subprocess.CalledProcessError):
+        seen["run"]("no_such_module")
 
 
 def test_values_arrive_in_code_as_python_whatever_they_hold() -> None:
@@ -100,10 +113,10 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_inputs_are_found_wherever_they_are_mounted(names: dict[str, Any]) -> None:
     exec(names["cell"], names)
     root = names["INPUT"]
-    assert names["bundles"] == [str(root / "datasets/someone/a-bundle" / name) for name in ("fold0", "fold1")]
+    assert names["bundles"] == [root / "datasets/someone/a-bundle" / name for name in ("fold0", "fold1")]
     assert names["wheels"] == root / "a-wheels"
     assert names["test"] == root / "competitions/lmsys-chatbot-arena/test.parquet"
-    assert names["base"] == ["--base", str(root / "models/google/gemma-2/transformers/gemma-2-9b-it/2")]
+    assert names["base"] == ["--base", root / "models/google/gemma-2/transformers/gemma-2-9b-it/2"]
 
 
 @pytest.mark.parametrize(

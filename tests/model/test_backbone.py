@@ -1,0 +1,106 @@
+"""Loading: what is frozen, what trains, what is refused, and NF4 that is the same in evaluation as in training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pairclf.config import Config
+from pairclf.errors import ModelError
+from pairclf.model.backbone import fingerprint, pick_dtype, resolve_base
+from pairclf.model.batch import Item
+from pairclf.model.engine import build
+from pairclf.model.layouts import padded
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_only_adapters_and_head_train(config_for: Callable[..., Config], quantization: str) -> None:
+    classifier = build(config_for("gemma2", model={"quantization": quantization}), CPU)
+    trained = {name for name, one in classifier.named_parameters() if one.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {"head.weight", "head.bias"}
+    assert len(trained) == 2 + 2 * 7 * 2  # head; A and B of 7 linear modules in 2 layers
+    assert classifier.head.weight.dtype == torch.float32
+
+
+def test_layers_below_the_first_carry_no_adapter(config_for: Callable[..., Config]) -> None:
+    classifier = build(config_for("llama", model={"lora": {"rank": 4, "first_layer": 1}}), CPU)
+    adapted = {name for name, _ in classifier.named_parameters() if "lora_" in name}
+    assert adapted
+    assert all("layers.1." in name for name in adapted)
+
+
+def test_the_whole_model_trains_without_lora(config_for: Callable[..., Config]) -> None:
+    classifier = build(config_for("llama", model={"lora": None}), CPU)
+    assert all(one.requires_grad and one.dtype == torch.float32 for one in classifier.parameters())
+
+
+def test_nf4_scores_alike_in_training_and_evaluation(config_for: Callable[..., Config]) -> None:
+    """Where the CPU has AVX512-BF16, bitsandbytes would turn to bfloat16 in evaluation (1e-2 off)."""
+    classifier = build(config_for("gemma2", model={"quantization": "nf4"}), CPU)
+    batch = padded([Item(0, 0, list(range(5, 60)))])
+    with torch.inference_mode():
+        training = classifier.train()(batch.inputs, batch.read_at)
+        evaluation = classifier.eval()(batch.inputs, batch.read_at)
+    assert (training - evaluation).abs().max() <= 1e-6
+
+
+def test_the_seed_decides_the_fresh_weights(config_for: Callable[..., Config]) -> None:
+    config = config_for("llama")
+    first, again = build(config, CPU), build(config, CPU)
+    other = build(config.model_copy(update={"seed": 1}), CPU)
+    assert torch.equal(first.head.weight, again.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"base": "embedded:gpt-5"}, "not shipped"),
+        ({"base": "./nowhere"}, "no folder"),
+        ({"base": "someone/not-cached-here"}, "can't be loaded"),
+        ({"lora": {"targets": ["query"]}}, "has not"),
+        ({"lora": {"first_layer": 2}}, "leaves no layer"),
+    ],
+)
+def test_what_can_not_be_loaded_is_said(
+    config_for: Callable[..., Config], model: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        build(config_for("llama", model=model), CPU)
+
+
+def test_an_encoder_is_refused(config_for: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    with pytest.raises(ModelError, match="not a decoder"):
+        build(config_for("llama", model={"base": str(tmp_path)}), CPU)
+
+
+def test_the_fingerprint_sees_config_and_weights(base_of: Callable[[str], Path], tmp_path: Path) -> None:
+    source = base_of("llama")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    assert fingerprint(tmp_path) == fingerprint(source) != fingerprint(base_of("gemma2"))
+    weights = bytearray((tmp_path / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    assert fingerprint(tmp_path) != fingerprint(source)
+
+
+def test_a_base_given_by_hand_must_hold_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
+        resolve_base("embedded:gemma2-tiny", tmp_path)
+
+
+def test_bfloat16_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, found=capability: found)
+        assert pick_dtype("auto", cuda)[0] == dtype
+    assert pick_dtype("auto", CPU)[0] == torch.float32
+    assert pick_dtype("bfloat16", CPU) == (torch.bfloat16, "as set")
