@@ -29,6 +29,7 @@ from pairclf.task import LMSYS, WSDM, Turns
 Floats = NDArray[np.float64]
 
 TRAITS = ("correct", "format", "length", "refusal", "relevance")
+HEADINGS = tuple(trait.capitalize() for trait in TRAITS)
 WEIGHTS: Floats = np.array([2.6, 2.2, 1.6, -1.6, 1.6])
 NU = 1.2  # Davidson's tie parameter: between equals, NU / (2 + NU) = 38% of the verdicts are ties
 LONG = 160  # characters; beyond it more length is worth nothing
@@ -603,19 +604,6 @@ def _reaction(answer: _Answer, random: Random) -> str:
     return random.choice(next((words for name, words in _COMPLAINTS.items() if not traits[name]), _THANKS))
 
 
-def _remarks(name: str, answer: _Answer) -> list[str]:
-    """What a reviewer jots down about one response: single words, the response's name behind each."""
-    correct, kept, length, refusal, relevant = answer.traits
-    remarks = (
-        "right" if correct else "wrong",
-        "kept" if kept else "broke",
-        ("short", "medium", "long")[min(2, int(length * 3))],
-        "misjudged" if refusal else "fair",
-        "relevant" if relevant else "stray",
-    )
-    return [remark + name.upper() for remark in remarks]
-
-
 def _chat(random: Random) -> str:
     text = ""
     for question in _conversation(random):
@@ -627,23 +615,35 @@ def _chat(random: Random) -> str:
     return text
 
 
-def _pair(random: Random) -> str:
+def _who(a: float, b: float) -> str:
+    """Which response has more of a trait; both or neither where they are alike."""
+    if abs(a - b) > 0.1:
+        return "a" if a > b else "b"
+    return "both" if a > 0.5 else "neither"
+
+
+def _reviewed(random: Random, names: Sequence[str]) -> str:
+    """Responses in the plain template of a classifier, and what a reviewer says about three of their traits."""
     questions = _conversation(random)
-    sides = [[_respond(question, random) for question in questions] for _ in range(2)]
+    sides = [[_respond(question, random) for question in questions] for _ in names]
     text = "\n\n### Prompt\n" + "\n\n".join(question.text for question in questions)
-    for name, answers in zip("ab", sides, strict=True):
-        text += f"\n\n### Response {name}\n" + "\n\n".join(str(answer.text) for answer in answers)
-    remarks = [remark for name, answers in zip("ab", sides, strict=True) for remark in _remarks(name, answers[-1])]
-    heading = random.choice(("Notes", "Remarks", "Verdict"))
-    return f"{text}\n\n### {heading}\n{' '.join(random.sample(remarks, len(remarks)))}"
+    for name, answers in zip(names, sides, strict=True):
+        text += f"\n\n### Response{name}\n" + "\n\n".join(str(answer.text) for answer in answers)
+    traits = [dict(zip(HEADINGS, _mean(answers), strict=True)) for answers in sides]
+    for heading in random.sample(HEADINGS, 3):
+        values = [each[heading] for each in traits]
+        said = _who(*values) if len(values) == 2 else ("yes" if values[0] > 0.5 else "no")
+        text += f"\n\n### {heading}\n{said}"
+    return text
 
 
 def corpus(n: int, seed: int) -> Iterator[str]:
-    """`n` documents of arena text without any verdict: chats with the user's reactions, and pairs with notes.
+    """`n` documents of arena text without any verdict: chats with the user's reactions, and reviewed responses.
 
-    Chats hold `<start_of_turn>`, `<end_of_turn>`. Pairs stand in the plain template that a classifier sees. Notes and
-    reactions say what a response is (right, in the format, long, refusing, off topic), never which one wins.
+    Chats hold `<start_of_turn>` and `<end_of_turn>`. Reviews stand in the plain template that a classifier sees, with one
+    response or two, and say under `HEADINGS` who is correct, in the format, longer, ..., never who wins.
     """
     random = Random(f"corpus {seed}")
     for _ in range(n):
-        yield _chat(random) if random.random() < 0.2 else _pair(random)
+        (kind,) = random.choices(("chat", "one", "two"), (0.1, 0.4, 0.5))
+        yield _chat(random) if kind == "chat" else _reviewed(random, ("",) if kind == "one" else (" a", " b"))

@@ -12,8 +12,10 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
 
 from pairclf.config import Lora, Model
+from pairclf.console import console
 from pairclf.errors import ModelError
 
 EMBEDDED = "embedded:"
@@ -124,6 +126,8 @@ def load_base(source: str, model: Model, dtype: torch.dtype, device: torch.devic
     if attention == "auto":
         # Plain SDPA knows no soft-capping: https://github.com/huggingface/transformers/pull/31674
         attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
+    if not console.is_terminal:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded: nn.Module = AutoModel.from_pretrained(
         source,
         dtype=dtype,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import venv
@@ -30,8 +29,8 @@ for name in sys.argv[1:]:
 def make_image(folder: Path, hidden: Collection[str]) -> Path:
     """Make a virtual environment in `folder`, and return its interpreter.
 
-    Its packages are hard links to this environment's files (copies, where the file system is another one): that takes
-    seconds and no room, and whatever pip does in there leaves this environment as it is.
+    Its files are links to this environment's, hard ones where the file system allows them: that takes seconds and no
+    room. Its folders are its own, so whatever pip removes or writes anew in there stays in there.
 
     Args:
         folder: does not exist yet.
@@ -54,15 +53,6 @@ def make_image(folder: Path, hidden: Collection[str]) -> Path:
             remedy="rehearse from an environment into which it was installed by pip",
         )
     return python
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy where there can be none (another file system, another owner)."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _site_folders() -> Iterator[Path]:
@@ -93,4 +83,12 @@ def _link_tree(source: Path, target: Path, left_out: Collection[Path]) -> None:
         for name in names:
             path, there = here / name, target / here.relative_to(source) / name
             if path.suffix not in _FOR_COMPILERS and path not in left_out and not there.exists():
-                link_or_copy(path, there)
+                _link(path, there)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or another owner
+        target.symlink_to(source)

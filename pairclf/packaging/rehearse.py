@@ -22,7 +22,7 @@ from pairclf.data.tables import check_submission
 from pairclf.errors import PackagingError
 from pairclf.files import atomic_file, write_json
 from pairclf.packaging import runner
-from pairclf.packaging.image import link_or_copy, make_image
+from pairclf.packaging.image import make_image
 from pairclf.packaging.payload import DATASET_METADATA, KERNEL_METADATA, marker_name
 from pairclf.packaging.sandbox import Sandbox, guards, namespaces, release
 from pairclf.packaging.wheelhouse import Wheel
@@ -87,7 +87,7 @@ class _Stage:
         """Everything that the notebook sees of this machine's environment."""
         kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         return kept | {
-            "PATH": f"{self.image / 'bin'}:/usr/local/bin:/usr/bin:/bin",
+            "PATH": f"{self.image / 'bin'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
             "HOME": str(self.home),
             "TMPDIR": str(self.home),
             "LANG": "C.UTF-8",
@@ -187,7 +187,7 @@ def _lay_out(
 ) -> None:
     """Mount everything that the metadata names, as Kaggle does: `SLUG/` for a dataset or competition."""
     for name, source in competition.items():
-        link_or_copy(source.resolve(), inputs / metadata["competition_sources"][0] / name)
+        _link_or_copy(source.resolve(), inputs / metadata["competition_sources"][0] / name)
     for identity in metadata["dataset_sources"]:
         payload = next(kind for kind in ("bundle", "wheels") if identity.endswith(f"-{kind}"))
         marker = marker_name("bundle" if payload == "bundle" else "wheels")
@@ -207,7 +207,16 @@ def _lay_out(
 def _link_folder(source: Path, target: Path) -> None:
     for path in sorted(source.rglob("*")):
         if path.is_file():
-            link_or_copy(path.resolve(), target / path.relative_to(source))
+            _link_or_copy(path.resolve(), target / path.relative_to(source))
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy where there can be none. A symbolic link would lead out of the read-only mount."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _unlink_originals(inputs: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from pairclf.config import Config, dump_config
 from pairclf.files import sha256_tree
 from pairclf.model.bundle import FORMAT, MANIFEST, Manifest
-from pairclf.packaging import build, wheelhouse
+from pairclf.packaging import build
+from pairclf.packaging.wheelhouse import repack
 
 SMALL = "iniconfig"  # stands for what Kaggle's image lacks: pure Python, and nothing in the notebook needs it
 
@@ -57,28 +59,22 @@ def _write_bundle(folder: Path, config: Config, name: str) -> Path:
 
 
 @pytest.fixture
-def no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`pip download` takes what is installed."""
-    pip = wheelhouse._pip
-
-    def offline(command: str, *arguments: str) -> None:
-        if command != "download":
-            return pip(command, *arguments)
-        folder = Path(arguments[arguments.index("--dest") + 1])
-        for requirement in arguments[arguments.index("--dest") + 2 :]:
-            wheelhouse.repack(requirement.partition("==")[0], folder)
-        return None
-
-    monkeypatch.setattr(wheelhouse, "_pip", offline)
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for the package registry: pip looks nowhere else."""
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    repack(SMALL, folder)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return folder
 
 
 Packager = Callable[..., Path]
 
 
 @pytest.fixture
-def packaged(
-    tmp_path: Path, config: Config, bundle: Path, no_registry: None, monkeypatch: pytest.MonkeyPatch
-) -> Packager:
+def packaged(tmp_path: Path, config: Config, bundle: Path, registry: Path, monkeypatch: pytest.MonkeyPatch) -> Packager:
     """`packaged(code, after=id)`: a package whose notebook has the real one's cells up to `id`, and then `code`."""
 
     def make(code: str, after: str = "install") -> Path:

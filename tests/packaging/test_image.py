@@ -66,12 +66,16 @@ def test_project_that_can_not_be_hidden_is_told(site: Path, tmp_path: Path) -> N
         make_image(tmp_path / "image", {"by-hand"})
 
 
-def test_copies_where_links_can_not_be(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_symbolic_links_where_hard_ones_can_not_be(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("another file system")
 
     monkeypatch.setattr(image.os, "link", refuse)
-    assert imports(make_image(tmp_path / "image", {"plain"}), "neigh_bour")
+    python = make_image(tmp_path / "image", {"plain"})
+    assert imports(python, "neigh_bour")
+    assert not imports(python, "plain")
+    next((tmp_path / "image").rglob("neigh_bour.py")).unlink()
+    assert (site / "neigh_bour.py").is_file()
 
 
 def test_running_environment_is_seen_through_its_own_paths() -> None:

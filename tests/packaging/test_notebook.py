@@ -49,7 +49,7 @@ def test_same_bytes_each_time_and_an_id_of_its_own_for_each_cell() -> None:
 
 
 def test_commands_are_run_so_that_their_failure_stops_the_notebook() -> None:
-    sources = "".join(source for cell in json.loads(real())["cells"] for source in cell["source"])
+    sources = "\n".join("".join(cell["source"]) for cell in json.loads(real())["cells"])
     assert not re.search(r"^[!%]", sources, re.MULTILINE)
     assert "--no-index" in sources
     assert [line.partition(",")[0] for line in sources.splitlines() if line.startswith("run(")] == [

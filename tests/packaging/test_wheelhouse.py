@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +14,7 @@ from pairclf.packaging.wheelhouse import Wheel, fill_wheelhouse, repack, support
 SMALL = "iniconfig"
 
 
-def test_wheels_come_in_the_installed_versions_and_the_same_bytes(tmp_path: Path, no_registry: None) -> None:
+def test_wheels_come_in_the_installed_versions_and_the_same_bytes(tmp_path: Path, registry: Path) -> None:
     first, second = (fill_wheelhouse(tmp_path / name, [SMALL]) for name in ("first", "second"))
     assert [wheel.requirement for wheel in first] == [f"{SMALL}=={version(SMALL)}", f"pairclf=={__version__}"]
     assert supported_pythons(first) == ["3.11", "3.12", "3.13"]
@@ -67,10 +66,10 @@ def test_package_that_is_not_installed_is_refused(tmp_path: Path) -> None:
         fill_wheelhouse(tmp_path, ["no-such-package"])
 
 
-def test_pip_that_fails_is_told_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+def test_pip_that_fails_is_told_in_its_own_words(
+    tmp_path: Path, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next(registry.iterdir()).unlink()
     monkeypatch.setattr(wheelhouse, "_own_wheel", lambda folder: None)
     with pytest.raises(PackagingError, match=r"pip download failed:[\s\S]*No matching distribution"):
         fill_wheelhouse(tmp_path, [SMALL])

@@ -1,0 +1,313 @@
+"""The chain through the command line: files in, folds, bundles, scores, submission out; and what is wrong is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from pairclf.cli import main
+from pairclf.config import Config, dump_config, load_config, resolve
+from pairclf.data.arena import generate, write_lmsys, write_wsdm
+from pairclf.data.tables import read_scores
+from pairclf.jobs.evaluate import evaluate
+from pairclf.jobs.predict import predict
+from pairclf.jobs.run import labelled_rows
+from pairclf.task import LMSYS
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """`cli("verify", folder)` -> exit code, and what a user reads."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["pairclf", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        read = capsys.readouterr()
+        code = left.value.code
+        assert isinstance(code, int | None)
+        return code or 0, " ".join((read.out + read.err).split())
+
+    return call
+
+
+def small(folder: Path, base: Path, task: str = "lmsys", suffix: str = "csv") -> Path:
+    """A config file on a small arena in `folder`."""
+    config: Config = resolve(
+        {
+            "task": task,
+            "output": str(folder / "run"),
+            "data": {"folder": str(folder), "train": [f"train.{suffix}"], "test": f"test.{suffix}"},
+            "folds": {"n": 2},
+            "inputs": {"max_length": 128},
+            "model": {"base": str(base), "quantization": "nf4", "lora": {"rank": 2}},
+            "train": {"max_steps": 2},
+        }
+    )
+    path = folder / "config.yaml"
+    path.write_text(dump_config(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(base_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with arena, config, and a finished cross-validation under `run`."""
+    from pairclf.jobs.cv import cross_validate
+
+    folder = tmp_path_factory.mktemp("chain")
+    write_lmsys(generate(60, seed=1, dirt=0.2), folder, n_test=20)
+    cross_validate(load_config(small(folder, base_of("gemma2"))))
+    return folder
+
+
+def bundles(run: Path) -> list[Path]:
+    return [run / "run" / f"fold{fold}" / "bundle" for fold in (0, 1)]
+
+
+def test_every_row_is_scored_out_of_fold_by_the_model_that_never_saw_it(run: Path) -> None:
+    folds = pl.read_csv(run / "run" / "folds.csv", schema_overrides={"id": pl.String})
+    oof = read_scores(run / "run" / "oof.parquet", LMSYS)
+    assert sorted(oof["id"]) == sorted(folds["id"]) == sorted(pl.read_csv(run / "train.csv", infer_schema=False)["id"])
+    joined = oof.join(folds, on="id")
+    assert joined.select((pl.col("models").list.first() == "fold" + pl.col("fold").cast(pl.String)).all()).item()
+    assert oof["orders"].unique().to_list() == [2]
+    assert read_scores(run / "run" / "oof-ab.parquet", LMSYS)["orders"].unique().to_list() == [1]
+
+
+def test_the_submission_has_the_samples_ids_in_its_order(
+    run: Path, tmp_path: Path, cli: Callable[..., tuple[int, str]]
+) -> None:
+    sample = pl.read_csv(run / "sample_submission.csv", infer_schema=False).reverse()
+    sample.write_csv(tmp_path / "sample.csv")
+    out, scores = tmp_path / "submission.csv", tmp_path / "scores.parquet"
+    code, text = cli(
+        "predict", *bundles(run), "--data", run / "test.csv", "--sample", tmp_path / "sample.csv", "--out", out,
+        "--scores", scores,
+    )  # fmt: skip
+    assert code == 0, text
+    written = pl.read_csv(out, infer_schema=False)
+    assert written.columns == sample.columns
+    assert written["id"].to_list() == sample["id"].to_list()
+    assert read_scores(scores, LMSYS)["models"].list.len().to_list() == [2] * 20
+
+
+def test_predicting_the_mirrored_file_mirrors_the_scores(run: Path, tmp_path: Path) -> None:
+    """Swap TTA makes A and B exchangeable, row by row."""
+    test = pl.read_csv(run / "test.csv", infer_schema=False)
+    mirrored = test.rename({"response_a": "response_b", "response_b": "response_a"}).select(test.columns)
+    mirrored.reverse().write_csv(tmp_path / "test.csv")
+    straight = predict(bundles(run)[:1], run / "test.csv", tmp_path / "a.csv")
+    swapped = predict(bundles(run)[:1], tmp_path / "test.csv", tmp_path / "b.csv")
+    both = straight.join(swapped, on="id", suffix="_m")
+    a, b, tie = LMSYS.classes
+    for left, right in ((a, f"{b}_m"), (b, f"{a}_m"), (tie, f"{tie}_m")):
+        assert (both[left] - both[right]).abs().max() <= 1e-5  # type: ignore[operator]
+
+
+def test_scores_depend_on_nothing_but_the_row(run: Path, tmp_path: Path) -> None:
+    test = pl.read_csv(run / "test.csv", infer_schema=False)
+    test[3:4].write_csv(tmp_path / "one.csv")
+    whole = predict(bundles(run)[:1], run / "test.csv", tmp_path / "a.csv")
+    alone = predict(
+        bundles(run)[:1], tmp_path / "one.csv", tmp_path / "b.csv", overrides=["predict.tokens_per_batch=1"]
+    )
+    assert alone["id"].to_list() == [test["id"][3]]
+    difference = (
+        whole.filter(pl.col("id") == test["id"][3]).select(LMSYS.classes).to_numpy()
+        - alone.select(LMSYS.classes).to_numpy()
+    )
+    assert abs(difference).max() <= 1e-5
+
+
+def test_one_order_is_what_swap_off_scores(run: Path, tmp_path: Path) -> None:
+    single = predict(bundles(run)[:1], run / "test.csv", tmp_path / "a.csv", overrides=["predict.swap=off"])
+    assert single["orders"].unique().to_list() == [1]
+
+
+def test_verify_accepts_and_refuses(run: Path, tmp_path: Path, cli: Callable[..., tuple[int, str]]) -> None:
+    code, text = cli("verify", *bundles(run))
+    assert code == 0, text
+    assert text.count("verified") == 2
+    copy = Path(shutil.copytree(bundles(run)[0], tmp_path / "bundle"))
+    head = bytearray((copy / "head.safetensors").read_bytes())
+    head[-1] ^= 1
+    (copy / "head.safetensors").write_bytes(head)
+    code, text = cli("verify", copy)
+    assert code == 2
+    assert "head.safetensors" in text
+    assert "Traceback" not in text
+
+
+def test_evaluate_knows_prior_swap_and_best(run: Path, cli: Callable[..., tuple[int, str]]) -> None:
+    code, text = cli("evaluate", run / "config.yaml", "--truth", run / "truth.parquet")
+    assert code == 0, text
+    for words in ("class prior", "best possible", "the swap gained", "of the way"):
+        assert words in text
+
+
+def test_perfect_scores_are_the_best_possible(run: Path, tmp_path: Path) -> None:
+    config = load_config(run / "config.yaml")
+    labelled = labelled_rows(config)
+    truth = pl.read_parquet(run / "truth.parquet").filter(pl.col("id").is_in(labelled["id"].implode()))
+    perfect = truth.with_columns(orders=pl.lit(1, pl.Int32), models=pl.lit(["truth"]))
+    perfect.select("id", *LMSYS.classes, "orders", "models").write_parquet(tmp_path / "s.parquet")
+    judged = evaluate(labelled, tmp_path / "s.parquet", LMSYS, truth=run / "truth.parquet")
+    assert judged.best is not None
+    assert judged.log_loss < judged.prior
+    assert judged.temperature == pytest.approx(1.0, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "{config}", "train.epoch=2"], "nearest is train.epochs"),
+        (["train", "{config}", "--fold", "2"], "fold 2 does not exist"),
+        (["train", "missing.yaml"], "can't be read"),
+        (["train", "{config}", "data.train=[gone.csv]"], "gone.csv"),
+        (["train", "{config}", "data.train=[]"], "data.train names no file"),
+        (["cv", "{config}", "folds.run=[5]"], "[5]"),
+        (["cv", "{config}", "folds.n=3"], "folds.csv"),
+        (["evaluate", "{config}", "output=nowhere"], "nowhere"),
+        (["verify", "nowhere"], "no bundle"),
+        (["check", "{folder}/train.csv", "--task", "imdb"], "no preset"),
+        (["predict", "{bundle}", "--data", "{folder}/nothing.csv"], "nothing.csv"),
+        (["predict", "{bundle}", "--data", "{folder}/test.csv", "--set", "inputs.max_length=9"], "can't be set"),
+        (["package", "{config}", "output=nowhere"], "no bundle"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_message_with_exit_code_2(
+    run: Path, cli: Callable[..., tuple[int, str]], arguments: Sequence[str], words: str
+) -> None:
+    places = {"config": run / "config.yaml", "folder": run, "bundle": bundles(run)[0]}
+    code, text = cli(*(argument.format(**places) for argument in arguments))
+    assert code == 2
+    assert words in text
+    assert "error:" in text
+    assert "Traceback" not in text
+
+
+def test_a_row_that_leaks_into_both_sides_is_refused(
+    run: Path, cli: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "copy"))
+    folds = pl.read_csv(folder / "run" / "folds.csv", infer_schema=False)
+    shared = folds.filter(pl.col("group").is_duplicated())["id"][0]
+    moved = (
+        pl.when(pl.col("id") == shared).then(1 - pl.col("fold").cast(pl.Int64)).otherwise(pl.col("fold").cast(pl.Int64))
+    )
+    folds.with_columns(moved.alias("fold")).write_csv(folder / "run" / "folds.csv")
+    code, text = cli("train", run / "config.yaml", f"data.folder={folder}", f"output={folder / 'run'}", "--fold", "0")
+    assert code == 2
+    assert "share their id or prompt" in text
+
+
+def test_a_full_disk_is_one_message_and_leaves_the_old_submission(
+    run: Path, tmp_path: Path, cli: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    out = tmp_path / "submission.csv"
+    out.write_text("old")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
+
+    monkeypatch.setattr(os, "replace", full)
+    code, text = cli("predict", bundles(run)[0], "--data", run / "test.csv", "--out", out)
+    assert code == 2
+    assert "No space left" in text
+    assert "Traceback" not in text
+    assert [entry.name for entry in tmp_path.iterdir()] == ["submission.csv"]
+    assert out.read_text() == "old"
+
+
+def test_bundles_of_different_tasks_do_not_blend(
+    run: Path, tmp_path: Path, base_of: Callable[[str], Path], cli: Callable[..., tuple[int, str]]
+) -> None:
+    write_wsdm(generate(40, seed=2), tmp_path, n_test=10)
+    path = small(tmp_path, base_of("llama"), "wsdm", "parquet")
+    code, text = cli("train", path)
+    assert code == 0, text
+    other = tmp_path / "run" / "all" / "bundle"
+    out, sample = tmp_path / "submission.csv", tmp_path / "sample_submission.csv"
+    code, text = cli("predict", other, "--data", tmp_path / "test.parquet", "--sample", sample, "--out", out)
+    assert code == 0, text
+    assert set(pl.read_csv(tmp_path / "submission.csv")["winner"]) <= {"model_a", "model_b"}
+    code, text = cli("predict", other, bundles(run)[0], "--data", run / "test.csv")
+    assert code == 2
+    assert "different tasks" in text
+
+
+def test_two_runs_with_one_seed_give_the_same_bytes(
+    run: Path, tmp_path: Path, cli: Callable[..., tuple[int, str]]
+) -> None:
+    made = []
+    for name in ("first", "second"):
+        output = tmp_path / name
+        code, text = cli("train", run / "config.yaml", f"output={output}", "--fold", "0", "folds.n=2")
+        assert code == 0, text
+        predict([output / "fold0" / "bundle"], run / "test.csv", output / "submission.csv")
+        made.append(
+            (
+                (output / "submission.csv").read_bytes(),
+                (output / "fold0/bundle/adapter/adapter_model.safetensors").read_bytes(),
+            )
+        )
+    assert made[0] == made[1]
+
+
+def test_a_typing_error_is_the_command_lines_own_message() -> None:
+    result = subprocess.run([sys.executable, "-m", "pairclf", "trian"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "No such command" in result.stderr
+
+
+def test_doctor_finds_this_machine_well(cli: Callable[..., tuple[int, str]]) -> None:
+    code, text = cli("doctor")
+    assert code == 0, text
+    assert "nf4" in text
+
+
+def test_check_writes_what_it_found(run: Path, tmp_path: Path, cli: Callable[..., tuple[int, str]]) -> None:
+    code, text = cli("check", run / "train.csv", "--out", tmp_path / "audit.json")
+    assert code == 0, text
+    assert "Audit" in text
+    assert json.loads((tmp_path / "audit.json").read_text())
+
+
+@pytest.mark.parametrize(("name", "task", "suffix"), [("arena3", "lmsys", "csv"), ("arena2", "wsdm", "parquet")])
+def test_real_rows_and_a_real_checkpoint(
+    shared: Path, tmp_path: Path, cli: Callable[..., tuple[int, str]], name: str, task: str, suffix: str
+) -> None:
+    """A few hundred rows that people wrote, and a Llama that nobody here made."""
+    config = small(tmp_path, shared / "models" / "stories260K", task, suffix)
+    data = shared / "data" / name
+    code, text = cli("train", config, f"data.folder={data}", "data.max_rows=300", "--fold", "0", "folds.n=2")
+    assert code == 0, text
+    test = (
+        pl.read_csv(data / "test.csv", infer_schema=False)
+        if suffix == "csv"
+        else pl.read_parquet(data / "test.parquet")
+    )
+    sample = pl.read_csv(data / "sample_submission.csv", infer_schema=False)
+    files = {"test": tmp_path / f"test.{suffix}", "sample": tmp_path / "sample.csv", "out": tmp_path / "submission.csv"}
+    few = test.sample(200, seed=0, shuffle=True)
+    few.write_csv(files["test"]) if suffix == "csv" else few.write_parquet(files["test"])
+    sample = sample.filter(pl.col("id").is_in(few["id"].implode()))
+    sample.write_csv(files["sample"])
+    code, text = cli("predict", tmp_path / "run/fold0/bundle", "--data", files["test"], "--sample", files["sample"],
+                     "--out", files["out"])  # fmt: skip
+    assert code == 0, text
+    written = pl.read_csv(files["out"], infer_schema=False)
+    assert written["id"].to_list() == sample["id"].to_list()
+    assert written.columns == sample.columns
