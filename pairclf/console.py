@@ -24,7 +24,7 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: float) -> Iterator[Advance]:
+def progress(title: str, total: float, *, visible: bool = True) -> Iterator[Advance]:
     """A bar with count, time elapsed and ETA; on a terminal it moves, in a log only its last state is printed."""
     columns = (
         TextColumn("{task.description}"),
@@ -35,7 +35,7 @@ def progress(title: str, total: float) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, transient=False) as bar:
+    with Progress(*columns, console=console, disable=not visible) as bar:
         job = bar.add_task(title, total=total, note="")
 
         def advance(step: float = 1, *, note: str = "") -> None:

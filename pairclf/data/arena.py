@@ -30,8 +30,8 @@ Floats = NDArray[np.float64]
 
 TRAITS = ("correct", "format", "length", "refusal", "relevance")
 HEADINGS = tuple(trait.capitalize() for trait in TRAITS)
-WEIGHTS: Floats = np.array([2.6, 2.2, 1.6, -1.6, 1.6])
-NU = 1.2  # Davidson's tie parameter: between equals, NU / (2 + NU) = 38% of the verdicts are ties
+WEIGHTS: Floats = np.array([1.5, 2.4, 2.4, -2.4, 2.4])
+NU = 1.1  # Davidson's tie parameter: between equals, NU / (2 + NU) = 35% of the verdicts are ties
 LONG = 160  # characters; beyond it more length is worth nothing
 
 DIRT = ("null", "empty", "blank", "null inside", "surrogate", "no answers", "same answers", "huge")
@@ -303,15 +303,15 @@ def _refuse(question: _Question, random: Random) -> str:
 def _respond(question: _Question, random: Random) -> _Answer:
     """Answer a question well or badly: the traits are drawn first, the text says them."""
     fate = random.random()
-    refuses = fate < (0.55 if question.harmful else 0.1)
-    strays = not refuses and not question.harmful and fate < 0.2
+    refuses = fate < (0.55 if question.harmful else 0.14)
+    strays = not refuses and not question.harmful and fate < 0.28
     if refuses:
         text = _refuse(question, random)
         kept = question.format in (None, "sentence")
         return _judged(text, correct=question.harmful, kept=kept, refusal=not question.harmful, relevant=True)
     fillers = random.choice((0, 0, 1, 2, 3))
     asked = question.format or random.choice(question.forms[:2])
-    breaks = question.format is not None and random.random() < 0.35
+    breaks = question.format is not None and random.random() < 0.4
     form = random.choice([form for form in question.forms if form != asked]) if breaks else asked
     if strays:
         known = (question.answer, *question.wrong)

@@ -12,6 +12,7 @@ from pairclf.data.tables import read_scores, write_scores
 from pairclf.errors import ConfigError
 from pairclf.jobs.fit import fit
 from pairclf.jobs.run import OOF, OOF_AB, Paths, output_of
+from pairclf.jobs.train import make_accelerator
 
 
 def cross_validate(config: Config) -> list[Path]:
@@ -29,6 +30,8 @@ def cross_validate(config: Config) -> list[Path]:
     for place, fold in enumerate(chosen, start=1):
         console.rule(f"fold {fold} ({place} of {len(chosen)})", align="left")
         bundles.append(fit(config, fold))
+    if not make_accelerator(config).is_main_process:
+        return bundles
     output = output_of(config)
     for name in (OOF, OOF_AB):
         parts = [read_scores(Paths(output, fold).folder / name, config.task) for fold in chosen]

@@ -94,7 +94,7 @@ def train(config: Config, rows: Sequence[Row], folder: Path, accelerator: Accele
 
     # Train
     log = _Log(folder / "metrics.jsonl", every=config.train.log_every, enabled=accelerator.is_main_process)
-    with progress(f"train {folder.name}", total=steps) as advance:
+    with progress(f"train {folder.name}", total=steps, visible=accelerator.is_main_process) as advance:
         for number, members in enumerate(_plan(config, len(rows), steps), start=1):
             loss, tokens = accumulate(accelerator, model, config, examples, members, number)
             norm = accelerator.clip_grad_norm_(model.parameters(), config.train.clip)

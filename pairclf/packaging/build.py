@@ -17,7 +17,7 @@ from pairclf.config import Config, Package
 from pairclf.errors import PackagingError
 from pairclf.files import atomic_folder, write_json, write_text
 from pairclf.model.bundle import Bundle, open_bundle
-from pairclf.packaging.metadata import Payload, check_package, dataset_metadata, kernel_metadata
+from pairclf.packaging.metadata import PAYLOADS, Payload, check_package, dataset_metadata, kernel_metadata
 from pairclf.packaging.notebook import Value, make_notebook
 from pairclf.packaging.payload import DATASET_METADATA, KERNEL_METADATA, refuse_own_paths, seal
 from pairclf.packaging.sources import shipped
@@ -51,7 +51,7 @@ def package(config: Config, bundles: Sequence[Path], out: Path) -> Path:
         for name, bundle in opened.items():
             shutil.copytree(bundle.folder, folder / "bundle" / name)
         wheels = fill_wheelhouse(folder / "wheels", settings.wheels)
-        hashes = {payload: _dataset(folder / payload, settings, payload) for payload in ("bundle", "wheels")}
+        hashes = {payload: _dataset(folder / payload, settings, payload) for payload in PAYLOADS}
         notebook = folder / "notebook" / f"{settings.name}.ipynb"
         template = shipped(TEMPLATE).read_text(encoding="utf-8")
         write_text(notebook, make_notebook(template, _values(settings, opened, wheels, hashes)))

@@ -16,6 +16,9 @@ from pairclf.errors import PackagingError
 Payload = Literal["bundle", "wheels"]
 """The two datasets of a package: trained bundles, and what the notebook installs."""
 
+PAYLOADS: tuple[Payload, ...] = ("bundle", "wheels")
+"""In the order in which kernel-metadata.json attaches them."""
+
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PROJECT = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
@@ -90,7 +93,7 @@ def kernel_metadata(package: Package, code_file: str) -> dict[str, Any]:
         "enable_internet": False,
         "machine_shape": package.machine_shape,
         "keywords": [],
-        "dataset_sources": [dataset_id(package, "bundle"), dataset_id(package, "wheels")],
+        "dataset_sources": [dataset_id(package, payload) for payload in PAYLOADS],
         "competition_sources": [package.competition],
         "kernel_sources": [],
         "model_sources": [] if package.base_model_source is None else [package.base_model_source],

@@ -23,6 +23,7 @@ from pairclf.errors import PackagingError
 from pairclf.files import atomic_file, write_json
 from pairclf.packaging import runner
 from pairclf.packaging.image import make_image
+from pairclf.packaging.metadata import PAYLOADS
 from pairclf.packaging.payload import DATASET_METADATA, KERNEL_METADATA, marker_name
 from pairclf.packaging.sandbox import Sandbox, guards, namespaces, release
 from pairclf.packaging.wheelhouse import Wheel
@@ -187,19 +188,20 @@ def _lay_out(
 ) -> None:
     """Mount everything that the metadata names, as Kaggle does: `SLUG/` for a dataset or competition."""
     for name, source in competition.items():
+        if not source.is_file():
+            raise PackagingError(f"{source} is no file", remedy=f"give the competition's {name}")
         _link_or_copy(source.resolve(), inputs / metadata["competition_sources"][0] / name)
-    for identity in metadata["dataset_sources"]:
-        payload = next(kind for kind in ("bundle", "wheels") if identity.endswith(f"-{kind}"))
-        marker = marker_name("bundle" if payload == "bundle" else "wheels")
-        if not (folder / payload / marker).is_file():
-            raise PackagingError(f"{payload}/{marker} is missing", where=folder, remedy="package again")
-        _link_folder(folder / payload, inputs / identity.partition("/")[2])
-        (inputs / identity.partition("/")[2] / DATASET_METADATA).unlink()
+    for payload, identity in zip(PAYLOADS, metadata["dataset_sources"], strict=True):
+        if not (folder / payload / marker_name(payload)).is_file():
+            raise PackagingError(f"{payload}/{marker_name(payload)} is missing", where=folder, remedy="package again")
+        mounted = inputs / identity.partition("/")[2]
+        _link_folder(folder / payload, mounted)
+        (mounted / DATASET_METADATA).unlink(missing_ok=True)  # not uploaded: Kaggle's client reads it
     for source in metadata["model_sources"]:
-        if base is None:
+        if base is None or not (base / "config.json").is_file():
             raise PackagingError(
-                f"the notebook attaches the model {source}, which a rehearsal can't fetch",
-                remedy="give the folder of the base model with --base",
+                f"the notebook attaches the model {source}, and {base or 'no folder'} holds it here",
+                remedy="give the folder of the base model, with its config.json, as --base",
             )
         _link_folder(base, inputs.joinpath(*source.split("/")[1:]))
 

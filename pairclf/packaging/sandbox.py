@@ -76,7 +76,9 @@ def guards(inputs: Path, site_packages: Path) -> Sandbox:
         for name in names:
             os.chmod(Path(root, name), 0o444)
         os.chmod(root, 0o555)
-    prefix = ("setpriv", "--bounding-set", "-dac_override", "--") if os.geteuid() == 0 else ()
+    prefix = (
+        ("setpriv", "--bounding-set", "-dac_override", "--") if os.geteuid() == 0 and shutil.which("setpriv") else ()
+    )
     return Sandbox(prefix, "guard on Python's sockets", "no permission to write")
 
 

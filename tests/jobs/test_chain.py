@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from safetensors.torch import load_file
 
 from pairclf.cli import main
 from pairclf.config import Config, dump_config, load_config, resolve
@@ -311,3 +312,19 @@ def test_real_rows_and_a_real_checkpoint(
     written = pl.read_csv(files["out"], infer_schema=False)
     assert written["id"].to_list() == sample["id"].to_list()
     assert written.columns == sample.columns
+
+
+def test_two_processes_train_the_weights_of_one(run: Path, tmp_path: Path) -> None:
+    """torchrun over gloo; `accelerate launch --cpu --num_processes 2` would silently run one."""
+    settings = ["model.lora.dropout=0", "train.rows_per_batch=3", "train.rows_per_step=7", "folds.n=2", "--fold", "0"]
+    adapters = []
+    for count in (1, 2):
+        output = tmp_path / str(count)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        command = [*launch, "-m", "pairclf", "train", str(run / "config.yaml"), f"output={output}", *settings]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"over {count} process(es)" in " ".join(done.stderr.split())
+        adapters.append(load_file(output / "fold0" / "bundle" / "adapter" / "adapter_model.safetensors"))
+    one, two = adapters
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5

@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from pairclf.config import Config
 from pairclf.errors import DataError, PackagingError
 from pairclf.packaging import rehearse as module
 from pairclf.packaging.rehearse import rehearse
@@ -170,6 +171,33 @@ def test_sandbox_that_does_not_hold_is_refused(
 def test_folder_that_is_no_package(competition: Competition, tmp_path: Path) -> None:
     with pytest.raises(PackagingError, match="is no package"):
         rehearse(tmp_path, *competition, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("quick")
+def test_input_that_is_not_there_is_named(
+    packaged: Packager, competition: Competition, tmp_path: Path, config: Config
+) -> None:
+    test, sample = competition
+    package = quickly(packaged, "pass")
+    with pytest.raises(PackagingError, match=r"nowhere\.csv is no file"):
+        rehearse(package, tmp_path / "nowhere.csv", sample, tmp_path / "out")
+    config.package.base_model_source = "google/gemma-2/transformers/gemma-2-9b-it/2"
+    with pytest.raises(PackagingError, match=r"gemma-2-9b-it/2, and no folder holds it here[\s\S]*--base"):
+        rehearse(quickly(packaged, "pass"), test, sample, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_attached_base_model_is_found(
+    packaged: Packager, competition: Competition, tmp_path: Path, config: Config
+) -> None:
+    base = tmp_path / "some" / "model"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    config.package.base_model_source = "google/gemma-2/Transformers/gemma-2-9b-it/2"
+    code = 'Path("submission.csv").write_bytes(sample.read_bytes())\nassert Path(base[1], "config.json").is_file()'
+    report = rehearse(quickly(packaged, code), *competition, tmp_path / "out", base=base)
+    assert report.submission["rows"] == 2
 
 
 def test_guard_lets_loopback_through(tmp_path: Path) -> None:
