@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,14 @@ def test_a_task_that_can_not_swap_shows_one_order() -> None:
     assert resolve({"task": task}).train.swap == "none"
     with pytest.raises(ConfigError, match="can not"):
         resolve({"task": task, "train": {"swap": "random"}})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_accelerate_file_is_read_by_accelerate(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(path))
+    assert loaded.num_processes == 2
+    assert not loaded.use_cpu
+    settings_file = (getattr(loaded, "deepspeed_config", None) or {}).get("deepspeed_config_file")
+    assert settings_file is None or "zero_optimization" in json.loads((ROOT / settings_file).read_text())

@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 
 TRAITS = ("correct", "format", "length", "refusal", "relevance")
 HEADINGS = tuple(trait.capitalize() for trait in TRAITS)
-WEIGHTS: Floats = np.array([1.5, 2.4, 2.4, -2.4, 2.4])
+WEIGHTS: Floats = np.array([1.8, 2.3, 2.3, -2.3, 2.3])
 NU = 1.1  # Davidson's tie parameter: between equals, NU / (2 + NU) = 35% of the verdicts are ties
 LONG = 160  # characters; beyond it more length is worth nothing
 
@@ -400,9 +400,9 @@ class Arena:
         Raises:
             ValueError: the prompts' row counts can't add up to `n_test`, or nothing would be left to train on.
         """
-        prompts: dict[Turns, list[int]] = {}
+        prompts: dict[str, list[int]] = {}
         for index, row in enumerate(self.rows):
-            prompts.setdefault(row.prompt, []).append(index)
+            prompts.setdefault(_joined(row.prompt), []).append(index)
         test: set[int] = set()
         for indices in sorted(prompts.values(), key=len, reverse=True):
             if len(test) + len(indices) <= n_test:
@@ -415,6 +415,10 @@ class Arena:
 
 def _valid(text: str | None) -> str | None:
     return None if text is None else text.replace(_SURROGATE, "\ufffd")
+
+
+def _joined(turns: Turns) -> str:
+    return "\n\n".join(_valid(turn) or "" for turn in turns)
 
 
 def _mean(answers: Sequence[_Answer]) -> tuple[float, ...]:
@@ -558,8 +562,7 @@ def write_wsdm(arena: Arena, folder: Path, *, n_test: int) -> None:
     train, test = arena.split(n_test)
     for part, name in ((train, "train.parquet"), (test, "test.parquet")):
         columns = {"id": [_hexadecimal(row.id) for row in part.rows]} | {
-            field: ["\n\n".join(_valid(turn) or "" for turn in getattr(row, field)) for row in part.rows]
-            for field in WSDM.fields
+            field: [_joined(getattr(row, field)) for row in part.rows] for field in WSDM.fields
         }
         if part is train:
             winners = {"winner": [WSDM.classes[label] for label in _without_ties(part)]}
@@ -640,8 +643,8 @@ def _reviewed(random: Random, names: Sequence[str]) -> str:
 def corpus(n: int, seed: int) -> Iterator[str]:
     """`n` documents of arena text without any verdict: chats with the user's reactions, and reviewed responses.
 
-    Chats hold `<start_of_turn>` and `<end_of_turn>`. Reviews stand in the plain template that a classifier sees, with one
-    response or two, and say under `HEADINGS` who is correct, in the format, longer, ..., never who wins.
+    Chats hold `<start_of_turn>` and `<end_of_turn>`. Reviews stand in the plain template that a classifier sees, with
+    one response or two, and say under `HEADINGS` who is correct, in the format, longer, ..., never who wins.
     """
     random = Random(f"corpus {seed}")
     for _ in range(n):

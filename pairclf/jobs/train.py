@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
@@ -113,10 +115,20 @@ def train(config: Config, rows: Sequence[Row], folder: Path, accelerator: Accele
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """One process or many, in the precision that the device computes in."""
+    """One process or many, in the precision that the device computes in, with DeepSpeed if it was launched so."""
     device = pick_device()
     dtype, _ = pick_dtype(config.model.dtype, device)
-    return Accelerator(mixed_precision=PRECISION[dtype], cpu=device.type == "cpu")
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"  # as `accelerate launch` says it
+    on_cpu = device.type == "cpu"
+    accelerator = Accelerator(
+        mixed_precision=PRECISION[dtype],
+        cpu=on_cpu and not deepspeed,  # with it, Accelerate would run without DeepSpeed and not say so
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else None)],
+    )
+    if deepspeed:  # what the loop decides must not be decided a second time by DeepSpeed's own file
+        ours = {"gradient_clipping": config.train.clip, "gradient_accumulation_steps": 1}
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {**ours, "train_micro_batch_size_per_gpu": 1}
+    return accelerator
 
 
 def prepare(builder: InputBuilder, rows: Sequence[Row], task: Task) -> Examples:
@@ -164,8 +176,8 @@ def accumulate(
         items = [Item(row, order, examples.encoded[row][order].ids) for row in shown for order in orders[row]]
         batch = lay_out(items).to(accelerator.device)
         weights = examples.weights[batch.row_at] * bool(rows)
-        last = index == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
+        accelerator.sync_gradients = index == len(batches) - 1  # DeepSpeed takes its step where this is true
+        with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
             logits = model(batch.inputs, batch.read_at)
             targets = examples.targets[batch.row_at, batch.order]
             part = row_losses(logits, targets.to(logits), config.task) @ weights.to(logits) / total

@@ -94,7 +94,7 @@ def _dataset(folder: Path, settings: Package, payload: Payload) -> str:
 
 
 def _values(
-    settings: Package, bundles: Mapping[str, Bundle], wheels: Sequence[Wheel], hashes: Mapping[str, str]
+    settings: Package, bundles: Mapping[str, Bundle], wheels: Sequence[Wheel], hashes: Mapping[Payload, str]
 ) -> dict[str, Value]:
     """What the template's placeholders stand for."""
     pythons = supported_pythons(wheels)

@@ -118,7 +118,7 @@ def _is_json(text: str) -> bool:
 
 KEEPS: dict[str, Callable[[str], bool]] = {
     "Answer in JSON.": _is_json,
-    "Use capital letters.": str.isupper,
+    "Use bold letters.": lambda text: "**" in text,
     "Reply with one word only.": lambda text: " " not in text,
     "Number the items.": lambda text: text.startswith("1. "),
 }
