@@ -187,11 +187,12 @@ def rehearse(
     test: Annotated[Path, typer.Option(help="test file as the competition gives it")],
     sample: Annotated[Path, typer.Option(help="its sample submission")],
     out: Annotated[Path, typer.Option(help="where submission and report go")] = Path("rehearsal"),
+    base: BaseFolder = None,
 ) -> None:
     """Execute the packaged notebook offline, on an image like Kaggle's, and check its submission."""
     from pairclf.packaging.rehearse import rehearse as job
 
-    output.print(job(folder, test, sample, out).render())
+    output.print(job(folder, test, sample, out, base=base).render())
 
 
 @_example("pairclf verify runs/lmsys/gemma2-9b-qlora/fold0/bundle")

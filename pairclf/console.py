@@ -5,6 +5,7 @@ Everything goes to standard error, so that standard output stays free for what a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,6 +17,9 @@ from rich.table import Table
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False, soft_wrap=True)
 
+LOG_SECONDS = 60.0
+"""Between two lines of progress where the output is no terminal: a notebook's log, a file."""
+
 
 class Advance(Protocol):
     """Called with the work done since the last call, and what to show beside the bar."""
@@ -25,7 +29,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(title: str, total: float, *, visible: bool = True) -> Iterator[Advance]:
-    """A bar with count, time elapsed and ETA; on a terminal it moves, in a log only its last state is printed."""
+    """A bar with count, time elapsed and ETA; in a log, where nothing can move, a line every minute."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -38,10 +42,22 @@ def progress(title: str, total: float, *, visible: bool = True) -> Iterator[Adva
     with Progress(*columns, console=console, disable=not visible) as bar:
         job = bar.add_task(title, total=total, note="")
 
+        printed = time.monotonic()
+
         def advance(step: float = 1, *, note: str = "") -> None:
+            nonlocal printed
             bar.update(job, advance=step, note=note or bar.tasks[0].fields["note"])
+            if visible and not console.is_terminal and time.monotonic() - printed > LOG_SECONDS:
+                printed = time.monotonic()
+                console.print(_line(bar.tasks[0]))
 
         yield advance
+
+
+def _line(task: Task) -> str:
+    left = "?" if task.time_remaining is None else f"{task.time_remaining / 60:.0f} min"
+    done = f"{task.completed:,.0f}/{task.total or 0:,.0f}"
+    return f"{task.description} {done} after {(task.elapsed or 0) / 60:.0f} min, eta {left} {task.fields['note']}"
 
 
 def table(title: str, *columns: str) -> Table:

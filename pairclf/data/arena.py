@@ -637,14 +637,15 @@ def _reviewed(random: Random, names: Sequence[str]) -> str:
         values = [each[heading] for each in traits]
         said = _who(*values) if len(values) == 2 else ("yes" if values[0] > 0.5 else "no")
         text += f"\n\n### {heading}\n{said}"
-    return text
+    return text if random.random() < 0.8 else f"{text}\n\n### Verdict\n"
 
 
 def corpus(n: int, seed: int) -> Iterator[str]:
     """`n` documents of arena text without any verdict: chats with the user's reactions, and reviewed responses.
 
     Chats hold `<start_of_turn>` and `<end_of_turn>`. Reviews stand in the plain template that a classifier sees, with
-    one response or two, and say under `HEADINGS` who is correct, in the format, longer, ..., never who wins.
+    one response or two, and say under `HEADINGS` who is correct, in the format, longer, ..., never who wins: a document
+    may end with the heading `Verdict`, and nothing follows it.
     """
     random = Random(f"corpus {seed}")
     for _ in range(n):

@@ -109,7 +109,7 @@ def train(config: Config, rows: Sequence[Row], folder: Path, accelerator: Accele
     log.write()
 
     # Clean up
-    trained: Classifier = accelerator.unwrap_model(model)
+    trained: Classifier = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     return Trained(trained.eval(), builder, tokenizer)
 
@@ -123,7 +123,7 @@ def make_accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=PRECISION[dtype],
         cpu=on_cpu and not deepspeed,  # with it, Accelerate would run without DeepSpeed and not say so
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else None)],
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else None,
     )
     if deepspeed:  # what the loop decides must not be decided a second time by DeepSpeed's own file
         ours = {"gradient_clipping": config.train.clip, "gradient_accumulation_steps": 1}

@@ -52,8 +52,10 @@ class Classifier(nn.Module):
         self.dtype = dtype
 
     def forward(self, inputs: dict[str, Tensor], read_at: Tensor) -> Tensor:
-        # No cache is kept: nothing is generated, and a cache would have to be told of every layout.
-        hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
+        # The same autocast in training, validation and the notebook, whoever calls. No cache is kept: nothing is
+        # generated, and a cache would have to be told of every layout.
+        with torch.autocast(read_at.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
         logits: Tensor = self.head(gather(hidden, read_at))
         return logits
 

@@ -21,8 +21,7 @@ class Head(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`(R, H)` of any dtype -> `(R, C)` float32."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(hidden.float())
+        return super().forward(hidden.float())
 
 
 def gather(hidden: Tensor, read_at: Tensor) -> Tensor:

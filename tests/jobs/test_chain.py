@@ -328,3 +328,20 @@ def test_two_processes_train_the_weights_of_one(run: Path, tmp_path: Path) -> No
         adapters.append(load_file(output / "fold0" / "bundle" / "adapter" / "adapter_model.safetensors"))
     one, two = adapters
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5
+
+
+@pytest.mark.parametrize("lora", ["{rank: 2}", "null"])
+def test_a_model_in_bfloat16_scores_after_saving_as_before(
+    run: Path, tmp_path: Path, cli: Callable[..., tuple[int, str]], lora: str
+) -> None:
+    settings = [
+        "model.dtype=bfloat16",
+        "model.quantization=none",
+        f"model.lora={lora}",
+        "train.max_steps=1",
+        "folds.n=2",
+    ]
+    code, text = cli("train", run / "config.yaml", f"output={tmp_path}", "--fold", "0", *settings)
+    assert code == 0, text
+    code, text = cli("verify", tmp_path / "fold0" / "bundle")
+    assert code == 0, text
