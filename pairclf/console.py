@@ -12,6 +12,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Task as ProgressTask
 from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
@@ -54,7 +55,7 @@ def progress(title: str, total: float, *, visible: bool = True) -> Iterator[Adva
         yield advance
 
 
-def _line(task: Task) -> str:
+def _line(task: ProgressTask) -> str:
     left = "?" if task.time_remaining is None else f"{task.time_remaining / 60:.0f} min"
     done = f"{task.completed:,.0f}/{task.total or 0:,.0f}"
     return f"{task.description} {done} after {(task.elapsed or 0) / 60:.0f} min, eta {left} {task.fields['note']}"

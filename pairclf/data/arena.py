@@ -625,29 +625,39 @@ def _who(a: float, b: float) -> str:
     return "both" if a > 0.5 else "neither"
 
 
+_REMARKS = {
+    "Correct": ("wrong", "right"),
+    "Format": ("broke", "kept"),
+    "Length": ("short", "long"),
+    "Refusal": ("fair", "misjudged"),
+    "Relevance": ("stray", "relevant"),
+}
+
+
 def _reviewed(random: Random, names: Sequence[str]) -> str:
-    """Responses in the plain template of a classifier, and what a reviewer says about three of their traits."""
+    """Responses in the plain template of a classifier, and below it two traits compared and one remark on one response."""
     questions = _conversation(random)
     sides = [[_respond(question, random) for question in questions] for _ in names]
     text = "\n\n### Prompt\n" + "\n\n".join(question.text for question in questions)
     for name, answers in zip(names, sides, strict=True):
-        text += f"\n\n### Response{name}\n" + "\n\n".join(str(answer.text) for answer in answers)
+        text += f"\n\n### Response{name and f' {name}'}\n" + "\n\n".join(str(answer.text) for answer in answers)
     traits = [dict(zip(HEADINGS, _mean(answers), strict=True)) for answers in sides]
-    for heading in random.sample(HEADINGS, 3):
+    index, trait = random.randrange(len(names)), random.choice(HEADINGS)
+    said = {"Verdict": _REMARKS[trait][traits[index][trait] > 0.5] + names[index].upper()}
+    for heading in random.sample(HEADINGS, 2):
         values = [each[heading] for each in traits]
-        said = _who(*values) if len(values) == 2 else ("yes" if values[0] > 0.5 else "no")
-        text += f"\n\n### {heading}\n{said}"
-    return text if random.random() < 0.8 else f"{text}\n\n### Verdict\n"
+        said[heading] = _who(*values) if len(values) == 2 else ("yes" if values[0] > 0.5 else "no")
+    return text + "".join(f"\n\n### {heading}\n{said[heading]}" for heading in random.sample(list(said), 3))
 
 
 def corpus(n: int, seed: int) -> Iterator[str]:
     """`n` documents of arena text without any verdict: chats with the user's reactions, and reviewed responses.
 
     Chats hold `<start_of_turn>` and `<end_of_turn>`. Reviews stand in the plain template that a classifier sees, with
-    one response or two, and say under `HEADINGS` who is correct, in the format, longer, ..., never who wins: a document
-    may end with the heading `Verdict`, and nothing follows it.
+    one response or two. Under `HEADINGS` they say who is correct, in the format, longer, ...; under `Verdict`, where a
+    classifier is asked, stands one word about one trait of one response, drawn blindly. Nothing says who wins.
     """
     random = Random(f"corpus {seed}")
     for _ in range(n):
         (kind,) = random.choices(("chat", "one", "two"), (0.1, 0.4, 0.5))
-        yield _chat(random) if kind == "chat" else _reviewed(random, ("",) if kind == "one" else (" a", " b"))
+        yield _chat(random) if kind == "chat" else _reviewed(random, ("",) if kind == "one" else ("a", "b"))

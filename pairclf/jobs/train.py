@@ -37,8 +37,6 @@ from pairclf.model.batch import Item
 from pairclf.model.engine import Classifier, build, layout_of
 from pairclf.task import AB, BA, Row, Task
 
-PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
 
 @dataclass(frozen=True, slots=True)
 class Trained:
@@ -121,7 +119,8 @@ def make_accelerator(config: Config) -> Accelerator:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"  # as `accelerate launch` says it
     on_cpu = device.type == "cpu"
     accelerator = Accelerator(
-        mixed_precision=PRECISION[dtype],
+        # The classifier autocasts itself; Accelerate is asked for float16's loss scale alone.
+        mixed_precision="fp16" if dtype == torch.float16 else "no",
         cpu=on_cpu and not deepspeed,  # with it, Accelerate would run without DeepSpeed and not say so
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else None,
     )
