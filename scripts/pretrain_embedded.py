@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pairclf.data.arena import corpus
+from pairclf.data.arena import HEADINGS, VERDICT, corpus
 from pairclf.files import atomic_folder, write_json
 
 CORPUS_SEED = 20_240_501  # of no arena that the demo or a test draws; a corpus stream has its own seeds besides
@@ -40,6 +41,7 @@ CHAT_TEMPLATE = (
 )
 POSITIONS = 2_048
 HELD_OUT = 500  # documents
+REMARK_WEIGHT = 5.0  # in the loss: a few tokens of a document carry what a judge must know
 
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -107,24 +109,37 @@ def batches(documents: list[list[int]], tokens: int, random: Random) -> Iterator
         yield torch.tensor([documents[index] + [0] * (longest - len(documents[index])) for index in group])
 
 
-def lm_loss(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Summed next-token loss in nats over a right-padded batch (B, T), and the number of tokens predicted."""
+def lm_loss(model: PreTrainedModel, ids: torch.Tensor, headings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next-token losses in nats over a right-padded batch (B, T), and their weights; both (B, T - 1).
+
+    A document is `..., ###, heading, newline, remark`: the remark, two tokens behind one of `headings`, weighs more.
+    """
     logits = model(ids[:, :-1], attention_mask=(ids[:, :-1] != 0).long(), use_cache=False).logits
-    loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0, reduction="sum")
-    return loss, int((ids[:, 1:] != 0).sum())
+    losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    weights = (ids[:, 1:] != 0).float()
+    weights[:, 1:] *= 1 + (REMARK_WEIGHT - 1) * torch.isin(ids[:, :-2], headings)
+    return losses, weights
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, documents: list[list[int]]) -> float:
-    """Mean loss a token, in nats."""
+def held_out_loss(model: PreTrainedModel, documents: list[list[int]], headings: torch.Tensor) -> tuple[float, float]:
+    """Mean loss in nats, of a token and of a remark."""
     model.eval()
-    sums = [lm_loss(model, ids) for ids in batches(documents, 8_192, Random(0))]
+    sums = torch.zeros(4)
+    for ids in batches(documents, 8_192, Random(0)):
+        losses, weights = lm_loss(model, ids, headings)
+        for index, chosen in enumerate((weights > 0, weights > 1)):
+            sums[2 * index : 2 * index + 2] += torch.stack([losses[chosen].sum(), chosen.sum()])
     model.train()
-    return sum(float(loss) for loss, _ in sums) / sum(count for _, count in sums)
+    return float(sums[0] / sums[1]), float(sums[2] / sums[3])
 
 
 def pretrain(
-    model: PreTrainedModel, documents: list[list[int]], held_out: list[list[int]], args: argparse.Namespace
+    model: PreTrainedModel,
+    documents: list[list[int]],
+    held_out: list[list[int]],
+    headings: torch.Tensor,
+    args: argparse.Namespace,
 ) -> dict[str, float]:
     """Train in place, one pass over `documents`; figures of the run."""
     plan = list(batches(documents, args.tokens_per_step, Random(args.seed)))
@@ -137,25 +152,28 @@ def pretrain(
     )
     started, cpu, seen = time.monotonic(), time.process_time(), 0
     for step, ids in enumerate(plan, 1):
-        loss, count = lm_loss(model, ids)
+        losses, weights = lm_loss(model, ids, headings)
+        loss = (losses * weights).sum() / weights.sum()
         optimizer.zero_grad()
-        (loss / count).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        seen += count
+        seen += int((weights > 0).sum())
         if step % args.report_every == 0 or step == len(plan):
             elapsed = time.monotonic() - started
-            losses = f"loss {loss.item() / count:.4f}  held out {held_out_loss(model, held_out):.4f}"
+            token, remark = held_out_loss(model, held_out, headings)
+            shown = f"loss {loss.item():.4f}  held out: token {token:.4f}, remark {remark:.4f}"
             pace = f"{seen / elapsed:,.0f} tokens/s  eta {elapsed / step * (len(plan) - step):.0f} s"
-            print(f"step {step}/{len(plan)}  {losses}  {pace}", flush=True)
-    final = held_out_loss(model, held_out)
+            print(f"step {step}/{len(plan)}  {shown}  {pace}", flush=True)
+    token, remark = held_out_loss(model, held_out, headings)
     return {
         "steps": len(plan),
         "tokens": seen,
         "documents": len(documents),
-        "held_out_loss": round(final, 4),
-        "held_out_perplexity": round(float(torch.tensor(final).exp()), 3),
+        "held_out_loss": round(token, 4),
+        "held_out_perplexity": round(math.exp(token), 3),
+        "held_out_remark_loss": round(remark, 4),
         "cpu_minutes": round((time.process_time() - cpu) / 60, 1),
         "wall_minutes": round((time.monotonic() - started) / 60, 1),
         "threads": torch.get_num_threads(),
@@ -172,7 +190,8 @@ def make(name: str, args: argparse.Namespace) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     mean = sum(map(len, encoded)) / len(encoded)
     print(f"{name}: {parameters:,} parameters, {len(encoded):,} documents of {mean:.0f} tokens", flush=True)
-    figures = pretrain(model, encoded[HELD_OUT:], encoded[:HELD_OUT], args)
+    headings = torch.tensor(tokenizer([f" {heading}" for heading in (*HEADINGS, VERDICT)])["input_ids"]).flatten()
+    figures = pretrain(model, encoded[HELD_OUT:], encoded[:HELD_OUT], headings, args)
     with atomic_folder(args.out / name) as folder:
         model.to(torch.float16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -30,6 +30,7 @@ Floats = NDArray[np.float64]
 
 TRAITS = ("correct", "format", "length", "refusal", "relevance")
 HEADINGS = tuple(trait.capitalize() for trait in TRAITS)
+VERDICT = "Verdict"
 WEIGHTS: Floats = np.array([1.8, 2.3, 2.3, -2.3, 2.3])
 NU = 1.1  # Davidson's tie parameter: between equals, NU / (2 + NU) = 35% of the verdicts are ties
 LONG = 160  # characters; beyond it more length is worth nothing
@@ -635,7 +636,7 @@ _REMARKS = {
 
 
 def _reviewed(random: Random, names: Sequence[str]) -> str:
-    """Responses in the plain template of a classifier, and below it two traits compared and one remark on one response."""
+    """Responses in the plain template of a classifier; below it two traits compared, and one remark on one response."""
     questions = _conversation(random)
     sides = [[_respond(question, random) for question in questions] for _ in names]
     text = "\n\n### Prompt\n" + "\n\n".join(question.text for question in questions)
@@ -643,7 +644,7 @@ def _reviewed(random: Random, names: Sequence[str]) -> str:
         text += f"\n\n### Response{name and f' {name}'}\n" + "\n\n".join(str(answer.text) for answer in answers)
     traits = [dict(zip(HEADINGS, _mean(answers), strict=True)) for answers in sides]
     index, trait = random.randrange(len(names)), random.choice(HEADINGS)
-    said = {"Verdict": _REMARKS[trait][traits[index][trait] > 0.5] + names[index].upper()}
+    said = {VERDICT: _REMARKS[trait][traits[index][trait] > 0.5] + names[index].upper()}
     for heading in random.sample(HEADINGS, 2):
         values = [each[heading] for each in traits]
         said[heading] = _who(*values) if len(values) == 2 else ("yes" if values[0] > 0.5 else "no")

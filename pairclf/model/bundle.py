@@ -139,7 +139,9 @@ def save(
     config = _portable(config)
     with atomic_folder(folder) as new:
         part = "adapter" if config.model.lora is not None else "backbone"
-        classifier.backbone.save_pretrained(new / part)  # type: ignore[operator]
+        # The embedding is never trained; without the word peft would look for the base on a hub to find out.
+        options = {"save_embedding_layers": False} if part == "adapter" else {}
+        classifier.backbone.save_pretrained(new / part, **options)  # type: ignore[operator]
         (new / part / "README.md").unlink(missing_ok=True)  # peft's empty model card names this machine's path
         _forget_path(new / part / "adapter_config.json", config.model.base)
         head = {name: tensor.detach().float().cpu().contiguous() for name, tensor in classifier.head.named_parameters()}

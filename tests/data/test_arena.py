@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,11 +165,14 @@ def test_one_seed_one_arena() -> None:
 
 
 def test_corpus_is_seeded_and_names_no_winner() -> None:
-    documents = list(corpus(300, seed=3))
-    assert documents == list(corpus(300, seed=3))
+    documents = list(corpus(900, seed=3))
+    assert documents == list(corpus(900, seed=3))
     assert documents != list(corpus(300, seed=4))
     text = "\n".join(documents)
-    assert not any(word in text.casefold() for word in ("verdict", "winner", "better", "prefer", " tie"))
+    assert not any(word in text.casefold() for word in ("winner", "better", "prefer", " tie"))
+    verdicts = set(re.findall("### Verdict\n(.*)", text))
+    traits = ("wrong", "right", "broke", "kept", "short", "long", "fair", "misjudged", "stray", "relevant")
+    assert verdicts == {word + name for word in traits for name in ("", "A", "B")}, "one word on one response"
 
 
 # ------------------------------------------------------------------------------------------------------------- dirt
