@@ -23,14 +23,14 @@ from pairclf.jobs.cv import cross_validate
 from pairclf.jobs.evaluate import Evaluation, evaluate, render
 from pairclf.jobs.run import OOF, OOF_AB, folds_of, labelled_rows, output_of
 from pairclf.packaging.build import package
-from pairclf.packaging.rehearse import rehearse
+from pairclf.packaging.rehearse import SUBMISSION, rehearse
 from pairclf.packaging.sources import shipped
 from pairclf.scores.metrics import log_loss
 from pairclf.task import Task
 
 CONFIG = "configs/demo/gemma2-tiny.yaml"
 ROWS, TEST_ROWS = 2_400, 400
-SUBMISSION = "submission.csv"
+RUN = "gemma2-tiny"
 
 
 def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
@@ -40,7 +40,7 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
         The evaluation of the out-of-fold scores.
     """
     data, built, rehearsal = folder / "data", folder / "kaggle", folder / "rehearsal"
-    config = load_config(shipped(CONFIG), [f"data.folder={data}", f"output={folder / 'run'}", *overrides])
+    config = load_config(shipped(CONFIG), [f"data.folder={data}", f"output={folder / RUN}", *overrides])
     clock = Stages()
     with clock.stage("rows: a synthetic arena, its audit, its folds"):
         write_lmsys(generate(ROWS, seed=config.seed), data, n_test=TEST_ROWS)
@@ -108,7 +108,7 @@ def _summary(judged: Evaluation, test_loss: float, clock: Stages, folder: Path) 
         ("submission", f"{folder / 'rehearsal' / SUBMISSION}"),
         ("executed notebook and report", f"{folder / 'rehearsal'}"),
         ("folder to push to Kaggle", f"{folder / 'kaggle'}"),
-        ("bundles, scores, metrics", f"{folder / 'run'}"),
+        ("bundles, scores, metrics", f"{folder / RUN}"),
     ]
     for name, value in rows:
         shown.add_row(name, value)

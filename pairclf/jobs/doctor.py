@@ -1,4 +1,4 @@
-"""What this machine can do: versions, devices, and whether 4-bit training, offline rehearsal and saving work here."""
+"""What this machine can do: versions, devices, and whether 4-bit arithmetic and saving work here."""
 
 from __future__ import annotations
 

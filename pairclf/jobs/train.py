@@ -49,15 +49,19 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """The training rows as the loop needs them: `targets` is `(N, 2, C)`, one target an order; `weights` is `(N,)`."""
+    """The training rows as the loop needs them.
+
+    Attributes:
+        encoded: each row in its orders.
+        lengths: tokens of each row, the same in either order.
+        targets: `(N, 2, C)`, a target an order.
+        weights: `(N,)`.
+    """
 
     encoded: list[tuple[Encoded, ...]]
+    lengths: list[int]
     targets: Tensor
     weights: Tensor
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(shown[AB].ids) for shown in self.encoded]
 
 
 def train(config: Config, rows: Sequence[Row], folder: Path, accelerator: Accelerator) -> Trained:
@@ -138,7 +142,9 @@ def prepare(builder: InputBuilder, rows: Sequence[Row], task: Task) -> Examples:
         raise DataError("rows without a label can't be trained on", rows=unlabelled)
     targets = torch.tensor([row.target for row in rows], dtype=torch.float32)
     both = torch.stack([targets, targets[:, list(task.swapped_columns)]], dim=1)
-    return Examples(builder.encode(rows), both, torch.tensor([row.weight for row in rows]))
+    encoded = builder.encode(rows)
+    lengths = [len(shown[AB].ids) for shown in encoded]
+    return Examples(encoded, lengths, both, torch.tensor([row.weight for row in rows]))
 
 
 def accumulate(
