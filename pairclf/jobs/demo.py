@@ -29,7 +29,7 @@ from pairclf.scores.metrics import log_loss
 from pairclf.task import Task
 
 CONFIG = "configs/demo/gemma2-tiny.yaml"
-ROWS, TEST_ROWS = 2_400, 400
+ROWS, TEST_ROWS = 4_400, 400
 RUN = "gemma2-tiny"
 
 
