@@ -205,8 +205,8 @@ def verify(bundles: Bundles, base: BaseFolder = None) -> None:
     for folder in bundles:
         bundle = open_bundle(folder)
         difference = job(bundle, bundle.load(pick_device(), base))
-        output.print(f"[green]verified[/] {escape(str(folder))}: {len(bundle.manifest.probes)} probe rows, "
-                     f"logits within {difference:.2g}")  # fmt: skip
+        probes = len(bundle.manifest.probes)
+        output.print(f"[green]verified[/] {escape(str(folder))}: {probes} probe rows, logits differ by {difference:.1g}")
 
 
 @_example("pairclf config configs/demo/gemma2-tiny.yaml train.epochs=2")

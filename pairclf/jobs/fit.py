@@ -102,4 +102,4 @@ def _prove(folder: Path, device: torch.device) -> None:
     bundle = open_bundle(folder)
     difference = verify(bundle, bundle.load(device))
     shown = ", ".join(f"{name} {value:.4f}" for name, value in bundle.manifest.metrics.items() if name != "rows")
-    console.print(f"[green]saved and re-scored[/] {folder} (logits within {difference:.1g}) {shown}")
+    console.print(f"[green]saved and re-scored[/] {folder} (logits differ by {difference:.1g}) {shown}")
