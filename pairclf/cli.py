@@ -206,7 +206,9 @@ def verify(bundles: Bundles, base: BaseFolder = None) -> None:
         bundle = open_bundle(folder)
         difference = job(bundle, bundle.load(pick_device(), base))
         probes = len(bundle.manifest.probes)
-        output.print(f"[green]verified[/] {escape(str(folder))}: {probes} probe rows, logits differ by {difference:.1g}")
+        output.print(
+            f"[green]verified[/] {escape(str(folder))}: {probes} probe rows, logits differ by {difference:.1g}"
+        )
 
 
 @_example("pairclf config configs/demo/gemma2-tiny.yaml train.epochs=2")
