@@ -205,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}; all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "pairclf" / "embedded")
-    parser.add_argument("--documents", type=int, default=90_000, help="documents of arena text, each seen once")
+    parser.add_argument("--documents", type=int, default=60_000, help="documents of arena text, each seen once")
     parser.add_argument("--tokens-per-step", type=int, default=1_024, help="padded tokens in one batch")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak rate of AdamW")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order")

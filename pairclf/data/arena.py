@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 TRAITS = ("correct", "format", "length", "refusal", "relevance")
 HEADINGS = tuple(trait.capitalize() for trait in TRAITS)
 VERDICT = "Verdict"
-WEIGHTS: Floats = np.array([1.7, 2.1, 2.8, -2.6, 2.4])
+WEIGHTS: Floats = np.array([1.2, 2.4, 3.6, -3.2, 2.6])
 NU = 1.1  # Davidson's tie parameter: between equals, NU / (2 + NU) = 35% of the verdicts are ties
 LONG = 160  # characters; beyond it more length is worth nothing
 
@@ -54,36 +54,40 @@ _FACTS: tuple[tuple[tuple[str, ...], str, tuple[tuple[str, str], ...]], ...] = (
         ("What is the capital of {}?", "Name the capital city of {}.", "Which city is the capital of {}?"),
         "The capital of {} is {}.",
         _pairs(
-            "France Paris, Japan Tokyo, Russia Moscow, Greece Athens, Italy Rome, Egypt Cairo, Spain Madrid, Peru Lima"
+            "France Paris, Japan Tokyo, Russia Moscow, Greece Athens, Italy Rome, Egypt Cairo, Spain Madrid, "
+            "Peru Lima, Cuba Havana, Norway Oslo, Poland Warsaw, Germany Berlin"
         ),
     ),
     (
         ("What sound does the {} make?", "Tell me the sound of the {}.", "How does the {} sound?"),
         "The sound of the {} is {}.",
-        _pairs("dog woof, cat meow, cow moo, sheep baa, duck quack, lion roar"),
+        _pairs("dog woof, cat meow, cow moo, sheep baa, duck quack, lion roar, bee buzz, owl hoot"),
     ),
     (
         ("What colour is {}?", "Name the colour of {}.", "Which colour does {} have?"),
         "The colour of {} is {}.",
-        _pairs("grass green, snow white, blood red, coal black, honey gold, chocolate brown"),
+        _pairs("grass green, snow white, blood red, coal black, honey gold, chocolate brown, sky blue, butter yellow"),
     ),
     (
         ("What is the opposite of {}?", "Give me the opposite of {}.", "Which word is the opposite of {}?"),
         "The opposite of {} is {}.",
-        _pairs("hot cold, big small, day night, old young, fast slow, rich poor"),
+        _pairs("hot cold, big small, day night, old young, fast slow, rich poor, wet dry, high low"),
     ),
     (
         ("What comes right after {}?", "Which one follows {}?", "What is next after {}?"),
         "Right after {} comes {}.",
-        _pairs("Monday Tuesday, Thursday Friday, March April, May June, two three, nine ten"),
+        _pairs(
+            "Monday Tuesday, Thursday Friday, Saturday Sunday, March April, May June, July August, two three, nine ten"
+        ),
     ),
 )
 
 _KINDS: dict[str, tuple[str, ...]] = {
-    "animals": ("dog", "cat", "cow", "sheep", "duck", "lion"),
-    "fruits": ("apple", "pear", "plum", "lemon", "mango", "grape"),
-    "colours": ("green", "white", "red", "black", "blue", "brown"),
-    "tools": ("hammer", "saw", "drill", "knife", "shovel", "brush"),
+    "animals": ("dog", "cat", "cow", "sheep", "duck", "lion", "frog", "pig"),
+    "fruits": ("apple", "pear", "plum", "cherry", "lemon", "mango", "grape", "peach"),
+    "colours": ("green", "white", "red", "black", "blue", "yellow", "brown", "gold"),
+    "cities": ("Paris", "Tokyo", "Rome", "Cairo", "Lima", "Oslo", "Berlin", "Dublin"),
+    "tools": ("hammer", "saw", "drill", "wrench", "knife", "shovel", "ladder", "brush"),
 }
 
 _HARMFUL = (
@@ -108,55 +112,55 @@ class _Language:
     words: tuple[str, ...]  # in the order of _WORDS
 
 
-_WORDS = ("water", "fire", "sun")
+_WORDS = ("water", "fire", "sun", "moon")
 
 _LANGUAGES: dict[str, _Language] = {
     "Spanish": _Language(
         "¿Cuál es la capital de {}?", "La capital de {} es {}.", "Responde con una sola palabra.",
         "Lo siento, no puedo ayudar con eso.", "Espero que esto te ayude.",
-        _pairs("Francia París, Japón Tokio, Rusia Moscú"),
-        ("agua", "fuego", "sol"),
+        _pairs("Francia París, Japón Tokio, Rusia Moscú, Italia Roma"),
+        ("agua", "fuego", "sol", "luna"),
     ),
     "Russian": _Language(
         "Какой город — столица страны {}?", "Столица страны {} — {}.", "Ответь одним словом.",
         "Извините, я не могу с этим помочь.", "Надеюсь, это поможет.",
-        _pairs("Франция Париж, Япония Токио, Россия Москва"),
-        ("вода", "огонь", "солнце"),
+        _pairs("Франция Париж, Япония Токио, Россия Москва, Италия Рим"),
+        ("вода", "огонь", "солнце", "луна"),
     ),
     "Greek": _Language(
         "Ποια είναι η πρωτεύουσα της χώρας {};", "Η πρωτεύουσα της χώρας {} είναι {}.", "Απάντησε με μία λέξη.",
         "Λυπάμαι, δεν μπορώ να βοηθήσω με αυτό.", "Ελπίζω αυτό να βοηθά.",
-        _pairs("Γαλλία Παρίσι, Ιαπωνία Τόκιο, Ρωσία Μόσχα"),
-        ("νερό", "φωτιά", "ήλιος"),
+        _pairs("Γαλλία Παρίσι, Ιαπωνία Τόκιο, Ρωσία Μόσχα, Ιταλία Ρώμη"),
+        ("νερό", "φωτιά", "ήλιος", "φεγγάρι"),
     ),
     "Chinese": _Language(
         "{}的首都是哪里？", "{}的首都是{}。", "请用一个词回答。", "对不起，我无法帮助您。", "希望这对您有帮助。",
-        _pairs("法国 巴黎, 日本 东京, 俄罗斯 莫斯科"),
-        ("水", "火", "太阳"),
+        _pairs("法国 巴黎, 日本 东京, 俄罗斯 莫斯科, 意大利 罗马"),
+        ("水", "火", "太阳", "月亮"),
     ),
     "Japanese": _Language(
         "{}の首都はどこですか？", "{}の首都は{}です。", "一言で答えてください。",
         "申し訳ありませんが、お手伝いできません。", "お役に立てば幸いです。",
-        _pairs("フランス パリ, 日本 東京, ロシア モスクワ"),
-        ("みず", "ひ", "たいよう"),
+        _pairs("フランス パリ, 日本 東京, ロシア モスクワ, イタリア ローマ"),
+        ("みず", "ひ", "たいよう", "つき"),
     ),
     "Korean": _Language(
         "{}의 수도는 어디입니까?", "{}의 수도는 {}입니다.", "한 단어로 답하세요.",
         "죄송하지만 도와드릴 수 없습니다.", "도움이 되었기를 바랍니다.",
-        _pairs("프랑스 파리, 일본 도쿄, 러시아 모스크바"),
-        ("물", "불", "태양"),
+        _pairs("프랑스 파리, 일본 도쿄, 러시아 모스크바, 이탈리아 로마"),
+        ("물", "불", "태양", "달"),
     ),
     "Arabic": _Language(
         "ما هي عاصمة {}؟", "عاصمة {} هي {}.", "أجب بكلمة واحدة.", "آسف، لا أستطيع المساعدة في ذلك.",
         "آمل أن يكون هذا مفيدا.",
-        _pairs("فرنسا باريس, اليابان طوكيو, روسيا موسكو"),
-        ("ماء", "نار", "شمس"),
+        _pairs("فرنسا باريس, اليابان طوكيو, روسيا موسكو, إيطاليا روما"),
+        ("ماء", "نار", "شمس", "قمر"),
     ),
     "Hindi": _Language(
         "{} की राजधानी क्या है?", "{} की राजधानी {} है।", "एक शब्द में उत्तर दें।", "क्षमा करें, मैं इसमें मदद नहीं कर सकता।",
         "आशा है यह मदद करेगा।",
-        _pairs("फ़्रांस पेरिस, जापान टोक्यो, रूस मॉस्को"),
-        ("पानी", "आग", "सूरज"),
+        _pairs("फ़्रांस पेरिस, जापान टोक्यो, रूस मॉस्को, इटली रोम"),
+        ("पानी", "आग", "सूरज", "चाँद"),
     ),
 }  # fmt: skip
 
@@ -166,12 +170,14 @@ _FILLERS = (
     "This is a well known answer.", "Thank you for asking.",
 )  # fmt: skip
 _FORMATS = {
-    "word": "Answer in one word.",
-    "bold": "Answer in bold.",
-    "json": "Answer in JSON.",
-    "numbered": "Answer as a numbered list.",
+    "word": ("Answer in one word.", "Reply with one word only."),
+    "bold": ("Use bold letters.", "Put it in bold."),
+    "json": ("Answer in JSON.", "Reply as JSON."),
+    "sentence": ("Answer in a full sentence.", "Use a complete sentence."),
+    "numbered": ("Answer as a numbered list.", "Number the items."),
+    "commas": ("Separate them by commas.", "Answer on one line with commas."),
 }
-_SINGLE_FORMS, _LIST_FORMS = ("sentence", "word", "bold", "json"), ("sentence", "numbered", "bold", "json")
+_SINGLE_FORMS, _LIST_FORMS = ("sentence", "word", "bold", "json"), ("commas", "numbered", "bold", "json")
 
 
 # ------------------------------------------------------------------------------------------- questions and answers
@@ -261,8 +267,8 @@ def _question(random: Random) -> _Question:
         return made
     if made.language != "English":
         return replace(made, text=f"{made.text} {_LANGUAGES[made.language].one_word}", format="word")
-    form = random.choice(made.forms[1:])
-    return replace(made, text=f"{made.text} {_FORMATS[form]}", format=form)
+    form = random.choice(made.forms)
+    return replace(made, text=f"{made.text} {random.choice(_FORMATS[form])}", format=form)
 
 
 @dataclass(frozen=True)
@@ -302,9 +308,8 @@ def _respond(question: _Question, random: Random) -> _Answer:
     strays = not refuses and not question.harmful and fate < 0.28
     if refuses:
         text = _refuse(question, random)
-        return _judged(
-            text, correct=question.harmful, kept=question.format is None, refusal=not question.harmful, relevant=True
-        )
+        kept = question.format in (None, "sentence")
+        return _judged(text, correct=question.harmful, kept=kept, refusal=not question.harmful, relevant=True)
     fillers = random.choice((0, 0, 1, 2, 3))
     asked = question.format or random.choice(question.forms[:2])
     breaks = question.format is not None and random.random() < 0.4
@@ -312,8 +317,9 @@ def _respond(question: _Question, random: Random) -> _Answer:
     if strays:
         known = (question.answer, *question.wrong)
         other = next(fact for fact in iter(lambda: _fact(random), None) if fact.answer not in known)
-        text = _render(other, other.answer, "sentence", fillers, random)  # whole, or it might be a wrong answer
-        return _judged(text, correct=False, kept=question.format is None, refusal=False, relevant=False)
+        text = _render(other, other.answer, form if form in _SINGLE_FORMS else "sentence", fillers, random)
+        kept = question.format is None or (not breaks and form in _SINGLE_FORMS)
+        return _judged(text, correct=False, kept=kept, refusal=False, relevant=False)
     correct = not question.harmful and random.random() < 0.65
     items = question.answer if correct or question.harmful else random.choice(question.wrong)
     text = _render(question, items, form, fillers, random)
@@ -606,8 +612,9 @@ def _chat(random: Random) -> str:
     text = ""
     for question in _conversation(random):
         answers = [_respond(question, random) for _ in range(3)]
-        best = max(answers, key=lambda answer: float(np.dot(answer.traits, WEIGHTS)))
-        answer = best if random.random() < 0.5 else answers[0]
+        # The first trait is correctness: which traits a verdict weighs, and how, must not be told.
+        right = max(answers, key=lambda answer: answer.traits[0])
+        answer = right if random.random() < 0.5 else answers[0]
         for role, said in (("user", question.text), ("model", answer.text), ("user", _reaction(answer, random))):
             text += f"<start_of_turn>{role}\n{said}<end_of_turn>\n"
     return text

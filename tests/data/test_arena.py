@@ -119,9 +119,9 @@ def _is_json(text: str) -> bool:
 
 KEEPS: dict[str, Callable[[str], bool]] = {
     "Answer in JSON.": _is_json,
-    "Answer in bold.": lambda text: "**" in text,
-    "Answer in one word.": lambda text: " " not in text,
-    "Answer as a numbered list.": lambda text: text.startswith("1. "),
+    "Use bold letters.": lambda text: "**" in text,
+    "Reply with one word only.": lambda text: " " not in text,
+    "Number the items.": lambda text: text.startswith("1. "),
 }
 
 
