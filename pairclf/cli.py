@@ -3,7 +3,6 @@ and a typing error cost no import of torch."""
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from pairclf import __version__
 from pairclf.config import Config, describe_config, load_config
@@ -206,9 +205,7 @@ def verify(bundles: Bundles, base: BaseFolder = None) -> None:
         bundle = open_bundle(folder)
         difference = job(bundle, bundle.load(pick_device(), base))
         probes = len(bundle.manifest.probes)
-        output.print(
-            f"[green]verified[/] {escape(str(folder))}: {probes} probe rows, logits differ by {difference:.1g}"
-        )
+        output.print(f"verified {folder}: {probes} probe rows, logits differ by {difference:.1g}")
 
 
 @_example("pairclf config configs/demo/gemma2-tiny.yaml train.epochs=2")
@@ -225,6 +222,10 @@ def doctor() -> None:
     output.print(job())
 
 
+def _complain(text: str) -> None:
+    console.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: errors that a user can cause end in one message and exit code 2, never in a traceback."""
     # Nothing here ever phones a hub by itself; a hub id in the config is fetched only if this is unset by the user.
@@ -232,15 +233,12 @@ def main() -> None:
     try:
         app()
     except PairclfError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        _complain(str(error))
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        console.print(
-            f"[bold red]error:[/] {escape(f'can not write {error.filename or chr(0x2026)}: {error.strerror}')}\n"
-            "  remedy: free some disk space or give another folder; nothing was left half written",
-            soft_wrap=True,
+    except OSError as error:  # a full disk, a folder without permission, a path through a file
+        _complain(
+            f"{error.filename or 'the system'}: {error.strerror or error}\n"
+            "  remedy: free some disk space, or give another path; what was being written was not left half written"
         )
         sys.exit(PairclfError.exit_code)
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from pairclf.task import LMSYS, Task, as_task
 class Section(BaseModel):
     """A group of settings; unknown names are errors."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -44,7 +44,7 @@ class Data(Section):
 
 class Folds(Section):
     n: int = Field(5, ge=2, description="number of folds; rows with the same prompt share a fold")
-    run: list[int] | None = Field(None, description="folds that `cv` trains, counted from 0; null: all")
+    run: list[int] | None = Field(None, min_length=1, description="folds that `cv` trains, from 0; null: all")
 
 
 class Template(Section):
@@ -72,7 +72,7 @@ class Lora(Section):
     rank: int = Field(16, ge=1, description="rank of the adapters")
     alpha: int = Field(32, ge=1, description="scale; the adapters' output is multiplied by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the adapters")
-    targets: list[str] | Literal["all-linear"] = Field(
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
         "all-linear", description="names of the linear modules that get adapters, or all-linear (head excluded)"
     )
     first_layer: int = Field(0, ge=0, description="layers below this one carry no adapter")
@@ -146,7 +146,7 @@ class Config(Section):
     """The whole tree. A run folder, a bundle and a Kaggle package each keep the resolved one."""
 
     task: Annotated[Task, BeforeValidator(as_task)] = Field(LMSYS, description="lmsys, wsdm, or a task spelled out")
-    seed: int = Field(0, ge=0, description="seed of folds, order of rows, initial head and dropout")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of folds, order of rows, initial head and dropout")
     output: Path | None = Field(None, description="run folder; null: runs/ + the config's path below configs/")
     data: Data = Field(default_factory=Data, description="files")
     folds: Folds = Field(default_factory=Folds, description="cross-validation")
@@ -212,7 +212,7 @@ def parse_yaml(text: str, where: object) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=where) from error
 
 

@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.progress import Task as ProgressTask
 from rich.table import Table
 
-console = Console(stderr=True, highlight=False)
-output = Console(highlight=False, soft_wrap=True)
+# Ids, paths and class names come from users and may hold brackets: nothing printed here is read as markup.
+console = Console(stderr=True, highlight=False, markup=False)
+output = Console(highlight=False, markup=False, soft_wrap=True)
 
 LOG_SECONDS = 60.0
 """Between two lines of progress where the output is no terminal: a notebook's log, a file."""
@@ -32,13 +33,13 @@ class Advance(Protocol):
 def progress(title: str, total: float, *, visible: bool = True) -> Iterator[Advance]:
     """A bar with count, time elapsed and ETA; in a log, where nothing can move, a line every minute."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, disable=not visible) as bar:
         job = bar.add_task(title, total=total, note="")

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pairclf.errors import PairclfError
+
 _CHUNK = 1 << 20  # bytes
 
 
@@ -37,13 +39,29 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_file_target(path: Path) -> None:
+    """Refuse a path at which a file can't be written, or must not be: a folder, a device, below a file.
+
+    Raises:
+        PairclfError: says which.
+    """
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise PairclfError(f"{path} is {kind} and will not be replaced by a file", remedy="give another path")
+    parent = next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
+    if not parent.is_dir():
+        raise PairclfError(f"{path} can't be written: {parent} is no folder", remedy="give another path")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; on success it replaces `path` in one rename, on any error it is removed.
 
     Raises:
+        PairclfError: something other than a file stands at `path`.
         OSError: as the writing raised it (a full disk, a read-only folder); `path` is then untouched.
     """
+    check_file_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     _remove(temporary)
@@ -58,12 +76,25 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, known_by: str) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it takes the place of `path`, on any error it is removed.
+
+    Args:
+        path: an older folder there is replaced if it is empty or holds an entry named `known_by`.
+        known_by: a file or folder that every folder of this kind holds, so that nobody's other files are deleted.
+
+    Raises:
+        PairclfError: something else stands at `path`.
+        OSError: as the writing raised it; `path` is then untouched.
 
     An older folder at `path` is moved aside first and removed last, so that at every moment one whole folder
     exists under either name.
     """
+    if path.exists() and not (path.is_dir() and ((path / known_by).exists() or not any(path.iterdir()))):
+        raise PairclfError(
+            f"{path} holds something else than is to be written there (no {known_by}), and will not be replaced",
+            remedy="give a new folder, or remove what is there yourself",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _temporary(path), path.parent / f".tmp-old-{path.name}"
     _remove(temporary)

@@ -192,7 +192,7 @@ def make(name: str, args: argparse.Namespace) -> None:
     print(f"{name}: {parameters:,} parameters, {len(encoded):,} documents of {mean:.0f} tokens", flush=True)
     headings = torch.tensor(tokenizer([f" {heading}" for heading in (*HEADINGS, VERDICT)])["input_ids"]).flatten()
     figures = pretrain(model, encoded[HELD_OUT:], encoded[:HELD_OUT], headings, args)
-    with atomic_folder(args.out / name) as folder:
+    with atomic_folder(args.out / name, known_by="pretraining.json") as folder:
         model.to(torch.float16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -61,6 +61,9 @@ def test_all_errors_are_shown_at_once_and_name_the_nearest_key() -> None:
         ({"inputs": {"shares": {"prompt": 0.5, "response_a": 0.5, "response_b": 0.5}}}, "sum to at most 1"),
         ({"inputs": {"cut": {"prompt": "head"}}}, "each of the task's fields"),
         ({"task": "imdb"}, "no preset"),
+        ({"seed": 2**32}, "seed"),
+        ({"train": {"epochs": float("inf")}}, "finite"),
+        ({"folds": {"run": []}}, "at least 1 item"),
     ],
 )
 def test_contradictions_are_refused(tree: dict[str, object], message: str) -> None:
@@ -89,7 +92,7 @@ def test_a_circle_of_extends_is_an_error(tmp_path: Path) -> None:
         load_config(path)
 
 
-@pytest.mark.parametrize("text", ["- a list\n", "a: [1\n", "\x00"])
+@pytest.mark.parametrize("text", ["- a list\n", "a: [1\n", "\x00", "a: " + "[" * 20_000])
 def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(text)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pairclf.errors import PairclfError
 from pairclf.files import atomic_file, atomic_folder, sha256_tree, write_json, write_text
 
 
@@ -30,11 +31,11 @@ def test_a_disk_that_fills_while_closing_leaves_the_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     path = tmp_path / "folder"
-    with atomic_folder(path) as new:
+    with atomic_folder(path, known_by="x") as new:
         (new / "x").write_text("old")
     with monkeypatch.context() as patch:
         patch.setattr(os, failing, _full_disk)
-        with pytest.raises(OSError, match="No space"), atomic_folder(path) as new:
+        with pytest.raises(OSError, match="No space"), atomic_folder(path, known_by="x") as new:
             (new / "x").write_text("new")
     assert (path / "x").read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
@@ -44,7 +45,7 @@ def test_killed_between_the_two_renames_the_old_folder_comes_back(tmp_path: Path
     path = tmp_path / "folder"
     (tmp_path / ".tmp-old-folder").mkdir()
     (tmp_path / ".tmp-old-folder" / "x").write_text("whole")
-    with pytest.raises(RuntimeError), atomic_folder(path) as new:
+    with pytest.raises(RuntimeError), atomic_folder(path, known_by="x") as new:
         (new / "x").write_text("half")
         raise RuntimeError
     assert (path / "x").read_text() == "whole"
@@ -55,7 +56,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> Non
     (tmp_path / ".tmp-folder").mkdir()
     (tmp_path / ".tmp-folder" / "stale").write_text("half")
     write_text(tmp_path / "a.txt", "whole")
-    with atomic_folder(tmp_path / "folder") as new:
+    with atomic_folder(tmp_path / "folder", known_by="x") as new:
         (new / "x").write_text("whole")
     assert sorted(sha256_tree(tmp_path)) == ["a.txt", "folder/x"]
 
@@ -64,3 +65,26 @@ def test_json_refuses_what_json_has_not(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_elses_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(PairclfError, match="something else"), atomic_folder(tmp_path, known_by="x"):
+        raise AssertionError("nothing is to be written")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    with atomic_folder(tmp_path / "empty", known_by="x") as new:
+        (new / "x").write_text("first")
+    with atomic_folder(tmp_path / "empty", known_by="x") as new:
+        (new / "x").write_text("second")
+    assert (tmp_path / "empty" / "x").read_text() == "second"
+
+
+def test_a_file_replaces_nothing_but_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("old")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "file" / "below"):
+        with pytest.raises(PairclfError):
+            write_text(path, "new")
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "file").read_text() == "old"

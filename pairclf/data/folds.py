@@ -112,7 +112,7 @@ def read_folds(path: Path, frame: pl.DataFrame, *, n: int) -> pl.DataFrame:
         DataError: the file is no folds file, its folds are not 0 to n - 1, or ids are missing, unknown or repeated.
     """
     try:
-        folds = pl.read_csv(path, infer_schema=False)
+        folds = pl.read_csv(path, infer_schema=False, glob=False)
     except (OSError, PolarsError) as error:
         raise DataError(f"folds can't be read: {error}", where=path, remedy=_REMAKE) from error
     if folds.columns != _COLUMNS:

@@ -19,7 +19,7 @@ import textwrap
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -129,13 +129,16 @@ def _load(path: Path, rows: int | None, *, lossy: bool) -> pl.DataFrame:
 
 
 def _load_csv(path: Path, rows: int | None, lossy: bool) -> pl.DataFrame:
-    frame = pl.read_csv(path, infer_schema=False, n_rows=rows, encoding="utf8-lossy" if lossy else "utf8")
-    return frame.filter(~pl.all_horizontal(pl.all().is_null()))  # a blank line is no row
+    encoding: Literal["utf8", "utf8-lossy"] = "utf8-lossy" if lossy else "utf8"
+    frame = pl.read_csv(path, infer_schema=False, n_rows=rows, encoding=encoding, glob=False)
+    # Blank lines at the end are no rows; one in the middle is a row that lost its id, and is said to be one.
+    blank = frame.select(pl.all_horizontal(pl.all().is_null())).to_series()
+    return frame.head(len(frame) - (~blank).reverse().to_list().index(True) if not blank.all() else 0)
 
 
 def _load_parquet(path: Path, rows: int | None, lossy: bool) -> pl.DataFrame:
     categories = pl.col(pl.Categorical, pl.Enum)  # pandas writes repeated texts so
-    return pl.read_parquet(path, n_rows=rows).with_columns(categories.cast(pl.String))
+    return pl.read_parquet(path, n_rows=rows, glob=False).with_columns(categories.cast(pl.String))
 
 
 def _load_jsonl(path: Path, rows: int | None, lossy: bool) -> pl.DataFrame:
@@ -243,6 +246,12 @@ def _read_ids(cells: pl.Series, seen: pl.Series) -> tuple[pl.Series, list[DataEr
     ids = texts.zip_with(~missing, numbers).rename("id")
     repeated = ids.filter((ids.is_duplicated() | ids.is_in(seen.implode())) & ~missing).unique(maintain_order=True)
     problems = []
+    if cells.dtype.is_nested() or cells.dtype == pl.Binary:
+        problems.append(DataError(f"ids are {cells.dtype}", remedy="write them as text or whole numbers"))
+    broken = texts.str.contains("\ufffd", literal=True).fill_null(value=False)
+    if broken.any():
+        what = f"{broken.sum():,} ids are not UTF-8, and could not be written back as they are"
+        problems.append(DataError(what, rows=texts.filter(broken).to_list(), remedy="save the file as UTF-8"))
     if missing.any():
         what = f"{missing.sum():,} rows have no id (numbers count the rows below the header)"
         problems.append(DataError(what, rows=ids.filter(missing).to_list(), remedy="give every row an id"))

@@ -24,6 +24,8 @@ def cross_validate(config: Config) -> list[Path]:
         The bundles' folders, in the order of the folds.
     """
     chosen = config.folds.run if config.folds.run is not None else list(range(config.folds.n))
+    if len(set(chosen)) != len(chosen):
+        raise ConfigError(f"folds.run={chosen} names a fold twice")
     if unknown := [fold for fold in chosen if not 0 <= fold < config.folds.n]:
         raise ConfigError(f"folds.run names {unknown}; folds are counted from 0 and folds.n={config.folds.n}")
     bundles = []

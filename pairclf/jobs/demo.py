@@ -73,7 +73,7 @@ class Stages:
 
     @contextmanager
     def stage(self, title: str) -> Iterator[None]:
-        console.rule(f"[bold]{title}[/]", align="left")
+        console.rule(title, align="left")
         start = time.perf_counter()
         yield
         self.seconds[title.partition(":")[0]] = round(time.perf_counter() - start, 1)

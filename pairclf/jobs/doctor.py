@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 from rich.table import Table
+from rich.text import Text
 
 from pairclf.console import table
 from pairclf.errors import PairclfError
@@ -90,7 +91,7 @@ def render(findings: list[Finding]) -> Table:
     shown = table("pairclf doctor", "check", "", "found")
     shown.columns[2].justify = "left"
     for name, well, found in findings:
-        shown.add_row(name, "[green]ok[/]" if well else "[red]not ok[/]", found)
+        shown.add_row(name, Text("ok", "green") if well else Text("not ok", "red"), found)
     return shown
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from polars.exceptions import PolarsError
 from rich.table import Table
 
 from pairclf.console import table
@@ -76,7 +77,7 @@ def evaluate(
     single = (
         None if one_order is None else log_loss(_aligned(read_scores(one_order, task), ids, task, one_order), targets)
     )
-    best = None if truth is None else entropy(_aligned(pl.read_parquet(truth), ids, task, truth))
+    best = None if truth is None else entropy(_aligned(_read_truth(truth, task), ids, task, truth))
     return Evaluation(
         rows=len(ids),
         prior=prior_loss,
@@ -91,6 +92,16 @@ def evaluate(
         best=best,
         way=None if best is None else way_to_best(loss, prior_loss, best),
     )
+
+
+def _read_truth(path: Path, task: Task) -> pl.DataFrame:
+    try:
+        truth = pl.read_parquet(path, glob=False)
+    except (OSError, PolarsError) as error:
+        raise DataError(f"true probabilities can't be read: {error}", where=path) from error
+    if lacking := {"id", *task.classes} - set(truth.columns):
+        raise DataError(f"true probabilities lack the columns {sorted(lacking)}", where=path)
+    return truth
 
 
 def _targets(labelled: pl.DataFrame, scored: pl.DataFrame, where: Path) -> tuple[list[str], Floats]:
@@ -119,7 +130,7 @@ def render(evaluation: Evaluation) -> Table:
     shown.add_row("class prior", f"{evaluation.prior:.4f}", f"{evaluation.prior_accuracy:.4f}")
     if evaluation.one_order is not None:
         shown.add_row("model, one order", f"{evaluation.one_order:.4f}", "")
-    shown.add_row("[bold]model[/]", f"[bold]{evaluation.log_loss:.4f}[/]", f"{evaluation.accuracy:.4f}")
+    shown.add_row("model", f"{evaluation.log_loss:.4f}", f"{evaluation.accuracy:.4f}", style="bold")
     shown.add_row(f"model at temperature {evaluation.temperature:.2f}", f"{evaluation.log_loss_at_it:.4f}", "")
     if evaluation.best is not None:
         shown.add_row("best possible", f"{evaluation.best:.4f}", "")

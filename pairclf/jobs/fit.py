@@ -12,10 +12,11 @@ import torch
 from pairclf.config import Config
 from pairclf.console import console
 from pairclf.data.tables import scores_frame, to_rows, write_scores
+from pairclf.files import atomic_folder
 from pairclf.jobs.run import OOF, OOF_AB, Paths, labelled_rows, output_of, split
 from pairclf.jobs.scoring import Floats, by_order, combine, items_of, probabilities, score, verify
 from pairclf.jobs.train import make_accelerator, train
-from pairclf.model.bundle import Probe, open_bundle, save
+from pairclf.model.bundle import MANIFEST, Probe, open_bundle, write
 from pairclf.scores.metrics import accuracy, log_loss
 from pairclf.task import AB, Row
 
@@ -44,20 +45,15 @@ def fit(config: Config, fold: int | None) -> Path:
     orders = by_order(items, logits, len(rows))
     metrics = {} if held_out is None else _write_held_out(config, paths, rows, orders)
     name = "-".join([*paths.output.parts[-1:], paths.folder.name])
-    save(
-        paths.bundle,
-        trained.classifier,
-        config,
-        trained.tokenizer,
-        name=name,
-        fold=fold,
-        metrics=metrics,
-        probes=pick_probes(rows, [len(item.ids) for item in items if item.order == AB], orders),
-    )
-    device = trained.classifier.device
-    del trained
-    free_memory()
-    _prove(paths.bundle, device)
+    probes = pick_probes(rows, [len(item.ids) for item in items if item.order == AB], orders)
+    with atomic_folder(paths.bundle, known_by=MANIFEST) as new:
+        write(new, trained.classifier, config, trained.tokenizer, name=name, fold=fold, metrics=metrics, probes=probes)
+        device = trained.classifier.device
+        del trained
+        free_memory()
+        difference = _prove(new, device)
+    shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "rows")
+    console.print(f"saved and re-scored {paths.bundle} (logits differ by {difference:.1g}) {shown}")
     return paths.bundle
 
 
@@ -97,9 +93,11 @@ def _write_held_out(config: Config, paths: Paths, rows: Sequence[Row], logits: S
     }
 
 
-def _prove(folder: Path, device: torch.device) -> None:
-    """Load what was saved and score its probes: a head or adapter lost on saving is found now, not by Kaggle."""
+def _prove(folder: Path, device: torch.device) -> float:
+    """Load what was saved and score its probes: a head or adapter lost on saving is found now, not by Kaggle.
+
+    Returns:
+        The largest difference of a logit.
+    """
     bundle = open_bundle(folder)
-    difference = verify(bundle, bundle.load(device))
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in bundle.manifest.metrics.items() if name != "rows")
-    console.print(f"[green]saved and re-scored[/] {folder} (logits differ by {difference:.1g}) {shown}")
+    return verify(bundle, bundle.load(device))

@@ -11,6 +11,7 @@ from pairclf.config import override
 from pairclf.console import console
 from pairclf.data.tables import read_rows, scores_frame, to_rows, write_scores, write_submission
 from pairclf.errors import BundleError, ConfigError
+from pairclf.files import check_file_target
 from pairclf.jobs.fit import free_memory
 from pairclf.jobs.scoring import by_order, combine, items_of, probabilities, score
 from pairclf.model.backbone import pick_device
@@ -51,6 +52,7 @@ def predict(
     """
     if refused := [one for one in overrides if not one.startswith(SETTABLE)]:
         raise ConfigError(f"{refused} can't be set for a trained bundle", remedy=f"settable: {', '.join(SETTABLE)}")
+    _check_paths(out, scores, data, sample)
     bundles = [open_bundle(folder) for folder in folders]
     _check_agreement(bundles)
     task = bundles[0].config.task
@@ -63,13 +65,25 @@ def predict(
     write_submission(out, blended, task, sample)
     if scores is not None:
         write_scores(scores, blended)
-    console.print(f"[green]wrote[/] {out}: {len(rows):,} rows from {len(bundles)} model(s)")
+    console.print(f"wrote {out}: {len(rows):,} rows from {len(bundles)} model(s)")
     return blended
+
+
+def _check_paths(out: Path, scores: Path | None, data: Path, sample: Path | None) -> None:
+    """Found out now, and not after hours of scoring."""
+    written = [path for path in (out, scores) if path is not None]
+    named = [path.resolve() for path in (*written, data, sample) if path is not None]
+    if len(set(named)) != len(named):
+        raise ConfigError("two of the files to read and to write are the same", remedy="give each its own path")
+    for path in written:
+        check_file_target(path)
 
 
 def _check_agreement(bundles: Sequence[Bundle]) -> None:
     if not bundles:
         raise ConfigError("no bundle is given", remedy="pairclf predict BUNDLE [BUNDLE ...] --data test.csv")
+    if len({bundle.manifest.seal for bundle in bundles}) != len(bundles):
+        raise ConfigError("a bundle is given twice, and would count twice in the mean")
     first = bundles[0]
     for other in bundles[1:]:
         if other.config.task != first.config.task:

@@ -46,13 +46,14 @@ def output_of(config: Config) -> Path:
 
 
 def bundles_of(config: Config) -> list[Path]:
-    """The bundles that the run has trained, folds in their order.
+    """The bundles of the run's folds, in their order; where there are none, the one that was trained on all rows.
 
     Raises:
         ConfigError: there is none.
     """
     output = output_of(config)
-    found = sorted(output.glob(f"*/{BUNDLE}"))
+    folds = [path for fold in range(config.folds.n) if (path := Paths(output, fold).bundle).is_dir()]
+    found = folds or [path for path in [Paths(output, None).bundle] if path.is_dir()]
     if not found:
         raise ConfigError(f"{output} holds no bundle", remedy="run `pairclf cv CONFIG` or `pairclf train CONFIG` first")
     return found

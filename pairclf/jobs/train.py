@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from pairclf.config import Config, Train, dump_config
 from pairclf.console import console, progress
-from pairclf.errors import DataError
+from pairclf.errors import DataError, ModelError
 from pairclf.files import write_text
 from pairclf.inputs.plan import micro_batches, random_steps
 from pairclf.inputs.render import Encoded, InputBuilder
@@ -104,6 +104,7 @@ def train(config: Config, rows: Sequence[Row], folder: Path, accelerator: Accele
             norm = accelerator.clip_grad_norm_(model.parameters(), config.train.clip)
             optimizer.step()
             optimizer.zero_grad()
+            _check_finite(loss, number, [rows[index].id for index in members.tolist()])
             log.add(number, loss=loss, tokens=tokens, learning_rate=optimizer.param_groups[0]["lr"], gradient_norm=norm)
             if not accelerator.optimizer_step_was_skipped:  # float16: the loss scale is still being found
                 schedule.step()
@@ -192,6 +193,15 @@ def accumulate(
     return float(accelerator.reduce(loss, "sum")), tokens
 
 
+def _check_finite(loss: float, step: int, ids: Sequence[str]) -> None:
+    if not math.isfinite(loss):
+        raise ModelError(
+            f"the loss of step {step} is {loss}: training has diverged",
+            rows=ids,
+            remedy="lower train.learning_rate or train.head_learning_rate, or set model.dtype=float32",
+        )
+
+
 def orders_shown(config: Config, members: NDArray[np.int64], step: int) -> dict[int, tuple[int, ...]]:
     """For each row of the step, the orders it is shown in; independent of micro-batches and processes."""
     if config.train.swap == "random":
@@ -266,7 +276,7 @@ def _print_derivation(
     orders = 2 if settings.swap == "both" else 1
     batches = math.ceil(settings.rows_per_step / settings.rows_per_batch)
     console.print(
-        f"[bold]{config.model.base}[/] {config.model.quantization}, {classifier.dtype} ({why}), {accelerator.device}; "
+        f"{config.model.base} {config.model.quantization}, {classifier.dtype} ({why}), {accelerator.device}; "
         f"{trained:,} trained parameters\n"
         f"{rows:,} rows x {settings.epochs:g} epochs / {settings.rows_per_step} rows a step = {steps:,} steps; "
         f"a step = {batches} batches of {settings.rows_per_batch} rows x {orders} orders over {processes} process(es)"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, TaskType, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
@@ -128,14 +129,13 @@ def load_base(source: str, model: Model, dtype: torch.dtype, device: torch.devic
         attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    loaded: nn.Module = AutoModel.from_pretrained(
+    loaded = _load_strictly(
         source,
         dtype=dtype,
         attn_implementation=attention,
         quantization_config=_quantization(model, dtype),
         device_map={"": device} if model.quantization != "none" else None,
         trust_remote_code=model.trust_remote_code,
-        use_safetensors=True,
     )
     if model.quantization == "none":
         loaded.to(device)
@@ -143,6 +143,25 @@ def load_base(source: str, model: Model, dtype: torch.dtype, device: torch.devic
         _keep_full_precision(loaded)
     loaded.requires_grad_(model.lora is None)
     return loaded
+
+
+def _load_strictly(source: str, **options: Any) -> nn.Module:
+    """Load every weight of the backbone from the files: transformers fills a missing one at random, with a warning."""
+    try:
+        loaded, info = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise ModelError(
+            f"the weights of {source} can't be loaded: {' '.join(str(error).split())[:300]}",
+            remedy="copy the model again: config.json and every *.safetensors, from one source",
+        ) from error
+    lacking = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
+    if lacking:
+        raise ModelError(
+            f"{len(lacking)} weights of {source} are missing or of another shape, {lacking[0]} first",
+            remedy="copy the model again: config.json and every *.safetensors, from one source",
+        )
+    model: nn.Module = loaded
+    return model
 
 
 def _keep_full_precision(loaded: nn.Module) -> None:

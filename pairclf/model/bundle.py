@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from pairclf.config import Config, Data, dump_config, parse_yaml, resolve
 from pairclf.errors import BundleError
-from pairclf.files import atomic_folder, sha256_tree, write_json
+from pairclf.files import sha256_tree, write_json
 from pairclf.inputs.render import InputBuilder
 from pairclf.model.backbone import fingerprint, load_tokenizer, resolve_base
 from pairclf.model.engine import Classifier, build_frozen
@@ -120,8 +120,8 @@ def base_fingerprint(config: Config, base: Path | None = None) -> str:
     return fingerprint(Path(source)) if Path(source).is_dir() else f"hub:{source}"
 
 
-def save(
-    folder: Path,
+def write(
+    new: Path,
     classifier: Classifier,
     config: Config,
     tokenizer: Any,
@@ -131,37 +131,32 @@ def save(
     metrics: dict[str, float],
     probes: Sequence[Probe],
 ) -> None:
-    """Write a bundle, whole or not at all.
-
-    Raises:
-        OSError: the disk is full or read-only; an older bundle at `folder` is then untouched.
-    """
+    """Write a bundle into the empty folder `new`; the caller moves it to its place, once it has proven itself."""
     config = _portable(config)
-    with atomic_folder(folder) as new:
-        part = "adapter" if config.model.lora is not None else "backbone"
-        # The embedding is never trained; without the word peft would look for the base on a hub to find out.
-        options = {"save_embedding_layers": False} if part == "adapter" else {}
-        classifier.backbone.save_pretrained(new / part, **options)  # type: ignore[operator]
-        (new / part / "README.md").unlink(missing_ok=True)  # peft's empty model card names this machine's path
-        _forget_path(new / part / "adapter_config.json", config.model.base)
-        head = {name: tensor.detach().float().cpu().contiguous() for name, tensor in classifier.head.named_parameters()}
-        save_file(head, new / "head.safetensors")
-        tokenizer.save_pretrained(new / "tokenizer")
-        (new / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        manifest = Manifest(
-            format=FORMAT,
-            name=name,
-            fold=fold,
-            base=config.model.base,
-            base_fingerprint=base_fingerprint(config),
-            dtype=str(classifier.dtype).removeprefix("torch."),
-            classes=list(config.task.classes),
-            metrics=metrics,
-            versions={package: version(package) for package in _VERSIONS} | {"python": platform.python_version()},
-            files=sha256_tree(new),
-            probes=list(probes),
-        )
-        write_json(new / MANIFEST, asdict(manifest) | {"seal": manifest.sealed()})
+    part = "adapter" if config.model.lora is not None else "backbone"
+    # The embedding is never trained; without the word peft would look for the base on a hub to find out.
+    options = {"save_embedding_layers": False} if part == "adapter" else {}
+    classifier.backbone.save_pretrained(new / part, **options)  # type: ignore[operator]
+    (new / part / "README.md").unlink(missing_ok=True)  # peft's empty model card names this machine's path
+    _forget_path(new / part / "adapter_config.json", config.model.base)
+    head = {name: tensor.detach().float().cpu().contiguous() for name, tensor in classifier.head.named_parameters()}
+    save_file(head, new / "head.safetensors")
+    tokenizer.save_pretrained(new / "tokenizer")
+    (new / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    manifest = Manifest(
+        format=FORMAT,
+        name=name,
+        fold=fold,
+        base=config.model.base,
+        base_fingerprint=base_fingerprint(config),
+        dtype=str(classifier.dtype).removeprefix("torch."),
+        classes=list(config.task.classes),
+        metrics=metrics,
+        versions={package: version(package) for package in _VERSIONS} | {"python": platform.python_version()},
+        files=sha256_tree(new),
+        probes=list(probes),
+    )
+    write_json(new / MANIFEST, asdict(manifest) | {"seal": manifest.sealed()})
 
 
 def _portable(config: Config) -> Config:

@@ -47,7 +47,7 @@ def package(config: Config, bundles: Sequence[Path], out: Path) -> Path:
     settings = config.package
     check_package(settings)
     opened = _open(bundles, settings)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, known_by="notebook") as folder:
         for name, bundle in opened.items():
             shutil.copytree(bundle.folder, folder / "bundle" / name)
         wheels = fill_wheelhouse(folder / "wheels", settings.wheels)

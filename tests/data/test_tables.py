@@ -507,3 +507,26 @@ def test_real_files(tmp_path: Path, folder: str, suffix: str, task: Task) -> Non
     assert np.allclose(train["target"].list.sum().to_numpy(), 1)
     write_submission(tmp_path / "s.csv", some_scores(test["id"].to_list(), task).reverse(), task, sample)
     assert check_submission(tmp_path / "s.csv", sample, task)["rows"] == len(test)
+
+
+def test_a_blank_row_in_the_middle_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "test.csv"
+    path.write_text("id,prompt,response_a,response_b\n1,p,a,b\n,,,\n2,p,a,b\n\n\n")
+    assert "row 2" in str(refusal(lambda: read_rows([path], WSDM, labelled=False)))
+    path.write_text("id,prompt,response_a,response_b\n1,p,a,b\n2,p,a,b\n\n\n")
+    assert read_rows([path], WSDM, labelled=False)["id"].to_list() == ["1", "2"]
+
+
+@pytest.mark.parametrize("ids", [[b"1", b"2"], [["1"], ["2"]]])
+def test_ids_that_have_no_one_way_of_writing_are_refused(tmp_path: Path, ids: list[object]) -> None:
+    path = tmp_path / "test.parquet"
+    pl.DataFrame({"id": ids, "prompt": ["p", "q"], "response_a": ["a", "a"], "response_b": ["b", "b"]}).write_parquet(
+        path
+    )
+    assert "ids are" in str(refusal(lambda: read_rows([path], WSDM, labelled=False)))
+
+
+def test_an_id_in_another_encoding_is_refused_even_in_a_test_file(tmp_path: Path) -> None:
+    path = tmp_path / "test.csv"
+    path.write_bytes("id,prompt,response_a,response_b\n\u00e9,p,a,b\n".encode("cp1252"))
+    assert "not UTF-8" in str(refusal(lambda: read_rows([path], WSDM, labelled=False)))

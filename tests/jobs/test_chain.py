@@ -163,7 +163,7 @@ def test_perfect_scores_are_the_best_possible(run: Path, tmp_path: Path) -> None
     judged = evaluate(labelled, tmp_path / "s.parquet", LMSYS, truth=run / "truth.parquet")
     assert judged.best is not None
     assert judged.log_loss < judged.prior
-    assert judged.temperature == pytest.approx(1.0, abs=0.5)
+    assert judged.log_loss == pytest.approx(judged.best, abs=0.3)
 
 
 @pytest.mark.parametrize(
@@ -175,13 +175,21 @@ def test_perfect_scores_are_the_best_possible(run: Path, tmp_path: Path) -> None
         (["train", "{config}", "data.train=[gone.csv]"], "gone.csv"),
         (["train", "{config}", "data.train=[]"], "data.train names no file"),
         (["cv", "{config}", "folds.run=[5]"], "[5]"),
+        (["cv", "{config}", "folds.run=[0,0]"], "a fold twice"),
         (["cv", "{config}", "folds.n=3"], "folds.csv"),
         (["evaluate", "{config}", "output=nowhere"], "nowhere"),
+        (["evaluate", "{config}", "--truth", "{folder}/test.csv"], "true probabilities can't be read"),
         (["verify", "nowhere"], "no bundle"),
         (["check", "{folder}/train.csv", "--task", "imdb"], "no preset"),
         (["predict", "{bundle}", "--data", "{folder}/nothing.csv"], "nothing.csv"),
         (["predict", "{bundle}", "--data", "{folder}/test.csv", "--set", "inputs.max_length=9"], "can't be set"),
         (["package", "{config}", "output=nowhere"], "no bundle"),
+        (["package", "{config}", "package.base_model_source=o/m/t/x/1", "--out", "{folder}"], "will not be replaced"),
+        (["predict", "{bundle}", "{bundle}", "--data", "{folder}/test.csv"], "given twice"),
+        (["predict", "{bundle}", "--data", "{folder}/test.csv", "--out", "{folder}/test.csv"], "are the same"),
+        (["predict", "{bundle}", "--data", "{folder}/test.csv", "--out", "{folder}"], "a folder"),
+        (["check", "{folder}/train.csv", "--out", "{folder}/train.csv/audit.json"], "no folder"),
+        (["rehearse", "{bundle}", "--test", "{folder}/test.csv", "--sample", "{folder}/test.csv"], "no package"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -277,6 +285,19 @@ def test_doctor_finds_this_machine_well(cli: Callable[..., tuple[int, str]]) -> 
     code, text = cli("doctor")
     assert code == 0, text
     assert "nf4" in text
+
+
+def test_ids_that_look_like_markup_are_printed_as_they_are(
+    run: Path, tmp_path: Path, cli: Callable[..., tuple[int, str]]
+) -> None:
+    test = pl.read_csv(run / "test.csv", infer_schema=False)
+    test.with_columns(id="[/b]" + pl.col("id"), response_b=pl.col("response_a")).write_csv(tmp_path / "[b].csv")
+    code, text = cli("check", tmp_path / "[b].csv", "--unlabelled", "--out", tmp_path / "audit.json")
+    assert code == 0, text
+    assert "[/b]" in text
+    code, text = cli("predict", bundles(run)[0], "--data", tmp_path / "[b].csv", "--out", tmp_path / "[b]s.csv")
+    assert code == 0, text
+    assert "[b]s.csv" in text
 
 
 def test_check_writes_what_it_found(run: Path, tmp_path: Path, cli: Callable[..., tuple[int, str]]) -> None:

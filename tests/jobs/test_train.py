@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from tests_support import make_rows
 
 from pairclf.config import Config, resolve
-from pairclf.errors import DataError
+from pairclf.errors import DataError, ModelError
 from pairclf.inputs.render import InputBuilder
 from pairclf.jobs.train import (
     Examples,
@@ -235,6 +235,14 @@ def test_no_rows_and_no_labels_are_errors(config_for: Callable[..., Config], tmp
     with pytest.raises(DataError, match="without a label") as caught:
         run(config_for("llama"), tmp_path, [*make_rows(2), Row("lost", make_rows(1)[0].fields)])
     assert caught.value.rows == ("lost",)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_with_the_rows(
+    config_for: Callable[..., Config], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="diverged") as caught:
+        run(config_for("llama", train={"learning_rate": 1e30, "epochs": 3}), tmp_path, make_rows(16))
+    assert set(caught.value.rows) <= {row.id for row in make_rows(16)}
 
 
 def test_the_accelerator_is_on_the_cpu_here() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pairclf.config import Config
 from pairclf.errors import ModelError
@@ -73,6 +75,21 @@ def test_what_can_not_be_loaded_is_said(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         build(config_for("llama", model=model), CPU)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_weight_that_is_missing_is_not_filled_at_random(
+    config_for: Callable[..., Config], base_of: Callable[[str], Path], tmp_path: Path, quantization: str
+) -> None:
+    base = Path(shutil.copytree(base_of("llama"), tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    weights.pop(next(name for name in weights if "q_proj" in name))
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"missing|can't be loaded"):
+        build(config_for("llama", model={"base": str(base), "quantization": quantization}), CPU)
+    (base / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ModelError, match="can't be loaded"):
+        build(config_for("llama", model={"base": str(base), "quantization": quantization}), CPU)
 
 
 def test_an_encoder_is_refused(config_for: Callable[..., Config], tmp_path: Path) -> None:

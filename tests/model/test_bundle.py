@@ -19,12 +19,13 @@ from transformers import AutoModel
 
 from pairclf.config import Config, resolve
 from pairclf.errors import BundleError
+from pairclf.files import atomic_folder
 from pairclf.inputs.render import InputBuilder
 from pairclf.jobs.fit import pick_probes
 from pairclf.jobs.scoring import by_order, items_of, score, verify
 from pairclf.model import bundle as bundles
 from pairclf.model.backbone import load_tokenizer
-from pairclf.model.bundle import Bundle, open_bundle, save
+from pairclf.model.bundle import MANIFEST, Bundle, open_bundle, write
 from pairclf.model.engine import build
 
 CPU = torch.device("cpu")
@@ -40,7 +41,8 @@ def write_bundle(config: Config, folder: Path) -> None:
     items = items_of(InputBuilder(tokenizer, config.task, config.inputs).encode(rows), orders=2)
     orders = by_order(items, score(classifier, items, tokens_per_batch=1_000), len(rows))
     probes = pick_probes(rows, [len(item.ids) for item in items if item.order == 0], orders)
-    save(folder, classifier, config, tokenizer, name="test", fold=0, metrics={"log_loss": 1.0}, probes=probes)
+    with atomic_folder(folder, known_by=MANIFEST) as new:
+        write(new, classifier, config, tokenizer, name="test", fold=0, metrics={"log_loss": 1.0}, probes=probes)
 
 
 @pytest.fixture(scope="module")
