@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -88,3 +92,36 @@ def test_a_file_replaces_nothing_but_a_file(tmp_path: Path) -> None:
             write_text(path, "new")
     assert (tmp_path / "pipe").is_fifo()
     assert (tmp_path / "file").read_text() == "old"
+
+
+REWRITE = """
+import sys
+from itertools import count
+from pathlib import Path
+from pairclf.files import atomic_folder, write_text
+top = Path(sys.argv[1])
+for version in count():
+    with atomic_folder(top / "folder", known_by="x") as new:
+        (new / "x").write_text(str(version) * 1000)
+        (new / "y").write_text(str(version) * 1000)
+    write_text(top / "file", str(version) * 1000)
+    print(version, flush=True)
+"""
+
+
+def test_killed_at_any_moment_what_is_found_is_whole(tmp_path: Path) -> None:
+    """kill -9 at random moments of a writer that does nothing but replace; each next one goes on from there."""
+    random = Random(0)
+    for _ in range(8):
+        writer = subprocess.Popen([sys.executable, "-c", REWRITE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(random.uniform(0, 0.05))
+        writer.kill()
+        writer.communicate()
+        standing = [folder for name in ("folder", ".tmp-old-folder") if (folder := tmp_path / name).is_dir()]
+        assert standing
+        for folder in standing[:1]:
+            assert (folder / "x").read_text() == (folder / "y").read_text()
+            assert len((folder / "x").read_text()) % 1000 == 0
+        assert len(set((tmp_path / "file").read_text())) <= len((tmp_path / "file").read_text()) // 1000
