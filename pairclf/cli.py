@@ -11,12 +11,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.text import Text
+from typer.core import TyperCommand
 
 from pairclf import __version__
-from pairclf.config import Config, describe_config, load_config
+from pairclf.config import Config, describe_config, load_config, override, resolve
 from pairclf.console import console, output
 from pairclf.errors import ConfigError, PairclfError
-from pairclf.task import PRESETS, Task
+from pairclf.task import PRESETS
 
 app = typer.Typer(
     name="pairclf",
@@ -34,7 +35,6 @@ Overrides = Annotated[
 ]
 Bundles = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="bundle folders")]
 BaseFolder = Annotated[Path | None, typer.Option("--base", help="folder of the base model on this machine")]
-TaskName = Annotated[str, typer.Option("--task", help=f"one of {', '.join(PRESETS)}")]
 
 
 def _example(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -55,12 +55,6 @@ def _main(
     return
 
 
-def _task(name: str) -> Task:
-    if name not in PRESETS:
-        raise ConfigError(f"--task {name} is no preset", remedy=f"one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
 def _load(config: Path, overrides: list[str] | None) -> Config:
     return load_config(config, overrides or [])
 
@@ -76,34 +70,133 @@ def demo(
     job(folder, overrides or [])
 
 
-@_example("pairclf check data/lmsys/train.csv --task lmsys")
+class _Check(TyperCommand):
+    """`check`, whose `--exclude-overlap` takes all names up to the next option, as shells expand globs."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, repeat_option("--exclude-overlap", args))
+
+
+def repeat_option(name: str, args: list[str]) -> list[str]:
+    """The arguments with `name a b` spelled out as `name a name b`, up to the next option or `--`."""
+    spelled: list[str] = []
+    several = False
+    for place, arg in enumerate(args):
+        several = arg == name or (several and not arg.startswith("-"))
+        if several and arg != name and args[place - 1] != name:
+            spelled.append(name)
+        spelled.append(arg)
+    return spelled
+
+
+@app.command(cls=_Check, epilog="**Example:** `pairclf check data/lmsys/train.csv --task lmsys`")
 def check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".csv, .parquet or .jsonl")],
-    task: TaskName = "lmsys",
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".csv, .parquet or .jsonl, or globs")],
+    task: Annotated[
+        str, typer.Option("--task", help=f"{', '.join(PRESETS)}, or a config (YAML): its task, data.rules and sources")
+    ] = "lmsys",
     unlabelled: Annotated[bool, typer.Option("--unlabelled", help="the files are test files")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="further column to accept and not read")] = None,
     out: Annotated[Path, typer.Option(help="where the findings go as JSON")] = Path("audit.json"),
+    unseen: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--exclude-overlap",
+            metavar="FILE...",
+            help="files that must stay unseen (all names up to the next option): report the rows whose prompt is equal "
+            "or nearly equal (folds.near) to one of theirs",
+        ),
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="write the rows that stay: .csv, .parquet or .jsonl, in the task's columns")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. data.rules.duplicate_row=drop")
+    ] = None,
 ) -> None:
-    """Audit files of rows: what is wrong with them, by row id, and what will be done about it."""
-    from pairclf.data.audit import audit, render, write_audit
-    from pairclf.data.tables import read_rows
+    """Audit files of rows: what is wrong with them, by row id, and what will be done about it.
 
-    chosen = _task(task)
-    frame = read_rows(files, chosen, labelled=not unlabelled, ignore_columns=ignore or [])
-    findings = audit(frame, chosen)
-    write_audit(out, findings)
+    Exit code 1: a rule with the action `error` met rows (shown, and in the JSON file); 2: files can't be read.
+    """
+    from pairclf.data.audit import render
+    from pairclf.jobs.check import check as job
+    from pairclf.jobs.check import refuses
+
+    if task not in PRESETS and not Path(task).is_file():
+        remedy = f"one of {', '.join(PRESETS)}, or the path of a config"
+        raise ConfigError(f"--task {task} is no preset and no file", remedy=remedy)
+    settings = override(resolve({"task": task}), overrides or []) if task in PRESETS else _load(Path(task), overrides)
+    findings = job(files, settings, out, labelled=not unlabelled, ignore=ignore or [], unseen=unseen or [], write=write)
     output.print(render(findings))
+    if refused := [finding.rule for finding in findings if refuses(finding)]:
+        console.print(f"refused by {', '.join(refused)}: training on these rows would stop; see data.rules")
+        raise typer.Exit(1)
 
 
 @_example("pairclf folds configs/lmsys/gemma2-9b-qlora.yaml folds.n=5")
-def folds(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Make the folds of a run anew, grouped by prompt and stratified by label, and show their balance."""
+def folds(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    stable: Annotated[
+        bool,
+        typer.Option(
+            "--stable",
+            help="folds.stable=true: a row's fold hangs on its prompt and on rows before it alone, so that appended "
+            "rows move no old one; balanced by chance alone, and a row near to prompts of several folds is set aside",
+        ),
+    ] = False,
+) -> None:
+    """Make the folds of a run anew, grouped by (nearly) equal prompts, stratified by label, and show their balance."""
     from pairclf.data.folds import report
     from pairclf.jobs.run import folds_of, labelled_rows
 
-    settings = _load(config, overrides)
+    settings = _load(config, [*(overrides or []), *(["folds.stable=true"] if stable else [])])
     frame = labelled_rows(settings)
     output.print(report(folds_of(settings, frame, renew=True), frame, settings.task))
+
+
+@_example("pairclf show configs/lmsys/gemma2-9b-qlora.yaml --row 30192")
+def show(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    row: Annotated[list[str] | None, typer.Option(help="id of a row (repeat for more); none: the first row")] = None,
+    data: Annotated[Path | None, typer.Option(help="unlabelled file to look in; none: data.train")] = None,
+) -> None:
+    """Print what the model sees of a row, in both orders: segments in colour, and what was cut."""
+    from pairclf.jobs.inputs import chunks_of, open_inputs
+    from pairclf.jobs.show import find_rows
+    from pairclf.jobs.show import show as job
+
+    settings = _load(config, overrides)
+    rows = find_rows(chunks_of(settings, data)(), row or [], settings.task)
+    opened = open_inputs(settings)
+    for one in rows:
+        for text in job(opened, one, coloured=output.is_terminal):
+            output.print(text)
+
+
+@_example("pairclf lengths configs/lmsys/gemma2-9b-qlora.yaml --at 1024,1536,2048,3072 --rows 25000")
+def lengths(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    at: Annotated[str | None, typer.Option(help="values of max_length; none: seven, up to twice the config's")] = None,
+    data: Annotated[Path | None, typer.Option(help="unlabelled file to measure; none: data.train")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="rows to show the costs for; none: those of the file")] = None,
+    tflops: Annotated[
+        float, typer.Option(min=0.001, help="10^12 operations a second; 48: two T4s at the 24 each that they sustain")
+    ] = 48,
+    out: Annotated[Path | None, typer.Option(help="folder for lengths.json and lengths.html; none: the run's")] = None,
+) -> None:
+    """Compare budgets: rows cut, tokens lost, pairs made identical, padding, hours; as a table and as a plot."""
+    from pairclf.jobs.lengths import Scale, lengths_of, measure, render, write_report
+    from pairclf.jobs.run import output_of
+
+    settings = _load(config, overrides)
+    budgets, uncut = measure(settings, lengths_of(at, settings), data)
+    scale = Scale(rows or len(uncut), 2 if settings.task.swappable else 1, tflops)
+    for table in render(budgets, scale):
+        output.print(table)
+    console.print("wrote", *write_report(out or output_of(settings), budgets, uncut, scale))
 
 
 @_example("pairclf train configs/lmsys/gemma2-9b-qlora.yaml --fold 0 train.learning_rate=2e-4")

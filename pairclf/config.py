@@ -26,32 +26,153 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+class Source(Section):
+    """Files of rows whose columns have other names, or that are to count otherwise: an entry of `data.train`."""
+
+    files: list[Path] = Field(min_length=1, description="file names or globs")
+    columns: dict[str, str | None] = Field(
+        {}, description="our column: the files' column, e.g. {prompt: question}; id: null numbers the rows"
+    )
+    label_column: str | None = Field(
+        None, description="the files' column that names the class; null: as the task has it"
+    )
+    labels: dict[str, str] = Field({}, description="label as the files have it: class, e.g. {A: winner_model_a}")
+    id_prefix: str = Field("", description="text put before every id, so that ids of several sets stay apart")
+    weight: float = Field(1.0, gt=0, description="weight of these rows in the loss")
+    ignore_columns: list[str] | Literal["all"] = Field(
+        [], description="further columns to accept and not read; all: any (the mapping says which are read)"
+    )
+    exclude_overlap: list[Path] = Field(
+        [], description="files or globs that must stay unseen: rows with a prompt (nearly) equal to one of theirs go"
+    )
+
+
+class Rules(Section):
+    """What is done about each thing that `pairclf check` finds.
+
+    keep: as it is; fix: repaired as described; drop: the row goes (training rows alone); error: nothing runs.
+    Test rows are repaired where a repair exists and kept otherwise, but ids must be there, once each.
+    """
+
+    missing_id: Literal["error", "fix", "drop"] = Field("error", description="no id; fix: the row's number in its file")
+    duplicate_id: Literal["error", "fix", "drop"] = Field(
+        "error", description="an id that stood before; fix: #2, #3 ... is put behind it; drop: the later rows go"
+    )
+    bad_label: Literal["error", "drop"] = Field("error", description="no class of the task, or no probabilities")
+    undecodable: Literal["error", "fix", "drop"] = Field(
+        "error", description="a cell that is no list of turns; fix: its text is one turn"
+    )
+    missing_cell: Literal["keep", "drop", "error"] = Field("keep", description="an empty cell: one turn without text")
+    null_literal: Literal["keep", "drop", "error"] = Field("keep", description="the word null as a cell: the same")
+    null_list: Literal["keep", "drop", "error"] = Field("keep", description="[null], a list of nulls alone: the same")
+    null_turn: Literal["keep", "drop", "error"] = Field("keep", description="a null among texts: a turn without text")
+    no_turns: Literal["keep", "drop", "error"] = Field("keep", description="[], a list without turns")
+    empty_turn: Literal["keep", "drop", "error"] = Field("keep", description='"" or white space as a turn')
+    empty_prompt: Literal["keep", "drop", "error"] = Field(
+        "keep", description="no text in the first field; such rows share no group in the folds"
+    )
+    one_side_empty: Literal["keep", "drop", "error"] = Field(
+        "keep", description="no text on one side: it tends to lose"
+    )
+    both_sides_empty: Literal["keep", "drop", "error"] = Field("keep", description="no text on either side")
+    identical_with_winner: Literal["keep", "fix", "drop", "error"] = Field(
+        "keep", description="equal sides, and one won; fix: both sides share the winner's part of the label"
+    )
+    identical_without_winner: Literal["keep", "drop", "error"] = Field("keep", description="equal sides, and none won")
+    surrogate: Literal["fix", "drop", "error"] = Field(
+        "fix", description="half a surrogate pair, which UTF-8 can't hold; fix: U+FFFD stands for it"
+    )
+    control_character: Literal["keep", "fix", "drop", "error"] = Field(
+        "keep", description="control characters besides tab and line breaks; fix: they are removed"
+    )
+    turn_counts_differ: Literal["keep", "drop", "error"] = Field(
+        "keep", description="fields with unlike numbers of turns"
+    )
+    duplicate_row: Literal["keep", "drop", "error"] = Field(
+        "keep", description="the same texts and label again; drop: the later rows go"
+    )
+    conflicting_label: Literal["keep", "fix", "drop", "error"] = Field(
+        "keep", description="the same texts with another label (people disagree); fix: each gets the mean label"
+    )
+    mirrored_pair: Literal["keep", "drop", "error"] = Field(
+        "keep", description="a pair that also stands with its sides exchanged; drop: the later rows go"
+    )
+    prompt_overlap: Literal["keep", "drop", "error"] = Field(
+        "keep", description="a prompt that stood in an earlier file; drop: the later file's rows go"
+    )
+
+
 class Data(Section):
     folder: Path = Field(Path("."), description="folder that the file names below are relative to")
-    train: list[Path] = Field([], description="labelled files: .csv, .parquet or .jsonl")
+    train: list[Path | Source] = Field(
+        [],
+        description="labelled files (.csv, .parquet or .jsonl) or globs, or mappings with files: and more",
+    )
     test: Path | None = Field(None, description="unlabelled file to predict")
     sample_submission: Path | None = Field(None, description="file whose ids, order and columns a submission must have")
     max_rows: int | None = Field(None, ge=1, description="read no more than the first so many rows; null: all")
     ignore_columns: list[str] = Field([], description="further columns of training files to accept and not read")
+    rules: Rules = Field(default_factory=Rules, description="what is done about each flaw that `pairclf check` finds")
+    cache: Path | None = Field(None, description="folder of token caches; null: tokens/ in the run folder")
 
     def path(self, name: Path) -> Path:
         return self.folder / name
 
     @property
-    def train_paths(self) -> list[Path]:
-        return [self.path(name) for name in self.train]
+    def sources(self) -> list[Source]:
+        """The entries of `train`, spelled out, with names relative to the working directory."""
+        entries = [
+            one if isinstance(one, Source) else Source(files=[one], ignore_columns=self.ignore_columns)
+            for one in self.train
+        ]
+        return [
+            one.model_copy(
+                update={
+                    "files": [self.path(name) for name in one.files],
+                    "exclude_overlap": [self.path(name) for name in one.exclude_overlap],
+                }
+            )
+            for one in entries
+        ]
 
 
 class Folds(Section):
     n: int = Field(5, ge=2, description="number of folds; rows with the same prompt share a fold")
+    near: float | None = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="prompts at least so alike (Jaccard index of 5-grams of characters) share a fold; null: equal",
+    )
+    stable: bool = Field(
+        False, description="a row's fold hangs on its prompt and on rows before it alone: appended rows move no old one"
+    )
     run: list[int] | None = Field(None, min_length=1, description="folds that `cv` trains, from 0; null: all")
 
 
 class Template(Section):
-    prefix: str = Field("", description="text at the very start (an instruction); never cut")
-    labels: dict[str, str] = Field({}, description="text before each field; empty: derived from the field names")
+    """The wording around the fields. `text`, `round` and `chat` follow from the others where they are not given."""
+
+    preset: Literal["tagged", "judge"] = Field(
+        "tagged", description="wording: tagged (headings), or judge (a task for a chat model, in its chat template)"
+    )
+    turns: Literal["sides", "interleaved"] = Field(
+        "sides", description="each field's turns together, or turn by turn: prompt, A, B, prompt, A, B"
+    )
+    instruction: str | None = Field(None, description="text that stands first; never cut; null: the preset's")
+    text: str = Field("", description="the wording, with {field} for each field, or {rounds}; empty: the preset's")
+    round: str = Field(
+        "", description="interleaved: the wording of one turn, with {field} for each; empty: the preset's"
+    )
     turn_break: str = Field("\n\n", description="text between two turns of one field")
-    suffix: str = Field("\n\n### Verdict\n", description="text that asks for the verdict; never cut")
+    chat: bool | None = Field(
+        None, description="put the wording into the tokenizer's chat template; null: the preset's"
+    )
+
+
+def as_template(value: Any) -> Any:
+    """A preset's name as its mapping; anything else is left to pydantic."""
+    return {"preset": value} if isinstance(value, str) else value
 
 
 Cut = Literal["head", "tail", "head_tail"]
@@ -59,13 +180,24 @@ Cut = Literal["head", "tail", "head_tail"]
 
 class Inputs(Section):
     max_length: int = Field(2048, ge=1, description="budget for one row in one order, in tokens, template included")
-    template: Template = Field(default_factory=Template, description="the wording around the fields")
+    template: Annotated[Template, BeforeValidator(as_template)] = Field(
+        default_factory=Template, description="tagged, judge, or the wording spelled out"
+    )
     shares: dict[str, float] = Field(
         {}, description="a field's share of the budget when all are too long; empty: alike. What one leaves, others get"
     )
+    minimums: dict[str, int] = Field({}, description="tokens that a field keeps before shares count; empty: 1 each")
     cut: dict[str, Cut] = Field({}, description="what stays of a field that is too long; empty: head_tail for each")
-    head_ratio: float = Field(0.5, ge=0, le=1, description="under head_tail, the part of what stays that is the head")
-    marker: str = Field(" … ", description="text where something was cut away; counted in the budget")
+    head_ratio: float | dict[str, float] = Field(
+        0.5, description="under head_tail, the part of what stays that is the head; one number, or one a field"
+    )
+    marker: str = Field(
+        " [… {cut} tokens cut …] ",
+        description="text where something was cut, {cut} tokens of it; counted in the budget",
+    )
+    processes: int | None = Field(
+        None, ge=1, description="processes that tokenise; null: one a core, if it is worth it"
+    )
 
 
 class Lora(Section):
@@ -142,6 +274,44 @@ class Package(Section):
     )
 
 
+def derive_template(template: Template, task: Task) -> None:
+    """Fill what a template leaves out from its preset, and check that it shows every field once.
+
+    Raises:
+        ValueError: a field is missing or stands twice, or `round` and `text` contradict each other.
+    """
+    judge = template.preset == "judge"
+    heading = "[{}]" if judge else "### {}"
+    shown = "".join(f"\n\n{heading.format(name.replace('_', ' ').capitalize())}\n{{{name}}}" for name in task.fields)
+    interleaved = template.turns == "interleaved"
+    if template.instruction is None:
+        template.instruction = _instruction(task) if judge and not template.text else ""
+    if template.chat is None:
+        template.chat = judge
+    if not template.round and interleaved:
+        template.round = shown
+    if not template.text:
+        asked = f"\n\n[End]\n{_question(task)}" if judge else "\n\n### Verdict\n"
+        template.text = ("{rounds}" if interleaved else shown) + asked
+    if template.round and not interleaved:
+        raise ValueError("inputs.template.round is given, which needs inputs.template.turns=interleaved")
+    holder, key = (template.round, "round") if interleaved else (template.text, "text")
+    wanted = [(holder, key, name) for name in task.fields] + [(template.text, "text", "rounds")] * interleaved
+    for wording, key, name in wanted:
+        if wording.count(f"{{{name}}}") != 1:
+            raise ValueError(f"inputs.template.{key} must hold {{{name}}} exactly once")
+
+
+def _instruction(task: Task) -> str:
+    if not task.swappable:
+        return "Read what follows and judge it."
+    return "Two assistants answered the same prompt. Judge which answer a person would prefer."
+
+
+def _question(task: Task) -> str:
+    return f"Verdict ({', '.join(name.replace('_', ' ') for name in task.classes)}):"
+
+
 class Config(Section):
     """The whole tree. A run folder, a bundle and a Kaggle package each keep the resolved one."""
 
@@ -158,34 +328,40 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _derive(self) -> Config:
-        fields = self.task.fields
-        self.inputs.template.labels = self.inputs.template.labels or {
-            name: f"\n\n### {name.replace('_', ' ').capitalize()}\n" for name in fields
-        }
-        self.inputs.shares = self.inputs.shares or {name: round(1 / len(fields), 6) for name in fields}
-        self.inputs.cut = self.inputs.cut or dict.fromkeys(fields, "head_tail")
-        for name, given in (
-            ("inputs.template.labels", self.inputs.template.labels),
-            ("inputs.shares", self.inputs.shares),
-            ("inputs.cut", self.inputs.cut),
-        ):
+        derive_template(self.inputs.template, self.task)
+        fields, inputs = self.task.fields, self.inputs
+        inputs.shares = inputs.shares or {name: round(1 / len(fields), 6) for name in fields}
+        inputs.minimums = inputs.minimums or dict.fromkeys(fields, 1)
+        inputs.cut = inputs.cut or dict.fromkeys(fields, "head_tail")
+        if not isinstance(inputs.head_ratio, dict):
+            inputs.head_ratio = dict.fromkeys(fields, inputs.head_ratio)
+        for name in ("shares", "minimums", "cut", "head_ratio"):
+            given = getattr(inputs, name)
             if set(given) != set(fields):
-                raise ValueError(f"{name} names {sorted(given)}; it must name each of the task's fields {list(fields)}")
-        self._check_swap()
+                raise ValueError(
+                    f"inputs.{name} names {sorted(given)}; it must name each of the task's fields {list(fields)}"
+                )
+        self._check_inputs(inputs.head_ratio)
+        if self.train.swap == "both" and not self.task.swappable:
+            self.train.swap = "none"
+        if self.train.swap == "random" and not self.task.swappable:
+            raise ValueError(f"train.swap=random needs a task that can swap; {self.task.name} can not")
         return self
 
-    def _check_swap(self) -> None:
-        shares, cut = self.inputs.shares, self.inputs.cut
-        if min(shares.values()) <= 0 or sum(shares.values()) > 1.001:
-            raise ValueError(f"inputs.shares {shares} must be positive and sum to at most 1")
+    def _check_inputs(self, head_ratio: dict[str, float]) -> None:
+        inputs = self.inputs
+        if min(inputs.shares.values()) <= 0 or sum(inputs.shares.values()) > 1.001:
+            raise ValueError(f"inputs.shares {inputs.shares} must be positive and sum to at most 1")
+        if min(inputs.minimums.values()) < 1:
+            raise ValueError(f"inputs.minimums {inputs.minimums} must be at least 1")
+        if not all(0 <= ratio <= 1 for ratio in head_ratio.values()):
+            raise ValueError(f"inputs.head_ratio {head_ratio} must be from 0 to 1")
         if self.task.swap_fields is not None:
             a, b = self.task.swap_fields
-            if shares[a] != shares[b] or cut[a] != cut[b]:
-                raise ValueError(f"inputs.shares and inputs.cut must treat {a} and {b} alike, or a swap would cut anew")
-        elif self.train.swap == "both" and self.task.swap_fields is None:
-            self.train.swap = "none"
-        elif self.train.swap == "random":
-            raise ValueError(f"train.swap=random needs a task that can swap; {self.task.name} can not")
+            for name in ("shares", "minimums", "cut", "head_ratio"):
+                given = getattr(inputs, name)
+                if given[a] != given[b]:
+                    raise ValueError(f"inputs.{name} must treat {a} and {b} alike, or a swap would cut anew")
 
 
 class _Loader(yaml.SafeLoader):

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 AB, BA = 0, 1
 """The two orders in which a pair is shown: as it stands in the file, and swapped."""
 
+_OWN_WORDS = {"id", "target", "weight", "group", "file", "flaws", "template", "marker", "rounds"}
+
 Turns = tuple[str | None, ...]
 """The turns of one field; `None` (the file had a null) is kept apart from `""`."""
 
@@ -63,8 +65,8 @@ class Task(BaseModel):
         for name, values in (("fields", self.fields), ("classes", self.classes)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} {list(values)} name one thing twice")
-        if taken := {"id", "target", "weight", "group"} & {*self.fields, *self.classes}:
-            raise ValueError(f"{sorted(taken)} are columns of pairclf's own; name fields and classes otherwise")
+        if taken := _OWN_WORDS & {*self.fields, *self.classes}:
+            raise ValueError(f"{sorted(taken)} are words of pairclf's own; name fields and classes otherwise")
         if (self.swap_fields is None) != (self.swap_classes is None):
             raise ValueError("swap_fields and swap_classes must be given together or not at all")
         if self.swap_fields is not None and not set(self.swap_fields) <= set(self.fields):

@@ -17,9 +17,9 @@ FLOORS = {
 }  # fmt: skip
 ROOMS = {
     "words": ["errors", "files", "console", "task", "config"],
-    "data": ["tables", "arena", "folds", "audit"],
+    "data": ["formats", "tables", "arena", "duplicates", "folds", "audit"],
     "scores": ["metrics", "calibration", "blend"],
-    "inputs": ["truncate", "render", "plan"],
+    "inputs": ["truncate", "tokenise", "render", "plan", "cache"],
     "model": ["batch", "layouts", "readout", "backbone", "engine", "bundle"],
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "deepspeed"}
@@ -51,7 +51,7 @@ def name_of(path: Path) -> str:
 def wrong_arrows(name: str, imported: set[str]) -> list[str]:
     floor = FLOORS[room_of(name)]
     upwards = [other for other in imported if other.startswith("pairclf.") and FLOORS[room_of(other)] > floor]
-    heavy = [other for other in imported if other.split(".")[0] in HEAVY] if floor <= 2 else []
+    heavy = [other for other in imported if other.split(".")[0] in HEAVY - {"datasets"}] if floor <= 2 else []
     return sorted([*upwards, *heavy, *backwards(name, imported)])
 
 

@@ -1,23 +1,38 @@
-"""What is odd about the rows: for each rule how many, which ids, and what is done about it. Nothing is changed here."""
+"""The rules about rows: which meet them, by id, and what is done about it (`Rules`, in `config`).
+
+Rules are applied in an order in which no step undoes another's, so that clean rows stay as they are:
+
+1. ids: the missing, then those that stood before;
+2. what the reader saw (`flaws`), as texts must be settled before they are compared;
+3. other labels for the same texts, among the rows that are left;
+4. rules about the texts and the label of a row alone;
+5. the same rows, mirrored pairs and prompts of earlier files, among the rows that are left: the first stays.
+
+A row that several rules drop is counted under each, but for the rules of 3 and 5, which see what the steps before
+left. Test rows are never dropped: they are repaired where a repair exists, and kept otherwise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import polars as pl
 from rich.table import Table
 
-from pairclf.console import table
-from pairclf.data.folds import prompt_groups
-from pairclf.data.tables import REPLACEMENT
+from pairclf.config import Rules, Source
+from pairclf.console import console, table
+from pairclf.data.duplicates import near_overlap, normalised_prompts
+from pairclf.data.formats import CONTROL, Flaw, expand
+from pairclf.data.tables import read_rows, refuse
+from pairclf.errors import DataError
 from pairclf.files import write_json
 from pairclf.task import Task
 
 IDS_KEPT = 10
 
-_CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"  # but not tab, line feed and carriage return
 _TURN = pl.element()
 
 
@@ -26,100 +41,290 @@ class Finding:
     """One rule and the rows that it met.
 
     Attributes:
-        rule: what these rows have in common.
-        count: how many there are.
+        rule: its name among `Rules`, or `exclude_overlap`.
+        count: how many rows there are.
         ids: the first ten of them, in the order of the file.
-        action: what is done about them.
+        action: keep, fix, drop or error.
+        done: what the action comes to, in words.
     """
 
     rule: str
     count: int
     ids: tuple[str, ...]
     action: str
+    done: str
 
 
-def audit(frame: pl.DataFrame, task: Task) -> list[Finding]:
-    """Every rule over a canonical table, those that met no row included (their count is 0).
+def audit(frame: pl.DataFrame, task: Task, rules: Rules, *, labelled: bool) -> list[Finding]:
+    """What `clean` would do, for every rule that applies to the task, those that met no row included.
 
-    Rules about sides and mirrors need a task with a swap, rules about labels a labelled table; others are left out.
+    Args:
+        frame: canonical table.
+        task: rules about sides and mirrors need a swap, `turn_counts_differ` two fields.
+        rules: the action of each.
+        labelled: training rows; otherwise rules about labels are left out.
     """
-    marked = frame.select("id", "target", *task.fields, prompt_groups(frame, task).alias("group"))
-    marked = marked.with_columns(_pair_key(task.fields).alias("pair"))
-    rules = [*_text_rules(task.fields), *_repeat_rules(frame["target"].null_count() < len(frame))]
-    if task.swap_fields is not None:
-        marked = marked.with_columns(_pair_key(tuple(task.swapped_fields.values())).alias("mirror"))
-        rules += _side_rules(task, *task.swap_fields)
-    found = marked.select(met.fill_null(value=False).alias(rule) for rule, met, _ in rules)
-    ids = frame["id"]
+    return _judge(frame, task, rules, labelled).in_order
+
+
+def clean(frame: pl.DataFrame, task: Task, rules: Rules, *, labelled: bool) -> tuple[pl.DataFrame, list[Finding]]:
+    """The rows that stay, repaired, and what was found. What is clean already comes back as it is.
+
+    Raises:
+        DataError: rules whose action is `error` met rows: all of them at once.
+    """
+    judge = _judge(frame, task, rules, labelled)
+    refuse(judge.problems, ", ".join(frame["file"].unique(maintain_order=True)))
+    return judge.frame.filter(judge.stays), judge.in_order
+
+
+def exclude_overlap(
+    frame: pl.DataFrame, sources: Sequence[Source], task: Task, near: float | None
+) -> tuple[pl.DataFrame, list[Finding]]:
+    """Without the rows of each source whose prompt is (nearly) equal to one in the files of its `exclude_overlap`.
+
+    Args:
+        frame: canonical table of the sources, as `read_rows` has it.
+        near: how alike, as `folds.near` has it; None: equal.
+
+    Returns:
+        The rows that stay; a finding for each list of files, none where no source has any.
+    """
     findings = []
-    for rule, _, action in rules:
-        rows = ids.filter(found[rule])
-        findings.append(Finding(rule, len(rows), tuple(rows.head(IDS_KEPT)), action))
-    return findings
+    for names in dict.fromkeys(tuple(source.exclude_overlap) for source in sources if source.exclude_overlap):
+        files = [str(path) for one in sources if tuple(one.exclude_overlap) == names for path in expand(one.files)]
+        concerned = frame["file"].is_in(files)
+        seen = read_rows(names, task, labelled=False)
+        near_rows = concerned.arg_true().filter(near_overlap(frame.filter(concerned), seen, task, near))
+        gone = _mask(near_rows, len(frame))
+        ids = frame["id"].filter(gone)
+        done = f"dropped: a prompt (nearly) equal to one in {', '.join(path.name for path in names)}"
+        findings.append(Finding("exclude_overlap", len(ids), tuple(ids.head(IDS_KEPT)), "drop", done))
+        frame = frame.filter(~gone)
+    return frame, findings
 
 
-_Rule = tuple[str, pl.Expr, str]
+# --- judging ---------------------------------------------------------------------------------------------------------
 
 
-def _pair_key(fields: Sequence[str]) -> pl.Expr:
-    """A 64-bit hash of the fields' turns, read in this order: equal for equal texts."""
-    return pl.concat_list(pl.col(name).hash() for name in fields).hash()
+class _Judge:
+    """A table under its rules: `frame` is repaired as they are applied, `stays` marks the rows that no rule dropped."""
+
+    def __init__(self, frame: pl.DataFrame, task: Task, rules: Rules, labelled: bool) -> None:
+        self.frame = frame
+        self.ids = frame["id"]
+        self.task = task
+        self.rules = rules
+        self.labelled = labelled
+        self.stays = pl.repeat(True, len(frame), dtype=pl.Boolean, eager=True)
+        self.findings: dict[str, Finding] = {}
+        self.problems: list[DataError] = []
+
+    @property
+    def in_order(self) -> list[Finding]:
+        """The findings in the order of `Rules`."""
+        return [self.findings[rule] for rule in Rules.model_fields if rule in self.findings]
+
+    def action(self, rule: str) -> str:
+        """What the rules say, less what is never done to test rows."""
+        action: str = getattr(self.rules, rule)
+        if self.labelled:
+            return action
+        if rule in ("missing_id", "duplicate_id"):
+            return "error"
+        if action in ("drop", "error"):
+            return "fix" if "fix" in legal_actions(rule) else "keep"
+        return action
+
+    def meet(self, rule: str, met: pl.Series) -> bool:
+        """Note the rows that a rule meets, drop or refuse them if it says so; true if they are to be fixed."""
+        action, rows = self.action(rule), self.ids.filter(met)
+        self.findings[rule] = Finding(rule, len(rows), tuple(rows.head(IDS_KEPT)), action, _in_words(rule, action))
+        if action == "drop":
+            self.stays &= ~met
+        if action == "error" and len(rows):
+            what = f"{rule}: {_clauses(rule)[0]} ({len(rows):,} rows)"
+            self.problems.append(DataError(what, rows=rows.to_list(), remedy=self._remedy(rule)))
+        return action == "fix" and len(rows) > 0
+
+    def _remedy(self, rule: str) -> str:
+        if not self.labelled:
+            return "give every row an id of its own: test rows are never dropped, and scores are joined by id"
+        first, *others = (action for action in legal_actions(rule) if action != "error")
+        more = f" (or {', '.join(others)})" if others else ""
+        plain = "; plain texts need a task with multi_turn=false" * (rule == "undecodable" and self.task.multi_turn)
+        return f"mend these rows, or set data.rules.{rule}={first}{more}{plain}"
+
+    def meet_all(self, rules: dict[str, pl.Expr], marks: pl.DataFrame) -> None:
+        """`meet` for rules that fix nothing, from one pass over `marks`."""
+        found = marks.select(met.fill_null(value=False).alias(rule) for rule, met in rules.items())
+        for rule in rules:
+            self.meet(rule, found[rule])
 
 
-def _any_turn(fields: Sequence[str], met: pl.Expr) -> pl.Expr:
-    return pl.any_horizontal(pl.col(name).list.eval(met).list.any() for name in fields)
+def legal_actions(rule: str) -> tuple[str, ...]:
+    """The actions that a rule can be set to."""
+    return get_args(Rules.model_fields[rule].annotation)
 
 
-def _without_text(name: str) -> pl.Expr:
-    blank = _TURN.is_null() | (_TURN.str.strip_chars() == "")
-    return pl.col(name).list.eval(blank).list.all()  # true of no turns at all
+def _clauses(rule: str) -> list[str]:
+    return (Rules.model_fields[rule].description or "").split("; ")
 
 
-def _text_rules(fields: Sequence[str]) -> list[_Rule]:
-    first = fields[0]
-    return [
-        ("null turns", _any_turn(fields, _TURN.is_null()), "kept; read as empty"),
-        ("empty turns", _any_turn(fields, _TURN.str.strip_chars() == ""), "kept"),
-        (f"empty {first}", _without_text(first), "kept; each is a group of its own in the folds"),
-        ("control characters", _any_turn(fields, _TURN.str.contains(_CONTROL)), "kept"),
-        (
-            "replacement characters",
-            _any_turn(fields, _TURN.str.contains(REPLACEMENT, literal=True)),
-            "kept; half a surrogate pair was replaced when the file was read, or before",
-        ),
-    ]
+def _in_words(rule: str, action: str) -> str:
+    """`dropped: the later rows go`, from the rule's own description."""
+    word = {"keep": "kept", "fix": "fixed", "drop": "dropped", "error": "error: nothing runs"}[action]
+    return next((word + clause[len(action) :] for clause in _clauses(rule) if clause.startswith(f"{action}:")), word)
 
 
-def _repeat_rules(labelled: bool) -> list[_Rule]:
-    pair, group = pl.col("pair"), pl.col("group")
-    rules = [("prompt in several rows", group.is_duplicated(), "kept; they share a fold")]
+def _judge(frame: pl.DataFrame, task: Task, rules: Rules, labelled: bool) -> _Judge:
+    judge = _Judge(frame, task, rules, labelled)
+    _judge_ids(judge)
+    _judge_flaws(judge)
+    keys = _pair_keys(judge.frame, task)
     if labelled:
-        verdicts = pl.col("target").n_unique().over("pair")
-        rules += [
-            ("same row again", pl.struct("pair", "target").is_duplicated(), "kept; each counts"),
-            ("same pair, other label", pair.is_duplicated() & (verdicts > 1), "kept; people disagree"),
-        ]
-    else:
-        rules.append(("same row again", pair.is_duplicated(), "kept; each is scored"))
-    return rules
+        _judge_conflicts(judge, keys)
+    _judge_texts(judge)
+    if task.swap_fields is not None:
+        _judge_identical(judge, *task.swap_fields)
+    _judge_repeats(judge, keys)
+    return judge
 
 
-def _side_rules(task: Task, a: str, b: str) -> list[_Rule]:
-    """Rules about the two sides `a` and `b` that a swap exchanges."""
-    empty_a, empty_b = _without_text(a), _without_text(b)
-    alike = pl.col(a) == pl.col(b)
+def _flawed(frame: pl.DataFrame, flaw: Flaw) -> pl.Series:
+    return (frame["flaws"] & int(flaw)) != 0
+
+
+def _without_flaw(frame: pl.DataFrame, flaw: Flaw) -> pl.DataFrame:
+    return frame.with_columns(pl.col("flaws") & pl.lit(~int(flaw) & 0xFFFFFFFF, dtype=pl.UInt32))
+
+
+def _judge_ids(judge: _Judge) -> None:
+    missing = _flawed(judge.frame, Flaw.MISSING_ID)
+    ids = judge.frame["id"]
+    if judge.meet("missing_id", missing):
+        judge.frame = _without_flaw(judge.frame, Flaw.MISSING_ID)
+    elif missing.any():
+        ids = ids.set(missing, None)
+    if judge.meet("duplicate_id", _again(ids)):
+        while _again(ids).any():  # a#2 may itself stand in the file
+            count = pl.int_range(1, pl.len() + 1).over("id")
+            numbered = pl.when(count > 1).then(pl.col("id") + "#" + count.cast(pl.String)).otherwise("id")
+            ids = ids.to_frame().select(numbered.alias("id")).to_series()
+        judge.frame = judge.frame.with_columns(ids.fill_null(judge.frame["id"]))
+
+
+def _again(values: pl.Series) -> pl.Series:
+    """Marks the values that stood before, missing ones never."""
+    return ~values.is_first_distinct() & values.is_not_null()
+
+
+def _judge_flaws(judge: _Judge) -> None:
+    labels = [Flaw.BAD_LABEL] if judge.labelled else []
+    lists = [Flaw.NULL_LITERAL] if judge.task.multi_turn else []
+    for flaw in (*labels, Flaw.UNDECODABLE, Flaw.MISSING_CELL, *lists, Flaw.NULL_LIST, Flaw.SURROGATE):
+        if judge.meet(str(flaw.name).lower(), _flawed(judge.frame, flaw)):
+            judge.frame = _without_flaw(judge.frame, flaw)  # the reader left the repaired text
+    met = _flawed(judge.frame, Flaw.CONTROL_CHARACTER)
+    if judge.meet("control_character", met):
+        fields = pl.col(judge.task.fields)
+        cleaned = fields.list.eval(_TURN.str.replace_all(CONTROL, ""))
+        repaired = judge.frame.with_columns(pl.when(pl.lit(met)).then(cleaned).otherwise(fields))
+        judge.frame = _without_flaw(repaired, Flaw.CONTROL_CHARACTER)
+
+
+def _pair_keys(frame: pl.DataFrame, task: Task) -> pl.DataFrame:
+    """`row`, and 64-bit hashes of the fields' turns: `pair` as they stand, `mirror` with the sides exchanged."""
+    hashes = frame.select(pl.col(task.fields).hash())
+    mirrored = list(task.swapped_fields.values())
+    return hashes.select(pair=pl.struct(task.fields).hash(), mirror=pl.struct(mirrored).hash()).with_row_index("row")
+
+
+def _mask(rows: pl.Series, length: int) -> pl.Series:
+    return pl.repeat(False, length, dtype=pl.Boolean, eager=True).scatter(rows, True)
+
+
+def _judge_conflicts(judge: _Judge, keys: pl.DataFrame) -> None:
+    repeated = keys.hstack([judge.frame["target"]]).filter(judge.stays).filter(pl.col("pair").is_duplicated())
+    repeated = repeated.filter(pl.col("target").is_not_null())
+    unlike = repeated.filter(pl.col("target").hash().n_unique().over("pair") > 1)
+    if judge.meet("conflicting_label", _mask(unlike["row"], len(keys))):
+        mean = (pl.col("target").list.get(place).mean().over("pair") for place in range(len(judge.task.classes)))
+        means = unlike.select("row", mean=pl.concat_list(mean))
+        shared = keys.join(means, on="row", how="left", maintain_order="left")["mean"]
+        judge.frame = judge.frame.with_columns(target=shared.zip_with(shared.is_not_null(), judge.frame["target"]))
+
+
+def _judge_texts(judge: _Judge) -> None:
+    """Rules about which turns hold text, from one pass over them: a turn is true, false (blank) or null."""
+    task = judge.task
+    marks = judge.frame.select(pl.col(task.fields).list.eval(_TURN.str.contains(r"\S")))
+    fields = [pl.col(name).list for name in task.fields]
+    counts = [(field.len(), field.eval(_TURN.is_not_null()).list.sum()) for field in fields]
+    rules = {
+        "null_turn": pl.any_horizontal((some > 0) & (some < count) for count, some in counts),
+        "no_turns": pl.any_horizontal(count == 0 for count, _ in counts),
+        "empty_turn": pl.any_horizontal(~field.all() for field in fields),
+        "empty_prompt": ~fields[0].any(),
+    }
+    if task.swap_fields is not None:
+        empty_a, empty_b = (~pl.col(name).list.any() for name in task.swap_fields)
+        rules |= {"one_side_empty": empty_a ^ empty_b, "both_sides_empty": empty_a & empty_b}
+    if len(fields) > 1:
+        rules["turn_counts_differ"] = pl.any_horizontal(count != counts[0][0] for count, _ in counts[1:])
+    judge.meet_all(rules, marks)
+
+
+def _judge_identical(judge: _Judge, a: str, b: str) -> None:
+    """Equal sides. A fixed label (its mean with the swapped one) has no winner, and comes under the second rule."""
+    task = judge.task
+    alike = (judge.frame[a] == judge.frame[b]).fill_null(value=False)
     places = [task.classes.index(name) for name in task.swap_classes or ()]
-    won = pl.any_horizontal(pl.col("target").list.get(place) > 0.5 for place in places)
-    turns = [pl.col(name).list.len() for name in task.fields]
-    mirrored = pl.col("mirror").is_in(pl.col("pair").implode()) & (pl.col("pair") != pl.col("mirror"))
-    return [
-        ("one side empty", empty_a ^ empty_b, "kept"),
-        ("both sides empty", empty_a & empty_b, "kept"),
-        ("identical sides, with a winner", alike & won, "kept; no text tells who won"),
-        ("identical sides, without a winner", alike & ~won.fill_null(value=False), "kept"),
-        ("numbers of turns differ", pl.any_horizontal(count != turns[0] for count in turns[1:]), "kept"),
-        ("same pair mirrored", mirrored, "kept; they share a fold"),
-    ]
+    parts = pl.max_horizontal(pl.col("target").list.get(place) for place in places)
+    won = judge.frame.select((parts > 0.5).fill_null(value=False)).to_series()
+    if judge.labelled and judge.meet("identical_with_winner", alike & won):
+        target = pl.col("target").list
+        shared = ((target.get(p) + target.get(q)) / 2 for p, q in enumerate(task.swapped_columns))
+        both = pl.when(pl.lit(alike & won)).then(pl.concat_list(shared)).otherwise("target")
+        judge.frame = judge.frame.with_columns(both.alias("target"))
+        won = won & ~alike
+    judge.meet("identical_without_winner", alike & ~won)
+
+
+def _judge_repeats(judge: _Judge, keys: pl.DataFrame) -> None:
+    """Rules about rows that stood before, in this order or another, or whose prompt stood in an earlier file."""
+    kept = keys.with_columns(judge.frame["target"], either=pl.min_horizontal("pair", "mirror")).filter(judge.stays)
+    repeated = kept.filter(pl.col("either").is_duplicated())
+    same = repeated.select(pl.struct("pair", pl.col("target").hash()).hash()).to_series()
+    met = {"duplicate_row": repeated["row"].filter(_again(same))}
+    if judge.task.swap_fields is not None:
+        met["mirrored_pair"] = repeated.filter(pl.col("pair") != pl.col("pair").first().over("either"))["row"]
+    met["prompt_overlap"] = _in_earlier_files(judge, kept["row"])
+    for rule, rows in met.items():
+        judge.meet(rule, _mask(rows, len(keys)))
+
+
+def _in_earlier_files(judge: _Judge, rows: pl.Series) -> pl.Series:
+    """Those of the rows that are left whose prompt stood in an earlier file."""
+    left = judge.frame.filter(judge.stays)
+    files = left["file"].unique(maintain_order=True)
+    if len(files) < 2:
+        return rows.head(0)
+    number = pl.col("file").replace_strict(files, range(len(files)))
+    prompts = left.select("file").with_columns(rows, normalised_prompts(left, judge.task).alias("prompt"))
+    return prompts.filter(number > number.min().over("prompt"), pl.col("prompt") != "")["row"]
+
+
+# --- what the user sees ----------------------------------------------------------------------------------------------
+
+
+def note_changes(findings: Sequence[Finding]) -> None:
+    """A line for each rule that changed rows."""
+    for finding in findings:
+        if finding.count and finding.action in ("fix", "drop"):
+            shown = ", ".join(finding.ids[:3]) + (" …" if finding.count > 3 else "")
+            text = f"note: {finding.rule}: {finding.count:,} rows {finding.done} ({shown})"
+            console.print(text, markup=False, soft_wrap=True)
 
 
 def render(findings: Sequence[Finding]) -> Table:
@@ -130,13 +335,15 @@ def render(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         if finding.count:
             shown = (name if len(name) <= 12 else f"{name[:11]}…" for name in finding.ids[:2])
-            made.add_row(finding.rule, f"{finding.count:,}", ", ".join(shown), finding.action)
+            made.add_row(finding.rule, f"{finding.count:,}", ", ".join(shown), finding.done)
     clean = [finding.rule for finding in findings if not finding.count]
     if clean:
         made.caption, made.caption_justify = f"no row: {', '.join(clean)}", "left"
     return made
 
 
-def write_audit(path: Path, findings: Sequence[Finding]) -> None:
-    """Write the findings as a JSON list, atomically."""
-    write_json(path, [asdict(finding) for finding in findings])
+def write_audit(path: Path, frame: pl.DataFrame, task: Task, findings: Sequence[Finding]) -> None:
+    """Write what was audited and found as a JSON object, atomically: `files` (name, rows), `task`, `findings`."""
+    files = frame.group_by("file", maintain_order=True).len("rows").rename({"file": "name"})
+    found = [asdict(finding) for finding in findings]
+    write_json(path, {"files": files.to_dicts(), "task": task.name, "findings": found})

@@ -1,59 +1,46 @@
-"""Files, columns and formats, known here and nowhere else: files -> canonical rows, scores -> submission.
+"""Columns, known here and nowhere else: files -> canonical rows, scores -> submission.
 
 The canonical table has one row a comparison, in file order:
 
-    id              String         exactly as in the file
+    id              String         exactly as in the file; `row 7` where the seventh row of a file has none
     <each field>    List(String)   its turns; a null turn is kept apart from ""
-    target          List(Float64)  probabilities in the task's class order; null where unlabelled
-    weight          Float64        1.0
+    target          List(Float64)  probabilities in the task's class order; null where unlabelled, or no label
+    weight          Float64        the source's
+    file            String         the file's name, as it was given
+    flaws           UInt32         bits of `formats.Flaw`: what was wrong with the row and can be seen no more
 
-Training rows are checked strictly, and all that is wrong with a file is said in one error. Test rows are never
-dropped and never refused for what their texts hold: what can't be decoded becomes one turn, with a note.
+Reading refuses files, not rows: what is done about rows that have flaws is for `audit` to say.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
-import re
 import textwrap
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from polars.exceptions import NoDataError, PolarsError
 
+from pairclf.config import Source
 from pairclf.console import console
+from pairclf.data.formats import CHUNK, TURNS, Flaw, as_text, expand, load, mark, read_file, read_turns
 from pairclf.errors import DataError
 from pairclf.files import atomic_file
 from pairclf.task import Row, Task
 
 Probabilities = NDArray[np.float64]
 
-REPLACEMENT = "\ufffd"
-"""What stands where a file had half a surrogate pair, which no UTF-8 text can hold."""
-
-TURNS = pl.List(pl.String)
 LABEL_TOLERANCE = 1e-6  # labels are written by people: one, or thirds with all their digits
 SUM_TOLERANCE = 1e-4  # probabilities went through float32, or even through float16
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-# polars joins the cells of a column into one JSON document before it parses them. So `["a` and `"]` in two rows
-# would merge into one, `["a"],["b"]` would become two, numbers become strings and half a surrogate pair a NUL.
-# Only cells of this shape, a whole list of strings and nulls, go that way; Python's decoder judges the others.
-_SPACE = r"[ \t\r\n]*"
-_PAIR = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-_CODE = r"\\u(?:[0-9a-ce-fA-CE-F][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2})"
-_TURN = rf'(?:null|"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|{_CODE}|{_PAIR})*")'
-_TURN_LIST = rf"^{_SPACE}\[{_SPACE}(?:{_TURN}{_SPACE}(?:,{_SPACE}{_TURN}{_SPACE})*)?\]{_SPACE}$"
-
 
 def read_rows(
-    paths: Sequence[Path],
+    sources: Sequence[Path | Source],
     task: Task,
     *,
     labelled: bool,
@@ -63,29 +50,63 @@ def read_rows(
     """Read files (.csv, .parquet or .jsonl), one after the other, into the canonical table.
 
     Args:
-        paths: files, read in this order.
+        sources: files or globs, and sources with other columns, read in this order.
         task: names the fields, the classes and where the label stands.
-        labelled: training rows, checked strictly. Otherwise test rows: labels are not read, unknown columns and
-            undecodable cells only make a note.
+        labelled: training rows, whose unknown columns are refused. Otherwise test rows: labels are not read, unknown
+            columns make a note, and broken UTF-8 is mended.
         max_rows: read no more than the first so many rows of all files together.
-        ignore_columns: further columns of training files to accept and not read.
+        ignore_columns: further columns to accept and not read, in the files that are no `Source`.
 
     Raises:
-        DataError: a file can't be read, or columns, ids, labels or (training rows) turns break a rule.
+        DataError: a file can't be read, its columns are not those that are needed, or a source contradicts the task.
     """
-    frames: list[pl.DataFrame] = []
-    seen = pl.Series("id", [], dtype=pl.String)
-    for path in paths:
-        left = None if max_rows is None else max_rows - len(seen)
-        if left == 0:
-            break
-        raw = _load(path, left, lossy=not labelled)
-        _check_columns(raw.columns, path, task, labelled, ignore_columns)
-        frames.append(_canonical(raw, path, task, labelled, seen))
-        seen = seen.append(frames[-1]["id"])
-    if not frames:
+    return pl.concat(_tables(sources, task, labelled, max_rows, ignore_columns, None))
+
+
+def scan_rows(
+    sources: Sequence[Path | Source],
+    task: Task,
+    *,
+    labelled: bool,
+    max_rows: int | None = None,
+    ignore_columns: Sequence[str] = (),
+    size: int = CHUNK,
+) -> Iterator[pl.DataFrame]:
+    """The rows of `read_rows` in canonical chunks of up to `size` rows, for files that don't fit into memory.
+
+    Raises:
+        DataError: as `read_rows`, when the chunk is asked for that shows it.
+    """
+    return _tables(sources, task, labelled, max_rows, ignore_columns, size)
+
+
+def _tables(
+    sources: Sequence[Path | Source],
+    task: Task,
+    labelled: bool,
+    max_rows: int | None,
+    ignore_columns: Sequence[str],
+    size: int | None,
+) -> Iterator[pl.DataFrame]:
+    if not sources:
         raise DataError("no file of rows is named", remedy="give at least one .csv, .parquet or .jsonl file")
-    return pl.concat(frames)
+    left = max_rows
+    for entry in sources:
+        source = entry if isinstance(entry, Source) else Source(files=[entry], ignore_columns=list(ignore_columns))
+        layout = _layout(source, task, labelled)
+        before = 0  # rows of the source in files before this one
+        for path in expand(source.files):
+            number, columns = 0, None
+            for raw in read_file(path, rows=left, lossy=not labelled, size=size):
+                if raw.columns != columns:
+                    columns = raw.columns
+                    _check_columns(columns, path, task, layout, labelled)
+                yield _canonical(raw, path, task, layout, number, before)
+                number += len(raw)
+            before += number
+            left = None if left is None else left - number
+            if left == 0:
+                return
 
 
 def to_rows(frame: pl.DataFrame, task: Task) -> list[Row]:
@@ -97,108 +118,139 @@ def to_rows(frame: pl.DataFrame, task: Task) -> list[Row]:
     return rows
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+def write_rows(path: Path, frame: pl.DataFrame, task: Task) -> None:
+    """Write a canonical table in the task's own columns, atomically: .csv (lists of turns as JSON), .parquet or .jsonl.
+
+    Raises:
+        DataError: the file type is another, or can't hold these rows; nothing is written.
+    """
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".parquet", ".jsonl"):
+        remedy = "name a .csv, .parquet or .jsonl file"
+        raise DataError(f"file type {path.suffix!r} can't be written", where=path, remedy=remedy)
+    table = frame.select("id", *task.fields, *_label_cells(path, frame, task))
+    if kind == ".csv":
+        table = table.with_columns(_text_cells(path, frame, task))
+    with atomic_file(path) as temporary:
+        if kind == ".parquet":
+            table.write_parquet(temporary)
+        elif kind == ".csv":
+            table.write_csv(temporary)
+        else:
+            table.write_ndjson(temporary)
 
 
-def _load(path: Path, rows: int | None, *, lossy: bool) -> pl.DataFrame:
-    """The first `rows` rows of a file, as it has them; a CSV's cells are all text. `lossy` mends broken UTF-8."""
-    readers = {".csv": _load_csv, ".parquet": _load_parquet, ".jsonl": _load_jsonl}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+def _label_cells(path: Path, frame: pl.DataFrame, task: Task) -> list[pl.Expr]:
+    """The columns of labels; none for unlabelled rows."""
+    if frame["target"].null_count() == len(frame):
+        return []
+    if task.label_column is None:
+        return [pl.col("target").list.get(place).alias(name) for place, name in enumerate(task.classes)]
+    soft = frame.filter(pl.col("target").list.max() != 1)
+    if len(soft):
         raise DataError(
-            f"file type {path.suffix!r} can't be read; it must be one of {', '.join(readers)}",
+            f"column {task.label_column!r} names one class a row; these labels are shared by several",
             where=path,
-            remedy="convert the file, or correct its name",
+            rows=soft["id"].to_list(),
+            remedy="a task with a column a class can hold them; or set data.rules so that no label is averaged",
         )
-    if not path.is_file():
-        raise DataError("there is no such file", where=path, remedy="check data.folder and the file's name")
-    try:
-        frame = reader(path, rows, lossy)
-    except NoDataError as error:
-        raise DataError("the file is empty", where=path, remedy="fetch or write it again") from error
-    except (OSError, PolarsError, ValueError, RecursionError) as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"can't be read as {path.suffix.lower()[1:]}: {detail}",
-            where=path,
-            remedy="the file must be whole, in UTF-8, with as many cells in each row as the header has",
-        ) from error
-    if frame.is_empty():
-        raise DataError("the file holds no rows", where=path, remedy="fetch or write it again")
-    return frame
+    named = pl.col("target").list.arg_max().replace_strict(range(len(task.classes)), task.classes, default=None)
+    return [named.alias(task.label_column)]
 
 
-def _load_csv(path: Path, rows: int | None, lossy: bool) -> pl.DataFrame:
-    encoding: Literal["utf8", "utf8-lossy"] = "utf8-lossy" if lossy else "utf8"
-    frame = pl.read_csv(path, infer_schema=False, n_rows=rows, encoding=encoding, glob=False)
-    # Blank lines at the end are no rows; one in the middle is a row that lost its id, and is said to be one.
-    blank = frame.select(pl.all_horizontal(pl.all().is_null())).to_series()
-    return frame.head(len(frame) - (~blank).reverse().to_list().index(True) if not blank.all() else 0)
-
-
-def _load_parquet(path: Path, rows: int | None, lossy: bool) -> pl.DataFrame:
-    categories = pl.col(pl.Categorical, pl.Enum)  # pandas writes repeated texts so
-    return pl.read_parquet(path, n_rows=rows, glob=False).with_columns(categories.cast(pl.String))
-
-
-def _load_jsonl(path: Path, rows: int | None, lossy: bool) -> pl.DataFrame:
-    with path.open(encoding="utf-8-sig", errors="replace" if lossy else "strict") as stream:
-        lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
-        records = [_record(number, line) for number, line in islice(lines, rows)]
-    names = dict.fromkeys(name for record in records for name in record)
-    return pl.DataFrame([_jsonl_column(name, [record.get(name) for record in records]) for name in names])
-
-
-def _record(number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {number}: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"line {number} holds no object but a {type(record).__name__}")
-    return record
-
-
-def _jsonl_column(name: str, cells: list[Any]) -> pl.Series:
-    """Lists of turns as such; everything else as text, the way a CSV has it."""
-    if any(isinstance(cell, list) for cell in cells) and all(cell is None or _is_turns(cell) for cell in cells):
-        return pl.Series(name, [None if cell is None else _encodable(cell) for cell in cells], dtype=TURNS)
-    texts = [cell if cell is None or isinstance(cell, str) else json.dumps(cell) for cell in cells]
-    return pl.Series(name, _encodable(texts), dtype=pl.String)
+def _text_cells(path: Path, frame: pl.DataFrame, task: Task) -> list[pl.Expr]:
+    """The fields as text cells."""
+    if task.multi_turn:
+        coded = {name: pl.struct(pl.col(name).alias("")).struct.json_encode() for name in task.fields}
+        return [cell.str.strip_prefix('{"":').str.strip_suffix("}").alias(name) for name, cell in coded.items()]
+    listed = frame.filter(pl.any_horizontal(pl.col(name).list.len() != 1 for name in task.fields))
+    if len(listed):
+        remedy = "write .parquet or .jsonl, which hold lists under every task"
+        what = f"the cells of task {task.name!r} are texts in a CSV; these rows have lists of turns"
+        raise DataError(what, where=path, rows=listed["id"].to_list(), remedy=remedy)
+    return [pl.col(name).list.first() for name in task.fields]
 
 
 # --- from a file's columns to the canonical ones ---------------------------------------------------------------------
 
 
-def _refuse(problems: Sequence[DataError], where: object) -> None:
-    """Raise what is wrong with one file, all of it at once; nothing if there is nothing."""
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where a source has what.
+
+    Attributes:
+        source: as the user wrote it.
+        columns: our column (`id`, fields) -> the file's; None: rows are numbered.
+        labels: the file's columns of labels, none for test rows: one with a name of a class, or one a class.
+        named: the label is a name.
+    """
+
+    source: Source
+    columns: Mapping[str, str | None]
+    labels: tuple[str, ...]
+    named: bool
+
+    @property
+    def wanted(self) -> list[str]:
+        return [name for name in (*self.columns.values(), *self.labels) if name is not None]
+
+
+def _layout(source: Source, task: Task, labelled: bool) -> _Layout:
+    """Raises:
+    DataError: the source names columns or classes that the task has not.
+    """
+    ours = ("id", *task.fields, *_label_columns(task))
+    shown = ", ".join(map(str, source.files))
+    problems = []
+    for name, column in source.columns.items():
+        if name not in ours:
+            near = difflib.get_close_matches(name, ours, n=1, cutoff=0.0)[0]
+            what = f"columns maps {name!r}, which task {task.name!r} has not; the nearest is {near!r}"
+            problems.append(DataError(what, remedy=f"our columns stand on the left: {', '.join(ours)}"))
+        elif column is None and name != "id":
+            remedy = "name the files' column; only id may be null, which numbers the rows"
+            problems.append(DataError(f"columns maps {name!r} to null", remedy=remedy))
+    if unknown := sorted(set(source.labels.values()) - set(task.classes)):
+        remedy = "the classes stand on the right: {label as the files have it: class}"
+        problems.append(DataError(f"labels maps to {unknown}; the classes are {list(task.classes)}", remedy=remedy))
+    refuse(problems, f"the source of {shown}")
+    columns = {name: source.columns.get(name, name) for name in ("id", *task.fields)}
+    label_column = source.label_column or source.columns.get(task.label_column or "", task.label_column)
+    labels = (label_column,) if label_column else tuple(source.columns.get(name) or name for name in task.classes)
+    return _Layout(source, columns, labels if labelled else (), label_column is not None)
+
+
+def refuse(problems: Sequence[DataError], where: object) -> None:
+    """Raise all that is wrong in one error; nothing if there is nothing.
+
+    Raises:
+        DataError: there is a problem.
+    """
     if len(problems) == 1:
         only = problems[0]
         raise DataError(only.what, where=where, rows=only.rows, remedy=only.remedy)
     if problems:
         listed = textwrap.indent("\n".join(str(problem) for problem in problems), "  ")
-        raise DataError(f"{len(problems)} things are wrong with one file:\n{listed}", where=where)
+        raise DataError(f"{len(problems)} things are wrong:\n{listed}", where=where)
 
 
 def _label_columns(task: Task) -> tuple[str, ...]:
     return (task.label_column,) if task.label_column else task.classes
 
 
-def _note(text: str, path: Path) -> None:
-    console.print(f"note: {path.name}: {text}", markup=False, soft_wrap=True)
-
-
-def _check_columns(columns: list[str], path: Path, task: Task, labelled: bool, ignore: Sequence[str]) -> None:
-    wanted = ("id", *task.fields, *(_label_columns(task) if labelled else ()))
-    known = {*wanted, *_label_columns(task), *task.extra_columns, *ignore}
-    missing = [name for name in wanted if name not in columns]
+def _check_columns(columns: list[str], path: Path, task: Task, layout: _Layout, labelled: bool) -> None:
+    ignored = layout.source.ignore_columns
+    known = {*layout.wanted, *_label_columns(task), *task.extra_columns, *(ignored if ignored != "all" else columns)}
+    if layout.columns["id"] is None:
+        known.add("id")
+    missing = [name for name in layout.wanted if name not in columns]
     unknown = [name for name in columns if name not in known]
     problems = []
     if missing:
         problems.append(
             DataError(
                 f"columns {missing} are missing; the file has {columns}",
-                remedy=f"task {task.name!r} needs the columns {list(wanted)}",
+                remedy=f"task {task.name!r} needs the columns {layout.wanted}; a source can map its own to them",
             )
         )
     if unknown and labelled:
@@ -209,163 +261,68 @@ def _check_columns(columns: list[str], path: Path, task: Task, labelled: bool, i
                 remedy=f"remove them, or accept them unread with data.ignore_columns={json.dumps(unknown)}",
             )
         )
-    _refuse(problems, path)
+    refuse(problems, path)
     if unknown:
-        _note(f"columns {unknown} are not read", path)
+        console.print(f"note: {path.name}: columns {unknown} are not read", markup=False, soft_wrap=True)
 
 
-def _canonical(raw: pl.DataFrame, path: Path, task: Task, labelled: bool, seen: pl.Series) -> pl.DataFrame:
-    """One file's canonical table; `seen` holds the ids of the files before it."""
-    ids, problems = _read_ids(raw["id"], seen)
-    columns = [ids]
-    for name in task.fields:
-        turns, bad = _read_turns(raw[name], task.multi_turn)
-        columns.append(turns)
-        rows = ids.filter(bad).to_list()
-        if rows and labelled:
-            remedy = "mend or remove these rows" + (", or set task.multi_turn=false" if task.multi_turn else "")
-            expected = "JSON lists of strings and nulls" if task.multi_turn else "texts"
-            problems.append(DataError(f"column {name!r} has cells that are no {expected}", rows=rows, remedy=remedy))
-        elif rows:
-            shown = ", ".join(rows[:5]) + (" …" if len(rows) > 5 else "")
-            _note(f"{len(rows):,} undecodable cells of {name!r} are each read as one turn: {shown}", path)
-    if labelled:
-        targets, wrong = (_named_targets if task.label_column else _numeric_targets)(raw, ids, task)
-        problems += wrong
+def _canonical(raw: pl.DataFrame, path: Path, task: Task, layout: _Layout, number: int, before: int) -> pl.DataFrame:
+    """A chunk's canonical table.
+
+    Args:
+        number: rows of the file before this chunk.
+        before: rows of the source before this file.
+    """
+    picked = pl.DataFrame([raw[column].alias(name) for name, column in layout.columns.items() if column is not None])
+    turns, flaws = read_turns(picked, task.fields, task.multi_turn)
+    rows = pl.int_range(number + 1, number + len(raw) + 1, eager=True)
+    if layout.columns["id"] is None:
+        ids = (rows + before).cast(pl.String)
     else:
-        targets = pl.Series("target", [None] * len(ids), dtype=pl.List(pl.Float64))
-    _refuse(problems, path)
-    return pl.DataFrame([*columns, targets]).with_columns(weight=pl.lit(1.0))
+        ids, missing = _read_ids(picked["id"], rows, path)
+        mark(flaws, missing, Flaw.MISSING_ID)
+    if layout.labels:
+        targets = (_named_targets if layout.named else _numeric_targets)(raw.select(layout.labels), layout.source, task)
+        mark(flaws, targets.is_null(), Flaw.BAD_LABEL)
+    else:
+        targets = pl.repeat(None, len(raw), dtype=pl.List(pl.Float64), eager=True)
+    return pl.DataFrame([(layout.source.id_prefix + ids).alias("id"), *turns, targets.alias("target")]).with_columns(
+        weight=pl.lit(layout.source.weight), file=pl.lit(str(path)), flaws=pl.Series(flaws, dtype=pl.UInt32)
+    )
 
 
-def _read_ids(cells: pl.Series, seen: pl.Series) -> tuple[pl.Series, list[DataError]]:
-    """Ids as text, those that are missing replaced by the number of their row, and what is wrong with them."""
-    texts = _as_text(cells)
-    missing = (texts.str.strip_chars() == "").fill_null(value=True)
-    numbers = pl.select("row " + pl.int_range(1, len(texts) + 1).cast(pl.String)).to_series()
-    ids = texts.zip_with(~missing, numbers).rename("id")
-    repeated = ids.filter((ids.is_duplicated() | ids.is_in(seen.implode())) & ~missing).unique(maintain_order=True)
-    problems = []
+def _read_ids(cells: pl.Series, rows: pl.Series, path: Path) -> tuple[pl.Series, pl.Series]:
+    """Ids as text, with `row N` for a missing one, and a mask of the missing."""
     if cells.dtype.is_nested() or cells.dtype == pl.Binary:
-        problems.append(DataError(f"ids are {cells.dtype}", remedy="write them as text or whole numbers"))
+        raise DataError(f"ids are {cells.dtype}", where=path, remedy="write them as text or whole numbers")
+    texts = as_text(cells)
     broken = texts.str.contains("\ufffd", literal=True).fill_null(value=False)
     if broken.any():
         what = f"{broken.sum():,} ids are not UTF-8, and could not be written back as they are"
-        problems.append(DataError(what, rows=texts.filter(broken).to_list(), remedy="save the file as UTF-8"))
-    if missing.any():
-        what = f"{missing.sum():,} rows have no id (numbers count the rows below the header)"
-        problems.append(DataError(what, rows=ids.filter(missing).to_list(), remedy="give every row an id"))
-    if len(repeated):
-        what = f"{len(repeated):,} ids stand in more than one row"
-        remedy = "ids join scores to rows: make them unique over all files"
-        problems.append(DataError(what, rows=repeated.to_list(), remedy=remedy))
-    return ids, problems
+        raise DataError(what, where=path, rows=texts.filter(broken).to_list(), remedy="save the file as UTF-8")
+    missing = (texts.str.strip_chars() == "").fill_null(value=True)
+    return (texts.zip_with(~missing, "row " + rows.cast(pl.String)) if missing.any() else texts), missing
 
 
-def _as_text(cells: pl.Series) -> pl.Series:
-    if cells.dtype == pl.String:
-        return cells
-    if cells.dtype.is_nested() or cells.dtype == pl.Binary:
-        return pl.Series(cells.name, [None if c is None else str(c) for c in cells.to_list()], dtype=pl.String)
-    return cells.cast(pl.String)
+def _named_targets(raw: pl.DataFrame, source: Source, task: Task) -> pl.Series:
+    """One-hot targets from a column that names the class; null where it names none."""
+    names = as_text(raw.to_series()).replace(source.labels)
+    one_hot = pl.concat_list((pl.lit(names) == name).cast(pl.Float64) for name in task.classes)
+    return pl.select(pl.when(pl.lit(names).is_in(list(task.classes))).then(one_hot)).to_series()
 
 
-def _read_turns(cells: pl.Series, multi_turn: bool) -> tuple[pl.Series, pl.Series]:
-    """A field's cells as lists of turns, and a mask of the undecodable ones, each repaired into one turn."""
-    sound = pl.repeat(True, len(cells), dtype=pl.Boolean, eager=True)
-    if cells.dtype in (pl.List(pl.String), pl.List(pl.Null)):
-        turns = cells.cast(TURNS)
-    elif cells.dtype not in (pl.String, pl.Null):
-        turns, sound = _one_turn(_as_text(cells)), cells.is_null()
-    elif multi_turn:
-        turns, sound = _decode(cells.cast(pl.String))
-    else:
-        turns = _one_turn(cells.cast(pl.String))
-    no_text = pl.lit(pl.Series([[None]], dtype=TURNS))
-    filled = pl.select(pl.when(turns.is_null()).then(no_text).otherwise(turns).alias(cells.name))
-    return filled.to_series(), ~sound
-
-
-def _one_turn(texts: pl.Series) -> pl.Series:
-    return pl.select(pl.concat_list(texts)).to_series()
-
-
-def _decode(texts: pl.Series) -> tuple[pl.Series, pl.Series]:
-    """JSON lists of turns decoded, and a mask of the cells that are such lists (or missing)."""
-    plain = texts.str.contains(_TURN_LIST).fill_null(value=True)
-    nothing = pl.Series([None], dtype=pl.String)
-    turns = texts.zip_with(plain, nothing).str.json_decode(TURNS)
-    if plain.all():
-        return turns, plain
-    decoded = [(None, True) if whole else _decode_cell(text) for text, whole in zip(texts, plain, strict=True)]
-    turns = turns.zip_with(plain, pl.Series([cell for cell, _ in decoded], dtype=TURNS))
-    return turns, pl.Series([sound for _, sound in decoded], dtype=pl.Boolean)
-
-
-def _decode_cell(text: str) -> tuple[list[str | None] | None, bool]:
-    """One cell by Python's decoder, which also takes raw line breaks; what is no list of turns becomes one turn.
-
-    >>> _decode_cell('["half a pair: \\\\ud83d"]') == (["half a pair: " + REPLACEMENT], True)
-    True
-    >>> _decode_cell("not a list")
-    (['not a list'], False)
-    """
-    if not text.strip():
-        return None, True
-    try:
-        value = json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return [text], False
-    if value is None:
-        return None, True
-    return (_encodable(value), True) if _is_turns(value) else ([text], False)
-
-
-def _is_turns(value: Any) -> bool:
-    return isinstance(value, list) and all(turn is None or isinstance(turn, str) for turn in value)
-
-
-def _encodable(texts: Sequence[str | None]) -> list[str | None]:
-    return [None if text is None else _SURROGATE.sub(REPLACEMENT, text) for text in texts]
-
-
-def _named_targets(raw: pl.DataFrame, ids: pl.Series, task: Task) -> tuple[pl.Series, list[DataError]]:
-    """One-hot targets from a column that names the class."""
-    names = _as_text(raw[_label_columns(task)[0]])
-    unknown = ~names.is_in(list(task.classes)).fill_null(value=False)
-    problems = []
-    if unknown.any():
-        shown = names.filter(unknown).unique(maintain_order=True).head(5).to_list()
-        what = f"column {task.label_column!r} names {shown}, which are not among the classes {list(task.classes)}"
-        remedy = "correct these labels or remove the rows; test files go in data.test"
-        problems.append(DataError(what, rows=ids.filter(unknown).to_list(), remedy=remedy))
-    one_hot = [(names == name).cast(pl.Float64) for name in task.classes]
-    return pl.select(pl.concat_list(one_hot).alias("target")).to_series(), problems
-
-
-def _numeric_targets(raw: pl.DataFrame, ids: pl.Series, task: Task) -> tuple[pl.Series, list[DataError]]:
-    """Targets from one column of probabilities a class."""
-    values = _numbers(raw, task.classes)
-    rules = {"are no numbers": ~np.isfinite(values).all(axis=1), "are negative": (values < 0).any(axis=1)}
-    if task.multi_label:
-        rules["are above one"] = (values > 1).any(axis=1)
-    else:
-        rules["do not sum to one"] = np.abs(values.sum(axis=1) - 1) > LABEL_TOLERANCE
-    problems = [
-        DataError(
-            f"labels in {list(task.classes)} {rule}",
-            rows=ids.filter(pl.Series(broken)).to_list(),
-            remedy="correct these labels or remove the rows",
-        )
-        for rule, broken in rules.items()
-        if broken.any()
-    ]
-    return pl.Series("target", values, dtype=pl.Array(pl.Float64, values.shape[1])).cast(pl.List(pl.Float64)), problems
+def _numeric_targets(raw: pl.DataFrame, source: Source, task: Task) -> pl.Series:
+    """Targets from one column of probabilities a class; null where they are none."""
+    values = _numbers(raw, raw.columns)
+    sound = np.isfinite(values).all(axis=1) & (values >= 0).all(axis=1)
+    sound &= (values <= 1).all(axis=1) if task.multi_label else np.abs(values.sum(axis=1) - 1) <= LABEL_TOLERANCE
+    targets = pl.Series(values, dtype=pl.Array(pl.Float64, values.shape[1])).cast(pl.List(pl.Float64))
+    return targets.zip_with(pl.Series(sound), pl.Series([None], dtype=targets.dtype))
 
 
 def _numbers(frame: pl.DataFrame, columns: Sequence[str]) -> Probabilities:
     """Columns as float64 `(N, C)`; NaN where a cell is no number."""
-    numbers = [_as_text(frame[name]).str.strip_chars().cast(pl.Float64, strict=False) for name in columns]
+    numbers = [as_text(frame[name]).str.strip_chars().cast(pl.Float64, strict=False) for name in columns]
     return np.stack([column.fill_null(np.nan).to_numpy() for column in numbers], axis=1).astype(np.float64)
 
 
@@ -394,7 +351,7 @@ def scores_frame(
     if probabilities.shape != shape:
         raise DataError(f"probabilities have shape {probabilities.shape}, ids and classes ask for {shape}")
     listed = pl.Series("id", list(ids), dtype=pl.String)
-    _refuse(_score_problems(listed, probabilities, task), "scores")
+    refuse(_score_problems(listed, probabilities, task), "scores")
     named = models if isinstance(models, pl.Series) else pl.Series([list(models)] * len(ids), dtype=TURNS)
     counts = [orders] * len(ids) if isinstance(orders, int) else list(orders)
     return pl.DataFrame(
@@ -419,7 +376,7 @@ def read_scores(path: Path, task: Task) -> pl.DataFrame:
     Raises:
         DataError: the file can't be read, is no table of scores of this task, or breaks a rule of `scores_frame`.
     """
-    frame = _load(path, None, lossy=False)
+    frame = load(path)
     classes = ((name, pl.Float64()) for name in task.classes)
     wanted = pl.Schema([("id", pl.String()), *classes, ("orders", pl.Int32()), ("models", TURNS)])
     if frame.schema != wanted:
@@ -428,7 +385,7 @@ def read_scores(path: Path, task: Task) -> pl.DataFrame:
             where=path,
             remedy="give a scores.parquet that was written for this task",
         )
-    _refuse(_score_problems(frame["id"], class_matrix(frame, task), task), path)
+    refuse(_score_problems(frame["id"], class_matrix(frame, task), task), path)
     return frame
 
 
@@ -456,7 +413,7 @@ def write_submission(path: Path, scores: pl.DataFrame, task: Task, sample: Path 
         wanted = _load_sample(sample, task)
         columns = wanted.columns
         problems += _different_ids(scores["id"], wanted["id"], "the scores")
-    _refuse(problems, sample or path)
+    refuse(problems, sample or path)
     if sample is not None:
         scores = wanted.select("id").join(scores, on="id", how="left", maintain_order="left")
     if task.label_column in columns:
@@ -476,24 +433,25 @@ def check_submission(path: Path, sample: Path, task: Task) -> dict[str, Any]:
     Raises:
         DataError: with everything that is wrong.
     """
-    wanted, given = _load_sample(sample, task), _load(path, None, lossy=False)
+    wanted, given = _load_sample(sample, task), load(path)
     if given.columns != wanted.columns:
         raise DataError(
             f"the submission has columns {given.columns}, the sample {wanted.columns}",
             where=path,
             remedy="write it with write_submission and this sample",
         )
-    ids = _as_text(given["id"])
+    ids = as_text(given["id"])
     problems = [*_repeated(ids, "the submission"), *_different_ids(ids, wanted["id"], "the submission")]
     if not problems and ids.to_list() != wanted["id"].to_list():
         problems.append(DataError("the ids are the sample's, in another order", remedy="keep the sample's order"))
     if task.label_column in given.columns:
-        targets, wrong = _named_targets(given, ids, task)
-        values = np.array(targets.to_list(), dtype=np.float64)
+        names = as_text(given[str(task.label_column)])
+        values = np.stack([(names == name).fill_null(value=False).to_numpy() for name in task.classes], axis=1)
+        wrong = _no_classes(ids, names, task)
     else:
         values = _numbers(given, task.classes)
         wrong = _impossible(ids, values, task)
-    _refuse([*problems, *wrong], path)
+    refuse([*problems, *wrong], path)
     verdicts = np.bincount(values.argmax(axis=1), minlength=len(task.classes))
     return {
         "rows": len(ids),
@@ -503,8 +461,17 @@ def check_submission(path: Path, sample: Path, task: Task) -> dict[str, Any]:
     }
 
 
+def _no_classes(ids: pl.Series, names: pl.Series, task: Task) -> list[DataError]:
+    unknown = ~names.is_in(list(task.classes)).fill_null(value=False)
+    if not unknown.any():
+        return []
+    shown = names.filter(unknown).unique(maintain_order=True).head(5).to_list()
+    what = f"column {task.label_column!r} names {shown}, which are not among the classes {list(task.classes)}"
+    return [DataError(what, rows=ids.filter(unknown).to_list(), remedy="write it with write_submission")]
+
+
 def _load_sample(sample: Path, task: Task) -> pl.DataFrame:
-    wanted = _load(sample, None, lossy=False)
+    wanted = load(sample)
     allowed = [{"id", *task.classes}, {"id", *_label_columns(task)}]
     if set(wanted.columns) not in allowed:
         raise DataError(
@@ -513,8 +480,8 @@ def _load_sample(sample: Path, task: Task) -> pl.DataFrame:
             where=sample,
             remedy="give the competition's sample_submission.csv, or the task that it belongs to",
         )
-    wanted = wanted.with_columns(_as_text(wanted["id"]).fill_null("").alias("id"))
-    _refuse(_repeated(wanted["id"], "the sample"), sample)
+    wanted = wanted.with_columns(as_text(wanted["id"]).fill_null("").alias("id"))
+    refuse(_repeated(wanted["id"], "the sample"), sample)
     return wanted
 
 

@@ -1,61 +1,61 @@
 """Wording and special tokens: `InputBuilder` turns a row into token ids and the spans of its segments.
 
-The same builder, made from the same saved recipe, serves training, validation and the notebook. Every segment is
-tokenised alone and spliced by ids: both orders of a row come from one tokenisation, and the prompt has the same ids
-in both. The template's own text may hold the tokenizer's special tokens; the users' text never makes one: whatever
-is typed inside a response stays plain text, so that nobody can close a segment or forge a verdict.
+The same builder, made from the same saved recipe, serves training, validation and the notebook. A template is a list
+of segments. Every one of them, and every turn of a row, is tokenised alone, once, and spliced by ids: both orders of
+a row come from one tokenisation, and the prompt has the same ids in both. The template's own text may hold the
+tokenizer's special tokens; the users' text never makes one: whatever is typed inside a response stays plain text, so
+that nobody can close a segment of a chat template or open the model's answer from inside a response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
-from pairclf.config import Inputs
+import numpy as np
+
+from pairclf.config import Inputs, Template
 from pairclf.errors import ConfigError
-from pairclf.inputs.truncate import Ids, Kept, allot, cut
+from pairclf.inputs.tokenise import TurnTokenizer, settle_template
+from pairclf.inputs.truncate import Ids, Kept, allot, cut, pick_rounds
 from pairclf.task import AB, BA, Row, Task
 
+TEMPLATE, MARKER = "template", "marker"
+ROUNDS = "rounds"
+_NOTHING: Ids = np.zeros(0, dtype=np.int32)
+_MARKERS = 100  # are tokenised at a time
 
-class Tokenizer(Protocol):
-    """What is asked of a tokenizer: a fast one of transformers fits."""
+TokenisedRow = Mapping[str, Sequence[Ids]]
+"""The token ids of every turn of every field, uncut."""
 
-    bos_token_id: int | None
-
-    def __call__(
-        self,
-        text: list[str],
-        *,
-        add_special_tokens: bool,
-        split_special_tokens: bool,
-        truncation: bool,
-        padding: bool,
-        return_attention_mask: bool,
-        verbose: bool,
-    ) -> Any: ...
+_Segment = tuple[str, Ids]
+_Round = dict[str, list[_Segment]]
+"""What is seen of each field in one round; or, under `MARKER` alone, what stands for rounds that are left out."""
 
 
 class Span(NamedTuple):
-    """`ids[start:stop]` of an `Encoded` is the segment `name`: a field, or `template`."""
+    """`ids[start:stop]` of an `Encoded` is (a piece of) the segment `name`: a field, `template` or `marker`."""
 
     name: str
     start: int
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """One row in one order.
 
     Attributes:
-        ids: token ids, never longer than `max_length`; the logits are read at the last one.
-        spans: every segment in reading order; they tile `ids` without gaps.
+        ids: `(T,)` int32, never longer than `max_length`; the logits are read at the last one.
+        spans: every segment in reading order; they tile `ids` without gaps. A field's spans are slices of its text.
         dropped: tokens cut away, by the place of the field (not by whose text stands there).
     """
 
-    ids: list[int]
+    ids: Ids
     spans: tuple[Span, ...]
     dropped: dict[str, int]
 
@@ -63,43 +63,101 @@ class Encoded:
 class InputBuilder:
     """Row -> `Encoded` in order AB, and BA where the task can swap.
 
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        task: the fields and what a swap exchanges.
+        inputs: budget, wording and cuts. A template for chat models is put into the tokenizer's chat template here,
+            unless `settle_template` did so before.
+
     Raises:
-        ConfigError: `inputs.max_length` has no room for the template and a token of each field.
+        ConfigError: the tokenizer has no chat template, or `inputs.max_length` has no room for the wording and the
+            smallest part of each field.
+        ModelError: the tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, task: Task, inputs: Inputs) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, task: Task, inputs: Inputs) -> None:
+        template = settle_template(inputs.template, tokenizer)
+        self.tokenizer = TurnTokenizer(tokenizer)
         self._task = task
         self._inputs = inputs
-        template = inputs.template
-        texts = [template.prefix, *(template.labels[name] for name in task.fields), template.suffix]
-        texts += [template.turn_break, inputs.marker]
-        prefix, *labels, self._suffix, self._turn_break, self._marker = self._tokenise(texts, special=True)
-        bos = tokenizer.bos_token_id
-        self._prefix = prefix if bos is None else [bos, *prefix]
-        self._labels = dict(zip(task.fields, labels, strict=True))
-        self.template_length = len(self._prefix) + sum(map(len, labels)) + len(self._suffix)
-        smallest = self.template_length + len(task.fields)
-        if inputs.max_length < smallest:
+        ratio = inputs.head_ratio
+        self._head_ratio = ratio if isinstance(ratio, dict) else dict.fromkeys(task.fields, ratio)
+        self._markers: dict[int, Ids] = {}
+        longest = self._marker_texts(10**digits - 1 for digits in range(1, 8))
+        self._longest_marker = max(map(len, self.tokenizer(longest, special=True)))
+        self._turn_break = self._wording(template.turn_break)
+        self._outer, self._round = self._segments(template, tokenizer.bos_token_id)
+        self._orders: dict[int, dict[str, str]] = {AB: {name: name for name in task.fields}}
+        if task.swappable:
+            self._orders[BA] = task.swapped_fields
+        self.smallest = self._smallest()
+        self._check(inputs.max_length)
+
+    def _check(self, max_length: int) -> None:
+        if max_length < self.smallest:
             raise ConfigError(
-                f"inputs.max_length={inputs.max_length} is too small: the template alone takes "
-                f"{self.template_length} tokens",
-                remedy=f"set inputs.max_length to at least {smallest}, or shorten inputs.template",
+                f"inputs.max_length={max_length} is too small for what is never cut and the least of each field",
+                remedy=f"set inputs.max_length to at least {self.smallest}, or shorten inputs.template",
             )
 
-    def _tokenise(self, texts: list[str], *, special: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        ids: list[list[int]] = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=not special,
-            truncation=False,
-            padding=False,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-        return ids
+    @property
+    def max_length(self) -> int:
+        """The budget of one row in one order, in tokens."""
+        return self._inputs.max_length
+
+    def within(self, max_length: int) -> InputBuilder:
+        """The same recipe with another budget.
+
+        Raises:
+            ConfigError: it is too small.
+        """
+        self._check(max_length)
+        other = copy(self)
+        other._inputs = self._inputs.model_copy(update={"max_length": max_length})
+        return other
+
+    def _wording(self, text: str) -> Ids:
+        return self.tokenizer([text], special=True)[0]
+
+    def _segments(self, template: Template, bos: int | None) -> tuple[list[_Segment], list[_Segment]]:
+        """The segments of the whole and of one round, in reading order; a place holder has no ids yet."""
+        holders = "|".join(map(re.escape, (*self._task.fields, ROUNDS)))
+
+        def parse(text: str, start: Sequence[int] = ()) -> list[_Segment]:
+            segments: list[_Segment] = []
+            for place, piece in enumerate(re.split(rf"\{{({holders})\}}", text)):
+                if place % 2:
+                    segments.append((piece, _NOTHING))
+                    continue
+                ids = np.concatenate([np.array(start if place == 0 else (), dtype=np.int32), self._wording(piece)])
+                segments += [(TEMPLATE, ids)] if len(ids) else []
+            return segments
+
+        whole = (template.instruction or "") + template.text
+        return parse(whole, () if bos is None else (bos,)), parse(template.round)
+
+    def _smallest(self) -> int:
+        """The smallest budget that every row fits into, whatever its lengths."""
+        least = sum(self._inputs.minimums.values())
+        if not self._round:
+            return _size(self._outer) + least
+        # Two rounds are always seen, and the marker for those between them.
+        return _size(self._outer) + 2 * (_size(self._round) + least) + self._longest_marker
+
+    def _marker_texts(self, numbers: Iterable[int]) -> list[str]:
+        return [self._inputs.marker.replace("{cut}", str(number)) for number in numbers]
+
+    def _marker(self, dropped: int) -> Ids:
+        """The marker for `dropped` tokens. A hundred are tokenised at once, as those near by will be asked for too."""
+        if not self._inputs.marker:
+            return _NOTHING
+        if dropped not in self._markers:
+            first = dropped - dropped % _MARKERS
+            numbers = range(first, first + _MARKERS)
+            self._markers |= zip(numbers, self.tokenizer(self._marker_texts(numbers), special=True), strict=True)
+        return self._markers[dropped]
+
+    # --- from rows to tokens, uncut ----------------------------------------------------------------------------------
 
     def encode(self, rows: Sequence[Row]) -> list[tuple[Encoded, ...]]:
         """Encode rows: for each, `(AB,)` or `(AB, BA)` where the task can swap, indexed by `task.AB`, `task.BA`.
@@ -107,40 +165,114 @@ class InputBuilder:
         The texts of all rows go through one call of the tokenizer, equal ones once; the result for a row does not
         depend on the others.
         """
+        return [self.assemble(row) for row in self.tokenise(rows)]
+
+    def tokenise(self, rows: Sequence[Row]) -> Iterator[TokenisedRow]:
+        """The first half of `encode`, which depends on the tokenizer alone."""
         texts = {turn or "": 0 for row in rows for turn in chain.from_iterable(row.fields.values())}
-        ids = dict(zip(texts, self._tokenise(list(texts), special=False), strict=True))
-        return [self._encode(row, ids) for row in rows]
+        ids = dict(zip(texts, self.tokenizer(list(texts), special=False), strict=True))
+        for row in rows:
+            yield {name: [ids[turn or ""] for turn in row.fields[name]] for name in self._task.fields}
 
-    def _encode(self, row: Row, tokenised: dict[str, list[int]]) -> tuple[Encoded, ...]:
+    def assemble(self, row: TokenisedRow) -> tuple[Encoded, ...]:
+        """The second half of `encode`: cut, and splice in each order."""
+        rounds, dropped = self._by_rounds(row) if self._round else self._by_sides(row)
+        return tuple(self._splice(rounds, dropped, source) for source in self._orders.values())
+
+    # --- what is seen of a row ---------------------------------------------------------------------------------------
+
+    def _by_sides(self, row: TokenisedRow) -> tuple[list[_Round], dict[str, int]]:
+        """Each field's turns joined and cut; as one round."""
         names = self._task.fields
-        whole = {name: self._join([tokenised[turn or ""] for turn in row.fields[name]]) for name in names}
-        room = self._inputs.max_length - self.template_length
-        allotted = allot([whole[name] for name in names], [self._inputs.shares[name] for name in names], room)
-        kept = {
-            name: cut(whole[name], tokens, self._inputs.cut[name], self._inputs.head_ratio, self._marker)
-            for name, tokens in zip(names, allotted, strict=True)
-        }
-        orders: dict[int, dict[str, str]] = {AB: {name: name for name in names}}
-        if self._task.swappable:
-            orders[BA] = self._task.swapped_fields
-        return tuple(self._splice(kept, source) for source in orders.values())
+        turns = [[len(ids) for ids in row[name]] for name in names]
+        room = self._inputs.max_length - _size(self._outer)
+        cuts = self._cut(names, [self._join(row[name]) for name in names], turns, room)
+        pieces = {name: shown for name, (shown, _) in zip(names, cuts, strict=True)}
+        return [pieces], {name: lost for name, (_, lost) in zip(names, cuts, strict=True)}
 
-    def _join(self, turns: Sequence[Ids]) -> list[int]:
-        joined: list[int] = []
-        for index, turn in enumerate(turns):
-            joined += self._turn_break if index else []
-            joined += turn
-        return joined
+    def _join(self, turns: Sequence[Ids]) -> Ids:
+        if len(turns) == 1:
+            return turns[0]
+        parted = [piece for turn in turns for piece in (self._turn_break, turn)]
+        return np.concatenate(parted[1:]) if parted else _NOTHING
 
-    def _splice(self, kept: dict[str, Kept], source: dict[str, str]) -> Encoded:
-        """`source[place]` names the field whose text stands at `place`; labels belong to places."""
-        segments: list[tuple[str, Ids]] = [("template", self._prefix)]
-        for place, field in source.items():
-            segments += [("template", self._labels[place]), (place, kept[field].ids)]
-        segments.append(("template", self._suffix))
-        ids: list[int] = []
-        spans = []
-        for name, part in segments:
-            spans.append(Span(name, len(ids), len(ids) + len(part)))
-            ids += part
-        return Encoded(ids, tuple(spans), {place: kept[field].dropped for place, field in source.items()})
+    def _by_rounds(self, row: TokenisedRow) -> tuple[list[_Round], dict[str, int]]:
+        """Turn by turn. Fields with fewer turns than others are empty in the later rounds."""
+        names = self._task.fields
+        useful = {name: least + self._longest_marker for name, least in self._inputs.minimums.items()}
+        count = max(1, *(len(row[name]) for name in names))
+        turns = [{name: row[name][at] if at < len(row[name]) else _NOTHING for name in names} for at in range(count)]
+        costs = [sum(map(len, one.values())) for one in turns]
+        least = [sum(min(len(ids), useful[name]) for name, ids in one.items()) for one in turns]
+        room = self._inputs.max_length - _size(self._outer)
+        picked = pick_rounds(costs, _size(self._round), least, room, lambda gone: len(self._gap(costs, gone)))
+
+        shown: dict[int, _Round] = {at: {name: [(name, ids)] for name, ids in turns[at].items()} for at in picked.whole}
+        units = [(at, name) for at in picked.partial for name in names]
+        fields = [turns[at][name] for at, name in units]
+        cuts = self._cut([name for _, name in units], fields, [[len(ids)] for ids in fields], picked.room)
+        for (at, name), (pieces, _) in zip(units, cuts, strict=True):
+            shown.setdefault(at, {})[name] = pieces
+
+        gone = set(range(count)) - set(shown)
+        dropped = {name: sum(len(turns[at][name]) for at in gone) for name in names}
+        for (_, name), (_, lost) in zip(units, cuts, strict=True):
+            dropped[name] += lost
+        rounds: list[_Round] = [shown[at] for at in sorted(shown)]
+        if gone:  # in the middle, always
+            rounds.insert(min(gone), {MARKER: [(MARKER, self._gap(costs, gone))]})
+        return rounds, dropped
+
+    def _gap(self, costs: Sequence[int], gone: set[int]) -> Ids:
+        """What stands for rounds that are left out."""
+        return self._marker(sum(costs[at] for at in gone)) if gone else _NOTHING
+
+    def _cut(
+        self, names: Sequence[str], fields: Sequence[Ids], turns: Sequence[Sequence[int]], room: int
+    ) -> list[tuple[list[_Segment], int]]:
+        """What is seen of each field, with the marker where it was cut, and how many tokens it lost."""
+        inputs, ratio = self._inputs, self._head_ratio
+        rooms = allot(fields, [inputs.shares[name] for name in names], [inputs.minimums[name] for name in names], room)
+        cuts: list[tuple[list[_Segment], int]] = []
+        for name, ids, lengths, tokens in zip(names, fields, turns, rooms, strict=True):
+            kept = cut(lengths, len(self._turn_break), tokens, inputs.cut[name], ratio[name], self._marker)
+            cuts.append((self._pieces(name, ids, kept), kept.dropped))
+        return cuts
+
+    def _pieces(self, name: str, ids: Ids, kept: Kept) -> list[_Segment]:
+        if not kept.dropped:
+            return [(name, ids)]
+        marker = self._marker(kept.dropped) if kept.marked else _NOTHING
+        # `ids[-0:]` would be the whole field, hence the explicit start.
+        pieces = [(name, ids[: kept.head]), (MARKER, marker), (name, ids[len(ids) - kept.tail :])]
+        return [piece for piece in pieces if len(piece[1])]
+
+    # --- one order ---------------------------------------------------------------------------------------------------
+
+    def _splice(self, rounds: Sequence[_Round], dropped: Mapping[str, int], source: Mapping[str, str]) -> Encoded:
+        """`source[place]` names the field whose text stands at `place`; the wording belongs to places."""
+        segments: list[_Segment] = []
+        for segment in self._outer:
+            if segment[0] == ROUNDS:
+                for shown in rounds:
+                    segments += shown.get(MARKER) or chain.from_iterable(
+                        _fill(inner, shown, source) for inner in self._round
+                    )
+            else:
+                segments += _fill(segment, rounds[0], source)
+        ends = list(accumulate(len(ids) for _, ids in segments))
+        spans = tuple(Span(name, end - len(ids), end) for (name, ids), end in zip(segments, ends, strict=True))
+        ids = np.concatenate([ids for _, ids in segments])
+        return Encoded(ids, spans, {place: dropped[field] for place, field in source.items()})
+
+
+def _fill(segment: _Segment, shown: _Round, source: Mapping[str, str]) -> list[_Segment]:
+    """A segment of the template as it is; a place holder as the pieces that stand at its place."""
+    place = segment[0]
+    if place == TEMPLATE:
+        return [segment]
+    return [(MARKER if name == MARKER else place, ids) for name, ids in shown[source[place]]]
+
+
+def _size(segments: Sequence[_Segment]) -> int:
+    return sum(len(ids) for _, ids in segments)

@@ -88,7 +88,7 @@ def expected_log_loss(submission: Path, truth: Path, task: Task) -> float:
 
 def _look(config: Config) -> None:
     frame = labelled_rows(config)
-    output.print(render_audit(audit(frame, config.task)))
+    output.print(render_audit(audit(frame, config.task, config.data.rules, labelled=True)))
     output.print(report(folds_of(config, frame, renew=True), frame, config.task))
 
 

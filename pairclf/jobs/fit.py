@@ -13,6 +13,7 @@ from pairclf.config import Config
 from pairclf.console import console
 from pairclf.data.tables import scores_frame, to_rows, write_scores
 from pairclf.files import atomic_folder
+from pairclf.jobs.inputs import encoded_rows, open_inputs
 from pairclf.jobs.run import OOF, OOF_AB, Paths, labelled_rows, output_of, split
 from pairclf.jobs.scoring import Floats, by_order, combine, items_of, probabilities, score, verify
 from pairclf.jobs.train import make_accelerator, train
@@ -34,22 +35,27 @@ def fit(config: Config, fold: int | None) -> Path:
     """
     paths = Paths(output_of(config), fold)
     accelerator = make_accelerator(config)
-    with accelerator.main_process_first():  # it writes the folds that the others read
-        training, held_out = split(config, labelled_rows(config), fold)
-    trained = train(config, to_rows(training, config.task), paths.folder, accelerator)
+    config, tokenizer, builder = open_inputs(config)
+    with accelerator.main_process_first():  # it writes the folds and the tokens that the others read
+        frame = labelled_rows(config)
+        training, held_out = split(config, frame, fold)
+        encoded = encoded_rows(config, builder, frame)
+    of_training = encoded.of(training["id"])
+    classifier = train(config, to_rows(training, config.task), of_training, paths.folder, accelerator)
     if not accelerator.is_main_process:
         return paths.bundle
-    rows = to_rows(held_out if held_out is not None else training.head(PROBES), config.task)
-    items = items_of(trained.builder.encode(rows), orders=2)
-    logits = score(trained.classifier, items, tokens_per_batch=config.predict.tokens_per_batch, title="score")
+    to_score = held_out if held_out is not None else training.head(PROBES)
+    rows = to_rows(to_score, config.task)
+    items = items_of(encoded.of(to_score["id"]), orders=2)
+    logits = score(classifier, items, tokens_per_batch=config.predict.tokens_per_batch, title="score")
     orders = by_order(items, logits, len(rows))
     metrics = {} if held_out is None else _write_held_out(config, paths, rows, orders)
     name = "-".join([*paths.output.parts[-1:], paths.folder.name])
     probes = pick_probes(rows, [len(item.ids) for item in items if item.order == AB], orders)
     with atomic_folder(paths.bundle, known_by=MANIFEST) as new:
-        write(new, trained.classifier, config, trained.tokenizer, name=name, fold=fold, metrics=metrics, probes=probes)
-        device = trained.classifier.device
-        del trained
+        write(new, classifier, config, tokenizer, name=name, fold=fold, metrics=metrics, probes=probes)
+        device = classifier.device
+        del classifier
         free_memory()
         difference = _prove(new, device)
     shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "rows")

@@ -9,6 +9,7 @@ import polars as pl
 
 from pairclf.config import override
 from pairclf.console import console
+from pairclf.data.audit import clean, note_changes
 from pairclf.data.tables import read_rows, scores_frame, to_rows, write_scores, write_submission
 from pairclf.errors import BundleError, ConfigError
 from pairclf.files import check_file_target
@@ -17,7 +18,6 @@ from pairclf.jobs.scoring import by_order, combine, items_of, probabilities, sco
 from pairclf.model.backbone import pick_device
 from pairclf.model.bundle import Bundle, open_bundle
 from pairclf.scores.blend import blend
-from pairclf.task import Row
 
 SETTABLE = ("predict.", "model.dtype=", "model.attention=")
 """Overrides that leave a bundle the model that it is."""
@@ -56,16 +56,16 @@ def predict(
     bundles = [open_bundle(folder) for folder in folders]
     _check_agreement(bundles)
     task = bundles[0].config.task
-    rows = to_rows(read_rows([data], task, labelled=False), task)
+    frame = read_rows([data], task, labelled=False)
     scored = []
     for bundle in bundles:
-        scored.append(_score(bundle, rows, base, overrides))
+        scored.append(_score(bundle, frame, base, overrides))
         free_memory()
     blended = blend(scored, task)
     write_submission(out, blended, task, sample)
     if scores is not None:
         write_scores(scores, blended)
-    console.print(f"wrote {out}: {len(rows):,} rows from {len(bundles)} model(s)")
+    console.print(f"wrote {out}: {len(frame):,} rows from {len(bundles)} model(s)")
     return blended
 
 
@@ -93,10 +93,13 @@ def _check_agreement(bundles: Sequence[Bundle]) -> None:
             )
 
 
-def _score(bundle: Bundle, rows: Sequence[Row], base: Path | None, overrides: Sequence[str]) -> pl.DataFrame:
-    """One model's scores for all rows, in their order."""
+def _score(bundle: Bundle, frame: pl.DataFrame, base: Path | None, overrides: Sequence[str]) -> pl.DataFrame:
+    """One model's scores for all rows, in their order, repaired as its training rows were."""
     config = override(bundle.config, overrides)
     settings = config.predict
+    repaired, findings = clean(frame, config.task, config.data.rules, labelled=False)
+    note_changes(findings)
+    rows = to_rows(repaired, config.task)
     items = items_of(bundle.builder().encode(rows), orders=2 if settings.swap == "full" else 1)
     classifier = Bundle(bundle.folder, bundle.manifest, config).load(pick_device(), base)
     logits = score(classifier, items, tokens_per_batch=settings.tokens_per_batch, title=bundle.name)

@@ -8,9 +8,10 @@ from pathlib import Path
 import polars as pl
 
 from pairclf.config import Config
+from pairclf.data.audit import clean, exclude_overlap, note_changes
 from pairclf.data.folds import assert_no_leak, make_folds, read_folds, write_folds
 from pairclf.data.tables import read_rows
-from pairclf.errors import ConfigError
+from pairclf.errors import ConfigError, DataError
 
 FOLDS, OOF, OOF_AB = "folds.csv", "oof.parquet", "oof-ab.parquet"
 BUNDLE = "bundle"
@@ -60,21 +61,22 @@ def bundles_of(config: Config) -> list[Path]:
 
 
 def labelled_rows(config: Config) -> pl.DataFrame:
-    """The canonical table of `data.train`.
+    """The canonical table of `data.train`, less what must stay unseen, cleaned as `data.rules` says.
 
     Raises:
         ConfigError: `data.train` is empty.
-        DataError: as `read_rows`.
+        DataError: as `read_rows` and `clean`; or no row is left.
     """
-    if not config.data.train:
+    data, task = config.data, config.task
+    if not data.train:
         raise ConfigError("data.train names no file", remedy="e.g. data.train=[train.csv]")
-    return read_rows(
-        config.data.train_paths,
-        config.task,
-        labelled=True,
-        max_rows=config.data.max_rows,
-        ignore_columns=config.data.ignore_columns,
-    )
+    frame = read_rows(data.sources, task, labelled=True, max_rows=data.max_rows)
+    frame, excluded = exclude_overlap(frame, data.sources, task, config.folds.near)
+    frame, findings = clean(frame, task, data.rules, labelled=True)
+    note_changes([*excluded, *findings])
+    if frame.is_empty():
+        raise DataError("no row of data.train is left", remedy="look at data.rules and at exclude_overlap")
+    return frame
 
 
 def folds_of(config: Config, frame: pl.DataFrame, *, renew: bool = False) -> pl.DataFrame:
@@ -86,17 +88,20 @@ def folds_of(config: Config, frame: pl.DataFrame, *, renew: bool = False) -> pl.
     path = output_of(config) / FOLDS
     if path.exists() and not renew:
         return read_folds(path, frame, n=config.folds.n)
-    folds = make_folds(frame, config.task, n=config.folds.n, seed=config.seed)
+    settings = config.folds
+    folds = make_folds(frame, config.task, n=settings.n, seed=config.seed, near=settings.near, stable=settings.stable)
     write_folds(path, folds)
     return folds
 
 
 def split(config: Config, frame: pl.DataFrame, fold: int | None) -> tuple[pl.DataFrame, pl.DataFrame | None]:
-    """Training rows and held-out rows; it is asserted that they share no prompt.
+    """Training rows and held-out rows; it is asserted that they share no prompt, nor have nearly equal ones.
+
+    Rows that the folds set aside (fold -1) are on neither side. Without a fold, all rows are trained on.
 
     Raises:
         ConfigError: there is no such fold.
-        LeakError: a prompt stands on both sides.
+        LeakError: a prompt stands on both sides, or nearly so.
     """
     if fold is None:
         return frame, None
@@ -104,7 +109,7 @@ def split(config: Config, frame: pl.DataFrame, fold: int | None) -> tuple[pl.Dat
         raise ConfigError(f"fold {fold} does not exist: folds are counted from 0 and folds.n={config.folds.n}")
     folds = folds_of(config, frame)
     joined = frame.join(folds.select("id", "fold"), on="id", how="left", maintain_order="left")
-    training = joined.filter(pl.col("fold") != fold).drop("fold")
+    training = joined.filter(pl.col("fold") >= 0, pl.col("fold") != fold).drop("fold")
     held_out = joined.filter(pl.col("fold") == fold).drop("fold")
-    assert_no_leak(training, held_out, config.task)
+    assert_no_leak(training, held_out, config.task, config.folds.near)
     return training, held_out

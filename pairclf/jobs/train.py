@@ -31,20 +31,11 @@ from pairclf.console import console, progress
 from pairclf.errors import DataError, ModelError
 from pairclf.files import write_text
 from pairclf.inputs.plan import micro_batches, random_steps
-from pairclf.inputs.render import Encoded, InputBuilder
-from pairclf.model.backbone import load_tokenizer, pick_device, pick_dtype, resolve_base
+from pairclf.inputs.render import Encoded
+from pairclf.model.backbone import pick_device, pick_dtype
 from pairclf.model.batch import Item
 from pairclf.model.engine import Classifier, build, layout_of
 from pairclf.task import AB, BA, Row, Task
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What a training leaves in memory: enough to score with, without loading it again."""
-
-    classifier: Classifier
-    builder: InputBuilder
-    tokenizer: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +43,31 @@ class Examples:
     """The training rows as the loop needs them.
 
     Attributes:
-        encoded: each row in its orders.
+        encoded: each row in its orders; from a token cache, it is made when it is asked for.
         lengths: tokens of each row, the same in either order.
         targets: `(N, 2, C)`, a target an order.
         weights: `(N,)`.
     """
 
-    encoded: list[tuple[Encoded, ...]]
+    encoded: Sequence[tuple[Encoded, ...]]
     lengths: list[int]
     targets: Tensor
     weights: Tensor
 
 
-def train(config: Config, rows: Sequence[Row], folder: Path, accelerator: Accelerator) -> Trained:
+def train(
+    config: Config,
+    rows: Sequence[Row],
+    encoded: Sequence[tuple[Encoded, ...]],
+    folder: Path,
+    accelerator: Accelerator,
+) -> Classifier:
     """Fine-tune on `rows`; writes `config.yaml` and `metrics.jsonl` into `folder`.
 
     Args:
         config: the resolved config.
         rows: labelled rows, all of which are trained on.
+        encoded: the same rows as the model sees them.
         folder: run folder of this training.
         accelerator: as `make_accelerator` makes it; one process or many.
 
@@ -78,9 +76,7 @@ def train(config: Config, rows: Sequence[Row], folder: Path, accelerator: Accele
         ModelError: the base can't be loaded.
     """
     # Construct
-    tokenizer = load_tokenizer(resolve_base(config.model.base), config.model)
-    builder = InputBuilder(tokenizer, config.task, config.inputs)
-    examples = prepare(builder, rows, config.task)
+    examples = prepare(rows, encoded, config.task)
     classifier = build(config, accelerator.device)
     if config.train.gradient_checkpointing:
         _checkpoint_gradients(classifier)
@@ -114,7 +110,7 @@ def train(config: Config, rows: Sequence[Row], folder: Path, accelerator: Accele
     # Clean up
     trained: Classifier = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
-    return Trained(trained.eval(), builder, tokenizer)
+    return trained.eval()
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -135,15 +131,14 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def prepare(builder: InputBuilder, rows: Sequence[Row], task: Task) -> Examples:
-    """Encode the rows in both orders and lay out their targets, swapped where the text is."""
+def prepare(rows: Sequence[Row], encoded: Sequence[tuple[Encoded, ...]], task: Task) -> Examples:
+    """Lay out the rows' targets, swapped where the text is, beside what the model sees of them."""
     if not rows:
         raise DataError("there are no rows to train on", remedy="check data.train, data.max_rows and the folds")
     if unlabelled := [row.id for row in rows if row.target is None]:
         raise DataError("rows without a label can't be trained on", rows=unlabelled)
     targets = torch.tensor([row.target for row in rows], dtype=torch.float32)
     both = torch.stack([targets, targets[:, list(task.swapped_columns)]], dim=1)
-    encoded = builder.encode(rows)
     lengths = [len(shown[AB].ids) for shown in encoded]
     return Examples(encoded, lengths, both, torch.tensor([row.weight for row in rows]))
 

@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pairclf.inputs.truncate import Ids
+
 
 class Item(NamedTuple):
-    """One sequence to be scored: the row's index in its table, the order it is told in, and its token ids."""
+    """One sequence to be scored: the row's index in its table, the order it is told in, and its ids `(T,)` int32."""
 
     row: int
     order: int
-    ids: list[int]
+    ids: Ids
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from pairclf.model.engine import Classifier, build_frozen
 from pairclf.task import Row
 
 MANIFEST = "bundle.json"
-FORMAT = 1
+FORMAT = 2
 _VERSIONS = ("pairclf", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
@@ -165,7 +165,8 @@ def _portable(config: Config) -> Config:
     base = config.model.base
     base = "~" + base[len(home) :] if base.startswith(home + "/") else base
     model = config.model.model_copy(update={"base": base})
-    return config.model_copy(update={"output": None, "data": Data(), "model": model})
+    data = Data(rules=config.data.rules)  # what is repaired in a training row is repaired in a test row
+    return config.model_copy(update={"output": None, "data": data, "model": model})
 
 
 def _forget_path(adapter_config: Path, base: str) -> None:

@@ -23,13 +23,15 @@ def padded(items: Sequence[Item]) -> Batch:
     The place to read is known from the lengths, never searched by pad id: a tokenizer whose pad is its eos, or a text
     that ends in eos, changes nothing.
 
-    >>> batch = padded([Item(0, 0, [7, 8, 9]), Item(1, 0, [5])])
+    >>> batch = padded([Item(0, 0, np.array([7, 8, 9])), Item(1, 0, np.array([5]))])
     >>> batch.inputs["input_ids"].tolist(), batch.read_at.tolist()
     ([[7, 8, 9], [5, 0, 0]], [2, 3])
     """
     lengths = torch.tensor([len(item.ids) for item in items])
     width = int(lengths.max())
-    input_ids = torch.tensor([item.ids + [FILL] * (width - len(item.ids)) for item in items])
+    input_ids = torch.full((len(items), width), FILL)
+    for row, item in enumerate(items):
+        input_ids[row, : len(item.ids)] = torch.from_numpy(item.ids)
     position_ids = torch.arange(width).expand(len(items), width)
     attention_mask = (position_ids < lengths[:, None]).long()
     return Batch(

@@ -1,121 +1,460 @@
-"""The audit: each rule meets the rows that it is about, and no other."""
+"""The rules: each meets the rows that it is about and no other, and does what it says; and `pairclf check`."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
+from typer.testing import CliRunner
 
-from pairclf.data.audit import IDS_KEPT, Finding, audit, render, write_audit
-from pairclf.data.tables import read_rows
-from pairclf.task import LMSYS, Task
+from pairclf.cli import app, repeat_option
+from pairclf.config import Rules, Source
+from pairclf.data.audit import IDS_KEPT, audit, clean, exclude_overlap, legal_actions, render, write_audit
+from pairclf.data.formats import Flaw
+from pairclf.data.tables import read_rows, to_rows
+from pairclf.errors import DataError
+from pairclf.task import LMSYS, WSDM, Task
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "data"
 
-A, B, TIE = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
+A, B, TIE = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
 
-Cells = tuple[list[str | None], list[str | None], list[str | None], tuple[float, ...] | None]
-
-
-def canonical(rows: dict[str, Cells]) -> pl.DataFrame:
-    prompts, firsts, seconds, targets = zip(*rows.values(), strict=True)
-    columns = {"id": list(rows), "prompt": prompts, "response_a": firsts, "response_b": seconds, "target": targets}
-    kinds = {**dict.fromkeys(LMSYS.fields, pl.List(pl.String)), "target": pl.List(pl.Float64)}
-    return pl.DataFrame(columns, schema_overrides=kinds).with_columns(weight=pl.lit(1.0))
-
-
-def met(frame: pl.DataFrame, task: Task = LMSYS) -> dict[str, set[str]]:
-    return {finding.rule: set(finding.ids) for finding in audit(frame, task) if finding.count}
+Turns = list[str | None]
+Cells = tuple[str, Turns, Turns, Turns, list[float] | None]
+SINGLE = Task(name="single", fields=("prompt",), classes=("bad", "good"))
+IDS = ("missing_id", "duplicate_id")
 
 
-CLEAN: dict[str, Cells] = {
-    "clean": (["p1"], ["x\n\t"], ["y"], A),
-    "turns": (["p2", "q2"], ["x", "y"], ["y", "x"], TIE),
+def canonical(rows: list[Cells], flaws: dict[str, Flaw] | None = None, files: list[str] | None = None) -> pl.DataFrame:
+    """A canonical table; flaws by id, files by row."""
+    ids, prompts, firsts, seconds, targets = zip(*rows, strict=True)
+    columns: dict[str, Any] = {
+        "id": ids,
+        "prompt": prompts,
+        "response_a": firsts,
+        "response_b": seconds,
+        "target": targets,
+        "weight": [1.0] * len(ids),
+        "file": files or ["rows.csv"] * len(ids),
+        "flaws": [int((flaws or {}).get(row_id, 0)) for row_id in ids],
+    }
+    kinds = {**dict.fromkeys(LMSYS.fields, pl.List(pl.String)), "target": pl.List(pl.Float64), "flaws": pl.UInt32}
+    return pl.DataFrame(columns, schema_overrides=kinds)
+
+
+def met(frame: pl.DataFrame, task: Task = LMSYS, *, labelled: bool = True) -> dict[str, set[str]]:
+    findings = audit(frame, task, Rules(), labelled=labelled)
+    return {finding.rule: set(finding.ids) for finding in findings if finding.count}
+
+
+SOUND: list[Cells] = [("s", ["p1"], ["x\n\t"], ["y"], A), ("t", ["p2", "q2"], ["x", "y"], ["y", "x"], TIE)]
+
+TABLES: dict[str, pl.DataFrame] = {
+    "missing_id": canonical([*SOUND, ("row 3", ["p"], ["x"], ["y"], A)], {"row 3": Flaw.MISSING_ID}),
+    "duplicate_id": canonical([*SOUND, ("d", ["p"], ["x"], ["y"], A), ("d", ["q"], ["x"], ["y"], A)]),
+    "bad_label": canonical([*SOUND, ("odd", ["p"], ["x"], ["y"], None)], {"odd": Flaw.BAD_LABEL}),
+    "undecodable": canonical([*SOUND, ("odd", ["[p"], ["x"], ["y"], A)], {"odd": Flaw.UNDECODABLE}),
+    "missing_cell": canonical([*SOUND, ("odd", ["p"], ["x"], [None], A)], {"odd": Flaw.MISSING_CELL}),
+    "null_literal": canonical([*SOUND, ("odd", ["p"], ["x"], [None], A)], {"odd": Flaw.NULL_LITERAL}),
+    "null_list": canonical([*SOUND, ("odd", ["p"], ["x"], [None], A)], {"odd": Flaw.NULL_LIST}),
+    "null_turn": canonical([*SOUND, ("odd", ["p", "q"], ["x", None], ["y", "z"], A)]),
+    "no_turns": canonical([*SOUND, ("odd", ["p"], ["x"], [], A)]),
+    "empty_turn": canonical([*SOUND, ("odd", ["p", "q"], ["x", " \n"], ["y", "z"], A)]),
+    "empty_prompt": canonical([*SOUND, ("odd", [None, ""], ["x", "y"], ["y", "z"], A)]),
+    "one_side_empty": canonical([*SOUND, ("odd", ["p"], ["x"], [""], A)]),
+    "both_sides_empty": canonical([*SOUND, ("odd", ["p"], [" "], [""], A)]),
+    "identical_with_winner": canonical([*SOUND, ("odd", ["p"], ["x"], ["x"], [0.75, 0.05, 0.2])]),
+    "identical_without_winner": canonical([*SOUND, ("odd", ["p"], ["x"], ["x"], TIE)]),
+    "surrogate": canonical([*SOUND, ("odd", ["p\ufffd"], ["x"], ["y"], A)], {"odd": Flaw.SURROGATE}),
+    "control_character": canonical([*SOUND, ("odd", ["p"], ["\x00x\x7f"], ["y"], A)], {"odd": Flaw.CONTROL_CHARACTER}),
+    "turn_counts_differ": canonical([*SOUND, ("odd", ["p"], ["x"], ["y", "z"], A)]),
+    "duplicate_row": canonical([*SOUND, ("odd", *SOUND[0][1:])]),
+    "conflicting_label": canonical([*SOUND, ("odd1", ["p"], ["x"], ["y"], A), ("odd2", ["p"], ["x"], ["y"], TIE)]),
+    "mirrored_pair": canonical([*SOUND, ("odd", ["p1"], ["y"], ["x\n\t"], B)]),
+    "prompt_overlap": canonical([*SOUND, ("odd", [" P1"], ["other"], ["words"], A)], files=["1", "1", "2"]),
+}
+"""For each rule a table in which it meets the rows after the two sound ones (`duplicate_id`: the last alone)."""
+
+ALSO = {  # what else is true of these rows
+    "missing_cell": {"one_side_empty"},
+    "null_literal": {"one_side_empty"},
+    "null_list": {"one_side_empty"},
+    "no_turns": {"one_side_empty", "turn_counts_differ"},
+    "empty_prompt": {"empty_turn", "null_turn"},
+    "one_side_empty": {"empty_turn"},
+    "both_sides_empty": {"empty_turn"},
 }
 
 
-def test_clean_rows_meet_no_rule() -> None:
-    assert met(canonical(CLEAN)) == {}
+def odd_ids(rule: str) -> list[str]:
+    return TABLES[rule]["id"].to_list()[3 if rule == "duplicate_id" else 2 :]
 
 
-@pytest.mark.parametrize(
-    ("row", "rules"),
-    [
-        ((["p"], [None], ["y"], A), {"null turns", "one side empty"}),
-        ((["p", "q"], ["x", ""], ["y", "z"], A), {"empty turns"}),
-        ((["p", "q"], ["x", " \n"], ["y", "z"], A), {"empty turns"}),
-        (([], [], ["y"], B), {"empty prompt", "one side empty", "numbers of turns differ"}),
-        ((["p"], [""], [" "], A), {"empty turns", "both sides empty"}),
-        ((["p"], [], [], A), {"both sides empty", "identical sides, with a winner", "numbers of turns differ"}),
-        ((["p"], ["x"], ["x"], B), {"identical sides, with a winner"}),
-        ((["p"], ["x"], ["x"], TIE), {"identical sides, without a winner"}),
-        ((["p"], ["x\x07"], ["y"], A), {"control characters"}),
-        ((["p\ufffd"], ["x"], ["y"], A), {"replacement characters"}),
-        ((["p"], ["x"], ["y", "z"], A), {"numbers of turns differ"}),
-        (([" P1"], ["other"], ["words"], A), {"prompt in several rows"}),
-    ],
-)
-def test_each_rule_meets_its_rows(row: Cells, rules: set[str]) -> None:
-    found = met(canonical({**CLEAN, "odd": row}))
-    assert {rule for rule, ids in found.items() if "odd" in ids} == rules
-    assert set().union(*found.values()) <= {"odd", "clean"}  # "clean" shares its prompt with the last case
+def test_every_rule_has_its_table() -> None:
+    assert list(TABLES) == list(Rules.model_fields)
 
 
-def test_repeated_pairs() -> None:
-    rows: dict[str, Cells] = {
-        **CLEAN,
-        "again": (["p1"], ["x\n\t"], ["y"], A),
-        "conflict": (["p2", "q2"], ["x", "y"], ["y", "x"], A),
-        "mirror": (["p1"], ["y"], ["x\n\t"], B),
+@pytest.mark.parametrize("rule", TABLES)
+def test_each_rule_meets_its_rows(rule: str) -> None:
+    found = met(TABLES[rule])
+    assert set(found) == {rule} | ALSO.get(rule, set())
+    assert found[rule] == set(odd_ids(rule))
+
+
+CASES = [(rule, action) for rule in TABLES for action in legal_actions(rule)]
+
+
+@pytest.mark.parametrize(("rule", "action"), CASES)
+def test_training_rows(rule: str, action: str) -> None:
+    frame, rules = TABLES[rule], Rules(**{rule: action})  # type: ignore[arg-type]
+    if action == "error":
+        with pytest.raises(DataError, match=f"data.rules.{rule}=") as caught:
+            clean(frame, LMSYS, rules, labelled=True)
+        assert list(caught.value.rows) == odd_ids(rule)
+        assert caught.value.where == ", ".join(frame["file"].unique(maintain_order=True))
+        return
+    cleaned, findings = clean(frame, LMSYS, rules, labelled=True)
+    one = next(finding for finding in findings if finding.rule == rule)
+    assert (one.count, list(one.ids), one.action) == (len(odd_ids(rule)), odd_ids(rule), action)
+    assert cleaned.head(2).equals(frame.head(2))
+    if action == "keep":
+        assert cleaned.equals(frame)
+    elif action == "drop":
+        assert cleaned.equals(frame.head(len(frame) - one.count))
+    else:
+        assert cleaned.drop("flaws").rows()[2:] == FIXED[rule]
+        assert cleaned["flaws"].to_list() == [0] * len(frame)
+
+
+def rows_of(rule: str, **changes: list[Any]) -> list[tuple[Any, ...]]:
+    """The odd rows as they are, but for some columns."""
+    odd = TABLES[rule].drop("flaws")[2:]
+    return odd.with_columns(pl.Series(name, cells, dtype=odd.schema[name]) for name, cells in changes.items()).rows()
+
+
+FIXED = {
+    "missing_id": rows_of("missing_id"),
+    "duplicate_id": rows_of("duplicate_id", id=["d", "d#2"]),
+    "undecodable": rows_of("undecodable"),
+    "surrogate": rows_of("surrogate"),
+    "control_character": rows_of("control_character", response_a=[["x"]]),
+    "identical_with_winner": rows_of("identical_with_winner", target=[[0.4, 0.4, 0.2]]),
+    "conflicting_label": rows_of("conflicting_label", target=[[0.5, 0.0, 0.5]] * 2),
+}
+
+
+@pytest.mark.parametrize(("rule", "action"), CASES)
+def test_test_rows_are_repaired_or_kept(rule: str, action: str) -> None:
+    frame = TABLES[rule].with_columns(target=pl.lit(None, dtype=pl.List(pl.Float64)))
+    rules = Rules(**{rule: action})  # type: ignore[arg-type]
+    if rule in IDS:
+        with pytest.raises(DataError, match="give every row an id of its own"):
+            clean(frame, LMSYS, rules, labelled=False)
+        return
+    cleaned, findings = clean(frame, LMSYS, rules, labelled=False)
+    assert cleaned["id"].to_list() == frame["id"].to_list()
+    assert {finding.action for finding in findings if finding.rule not in IDS} <= {"keep", "fix"}
+    assert not {"bad_label", "conflicting_label", "identical_with_winner"} & {finding.rule for finding in findings}
+    if rule == "control_character":
+        assert cleaned["response_a"].to_list()[2] == (["\x00x\x7f"] if action == "keep" else ["x"])
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    flaws = {"l": Flaw.BAD_LABEL, "u": Flaw.UNDECODABLE}
+    frame = canonical([*SOUND, ("l", ["p"], ["x"], ["y"], None), ("u", ["q"], ["x"], ["y"], A), SOUND[0]], flaws)
+    with pytest.raises(DataError) as caught:
+        clean(frame, LMSYS, Rules(mirrored_pair="error"), labelled=True)
+    message = str(caught.value)
+    assert message.startswith("3 things are wrong")
+    for part in (
+        "duplicate_id",
+        "bad_label",
+        "undecodable",
+        "data.rules.undecodable=fix (or drop)",
+        "multi_turn=false",
+    ):
+        assert part in message
+
+
+def test_a_row_that_two_rules_drop_goes_once() -> None:
+    frame = canonical([*SOUND, ("odd", ["p"], [], [" "], A)])
+    rules = Rules(no_turns="drop", both_sides_empty="drop")
+    cleaned, findings = clean(frame, LMSYS, rules, labelled=True)
+    assert cleaned.equals(frame.head(2))
+    assert {finding.rule for finding in findings if finding.count and finding.action == "drop"} == {
+        "no_turns",
+        "both_sides_empty",
     }
-    found = met(canonical(rows))
-    assert found["same row again"] == {"clean", "again"}
-    assert found["same pair, other label"] == {"turns", "conflict"}
-    assert found["same pair mirrored"] == {"clean", "again", "mirror"}
-    assert found["prompt in several rows"] == set(rows)
+
+
+def test_what_is_dropped_first_takes_no_later_row_along() -> None:
+    """The second row is the first's repaired text: it stays, though the first, which it repeats, went."""
+    rows: list[Cells] = [("a", ["p"], ["x"], ["y"], A), ("b", ["p"], ["x"], ["y"], A), ("c", ["p"], ["x"], ["y"], None)]
+    frame = canonical(rows, {"a": Flaw.UNDECODABLE, "c": Flaw.BAD_LABEL})
+    rules = Rules(undecodable="drop", duplicate_row="drop", bad_label="drop", conflicting_label="fix")
+    cleaned, _ = clean(frame, LMSYS, rules, labelled=True)
+    assert cleaned["id"].to_list() == ["b"]
+    assert cleaned["target"].to_list() == [A]
+
+
+def test_new_ids_are_new() -> None:
+    frame = canonical([(row_id, [f"p{at}"], ["x"], ["y"], A) for at, row_id in enumerate(["a", "a", "a#2", "a"])])
+    cleaned, _ = clean(frame, LMSYS, Rules(duplicate_id="fix"), labelled=True)
+    assert cleaned["id"].to_list() == ["a", "a#2", "a#2#2", "a#3"]
 
 
 def test_turns_are_not_run_together() -> None:
-    rows: dict[str, Cells] = {"1": (["a", "b"], ["x"], ["y"], A), "2": (["a"], ["b", "x"], ["y"], A)}
-    assert "same row again" not in met(canonical(rows))
+    rows: list[Cells] = [("1", ["a", "b"], ["x"], ["y"], A), ("2", ["a"], ["b", "x"], ["y"], A)]
+    assert "duplicate_row" not in met(canonical(rows))
 
 
-def test_unlabelled_rows_and_a_task_without_swap() -> None:
-    frame = canonical({"1": (["p"], ["x"], ["x"], None), "2": (["p"], ["x"], ["x"], None)})
-    assert met(frame) == {
-        "prompt in several rows": {"1", "2"},
-        "same row again": {"1", "2"},
-        "identical sides, without a winner": {"1", "2"},
+def test_tasks_without_sides_know_no_rules_about_them() -> None:
+    frame = canonical([("1", ["p"], ["x"], ["x"], None), ("2", ["p"], ["x"], ["x"], None)])
+    assert met(frame, labelled=False) == {"duplicate_row": {"2"}, "identical_without_winner": {"1", "2"}}
+    assert met(frame, SINGLE, labelled=False) == {"duplicate_row": {"2"}}
+    rules = {finding.rule for finding in audit(frame, SINGLE, Rules(), labelled=True)}
+    sides = {"one_side_empty", "both_sides_empty", "identical_with_winner", "identical_without_winner"}
+    assert set(Rules.model_fields) - rules == {*sides, "mirrored_pair", "turn_counts_differ", "null_literal"}
+
+
+def test_labels_of_several_classes() -> None:
+    task = Task(name="toxic", fields=("prompt",), classes=("rude", "threat"), multi_label=True)
+    frame = canonical([("1", ["p"], ["x"], ["x"], [1.0, 1.0]), ("2", ["p"], ["x"], ["x"], [1.0, 0.0])])
+    cleaned, _ = clean(frame, task, Rules(conflicting_label="fix"), labelled=True)
+    assert cleaned["target"].to_list() == [[1.0, 0.5]] * 2
+
+
+TURN = st.sampled_from([None, "", " ", "x", "y", "\x07", "x\x07"])
+FIELD = st.lists(TURN, max_size=2)
+ROW = st.tuples(st.sampled_from("abc"), FIELD, FIELD, FIELD, st.sampled_from([A, B, TIE, [0.6, 0.4, 0.0], None]))
+RULES = st.fixed_dictionaries(
+    {rule: st.sampled_from([action for action in legal_actions(rule) if action != "error"]) for rule in TABLES}
+)
+
+
+@given(st.lists(ROW, min_size=1, max_size=10), RULES, st.lists(st.integers(0, 31), min_size=10, max_size=10))
+@settings(max_examples=300, deadline=None)
+def test_what_is_clean_stays_as_it_is(rows: list[Cells], actions: dict[str, Any], bits: list[int]) -> None:
+    frame = canonical(rows, files=["1" if row < 5 else "2" for row in range(len(rows))])
+    fields = pl.col(LMSYS.fields)
+    marks = {
+        Flaw.CONTROL_CHARACTER: pl.any_horizontal(fields.list.eval(pl.element().str.contains("\x07")).list.any()),
+        Flaw.BAD_LABEL: pl.col("target").is_null(),
     }
-    single = Task(name="single", fields=("prompt",), classes=("bad", "good"))
-    assert set(met(frame, single)) == {"prompt in several rows", "same row again"}
+    seen = (met.fill_null(value=False).cast(pl.UInt32) * int(flaw) for flaw, met in marks.items())
+    others = pl.Series(bits[: len(rows)], dtype=pl.UInt32) * int(Flaw.UNDECODABLE)  # and the four bits above it
+    frame = frame.with_columns(flaws=pl.sum_horizontal(pl.lit(others), *seen))
+    rules = Rules(**actions)
+    cleaned, _ = clean(frame, LMSYS, rules, labelled=True)
+    assert cleaned["id"].is_unique().all()
+    assert cleaned["target"].null_count() == 0
+    again, findings = clean(cleaned, LMSYS, rules, labelled=True)
+    assert again.equals(cleaned)
+    assert {finding.rule for finding in findings if finding.count and finding.action in ("fix", "drop")} == set()
+    assert frame.filter(pl.col("target").is_not_null()).schema == cleaned.schema
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_first_ids_are_kept_and_all_are_counted(tmp_path: Path) -> None:
-    frame = canonical({f"row-with-a-long-id-{row}": ([f"p{row}"], ["x"], ["x"], A) for row in range(25)})
-    findings = audit(frame, LMSYS)
+    frame = canonical([(f"row-with-a-long-id-{row}", [f"p{row}"], ["x"], ["x"], A) for row in range(25)])
+    findings = audit(frame, LMSYS, Rules(), labelled=True)
     one = next(finding for finding in findings if finding.count)
     assert one.count == 25
     assert one.ids == tuple(frame["id"][:IDS_KEPT])
-    write_audit(tmp_path / "audit.json", findings)
+    write_audit(tmp_path / "audit.json", frame, LMSYS, findings)
     written = json.loads((tmp_path / "audit.json").read_text())
-    assert [Finding(**{**item, "ids": tuple(item["ids"])}) for item in written] == findings
+    assert written["files"] == [{"name": "rows.csv", "rows": 25}]
+    assert written["task"] == "lmsys"
+    assert [item["rule"] for item in written["findings"]] == [finding.rule for finding in findings]
     screen = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     screen.print(render(findings))
     shown = screen.export_text()
     assert "25" in shown
     assert "row-with-a-…" in shown
-    assert "no row: null turns" in shown
+    assert "no row: missing_id" in shown
+
+
+WORDS = "the quick brown fox jumps over one lazy dog and then sleeps in warm evening sun"
+
+
+def write_lmsys(path: Path, prompts: list[str], *, labelled: bool = True) -> Path:
+    cells = {name: [json.dumps([f"{name} {row}"]) for row in range(len(prompts))] for name in LMSYS.fields}
+    cells["prompt"] = [json.dumps([prompt]) for prompt in prompts]
+    labels = dict(zip(LMSYS.classes, (["1"], ["0"], ["0"]), strict=True)) if labelled else {}
+    columns = {"id": [f"{path.stem}{row}" for row in range(len(prompts))], **cells}
+    pl.DataFrame({**columns, **{name: cell * len(prompts) for name, cell in labels.items()}}).write_csv(path)
+    return path
+
+
+def test_overlap_is_excluded_source_by_source(tmp_path: Path) -> None:
+    unseen = write_lmsys(tmp_path / "test.csv", [WORDS, "short"], labelled=False)
+    main = write_lmsys(tmp_path / "main.csv", ["short", "other"])
+    extra = write_lmsys(tmp_path / "extra.csv", [WORDS + " today", "Short ", "unlike anything"])
+    sources = [Source(files=[main]), Source(files=[extra], exclude_overlap=[unseen])]
+    frame = read_rows(sources, LMSYS, labelled=True)
+    kept, findings = exclude_overlap(frame, sources, LMSYS, 0.8)
+    assert kept["id"].to_list() == ["main0", "main1", "extra2"]
+    assert [(one.rule, one.count, one.ids) for one in findings] == [("exclude_overlap", 2, ("extra0", "extra1"))]
+    kept, _ = exclude_overlap(frame, sources, LMSYS, None)
+    assert kept["id"].to_list() == ["main0", "main1", "extra0", "extra2"]
+
+
+def check(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["check", *map(str, arguments)], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_check_writes_what_stays(tmp_path: Path) -> None:
+    unseen = [write_lmsys(tmp_path / f"{name}.csv", [name], labelled=name != "test") for name in ("test", "train")]
+    write_lmsys(tmp_path / "extra1.csv", ["test", "new"])
+    write_lmsys(tmp_path / "extra2.csv", ["train", "new"])
+    out, kept = tmp_path / "audit.json", tmp_path / "kept.jsonl"
+    rules = ("--set", "data.rules.prompt_overlap=drop")
+    code, shown = check(tmp_path / "extra*.csv", "--exclude-overlap", *unseen, "--write", kept, "--out", out, *rules)
+    assert code == 0, shown
+    findings = {one["rule"]: one for one in json.loads(out.read_text())["findings"]}
+    assert findings["exclude_overlap"]["ids"] == ["extra10", "extra20"]
+    assert findings["prompt_overlap"]["ids"] == ["extra21"]
+    assert read_rows([kept], LMSYS, labelled=True)["id"].to_list() == ["extra11"]
+    assert check(kept, "--out", out)[0] == 0
+
+
+def test_check_says_when_nothing_would_run(tmp_path: Path) -> None:
+    path = write_lmsys(tmp_path / "train.csv", ["same", "same"])
+    kept = tmp_path / "kept.csv"
+    wanted = ("--out", tmp_path / "a.json", "--write", kept, "--set", "data.rules.turn_counts_differ=error")
+    assert check(path, *wanted)[0] == 0
+    kept.unlink()
+    path.write_text(path.read_text().replace('[""prompt 1""]', "no list").replace("train1", "train0"))
+    code, shown = check(path, *wanted)
+    assert code == 1
+    assert "refused by duplicate_id" in shown
+    assert json.loads((tmp_path / "a.json").read_text())["findings"][1]["count"] == 1
+    assert not kept.exists()
+    with pytest.raises(DataError, match="no such file"):
+        check(tmp_path / "absent.csv")
+
+
+def test_check_takes_task_rules_and_sources_of_a_config(tmp_path: Path) -> None:
+    (tmp_path / "extra.jsonl").write_text('{"key": "1", "text": "a\\u0007", "label": "yes"}\n', encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(
+        f"task: {{name: toxic, fields: [comment], classes: [fine, toxic]}}\n"
+        f"data:\n  folder: {tmp_path}\n  rules: {{control_character: fix}}\n"
+        "  train:\n    - files: [extra.*]\n      columns: {id: key, comment: text}\n"
+        "      label_column: label\n      labels: {yes: toxic}\n"
+    )
+    kept = tmp_path / "kept.csv"
+    out = ("--out", tmp_path / "audit.json")
+    code, shown = check(tmp_path / "extra.jsonl", "--task", tmp_path / "run.yaml", "--write", kept, *out)
+    assert code == 0, shown
+    assert "control_character" in shown
+    assert "fixed: they are removed" in shown
+    assert kept.read_text() == "id,comment,fine,toxic\n1,a,0.0,1.0\n"
+
+
+def test_an_option_that_takes_several_names() -> None:
+    given = ["x", "--exclude-overlap", "a", "b", "--task", "lmsys", "--exclude-overlap", "c", "--", "d"]
+    spelled = [
+        "--exclude-overlap",
+        "a",
+        "--exclude-overlap",
+        "b",
+        "--task",
+        "lmsys",
+        "--exclude-overlap",
+        "c",
+        "--",
+        "d",
+    ]
+    assert repeat_option("--exclude-overlap", given) == ["x", *spelled]
+
+
+def strange_cell(draw: random.Random) -> str:
+    """JSON-ish: lists of strange texts, whole, cut or spoiled."""
+    alphabet = [
+        "a",
+        '"',
+        "\\",
+        "\n",
+        "\t",
+        "\x00",
+        "\x07",
+        "\x7f",
+        "é",
+        "😀",
+        "שלום",
+        "\u202e",
+        "\ufffd",
+        "[",
+        "]",
+        ",",
+        " ",
+    ]
+    texts = ["".join(draw.choices(alphabet, k=draw.randint(0, 12))) for _ in range(draw.randint(0, 3))]
+    cell = json.dumps([None if draw.random() < 0.1 else text for text in texts], ensure_ascii=draw.random() < 0.5)
+    kind = draw.random()
+    if kind < 0.1:
+        return cell.replace("a", "\\ud83d")
+    if kind < 0.2:
+        return cell[: draw.randint(0, len(cell))]
+    if kind < 0.25:
+        return "".join(texts)
+    if kind < 0.3:
+        return draw.choice(["null", "[null]", "", "[]", "[[1]]", "{}", "1e999", "[" * 500, '["' + "x" * 20_000 + '"]'])
+    return cell
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_strange_rows_end_in_no_traceback(tmp_path: Path, count: int) -> None:
+    draw = random.Random(count)
+    cells = {name: [strange_cell(draw) for _ in range(count)] for name in LMSYS.fields}
+    labels = {name: [draw.choice(["0", "1", "0.5", "", "x"]) for _ in range(count)] for name in LMSYS.classes}
+    ids = [draw.choice(["", str(row), "7"]) if draw.random() < 0.1 else str(row) for row in range(count)]
+    path = tmp_path / "strange.csv"
+    pl.DataFrame({"id": ids, **cells, **labels}).write_csv(path)
+    out, kept = ("--out", tmp_path / "audit.json"), tmp_path / "kept.csv"
+    code, shown = check(path, *out)
+    assert code == 1
+    assert "refused by missing_id, duplicate_id, bad_label, undecodable" in shown
+    assert check(path, "--unlabelled", *out)[0] == 1
+    mended = {"missing_id": "fix", "duplicate_id": "fix", "undecodable": "fix", "bad_label": "drop"}
+    sets = [part for rule, action in mended.items() for part in ("--set", f"data.rules.{rule}={action}")]
+    code, shown = check(path, "--write", kept, *sets, *out)
+    assert code == 0, shown
+    code, shown = check(kept, *out)
+    assert code == 0, shown
+    rules = Rules(**mended)  # type: ignore[arg-type]
+    expected, _ = clean(read_rows([path], LMSYS, labelled=True), LMSYS, rules, labelled=True)
+    written = read_rows([kept], LMSYS, labelled=True)
+    assert to_rows(written, LMSYS) == to_rows(expected, LMSYS)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not here")
-def test_real_data_is_audited() -> None:
-    frame = read_rows([SHARED / "arena3" / "train.csv"], LMSYS, labelled=True)
-    counts = {finding.rule: finding.count for finding in audit(frame, LMSYS)}
-    assert counts["same pair, other label"] > 0
-    assert counts["identical sides, without a winner"] > 0
-    assert counts["null turns"] == 0
+@pytest.mark.parametrize(("name", "task"), [("arena3/train.csv", LMSYS), ("arena2/train.parquet", WSDM)])
+def test_real_data_is_audited(name: str, task: Task) -> None:
+    frame = read_rows([SHARED / name], task, labelled=True)
+    cleaned, findings = clean(frame, task, Rules(), labelled=True)
+    assert cleaned.equals(frame)
+    assert sum(finding.count for finding in findings) > 0
+
+
+def test_every_rule_stands_in_the_guide_with_its_default() -> None:
+    guide = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    lines = {line.split("|")[1].strip(): line for line in guide.splitlines() if line.startswith("| `")}
+    for rule, field in Rules.model_fields.items():
+        cells = [cell.strip() for cell in lines[f"`{rule}`"].strip("|").split("|")]
+        assert cells[1] == f"**{field.default}**, " + ", ".join(a for a in legal_actions(rule) if a != field.default)
+        assert len(cells[3]) > 20, f"{rule}: say why"

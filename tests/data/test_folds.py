@@ -1,9 +1,12 @@
-"""Folds: a partition, no prompt on both sides, the same by seed; and a leak never goes unseen."""
+"""Folds: a partition, no (nearly) equal prompts on both sides, the same by seed; and a leak never goes unseen."""
 
 from __future__ import annotations
 
 import errno
 import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +15,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from sklearn.model_selection import KFold
+from typer.testing import CliRunner
 
-from pairclf.data.folds import (
-    assert_no_leak,
-    make_folds,
-    normalise,
-    prompt_groups,
-    read_folds,
-    report,
-    write_folds,
-)
+from pairclf.cli import app
+from pairclf.config import dump_config, resolve
+from pairclf.data.arena import generate, write_lmsys
+from pairclf.data.folds import assert_no_leak, make_folds, prompt_groups, read_folds, report, write_folds
 from pairclf.data.tables import read_rows
 from pairclf.errors import DataError, LeakError
+from pairclf.jobs.run import folds_of, labelled_rows, split
 from pairclf.task import LMSYS, WSDM, Task
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+NEAR = 0.8
 
 Turns = list[str | None]
 
@@ -41,8 +44,15 @@ def canonical(prompts: list[Turns], classes: list[int] | None = None, prefix: st
     return pl.DataFrame(columns, schema_overrides=kinds).with_columns(weight=pl.lit(1.0))
 
 
+def folded(
+    frame: pl.DataFrame, *, n: int, seed: int = 0, near: float | None = NEAR, stable: bool = False
+) -> pl.DataFrame:
+    return make_folds(frame, LMSYS, n=n, seed=seed, near=near, stable=stable)
+
+
 def some_rows(n: int = 60, prompts: int = 20) -> pl.DataFrame:
-    return canonical([[f"prompt {row % prompts}"] for row in range(n)], [row % 3 for row in range(n)])
+    """No two of these prompts are near: they share none of their 5-grams."""
+    return canonical([[" ".join([str(row % prompts)] * 3)] for row in range(n)], [row % 3 for row in range(n)])
 
 
 labelled = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2)), min_size=4, max_size=60)
@@ -53,39 +63,30 @@ labelled = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2)), min_size=4
 def test_folds_are_a_partition_without_leaks(rows: list[tuple[int, int]], n: int, seed: int) -> None:
     frame = canonical([[f"Prompt  {number}"] for number, _ in rows], [winner for _, winner in rows])
     try:
-        folds = make_folds(frame, LMSYS, n=n, seed=seed)
+        folds = folded(frame, n=n, seed=seed)
     except DataError as error:
-        few = len({number for number, _ in rows}) < n
+        few = prompt_groups(frame, LMSYS, NEAR).n_unique() < n  # Prompt 1 and Prompt 10 are near
         rare = all([winner for _, winner in rows].count(place) < n for place in range(3))
         assert few or rare or "stay empty" in error.what  # noqa: PT017 (not every table can be folded)
         return
     assert folds["id"].to_list() == frame["id"].to_list()
     assert set(folds["fold"]) == set(range(n))
     assert folds.group_by("group").agg(pl.col("fold").n_unique())["fold"].max() == 1
-    assert folds.equals(make_folds(frame, LMSYS, n=n, seed=seed))
+    assert folds.equals(folded(frame, n=n, seed=seed))
     for fold in range(n):
         held_out = folds["fold"] == fold
-        assert_no_leak(frame.filter(~held_out), frame.filter(held_out), LMSYS)
+        assert_no_leak(frame.filter(~held_out), frame.filter(held_out), LMSYS, NEAR)
 
 
 def test_folds_are_balanced_and_the_seed_moves_them() -> None:
     frame = some_rows(300, 100)
-    folds = make_folds(frame, LMSYS, n=5, seed=0)
+    folds = folded(frame, n=5, seed=0)
     assert folds["fold"].value_counts()["count"].to_list() == pytest.approx([60] * 5, abs=3)
     winners = frame["target"].list.arg_max()
     for fold in range(5):
         counts = winners.filter(folds["fold"] == fold).value_counts()["count"].to_list()
         assert counts == pytest.approx([20] * 3, abs=3)
-    assert not folds.equals(make_folds(frame, LMSYS, n=5, seed=1))
-
-
-@given(st.text(max_size=30))
-@settings(deadline=None)
-def test_normalise_ignores_case_and_space(text: str) -> None:
-    once = normalise(text)
-    assert normalise(f" \n{text}\t ") == once
-    assert once == once.strip()
-    assert "  " not in once
+    assert not folds.equals(folded(frame, n=5, seed=1))
 
 
 def test_prompts_are_compared_normalised() -> None:
@@ -111,30 +112,30 @@ def test_a_pair_and_its_mirror_share_a_group_where_a_swap_moves_every_field() ->
 
 def test_too_few_prompts_or_no_labels() -> None:
     with pytest.raises(DataError, match="2 different prompts can't fill 3 folds"):
-        make_folds(some_rows(30, 2), LMSYS, n=3, seed=0)
+        folded(some_rows(30, 2), n=3, seed=0)
     with pytest.raises(DataError, match="2 different prompts"):
-        make_folds(canonical([["a"], ["b"]], [0, 1]), LMSYS, n=3, seed=0)
+        folded(canonical([["a"], ["b"]], [0, 1]), n=3, seed=0)
     with pytest.raises(DataError, match="can't fill 3 folds"):
-        make_folds(canonical([["a"], ["b"], ["c"]], [0, 1, 2]), LMSYS, n=3, seed=0)
+        folded(canonical([["a"], ["b"], ["c"]], [0, 1, 2]), n=3, seed=0)
     with pytest.raises(DataError, match="folds need labels") as caught:
-        make_folds(canonical([["a"], ["b"]]), LMSYS, n=2, seed=0)
+        folded(canonical([["a"], ["b"]]), n=2, seed=0)
     assert caught.value.rows == ("r0", "r1")
 
 
 def test_a_leak_is_named() -> None:
     train = canonical([["one"], ["Two "], [""]], prefix="t")
-    assert_no_leak(train, canonical([["three"], [""], [None]], prefix="h"), LMSYS)
+    assert_no_leak(train, canonical([["three"], [""], [None]], prefix="h"), LMSYS, NEAR)
     with pytest.raises(LeakError, match="1 of 2 held-out rows") as caught:
-        assert_no_leak(train, canonical([["three"], ["two"]], prefix="h"), LMSYS)
+        assert_no_leak(train, canonical([["three"], ["two"]], prefix="h"), LMSYS, NEAR)
     assert caught.value.rows == ("h1",)
     with pytest.raises(LeakError) as caught:
-        assert_no_leak(train, canonical([["three"]], prefix="t"), LMSYS)
+        assert_no_leak(train, canonical([["three"]], prefix="t"), LMSYS, NEAR)
     assert caught.value.rows == ("t0",)
 
 
 def test_folds_come_back_in_the_order_of_the_rows(tmp_path: Path) -> None:
     frame = some_rows()
-    folds = make_folds(frame, LMSYS, n=3, seed=0)
+    folds = folded(frame, n=3, seed=0)
     write_folds(tmp_path / "folds.csv", folds.reverse())
     assert read_folds(tmp_path / "folds.csv", frame, n=3).equals(folds)
 
@@ -147,6 +148,7 @@ def test_folds_come_back_in_the_order_of_the_rows(tmp_path: Path) -> None:
         (lambda lines: [*lines, lines[1]], "stand twice", "r0"),
         (lambda lines: [*lines[:-1], "r59,x,g"], "whole numbers", "r59"),
         (lambda lines: [*lines[:-1], "r59,3,g"], "from 0 to 2", "r59"),
+        (lambda lines: [*lines[:-1], "r59,-2,g"], "or -1", "r59"),
         (lambda lines: [*lines[:-1], "r59,,g"], "whole numbers", "r59"),
         (lambda lines: ["key,fold,group", *lines[1:]], "columns are", None),
         (lambda lines: [line.replace(",2,", ",1,") for line in lines], "2 folds, not 3", None),
@@ -155,7 +157,7 @@ def test_folds_come_back_in_the_order_of_the_rows(tmp_path: Path) -> None:
 )
 def test_folds_that_do_not_fit_are_refused(tmp_path: Path, edit: Any, expected: str, row: str | None) -> None:
     frame, path = some_rows(), tmp_path / "folds.csv"
-    write_folds(path, make_folds(frame, LMSYS, n=3, seed=0))
+    write_folds(path, folded(frame, n=3, seed=0))
     path.write_text("".join(f"{line}\n" for line in edit(path.read_text().splitlines())))
     with pytest.raises(DataError, match=expected) as caught:
         read_folds(path, frame, n=3)
@@ -170,7 +172,7 @@ def test_absent_folds(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_old_folds_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, frame = tmp_path / "folds.csv", some_rows()
-    write_folds(path, make_folds(frame, LMSYS, n=3, seed=0))
+    write_folds(path, folded(frame, n=3, seed=0))
     before = path.read_bytes()
 
     def full(*_: object) -> None:
@@ -178,27 +180,215 @@ def test_a_full_disk_leaves_the_old_folds_whole(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
-        write_folds(path, make_folds(frame, LMSYS, n=3, seed=1))
+        write_folds(path, folded(frame, n=3, seed=1))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_report_counts_rows_prompts_and_labels() -> None:
-    frame = canonical([["a"], ["a"], ["b"], ["c"]], [0, 0, 1, 2])
-    folds = frame.select("id", fold=pl.Series([0, 0, 1, 1]), group=prompt_groups(frame, LMSYS))
+def lines_of(folds: pl.DataFrame, frame: pl.DataFrame) -> list[list[str]]:
     screen = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     screen.print(report(folds, frame, LMSYS))
-    lines = [line.split() for line in screen.export_text().splitlines()]
-    assert ["0", "2", "1", "2", "100.0%", "0.0%", "0.0%"] in lines
-    assert ["1", "2", "2", "1", "0.0%", "50.0%", "50.0%"] in lines
-    assert ["all", "4", "3", "2", "50.0%", "25.0%", "25.0%"] in lines
+    return [line.split() for line in screen.export_text().splitlines()]
+
+
+def test_report_counts_rows_prompts_groups_and_labels() -> None:
+    near = ["a rather long question about the way of rivers", "a rather long question about the way of rivers!"]
+    frame = canonical([["a"], ["a"], [near[0]], [near[1]], [""]], [0, 0, 1, 2, 2])
+    folds = frame.select("id", fold=pl.Series([0, 0, 1, 1, -1]), group=prompt_groups(frame, LMSYS, NEAR))
+    lines = lines_of(folds, frame)
+    assert ["set", "aside", "1", "0", "1", "1", "0.0%", "0.0%", "100.0%"] in lines
+    assert ["0", "2", "1", "1", "2", "100.0%", "0.0%", "0.0%"] in lines
+    assert ["1", "2", "2", "1", "2", "0.0%", "50.0%", "50.0%"] in lines
+    assert ["all", "5", "3", "3", "2", "40.0%", "20.0%", "40.0%"] in lines
+    counts = {" ".join(line[:-1]): line[-1] for line in lines if line}
+    assert counts["groups of one row"] == "1"
+    assert counts["groups of several rows"] == "2"
+    assert counts["groups of several prompts that are nearly the same"] == "1"
+    assert counts["prompts in these groups"] == "2"
+    assert counts["rows without prompt text"] == "1"
+    assert counts["rows set aside, near to prompts of several folds"] == "1"
+
+
+# --- near-duplicates -------------------------------------------------------------------------------------------------
+
+
+def near_rows(families: int = 40, rows: int = 6, seed: int = 0) -> pl.DataFrame:
+    """Families of prompts: sixty words, one of which each member has for itself; shuffled."""
+    draw = random.Random(seed)
+    prompts: list[Turns] = []
+    for _ in range(families):
+        words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(60)]
+        places = [draw.randrange(60) for _ in range(rows)]
+        prompts += [[" ".join([*words[:place], f"word{place}", *words[place + 1 :]])] for place in places]
+    draw.shuffle(prompts)
+    return canonical(prompts, [draw.randrange(3) for _ in prompts])
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_near_duplicates_share_a_fold(stable: bool) -> None:
+    frame = near_rows()
+    folds = folded(frame, n=4, stable=stable)
+    assert folds["group"].n_unique() == 40
+    assert folds.group_by("group").agg(pl.col("fold").n_unique())["fold"].max() == 1
+    exact = folded(frame, n=4, stable=stable, near=None)
+    assert exact["group"].n_unique() > 200
+    held_out = exact["fold"] == 0
+    assert_no_leak(frame.filter(~held_out), frame.filter(held_out), LMSYS, None)
+    with pytest.raises(LeakError, match="nearly the same"):
+        assert_no_leak(frame.filter(~held_out), frame.filter(held_out), LMSYS, NEAR)
+
+
+def test_plain_folds_leak_and_are_caught() -> None:
+    """The wrong variant: rows dealt without a look at their prompts."""
+    frame = near_rows()
+    training, held_out = next(KFold(4, shuffle=True, random_state=0).split(frame))
+    with pytest.raises(LeakError, match="held-out rows share") as caught:
+        assert_no_leak(frame[training.tolist()], frame[held_out.tolist()], LMSYS, NEAR)
+    assert set(caught.value.rows) <= set(frame["id"][held_out.tolist()])
+    assert caught.value.remedy
+
+
+@given(order=st.permutations(range(30)))
+@settings(max_examples=20, deadline=None)
+def test_groups_hang_on_no_order(order: list[int]) -> None:
+    frame = near_rows(10, 3)
+    groups = prompt_groups(frame, LMSYS, NEAR)
+    others = prompt_groups(frame[order], LMSYS, NEAR)
+    names = set(zip((groups[place] for place in order), others, strict=True))
+    assert len(names) == groups.n_unique() == others.n_unique() == 10
+
+
+def test_a_chain_of_near_prompts_is_one_group_named_after_its_first() -> None:
+    words = [f"word{number}" for number in range(80)]
+    chain: list[Turns] = [[" ".join(words[start : start + 60])] for start in range(0, 20, 3)]
+    frame = canonical([*chain[1:], ["another prompt altogether"], chain[0]])
+    groups = prompt_groups(frame, LMSYS, NEAR)
+    assert groups.n_unique() == 2
+    assert groups[0] == prompt_groups(frame, LMSYS)[0] == groups[7]
+    assert len(groups[0]) == 16
+    assert prompt_groups(frame, LMSYS).n_unique() == 8
+
+
+def test_one_row_and_one_prompt() -> None:
+    for prompts in ([["only"]], [["the same"]] * 9):
+        frame = canonical(list(prompts), [row % 3 for row in range(len(prompts))])
+        for stable in (False, True):
+            with pytest.raises(DataError, match="1 different prompts can't fill 2 folds"):
+                folded(frame, n=2, stable=stable)
+    blank = folded(canonical([[""], [None]] * 30, [0, 1] * 30), n=2)
+    assert blank["group"].to_list() == [f"row:r{row}" for row in range(60)]
+
+
+# --- stable folds ----------------------------------------------------------------------------------------------------
+
+FAR: list[Turns] = [[" ".join([str(number) * 3] * 5)] for number in range(30)]
+"""Prompts that are near to none; enough of them that no fold stays empty."""
+
+
+def strand(number: int) -> Turns:
+    """Prompts that change word by word: neighbours are near, strangers are not, those between are near to both."""
+    return [" ".join(f"{chr(97 + place) * 5}{number > place}" for place in range(17))]
+
+
+@given(st.lists(st.integers(0, 17), min_size=8, max_size=30), st.integers(30, 60), st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_appended_rows_move_no_old_one(numbers: list[int], k: int, seed: int) -> None:
+    prompts = [*FAR, *map(strand, numbers), [""]]
+    frame = canonical(prompts, [row % 3 for row in range(len(prompts))])
+    folds = folded(frame, n=2, seed=seed, stable=True)
+    assert folds[:k].equals(folded(frame[:k], n=2, seed=seed, stable=True))
+    held_out, training = folds["fold"] == 0, folds["fold"] == 1
+    assert_no_leak(frame.filter(training), frame.filter(held_out), LMSYS, NEAR)
+
+
+def test_the_strand_is_a_test() -> None:
+    """The property above is worth little if no prompt is near to two folds; and stratified folds do not have it."""
+    prompts = [*FAR, *map(strand, [*range(1, 18, 4), *range(1, 18)])]
+    frame = canonical(prompts, [row % 3 for row in range(len(prompts))])
+    folds = folded(frame, n=2, stable=True)
+    assert (folds["fold"] == -1).sum() > 0
+    assert folds.filter(pl.col("fold") >= 0)["group"].is_duplicated().any()
+    assert not folded(frame, n=2)[:40].equals(folded(frame[:40], n=2))
+
+
+def test_a_prompt_near_to_two_folds_is_on_neither_side(tmp_path: Path) -> None:
+    words = [f"word{number}" for number in range(70)]
+    left, middle, right = (" ".join(words[start : start + 60]) for start in (0, 5, 10))
+    prompts = [[left], [right], [middle], [middle], [f"{middle}!"], *FAR]
+    frame = canonical(prompts, [row % 3 for row in range(len(prompts))])
+    found = {seed: folded(frame, n=2, seed=seed, stable=True)["fold"].to_list() for seed in range(8)}
+    for folds in found.values():
+        apart = folds[0] != folds[1]
+        assert folds[2:5] == ([-1] * 3 if apart else [folds[0]] * 3)
+    seed = next(seed for seed, folds in found.items() if folds[0] != folds[1])
+    config = resolve({"seed": seed, "output": str(tmp_path), "folds": {"n": 2, "stable": True}})
+    for _ in range(2):  # made, then read
+        assert folds_of(config, frame)["fold"].to_list() == found[seed]
+    for fold in range(2):
+        training, held_out = split(config, frame, fold)
+        assert held_out is not None
+        assert len(training) + len(held_out) == len(frame) - 3
+        assert not {"r2", "r3", "r4"} & {*training["id"], *held_out["id"]}
+
+
+def test_the_command_makes_stable_folds(tmp_path: Path) -> None:
+    write_lmsys(generate(80, seed=1), tmp_path, n_test=10)
+    config = resolve(
+        {"output": str(tmp_path / "run"), "folds": {"n": 2}, "data": {"folder": str(tmp_path), "train": ["train.csv"]}}
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    frame = labelled_rows(config)
+    for options, stable in ((["--stable"], True), ([], False)):
+        done = CliRunner().invoke(app, ["folds", str(tmp_path / "config.yaml"), *options])
+        assert done.exit_code == 0
+        folds = read_folds(tmp_path / "run" / "folds.csv", frame, n=2)
+        assert folds.equals(folded(frame, n=2, seed=config.seed, stable=stable))
+
+
+def test_folds_are_the_same_in_every_process() -> None:
+    code = (
+        "from test_folds import folded, near_rows\n"
+        "for stable in (False, True):\n"
+        "    print(folded(near_rows(), n=4, stable=stable).rows())"
+    )
+    places = [str(Path(__file__).parent), *sys.path]
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(places)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1")
+    }
+    assert len(said) == 1
+
+
+# --- what was edited by hand -----------------------------------------------------------------------------------------
+
+
+def test_two_near_duplicates_put_into_two_folds_by_hand_are_caught(tmp_path: Path) -> None:
+    frame = near_rows(10, 2)
+    config = resolve({"output": str(tmp_path), "folds": {"n": 2}})
+    folds = folds_of(config, frame)
+    split(config, frame, 0)
+    twins = folds.filter(pl.col("group") == folds["group"][0])
+    assert len(twins) == 2
+    moved = pl.when(pl.col("id") == twins["id"][1]).then(1 - pl.col("fold")).otherwise(pl.col("fold"))
+    write_folds(tmp_path / "folds.csv", folds.with_columns(moved.alias("fold")))
+    for fold in range(2):
+        with pytest.raises(LeakError, match=r"1 of .* held-out rows share .* nearly the same prompt") as caught:
+            split(config, frame, fold)
+        assert caught.value.rows[0] in twins["id"]
+        assert "pairclf folds" in str(caught.value)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not here")
 def test_real_data_folds() -> None:
     frame = read_rows([SHARED / "arena2" / "train.parquet"], WSDM, labelled=True)
-    folds = make_folds(frame, WSDM, n=5, seed=0)
+    folds = make_folds(frame, WSDM, n=5, seed=0, near=NEAR, stable=False)
     assert folds["fold"].value_counts()["count"].to_list() == pytest.approx([len(frame) / 5] * 5, rel=0.02)
     for fold in range(5):
         held_out = folds["fold"] == fold
-        assert_no_leak(frame.filter(~held_out), frame.filter(held_out), WSDM)
+        assert_no_leak(frame.filter(~held_out), frame.filter(held_out), WSDM, NEAR)

@@ -15,14 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pairclf.config import Source
 from pairclf.data import tables
+from pairclf.data.formats import Flaw
 from pairclf.data.tables import (
     check_submission,
     class_matrix,
     read_rows,
     read_scores,
+    scan_rows,
     scores_frame,
     to_rows,
+    write_rows,
     write_scores,
     write_submission,
 )
@@ -67,6 +71,12 @@ def read_lmsys(path: Path, **options: Any) -> pl.DataFrame:
     return read_rows([path], LMSYS, **{"labelled": True, **options})
 
 
+def flaws_of(frame: pl.DataFrame) -> dict[str, set[str]]:
+    """`{id: names of its flaws}`, rows without any left out."""
+    pairs = zip(frame["id"], frame["flaws"], strict=True)
+    return {row_id: {str(flaw.name).lower() for flaw in Flaw if bits & flaw} for row_id, bits in pairs if bits}
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -77,34 +87,47 @@ def test_lmsys_csv_becomes_canonical(tmp_path: Path) -> None:
         **dict.fromkeys(LMSYS.fields, pl.List(pl.String)),
         "target": pl.List(pl.Float64),
         "weight": pl.Float64,
+        "file": pl.String,
+        "flaws": pl.UInt32,
     }
+    assert set(frame["file"]) == {str(tmp_path / "train.csv")}
+    assert flaws_of(frame) == {}
     first = to_rows(frame, LMSYS)[0]
     assert (first.id, first.target, first.weight) == ("100", (1.0, 0.0, 0.0), 1.0)
     assert first.fields == {"prompt": ("question 0",), "response_a": ("answer 0",), "response_b": ("no",)}
 
 
 @pytest.mark.parametrize(
-    ("cell", "turns"),
+    ("cell", "turns", "flaws"),
     [
-        ("[null]", (None,)),
-        ("[]", ()),
-        ('[""]', ("",)),
-        ('["a", null, "b"]', ("a", None, "b")),
-        ("null", (None,)),
-        (None, (None,)),
-        ('["half \\ud83d pair"]', ("half \ufffd pair",)),
-        ('["\\udc00\\ud800"]', ("\ufffd\ufffd",)),
-        ('["whole \\ud83d\\ude00"]', ("whole 😀",)),
-        ('["nul \\u0000"]', ("nul \x00",)),
-        ('["a\nraw break"]', ("a\nraw break",)),
-        (' [ "a" ,"b" ] ', ("a", "b")),
+        ("[null]", (None,), {"null_list"}),
+        ("[null, null]", (None, None), {"null_list"}),
+        ("[]", (), set()),
+        ('[""]', ("",), set()),
+        ('["a", null, "b"]', ("a", None, "b"), set()),
+        ("null", (None,), {"null_literal"}),
+        (None, (None,), {"missing_cell"}),
+        ("  ", (None,), {"missing_cell"}),
+        ('["half \\ud83d pair"]', ("half \ufffd pair",), {"surrogate"}),
+        ('["\\udc00\\ud800"]', ("\ufffd\ufffd",), {"surrogate"}),
+        ('["whole \\ud83d\\ude00"]', ("whole 😀",), set()),
+        ('["written out \ufffd"]', ("written out \ufffd",), set()),
+        ('["nul \\u0000"]', ("nul \x00",), {"control_character"}),
+        ('["\\b", "\\f"]', ("\b", "\f"), {"control_character"}),
+        ('["bell \x07"]', ("bell \x07",), {"control_character"}),
+        ('["del \x7f"]', ("del \x7f",), {"control_character"}),
+        ('["\\u007e\\u00a0\\u0041\\t\\r\\n\\/"]', ("~\xa0A\t\r\n/",), set()),
+        ('["a\nraw break"]', ("a\nraw break",), set()),
+        (' [ "a" ,"b" ] ', ("a", "b"), set()),
+        ('["back\\\\"]', ("back\\",), set()),
     ],
 )
-def test_cells_of_turns(tmp_path: Path, cell: str | None, turns: tuple[str | None, ...]) -> None:
+def test_cells_of_turns(tmp_path: Path, cell: str | None, turns: tuple[str | None, ...], flaws: set[str]) -> None:
     columns = lmsys_rows()
     columns["response_b"][1] = cell
-    rows = to_rows(read_lmsys(write_csv(tmp_path / "train.csv", columns)), LMSYS)
-    assert [row.fields["response_b"] for row in rows] == [("no",), turns, ("no",)]
+    frame = read_lmsys(write_csv(tmp_path / "train.csv", columns))
+    assert [row.fields["response_b"] for row in to_rows(frame, LMSYS)] == [("no",), turns, ("no",)]
+    assert flaws_of(frame) == ({"101": flaws} if flaws else {})
 
 
 @given(st.lists(st.tuples(TURNS, TURNS, TURNS), min_size=1, max_size=8), st.booleans())
@@ -168,10 +191,10 @@ def test_soft_and_multi_labels(tmp_path: Path) -> None:
     task = Task(name="toxic", fields=("text",), classes=("rude", "threat"), multi_label=True)
     path = write_csv(tmp_path / "m.csv", {"id": ["1"], "text": ["x"], "rude": ["1"], "threat": ["1"]})
     assert read_rows([path], task, labelled=True)["target"].to_list() == [[1.0, 1.0]]
-    path = write_csv(tmp_path / "m.csv", {"id": ["1"], "text": ["x"], "rude": ["2"], "threat": ["-1"]})
-    refused = refusal(lambda: read_rows([path], task, labelled=True))
-    assert "above one" in str(refused)
-    assert "negative" in str(refused)
+    path = write_csv(
+        tmp_path / "m.csv", {"id": ["1", "2"], "text": ["x"] * 2, "rude": ["2", "1"], "threat": ["0", "-1"]}
+    )
+    assert flaws_of(read_rows([path], task, labelled=True)) == {key: {"bad_label"} for key in "12"}
 
 
 def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
@@ -198,6 +221,9 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
         ("t.jsonl", b"\xff\n", "utf-8"),
         ("t.jsonl", b"\n", "no rows"),
         ("t.txt", b"id\n", "'.txt' can't be read"),
+        ("t.csv", b"id,prompt,prompt\n1,a,b\n", "columns ['prompt'] stand more than once"),
+        ("t.csv", b"id,prompt\r1,a\r2,b\r", "carriage return (CR) alone"),
+        ("t.csv", b'id,"pro\nmpt"\r1,a\r2,b\r', "carriage return (CR) alone"),
     ],
 )
 def test_unreadable_files(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
@@ -212,6 +238,8 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes, expected: s
 def test_absent_file_and_no_file(tmp_path: Path) -> None:
     assert "no such file" in str(refusal(lambda: read_lmsys(tmp_path / "train.csv")))
     assert "no file of rows" in str(refusal(lambda: read_rows([], LMSYS, labelled=True)))
+    (tmp_path / "dir.csv").mkdir()
+    assert "is a folder" in str(refusal(lambda: read_lmsys(tmp_path / "dir.csv")))
 
 
 def test_missing_and_unknown_columns_are_named_at_once(tmp_path: Path) -> None:
@@ -230,78 +258,68 @@ def test_unknown_columns_can_be_accepted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "cell", "expected"),
+    ("column", "cell", "flaw"),
     [
-        ("winner_tie", "1", "do not sum to one"),
-        ("winner_tie", "x", "are no numbers"),
-        ("winner_tie", None, "are no numbers"),
-        ("winner_tie", "inf", "are no numbers"),
-        ("winner_tie", "-1", "are negative"),
-        ("winner_tie", "0.00001", "do not sum to one"),
-        ("response_a", "not json", "'response_a' has cells that are no JSON lists"),
-        ("response_a", '["a"', "no JSON lists"),
-        ("response_a", "[1]", "no JSON lists"),
-        ("response_a", '{"a": 1}', "no JSON lists"),
-        ("response_a", '["a"], ["b"]', "no JSON lists"),
-        ("prompt", "['single quotes']", "no JSON lists"),
-        ("prompt", "[" * 100_000, "no JSON lists"),
+        *(("winner_tie", cell, "bad_label") for cell in ("1", "x", None, "inf", "-1", "0.00001")),
+        *(
+            (column, cell, "undecodable")
+            for column in ("response_a", "prompt")
+            for cell in ("no json", '["a"', "[1]", '["a", 1]', '{"a": 1}', '["a"], ["b"]', "['single']", "[" * 100_000)
+        ),
+        ("prompt", '["a\\"]', "undecodable"),
+        ("prompt", '["\\x"]', "undecodable"),
     ],
 )
-def test_bad_cells_are_refused_with_their_row(tmp_path: Path, column: str, cell: str | None, expected: str) -> None:
+def test_bad_cells_are_flaws_of_their_row(tmp_path: Path, column: str, cell: str | None, flaw: str) -> None:
     columns = lmsys_rows()
     columns[column][1] = cell
-    refused = refusal(lambda: read_lmsys(write_csv(tmp_path / "t.csv", columns)))
-    assert expected in str(refused)
-    assert "101" in str(refused)
-    assert "102" not in str(refused)
+    frame = read_lmsys(write_csv(tmp_path / "t.csv", columns))
+    assert flaws_of(frame) == {"101": {flaw}}
+    assert frame["target"].is_null().to_list() == [False, flaw == "bad_label", False]
+    if flaw == "undecodable":
+        assert frame[column].to_list()[1] == [cell]
 
 
 def test_cells_are_not_merged_across_rows(tmp_path: Path) -> None:
     """polars' decoder alone joins the cells, and reads these two as one."""
     columns = lmsys_rows()
     columns["prompt"][:2] = ['["a', '"]']
-    refused = refusal(lambda: read_lmsys(write_csv(tmp_path / "t.csv", columns)))
-    assert refused.rows == ("100", "101")
+    assert flaws_of(read_lmsys(write_csv(tmp_path / "t.csv", columns))) == {
+        key: {"undecodable"} for key in ["100", "101"]
+    }
 
 
-def test_ids_that_are_missing_or_stand_twice(tmp_path: Path) -> None:
+def test_ids_that_are_missing_get_the_number_of_their_row(tmp_path: Path) -> None:
     columns = lmsys_rows()
-    columns["id"] = [None, "7", "7"]
+    columns["id"] = [None, "7", " "]
     for labelled in (True, False):
-        message = str(refusal(lambda: read_lmsys(write_csv(tmp_path / "t.csv", columns), labelled=labelled)))  # noqa: B023
-        assert "1 rows have no id" in message
-        assert "row 1" in message
-        assert "1 ids stand in more than one row" in message
-    paths = [write_csv(tmp_path / "1.csv", lmsys_rows()), write_csv(tmp_path / "2.csv", lmsys_rows(2))]
-    refused = refusal(lambda: read_rows(paths, LMSYS, labelled=True))
-    assert refused.where == paths[1]
-    assert refused.rows == ("100", "101")
+        frame = read_lmsys(write_csv(tmp_path / "t.csv", columns), labelled=labelled)
+        assert flaws_of(frame) == {key: {"missing_id"} for key in ["row 1", "row 3"]}
+
+
+def test_floats_as_ids(tmp_path: Path) -> None:
+    """pandas makes floats of a column of integers with a hole in it."""
+    ids = [1.0, float("nan"), 2.5, 3e15]
+    pl.DataFrame({"id": ids, **dict.fromkeys(WSDM.fields, ["x"] * 4)}).write_parquet(tmp_path / "t.parquet")
+    frame = read_rows([tmp_path / "t.parquet"], WSDM, labelled=False)
+    assert frame["id"].to_list() == ["1", "row 2", "2.5", "3000000000000000"]
+    assert flaws_of(frame) == {"row 2": {"missing_id"}}
 
 
 def test_unknown_class_names(tmp_path: Path) -> None:
     columns = dict.fromkeys(WSDM.fields, ["x"] * 3) | {"id": ["1", "2", "3"], "winner": ["model_a", "tie", None]}
-    refused = refusal(lambda: read_rows([write_csv(tmp_path / "t.csv", columns)], WSDM, labelled=True))
-    assert "names ['tie', None]" in str(refused)
-    assert refused.rows == ("2", "3")
+    frame = read_rows([write_csv(tmp_path / "t.csv", columns)], WSDM, labelled=True)
+    assert flaws_of(frame) == {key: {"bad_label"} for key in "23"}
+    assert frame["target"].to_list() == [[1.0, 0.0], None, None]
 
 
-def test_a_column_of_numbers_is_no_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_column_of_numbers_is_no_text(tmp_path: Path, labelled: bool) -> None:
     frame = pl.DataFrame({"id": ["1"], "prompt": [5], "response_a": [[1, 2]], "response_b": ["x"]})
     frame.with_columns(winner=pl.lit("model_a")).write_parquet(tmp_path / "t.parquet")
-    assert "no texts" in str(refusal(lambda: read_rows([tmp_path / "t.parquet"], WSDM, labelled=True)))
-    rows = to_rows(read_rows([tmp_path / "t.parquet"], WSDM, labelled=False), WSDM)
-    assert list(rows[0].fields.values()) == [("5",), ("[1, 2]",), ("x",)]
-
-
-def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
-    columns = lmsys_rows()
-    columns["id"][0] = ""
-    columns["prompt"][1] = "bad"
-    columns["winner_tie"][2] = "0"
-    message = str(refusal(lambda: read_lmsys(write_csv(tmp_path / "t.csv", columns))))
-    assert message.startswith("3 things are wrong")
-    for expected in ("have no id", "'prompt' has cells", "do not sum to one", "101", "102"):
-        assert expected in message
+    read = read_rows([tmp_path / "t.parquet"], WSDM, labelled=labelled)
+    assert list(to_rows(read, WSDM)[0].fields.values()) == [("5",), ("[1, 2]",), ("x",)]
+    assert flaws_of(read) == {"1": {"undecodable"}}
 
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=10), st.sampled_from([LMSYS, WSDM]))
@@ -320,16 +338,10 @@ def test_test_rows_are_never_refused_for_their_content(
             "".join(turn or "" for turn in turns).encode("utf-8")
 
 
-def test_undecodable_test_cells_become_one_turn_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    columns = lmsys_rows()
-    columns["response_a"][1] = "it's [not] json"
-    path = write_csv(tmp_path / "test.csv", columns | {"language": ["en"] * 3, "winner_tie": ["?"] * 3})
-    rows = to_rows(read_lmsys(path, labelled=False), LMSYS)
-    assert rows[1].fields["response_a"] == ("it's [not] json",)
-    assert [row.target for row in rows] == [None] * 3
-    note = capsys.readouterr().err
-    assert "101" in note
-    assert "'language'" in note
+def test_unknown_columns_of_test_files_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_csv(tmp_path / "test.csv", lmsys_rows() | {"language": ["en"] * 3, "winner_tie": ["?"] * 3})
+    assert [row.target for row in to_rows(read_lmsys(path, labelled=False), LMSYS)] == [None] * 3
+    assert "'language'" in capsys.readouterr().err
 
 
 def test_broken_utf8_in_test_rows_is_mended(tmp_path: Path) -> None:
@@ -512,7 +524,7 @@ def test_real_files(tmp_path: Path, folder: str, suffix: str, task: Task) -> Non
 def test_a_blank_row_in_the_middle_is_not_dropped_in_silence(tmp_path: Path) -> None:
     path = tmp_path / "test.csv"
     path.write_text("id,prompt,response_a,response_b\n1,p,a,b\n,,,\n2,p,a,b\n\n\n")
-    assert "row 2" in str(refusal(lambda: read_rows([path], WSDM, labelled=False)))
+    assert flaws_of(read_rows([path], WSDM, labelled=False)) == {"row 2": {"missing_id", "missing_cell"}}
     path.write_text("id,prompt,response_a,response_b\n1,p,a,b\n2,p,a,b\n\n\n")
     assert read_rows([path], WSDM, labelled=False)["id"].to_list() == ["1", "2"]
 
@@ -530,3 +542,137 @@ def test_an_id_in_another_encoding_is_refused_even_in_a_test_file(tmp_path: Path
     path = tmp_path / "test.csv"
     path.write_bytes("id,prompt,response_a,response_b\n\u00e9,p,a,b\n".encode("cp1252"))
     assert "not UTF-8" in str(refusal(lambda: read_rows([path], WSDM, labelled=False)))
+
+
+# --- chunks, globs, sources ------------------------------------------------------------------------------------------
+
+CELLS = st.sampled_from(
+    [
+        "[]",
+        "[null]",
+        '["a"]',
+        '["a", null]',
+        '["\\ud83d"]',
+        "no list",
+        "null",
+        '["a',
+        '"]',
+        '["b\\u0007"]',
+        '["\t"]',
+        None,
+        "",
+    ]
+)
+
+
+def write_as(path: Path, columns: dict[str, list[str | None]]) -> Path:
+    """The columns as CSV, parquet or JSONL, by the name of the file."""
+    frame = pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String))
+    if path.suffix == ".csv":
+        frame.write_csv(path)
+    elif path.suffix == ".parquet":
+        frame.write_parquet(path)
+    else:
+        lines = (json.dumps({name: cell for name, cell in row.items() if cell}) for row in frame.iter_rows(named=True))
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@given(
+    st.lists(st.tuples(CELLS, CELLS, CELLS, CELLS), min_size=1, max_size=12),
+    st.integers(1, 5),
+    st.none() | st.integers(1, 9),
+)
+@settings(max_examples=30, deadline=None)
+def test_chunks_are_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, rows: Any, size: int, max_rows: int | None
+) -> None:
+    folder = tmp_path_factory.mktemp("chunks")
+    names = ("id", *LMSYS.fields)
+    columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    first = {name: ["x", *cells] for name, cells in columns.items()}  # JSONL shows its columns at once
+    for suffix in (".csv", ".parquet", ".jsonl"):
+        paths = [write_as(folder / f"{part}{suffix}", first) for part in "ab"]
+        whole = read_rows(paths, LMSYS, labelled=False, max_rows=max_rows)
+        chunks = list(scan_rows(paths, LMSYS, labelled=False, max_rows=max_rows, size=size))
+        assert max(map(len, chunks)) <= size
+        assert pl.concat(chunks).equals(whole)
+
+
+def test_globs_are_sorted_and_names_are_taken_literally(tmp_path: Path) -> None:
+    for name in ("b1", "a1", "[x]"):
+        write_csv(tmp_path / f"{name}.csv", lmsys_rows(1) | {"id": [name]})
+    assert read_lmsys(tmp_path / "*1.csv")["id"].to_list() == ["a1", "b1"]
+    assert read_lmsys(tmp_path / "[x].csv")["id"].to_list() == ["[x]"]
+    assert "no file matches" in str(refusal(lambda: read_lmsys(tmp_path / "c*.csv")))
+
+
+SOURCE = {
+    "columns": {"id": "key", "prompt": "question", "response_a": "left", "response_b": "right"},
+    "label_column": "better",
+    "labels": {"A": "winner_model_a", "B": "winner_model_b"},
+    "id_prefix": "extra-",
+    "weight": 0.5,
+    "ignore_columns": ["judge"],
+}
+EXTRA: dict[str, list[str | None]] = {
+    "key": ["1", "2", "3"],
+    "question": ['["q"]'] * 3,
+    "left": ['["l"]'] * 3,
+    "right": ['["r"]'] * 3,
+    "better": ["A", "winner_tie", "C"],
+    "judge": ["me"] * 3,
+}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_a_source_with_columns_of_its_own(tmp_path: Path, suffix: str) -> None:
+    path = write_as(tmp_path / f"extra{suffix}", EXTRA)
+    main = write_csv(tmp_path / "train.csv", lmsys_rows(1))
+    frame = read_rows([main, Source(files=[path], **SOURCE)], LMSYS, labelled=True)
+    assert frame["id"].to_list() == ["100", "extra-1", "extra-2", "extra-3"]
+    assert frame["weight"].to_list() == [1.0, 0.5, 0.5, 0.5]
+    assert frame["target"].to_list()[1:] == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], None]
+    assert flaws_of(frame) == {"extra-3": {"bad_label"}}
+    assert frame["response_a"].to_list() == [["answer 0"], ["l"], ["l"], ["l"]]
+
+
+def test_a_source_without_ids_is_numbered_over_its_files(tmp_path: Path) -> None:
+    for name in "ab":
+        write_as(tmp_path / f"{name}.csv", {**EXTRA, "key": [None] * 3})
+    columns = {**SOURCE["columns"], "id": None}  # type: ignore[dict-item]
+    source = Source(files=[tmp_path / "*.csv"], **{**SOURCE, "columns": columns, "ignore_columns": "all"})
+    assert read_rows([source], LMSYS, labelled=True)["id"].to_list() == [f"extra-{row}" for row in range(1, 7)]
+
+
+def test_a_source_that_contradicts_the_task(tmp_path: Path) -> None:
+    source = Source(files=[tmp_path / "x.csv"], columns={"promt": "q", "prompt": None}, labels={"A": "a"})
+    message = str(refusal(lambda: read_rows([source], LMSYS, labelled=True)))
+    for part in ("'promt'", "nearest is 'prompt'", "'prompt' to null", "['a']"):
+        assert part in message
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+@pytest.mark.parametrize("task", [LMSYS, WSDM])
+def test_written_rows_read_back(tmp_path: Path, suffix: str, task: Task) -> None:
+    cells: dict[str, Any] = {name: [["a"], [None], ['"quoted", é\n']] for name in task.fields}
+    if task is LMSYS:
+        cells["prompt"] = [[], ["a", None], ["", "b"]]
+    target = [[float(at == row % len(task.classes)) for at in range(len(task.classes))] for row in range(3)]
+    frame = pl.DataFrame(
+        {"id": list("xyz"), **cells, "target": target}, schema_overrides=dict.fromkeys(cells, pl.List(pl.String))
+    )
+    write_rows(tmp_path / f"rows{suffix}", frame, task)
+    read = read_rows([tmp_path / f"rows{suffix}"], task, labelled=True)
+    assert read.select(frame.columns).equals(frame)
+    write_rows(tmp_path / f"test{suffix}", frame.with_columns(target=pl.lit(None, dtype=pl.List(pl.Float64))), task)
+    assert read_rows([tmp_path / f"test{suffix}"], task, labelled=False)["id"].to_list() == list("xyz")
+
+
+def test_rows_that_a_file_can_not_hold_are_not_written(tmp_path: Path) -> None:
+    rows = {"id": ["1"], **{name: [["a", "b"]] for name in WSDM.fields}, "target": [[0.5, 0.5]]}
+    assert "shared by several" in str(refusal(lambda: write_rows(tmp_path / "x.parquet", pl.DataFrame(rows), WSDM)))
+    rows["target"] = [[1.0, 0.0]]
+    assert "lists of turns" in str(refusal(lambda: write_rows(tmp_path / "x.csv", pl.DataFrame(rows), WSDM)))
+    assert "can't be written" in str(refusal(lambda: write_rows(tmp_path / "x.txt", pl.DataFrame(rows), WSDM)))
+    assert list(tmp_path.iterdir()) == []

@@ -18,8 +18,11 @@ from pairclf.config import Config, dump_config, load_config, resolve
 from pairclf.data.arena import generate, write_lmsys, write_wsdm
 from pairclf.data.tables import read_scores
 from pairclf.jobs.evaluate import evaluate
+from pairclf.jobs.fit import fit
+from pairclf.jobs.inputs import open_inputs
 from pairclf.jobs.predict import predict
 from pairclf.jobs.run import labelled_rows
+from pairclf.model.bundle import open_bundle
 from pairclf.task import LMSYS
 
 
@@ -305,6 +308,61 @@ def test_check_writes_what_it_found(run: Path, tmp_path: Path, cli: Callable[...
     assert code == 0, text
     assert "Audit" in text
     assert json.loads((tmp_path / "audit.json").read_text())
+
+
+def test_show_and_lengths_answer_on_the_runs_rows(
+    run: Path, tmp_path: Path, cli: Callable[..., tuple[int, str]]
+) -> None:
+    config = run / "config.yaml"
+    row = labelled_rows(load_config(config))["id"][5]
+    code, shown = cli("show", config, "--row", row)
+    assert code == 0
+    assert f"row {row}, order AB" in shown
+    assert f"row {row}, order BA" in shown
+    test_id = pl.read_csv(run / "test.csv", infer_schema=False)["id"][0]
+    assert f"row {test_id}, order BA" in cli("show", config, "--data", run / "test.csv", "--row", test_id)[1]
+    code, shown = cli("show", config, "--row", "nobody")
+    assert code == 2
+    assert "nobody" in shown
+    code, shown = cli("lengths", config, "--at", "100,200", "--rows", "25000", "--out", tmp_path)
+    assert code == 0
+    assert "What is cut" in shown
+    assert {path.name for path in tmp_path.iterdir()} == {"lengths.json", "lengths.html"}
+    assert cli("lengths", config, "--at", "5")[0] == 2
+
+
+def test_all_folds_read_one_token_cache(run: Path) -> None:
+    assert len(list((run / "run" / "tokens").iterdir())) == 1
+
+
+def test_a_bundle_keeps_the_wording_and_the_repairs_that_it_was_trained_with(
+    base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The chat template is written out: a later one, or today's date in it, changes nothing that a model sees."""
+    base = tmp_path / "base"
+    shutil.copytree(base_of("llama"), base)
+    template = "Today is {{ date_string }}.<start_of_turn>{{ messages[0]['content'] }}<end_of_turn>"
+    (base / "chat_template.jinja").write_text(template)
+    write_lmsys(generate(16, seed=1), tmp_path, n_test=4)
+    rules = {"control_character": "fix"}
+    path = small(tmp_path, base)
+    config = load_config(path, ["inputs.template=judge", "inputs.max_length=400", f"data.rules={json.dumps(rules)}"])
+    bundle = open_bundle(fit(config, None))
+    assert config.inputs.template.chat
+    kept = bundle.config.inputs.template
+    assert not kept.chat
+    assert kept.text.startswith("Today is 26 Jul 2024.<start_of_turn>Two assistants")
+    assert bundle.config.data.rules.control_character == "fix"
+    shown = bundle.builder().tokenizer
+    assert shown.fingerprint == open_inputs(config).builder.tokenizer.fingerprint
+    test = pl.read_csv(tmp_path / "test.csv", infer_schema=False)
+    for name, text in (("plain", "Hi"), ("noisy", "\\u0000Hi\\u0007")):
+        prompts = pl.Series("prompt", [f'["{text}"]'] * len(test))
+        test.with_columns(prompts).write_csv(tmp_path / f"{name}.csv")
+    plain, noisy = (
+        predict([bundle.folder], tmp_path / f"{name}.csv", tmp_path / "s.csv") for name in ("plain", "noisy")
+    )
+    assert plain.equals(noisy)
 
 
 @pytest.mark.parametrize(("name", "task", "suffix"), [("arena3", "lmsys", "csv"), ("arena2", "wsdm", "parquet")])

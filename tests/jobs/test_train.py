@@ -15,7 +15,8 @@ from tests_support import make_rows
 
 from pairclf.config import Config, resolve
 from pairclf.errors import DataError, ModelError
-from pairclf.inputs.render import InputBuilder
+from pairclf.inputs.render import Encoded
+from pairclf.jobs.inputs import open_inputs
 from pairclf.jobs.train import (
     Examples,
     accumulate,
@@ -28,16 +29,18 @@ from pairclf.jobs.train import (
     total_steps,
     train,
 )
-from pairclf.model.backbone import load_tokenizer
 from pairclf.model.engine import Classifier, build
 from pairclf.task import AB, BA, LMSYS, Row, Task
 
 CPU = torch.device("cpu")
 
 
+def encode(config: Config, rows: list[Row]) -> list[tuple[Encoded, ...]]:
+    return open_inputs(config).builder.encode(rows)
+
+
 def examples_of(config: Config, rows: list[Row]) -> Examples:
-    builder = InputBuilder(load_tokenizer(config.model.base, config.model), config.task, config.inputs)
-    return prepare(builder, rows, config.task)
+    return prepare(rows, encode(config, rows), config.task)
 
 
 def with_working_adapters(config: Config) -> Classifier:
@@ -163,7 +166,7 @@ def test_the_head_has_its_own_rate_and_no_decay(config_for: Callable[..., Config
 
 
 def run(config: Config, folder: Path, rows: list[Row]) -> Classifier:
-    return train(config, rows, folder, make_accelerator(config)).classifier
+    return train(config, rows, encode(config, rows), folder, make_accelerator(config))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,7 +46,7 @@ def test_the_whole_model_trains_without_lora(config_for: Callable[..., Config]) 
 def test_nf4_scores_alike_in_training_and_evaluation(config_for: Callable[..., Config]) -> None:
     """Where the CPU has AVX512-BF16, bitsandbytes would turn to bfloat16 in evaluation (1e-2 off)."""
     classifier = build(config_for("gemma2", model={"quantization": "nf4"}), CPU)
-    batch = padded([Item(0, 0, list(range(5, 60)))])
+    batch = padded([Item(0, 0, np.arange(5, 60, dtype=np.int32))])
     with torch.inference_mode():
         training = classifier.train()(batch.inputs, batch.read_at)
         evaluation = classifier.eval()(batch.inputs, batch.read_at)

@@ -24,7 +24,7 @@ def items() -> list[Item]:
     """Lengths from one token to beyond Gemma-2's sliding window (32 here); pad's and eos's ids among the text."""
     random = np.random.default_rng(0)
     lengths = [1, 2, 9, 31, 32, 33, 70, 5]
-    return [Item(row, row % 2, random.integers(0, 260, length).tolist()) for row, length in enumerate(lengths)]
+    return [Item(row, row % 2, random.integers(0, 260, length, dtype=np.int32)) for row, length in enumerate(lengths)]
 
 
 @pytest.fixture(params=BACKBONES)

@@ -1,0 +1,231 @@
+"""Prompts that are the same or nearly so: the normal form in which they are compared, and the search for near ones.
+
+Two prompts are near where they meet in a bucket of MinHash LSH (datasketch) and the Jaccard index of their sets of
+character 5-grams, counted in full, reaches the threshold. Hence:
+
+- nothing is near by an accident of hashing: each candidate of the buckets is verified;
+- a pair at or above the threshold t is missed with a probability of at most (1 - t ** rows) ** bands, which is
+  less than 1 - RECALL: 1 in 20,000 where t is 0.8, the default, and 1 in 5 billion for a pair at 0.9 there;
+- nearness hangs on the two prompts alone, so it is the same in every search, whatever else is searched.
+
+Source: Broder, On the resemblance and containment of documents (1997); Leskovec et al., Mining of Massive Datasets, 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import polars as pl
+from datasketch import MinHash, MinHashLSH
+from numpy.typing import NDArray
+
+from pairclf.console import progress
+from pairclf.task import Task
+
+Hashes = NDArray[np.uint64]
+Places = NDArray[np.int64]
+
+SHINGLE = 5
+"""Characters of a shingle. A shorter prompt has none, and is near to none but its equals."""
+
+PERMUTATIONS = 128
+RECALL = 0.999
+
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits well spread: 2**64 over the golden ratio
+_BLOCK = 8192  # shingles sketched at once: 128 permutations of them fit a cache, and no prompt is too long for memory
+_SHOWN, _STEP = 5_000, 500  # prompts from which a search takes seconds, and between two moves of its bar
+
+
+def normalised_prompts(frame: pl.DataFrame, task: Task) -> pl.Series:
+    """The texts `(N,)` that prompts are compared by, "" where there is none; String.
+
+    They hold the fields that a swap leaves in place, in NFKC and lower case, white space collapsed. Where a swap
+    moves every field, their sorted texts stand together, so that a pair and its mirror are equal.
+    """
+    staying = [name for name in task.fields if name not in (task.swap_fields or ())]
+    texts = [_normalised(frame[name].list.join("\n")) for name in staying or task.fields]
+    cells = pl.DataFrame([text.alias(str(place)) for place, text in enumerate(texts)])
+    joined = pl.concat_list(pl.all()) if staying else pl.concat_list(pl.all()).list.sort()
+    return cells.select(joined.list.join("\n").str.strip_chars().fill_null("").alias("prompt")).to_series()
+
+
+def _normalised(texts: pl.Series) -> pl.Series:
+    # ASCII is in normal form, and most prompts are ASCII.
+    strange = texts.str.len_bytes() != texts.str.len_chars()
+    if strange.any():
+        texts = texts.scatter(strange.arg_true(), texts.filter(strange).str.normalize("NFKC"))
+    lowered = texts.str.to_lowercase().str.replace_many(["ß", "ς"], ["ss", "σ"])  # STRASSE is Straße, too
+    return lowered.str.replace_all(r"\s{2,}|[^\S ]", " ").str.strip_chars()  # most white space is one blank, and stays
+
+
+def near_overlap(frame: pl.DataFrame, seen: pl.DataFrame, task: Task, threshold: float | None) -> pl.Series:
+    """Which rows of `frame` have a prompt equal, or nearly equal, to one of `seen`; Boolean `(N,)`.
+
+    Args:
+        frame: canonical table that is searched for.
+        seen: canonical table that is searched in.
+        task: names the fields that make a prompt.
+        threshold: Jaccard index from which prompts are nearly equal; None: equal ones alone overlap.
+
+    Rows without prompt text overlap nothing.
+    """
+    prompts, known = (normalised_prompts(table, task) for table in (frame, seen))
+    known = known.filter(known != "").unique(maintain_order=True)
+    overlap = prompts.is_in(known.implode()).alias("overlap")
+    fresh = prompts.filter(~overlap & (prompts != "")).unique(maintain_order=True)
+    if threshold is None or fresh.is_empty():
+        return overlap
+    labels = np.concatenate([np.zeros(len(known), np.int64), np.full(len(fresh), -1)])
+    near = [len(met) > 0 for _, met in NearIndex([*known, *fresh], threshold).walk(labels, start=len(known))]
+    return overlap | prompts.is_in(fresh.filter(pl.Series(near)).implode())
+
+
+def clusters(prompts: Sequence[str], threshold: float | None) -> Places:
+    """Connected components of nearness among different normalised prompts.
+
+    Returns:
+        `(P,)`: the place of the first prompt of each one's component; its own where nothing before it is near.
+    """
+    firsts = np.arange(len(prompts))
+    for place, met in NearIndex(prompts, threshold).walk(firsts):
+        if len(met):
+            joined = np.sort(firsts[met])
+            firsts[place] = joined[0]
+            for first in joined[1:]:
+                firsts[firsts == first] = joined[0]
+    return firsts
+
+
+class NearIndex:
+    """Finds the prompts that are near to one. `prompts` are normalised and different; threshold None: none is near."""
+
+    def __init__(self, prompts: Sequence[str], threshold: float | None) -> None:
+        self._threshold = threshold or 0.0
+        self._shingles: list[Hashes] = []
+        self._buckets: dict[int, list[Places]] = {}
+        if threshold is not None:
+            self._fill_buckets(prompts, *_bands(threshold))
+        self._sizes = np.array([len(hashes) for hashes in self._shingles], dtype=np.int64)
+
+    def _fill_buckets(self, prompts: Sequence[str], bands: int, rows: int) -> None:
+        lsh = MinHashLSH(num_perm=PERMUTATIONS, params=(bands, rows))
+        blank = MinHash(num_perm=PERMUTATIONS, hashfunc=_as_it_is)
+        with progress("Sketching prompts", len(prompts), visible=len(prompts) >= _SHOWN) as advance:
+            for place, prompt in enumerate(prompts):
+                self._shingles.append(shingles(prompt))
+                if len(self._shingles[place]):
+                    lsh.insert(place, _sketch(blank, self._shingles[place]), check_duplication=False)
+                if place % _STEP == 0:
+                    advance(min(_STEP, len(prompts) - place))
+        for table in lsh.hashtables:
+            for key in table.keys():  # noqa: SIM118 (a storage of datasketch's, not a dict)
+                places = table.get(key)
+                if len(places) > 1:
+                    bucket = np.array(sorted(places))
+                    for place in places:
+                        self._buckets.setdefault(place, []).append(bucket)
+
+    def walk(self, labels: Places, start: int = 0) -> Iterator[tuple[int, Places]]:
+        """Each place from `start` on, and what `near` finds for it; the labels may change on the way."""
+        count = len(labels) - start
+        with progress("Joining near prompts", count, visible=count >= _SHOWN) as advance:
+            for place in range(start, len(labels)):
+                yield place, self.near(place, labels)
+                if (place - start) % _STEP == 0:
+                    advance(min(_STEP, len(labels) - place))
+
+    def near(self, place: int, labels: Places) -> Places:
+        """Prompts before `place` that are near to it: one for each label that such prompts have.
+
+        Args:
+            place: the prompt asked about.
+            labels: `(P,)`; prompts with a label below 0 are not considered.
+
+        One for each label, since thousands of prompts may all be near to each other: those of a label that was found
+        are not compared any more. What is compared doubles from step to step, so that many prompts that are alike
+        cost few comparisons, and many that only look so cost few steps.
+        """
+        found: list[int] = []
+        step = 1
+        compared = np.zeros(place, dtype=np.bool_)
+        for bucket in self._buckets.get(place, ()):
+            left = bucket[: np.searchsorted(bucket, place)]
+            for one in found:
+                left = left[labels[left] != labels[one]]
+            left = left[(labels[left] >= 0) & ~compared[left]]
+            while len(left):
+                asked, left = left[:step], left[step:]
+                compared[asked] = True
+                for one in asked[self._alike(place, asked)].tolist():
+                    if all(labels[one] != labels[other] for other in found):
+                        found.append(one)
+                        left = left[labels[left] != labels[one]]
+                step *= 2
+        return np.array(found, dtype=np.int64)
+
+    def _alike(self, place: int, others: Places) -> NDArray[np.bool_]:
+        """Whether the Jaccard index of `place` and each of `others` reaches the threshold; `(M,)`."""
+        own, sizes = self._shingles[place], self._sizes[others]
+        alike: NDArray[np.bool_] = np.minimum(sizes, len(own)) / np.maximum(sizes, len(own)) >= self._threshold
+        for contained in (_at_most_in, _in):  # two bounds are quick to tell most candidates off: sizes, and slots
+            if alike.any():
+                sizes = self._sizes[others[alike]]
+                theirs = np.concatenate([self._shingles[other] for other in others[alike]])
+                shared = np.add.reduceat(contained(own, theirs), np.cumsum(sizes) - sizes, dtype=np.int64)
+                alike[alike] = shared / (len(own) + sizes - shared) >= self._threshold
+        return alike
+
+
+def _at_most_in(own: Hashes, theirs: Hashes) -> NDArray[np.bool_]:
+    """As `_in`, and now and then true of a hash that is not: told by its lowest 16 bits, ten times as fast."""
+    slots = np.zeros(1 << 16, dtype=np.bool_)
+    slots[own.astype(np.uint16)] = True
+    return slots[theirs.astype(np.uint16)]
+
+
+def _in(own: Hashes, theirs: Hashes) -> NDArray[np.bool_]:
+    """Which of `theirs` are in `own`, which is sorted."""
+    met: NDArray[np.bool_] = own[np.minimum(np.searchsorted(own, theirs), len(own) - 1)] == theirs
+    return met
+
+
+def shingles(prompt: str) -> Hashes:
+    """The different character 5-grams of a text as 64-bit hashes, `(S,)`, in ascending order.
+
+    Polynomials of the code points, modulo 2**64: in a pair of prompts with 10,000 shingles each, two different ones
+    have the same hash with a probability of 1 in 10**11, so that sets of hashes are as good as sets of texts.
+    """
+    codes = np.frombuffer(prompt.encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+    count = max(len(codes) - SHINGLE + 1, 0)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for start in range(SHINGLE):
+        hashes = hashes * _MULTIPLIER + codes[start : start + count]
+    hashes ^= hashes >> np.uint64(32)
+    return np.unique(hashes * _MULTIPLIER)
+
+
+def _as_it_is(hashes: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    return hashes
+
+
+def _sketch(blank: MinHash, hashes: Hashes) -> MinHash:
+    """The MinHash of a set; `blank` holds the permutations. A whole block is one "value" to it, so numpy does it all.
+
+    No long prompt is cut: sketches of two beginnings are unlike where a text only has a page put before it. Blocks
+    bound the memory instead, and the time is linear.
+    """
+    sketch = blank.copy()
+    high = (hashes >> np.uint64(32)).astype(np.uint32)  # datasketch permutes 32 bits
+    for start in range(0, len(high), _BLOCK):
+        sketch.update_batch([high[start : start + _BLOCK]])
+    return sketch
+
+
+def _bands(threshold: float) -> tuple[int, int]:
+    """Bands, and rows a band: as many rows as leave a pair at the threshold its `RECALL`; fewest false candidates."""
+    for rows in range(PERMUTATIONS // 2, 1, -1):
+        bands = PERMUTATIONS // rows
+        if 1 - (1 - threshold**rows) ** bands >= RECALL:
+            return bands, rows
+    return PERMUTATIONS, 1

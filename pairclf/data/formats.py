@@ -1,0 +1,397 @@
+"""Files and their cells: names to paths, files to chunks of raw columns, cells to turns.
+
+A raw chunk has the file's own columns. A CSV's cells are all text; parquet keeps its types; JSONL's are text, lists of
+turns or, where a column holds both, the struct `_MIXED`. Nothing here knows a task.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from enum import IntFlag, auto
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from polars.exceptions import ComputeError, NoDataError, PolarsError
+
+from pairclf.errors import DataError
+
+CHUNK = 16_384
+"""Rows of a chunk where a file is not read at once."""
+
+REPLACEMENT = "\ufffd"
+"""What stands where a file had half a surrogate pair, which no UTF-8 text can hold."""
+
+CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+"""Control characters, but not tab, line feed and carriage return."""
+
+TURNS = pl.List(pl.String)
+
+Bits = NDArray[np.uint32]
+
+
+class Flaw(IntFlag):
+    """What only the reader of a file can see, as bits of the canonical column `flaws`. Named as their rules are."""
+
+    MISSING_ID = auto()
+    BAD_LABEL = auto()
+    UNDECODABLE = auto()
+    MISSING_CELL = auto()
+    NULL_LITERAL = auto()
+    NULL_LIST = auto()
+    SURROGATE = auto()
+    CONTROL_CHARACTER = auto()
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MIXED = pl.Struct({"text": pl.String(), "turns": TURNS, "surrogate": pl.Boolean()})
+
+# polars joins the cells of a column into one JSON document before it parses them. So `["a` and `"]` in two rows
+# would merge into one, `["a"],["b"]` would become two, numbers become strings and half a surrogate pair a NUL.
+# Only cells of this shape, a whole list of strings and nulls, go that way; Python's decoder judges the others. So it
+# does with control characters, written out or as escapes: who looks for them anyway need not look at the rest again.
+_SPACE = r"[ \t\r\n]*"
+_PAIR = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_LATIN = r"00(?:[2-689a-fA-F][0-9a-fA-F]|7[0-9a-eA-E])"
+_CODE = rf"\\u(?:{_LATIN}|0[1-9a-fA-F][0-9a-fA-F]{{2}}|[1-9a-ce-fA-CE-F][0-9a-fA-F]{{3}}|[dD][0-7][0-9a-fA-F]{{2}})"
+_TURN = rf'(?:null|"(?:[^"\\\x00-\x1f\x7f]|\\["\\/nrt]|{_CODE}|{_PAIR})*")'
+_TURN_LIST = rf"^{_SPACE}\[{_SPACE}(?:{_TURN}{_SPACE}(?:,{_SPACE}{_TURN}{_SPACE})*)?\]{_SPACE}$"
+
+# --- names to paths --------------------------------------------------------------------------------------------------
+
+
+def expand(names: Iterable[Path]) -> list[Path]:
+    """Names and globs as paths: a glob's matches sorted; a name that exists, or holds no `*?[`, as it is.
+
+    Raises:
+        DataError: a glob matches nothing.
+    """
+    paths: list[Path] = []
+    for name in names:
+        found = [name]
+        if not name.exists() and set("*?[") & set(str(name)):
+            found = [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
+        if not found:
+            raise DataError("no file matches this name", where=name, remedy="check data.folder and the pattern")
+        paths += found
+    return paths
+
+
+# --- paths to chunks -------------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path, *, rows: int | None, lossy: bool, size: int | None = None) -> Iterator[pl.DataFrame]:
+    """The first `rows` rows of a file as raw chunks.
+
+    Args:
+        path: .csv, .parquet or .jsonl.
+        rows: None: all.
+        lossy: mend broken UTF-8 instead of refusing it.
+        size: rows of a chunk; None: the whole file in one chunk (JSONL: in chunks of `CHUNK`).
+
+    Raises:
+        DataError: the file is not there, can't be read, or holds no rows.
+    """
+    readers = {".csv": _read_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"file type {path.suffix!r} can't be read; it must be one of {', '.join(readers)}",
+            where=path,
+            remedy="convert the file, or correct its name",
+        )
+    if path.is_dir():
+        raise DataError("this is a folder, not a file", where=path, remedy="name the file, or a glob for those in it")
+    if not path.is_file():
+        raise DataError("there is no such file", where=path, remedy="check data.folder and the file's name")
+    empty = True
+    try:
+        for chunk in reader(path, rows, lossy, size):
+            if len(chunk):
+                empty = False
+                yield chunk
+    except NoDataError as error:
+        raise DataError("the file is empty", where=path, remedy="fetch or write it again") from error
+    except (OSError, PolarsError, ValueError, RecursionError, csv.Error) as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"can't be read as {path.suffix.lower()[1:]}: {detail}",
+            where=path,
+            remedy="the file must be whole, in UTF-8, with as many cells in each row as the header has",
+        ) from error
+    if empty:
+        raise DataError("the file holds no rows", where=path, remedy="fetch or write it again")
+
+
+def load(path: Path) -> pl.DataFrame:
+    """A whole file's raw columns.
+
+    Raises:
+        DataError: as `read_file`.
+    """
+    return pl.concat(read_file(path, rows=None, lossy=False), how="diagonal")
+
+
+def _read_csv(path: Path, rows: int | None, lossy: bool, size: int | None) -> Iterator[pl.DataFrame]:
+    _check_header(path)
+    encoding: Literal["utf8", "utf8-lossy"] = "utf8-lossy" if lossy else "utf8"
+    if size is None:
+        frame = pl.read_csv(path, infer_schema=False, n_rows=rows, encoding=encoding, glob=False)
+        return _without_blank_tail([frame])
+    scan = pl.scan_csv(path, infer_schema=False, n_rows=rows, encoding=encoding, glob=False)
+    return _without_blank_tail(scan.collect_batches(chunk_size=size, maintain_order=True))
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what polars reads as something else: a column name that stands twice, and lines that end in CR alone."""
+    line = ""
+
+    def lines() -> Iterator[str]:
+        nonlocal line
+        for line in stream:  # noqa: UP028 (the last line that was taken is looked at below)
+            yield line
+
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+        names = next(csv.reader(lines()), [])
+    if line.endswith("\r"):
+        remedy = "save the file with line feeds (LF or CR LF)"
+        raise DataError("its lines end in a carriage return (CR) alone", where=path, remedy=remedy)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        remedy = "rename or remove all but one of each"
+        raise DataError(f"columns {twice} stand more than once in the header", where=path, remedy=remedy)
+
+
+def _without_blank_tail(chunks: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    """Blank lines at the end are no rows; one in the middle is a row that lost its id, and is said to be one."""
+    held: list[pl.DataFrame] = []
+    for chunk in chunks:
+        whole = pl.concat([*held, chunk])
+        filled = whole.select(~pl.all_horizontal(pl.all().is_null())).to_series().arg_true()
+        end = int(filled[-1]) + 1 if len(filled) else 0
+        held = [whole[end:]]
+        yield whole[:end]
+
+
+def _read_parquet(path: Path, rows: int | None, lossy: bool, size: int | None) -> Iterator[pl.DataFrame]:
+    as_text = pl.col(pl.Categorical, pl.Enum).cast(pl.String)  # pandas writes repeated texts so
+    if size is None:
+        yield pl.read_parquet(path, n_rows=rows, glob=False).with_columns(as_text)
+    else:
+        scan = pl.scan_parquet(path, n_rows=rows, glob=False).with_columns(as_text)
+        yield from scan.collect_batches(chunk_size=size, maintain_order=True)
+
+
+def _read_jsonl(path: Path, rows: int | None, lossy: bool, size: int | None) -> Iterator[pl.DataFrame]:
+    """Chunks with every name that stood so far; a record without one has a null there."""
+    names: dict[str, None] = {}
+    with path.open(encoding="utf-8-sig", errors="replace" if lossy else "strict") as stream:
+        lines = islice(((number, line) for number, line in enumerate(stream, 1) if line.strip()), rows)
+        while records := [_record(number, line) for number, line in islice(lines, size or CHUNK)]:
+            names |= dict.fromkeys(name for record in records for name in record)
+            yield pl.DataFrame([_jsonl_column(name, [record.get(name) for record in records]) for name in names])
+
+
+def _record(number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number}: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"line {number} holds no object but a {type(record).__name__}")
+    return record
+
+
+def _jsonl_column(name: str, cells: list[Any]) -> pl.Series:
+    """Lists of turns as such and everything else as text, the way a CSV has it; `_MIXED` if one type is not enough."""
+    turns = [cell if _is_turns(cell) else None for cell in cells]
+    texts = [None if _is_turns(cell) else _json_text(cell) for cell in cells]
+    sound_turns = [None if one is None else _encodable(one) for one in turns]
+    sound_texts = _encodable(texts)
+    broken = [turns[at] != sound_turns[at] or texts[at] != sound_texts[at] for at in range(len(cells))]
+    if any(broken) or (any(one is not None for one in turns) and any(text is not None for text in texts)):
+        columns = {"text": sound_texts, "turns": sound_turns, "surrogate": broken}
+        return pl.DataFrame(columns, schema=_MIXED.to_schema()).to_struct(name)
+    if any(one is not None for one in turns):
+        return pl.Series(name, sound_turns, dtype=TURNS)
+    return pl.Series(name, sound_texts, dtype=pl.String)
+
+
+def _json_text(cell: Any) -> str | None:
+    if cell is None or isinstance(cell, str):
+        return cell
+    return None if isinstance(cell, float) and math.isnan(cell) else json.dumps(cell)
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def as_text(cells: pl.Series) -> pl.Series:
+    """Cells as String. Whole floats lose their `.0` and NaN is a null: pandas makes both of a column of integers.
+
+    >>> as_text(pl.Series([7.0, float("nan"), 0.5])).to_list()
+    ['7', None, '0.5']
+    """
+    if cells.dtype == pl.String:
+        return cells
+    if cells.dtype == _MIXED:
+        turns = pl.Series(
+            [None if cell is None else json.dumps(cell.to_list()) for cell in cells.struct.field("turns")]
+        )
+        return cells.struct.field("text").zip_with(cells.struct.field("text").is_not_null(), turns.cast(pl.String))
+    if cells.dtype.is_nested() or cells.dtype == pl.Binary:
+        return pl.Series(cells.name, [None if c is None else str(c) for c in cells.to_list()], dtype=pl.String)
+    if cells.dtype.is_float():
+        cells = cells.fill_nan(None)
+        whole = cells.cast(pl.Int64, strict=False)
+        return whole.cast(pl.String).zip_with((whole == cells).fill_null(value=False), cells.cast(pl.String))
+    return cells.cast(pl.String)
+
+
+def read_turns(raw: pl.DataFrame, fields: Sequence[str], multi_turn: bool) -> tuple[list[pl.Series], Bits]:
+    """The fields' cells as lists of turns, and the flaws of each row.
+
+    A cell without any text (empty, null) is one null turn. One that is no list of turns, where there should be one,
+    is one turn with the cell's text.
+
+    Returns:
+        a List(String) a field, without nulls; `(N,)` bits of `Flaw`.
+    """
+    flaws: Bits = np.zeros(len(raw), dtype=np.uint32)
+    turns = {name: raw[name].cast(TURNS) for name in fields if raw[name].dtype in (TURNS, pl.List(pl.Null))}
+    texts = {name: as_text(raw[name]) for name in fields if name not in turns and _holds_text(raw[name].dtype)}
+    mixed = [name for name in fields if raw[name].dtype == _MIXED]
+    texts |= {name: raw[name].struct.field("text").rename(name) for name in mixed}
+    turns |= _decode(pl.DataFrame(list(texts.values())), flaws) if multi_turn else _one_turn(texts)
+    for name in mixed:
+        listed = raw[name].struct.field("turns")
+        turns[name] = listed.zip_with(listed.is_not_null(), turns[name])
+        mark(flaws, raw[name].struct.field("surrogate"), Flaw.SURROGATE)
+    decoded = set(texts) - set(mixed) if multi_turn else set()
+    for name in (name for name in fields if name not in turns):
+        turns |= _one_turn({name: as_text(raw[name])})
+        mark(flaws, raw[name].is_not_null(), Flaw.UNDECODABLE)
+    table = pl.DataFrame([turns[name].alias(name) for name in fields])
+    control = table.select(pl.exclude(decoded).list.eval(pl.element().str.contains(CONTROL)).list.any())
+    for column in control:
+        mark(flaws, column, Flaw.CONTROL_CHARACTER)
+    return _without_null_cells(table, texts, flaws), flaws
+
+
+def _holds_text(kind: pl.DataType) -> bool:
+    return kind in (pl.String, pl.Null)
+
+
+def mark(flaws: Bits, met: pl.Series, flaw: Flaw) -> None:
+    """Set the flaw's bit, in place, in the rows that a mask `(N,)` names; a null in it names none."""
+    flaws[met.fill_null(value=False).to_numpy()] |= np.uint32(flaw)
+
+
+def _one_turn(texts: dict[str, pl.Series]) -> dict[str, pl.Series]:
+    made = pl.DataFrame(list(texts.values())).with_columns(
+        pl.when(pl.col(name).is_not_null()).then(pl.concat_list(name)).alias(name) for name in texts
+    )
+    return {column.name: column for column in made}
+
+
+def _without_null_cells(turns: pl.DataFrame, texts: dict[str, pl.Series], flaws: Bits) -> list[pl.Series]:
+    """Null cells as one null turn. They are missing, unless they hold a text: `null`, which was marked before."""
+    some = pl.element().is_not_null()
+    sound = turns.select(pl.all().list.eval(some).list.any() | (pl.all().list.len() == 0))
+    for column in turns:
+        missing = column.is_null()
+        if column.name in texts:
+            missing &= texts[column.name].is_null()
+        mark(flaws, missing, Flaw.MISSING_CELL)
+        mark(flaws, ~sound[column.name], Flaw.NULL_LIST)
+    no_text = pl.lit(pl.Series([[None]], dtype=TURNS))
+    filled = (
+        pl.when(pl.col(name).is_null()).then(no_text).otherwise(pl.col(name)).alias(name) for name in turns.columns
+    )
+    return turns.select(filled).get_columns()
+
+
+def _decode(texts: pl.DataFrame, flaws: Bits) -> dict[str, pl.Series]:
+    """JSON lists of turns decoded, null where a cell holds none; all columns at once, for polars to share out."""
+    try:
+        plain, turns = _decode_plain(texts, texts.select(_one_plain_turn(pl.all())))
+    except ComputeError:  # a raw control character, or an escape that JSON does not know
+        plain, turns = _decode_plain(texts, texts.select(pl.all().is_null()))
+    made = {}
+    for name in texts.columns:
+        made[name] = turns[name]
+        odd = (~plain[name]).arg_true().to_numpy()
+        if len(odd):
+            decoded = [_decode_cell(text) for text in texts[name].gather(odd)]
+            flaws[odd] |= np.array([flaw for _, flaw in decoded], dtype=np.uint32)
+            cells = pl.Series(name, [cell for cell, _ in decoded], dtype=TURNS)
+            places = np.arange(len(texts))
+            places[odd] = len(texts) + np.arange(len(odd))
+            made[name] = pl.concat([turns[name], cells]).gather(places)
+    return made
+
+
+def _one_plain_turn(cells: pl.Expr) -> pl.Expr:
+    """Marks most cells of one turn without a pattern's look at every character: `["`, text, `"]`, and no sign of more.
+
+    Two quotes have no backslash before them (none has two). They are the first and the last, so there is one string,
+    if the cell is JSON at all, which the decoder will say; and it holds no half pair and no control character.
+    """
+    texts = cells.str
+    rare = texts.contains_any(["\\u", "\\b", "\\f", "\x7f", '\\\\"'])
+    quotes = texts.count_matches('"', literal=True) - texts.count_matches('\\"', literal=True)
+    return texts.starts_with('["') & texts.ends_with('"]') & ~texts.ends_with('\\"]') & ~rare & (quotes == 2)
+
+
+def _decode_plain(texts: pl.DataFrame, sure: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Marks cells that `sure` or the pattern vouches for (null cells too), and these decoded."""
+    unsure = (  # not null where sure: polars looks at what a null hides, too
+        pl.when(~pl.lit(sure[name])).then(pl.col(name)).otherwise(pl.lit("[]")) for name in texts.columns
+    )
+    plain = texts.select(cell.str.contains(_TURN_LIST).fill_null(value=True) for cell in unsure)
+    cells = (
+        pl.col(name) if plain[name].all() else pl.when(pl.lit(plain[name])).then(pl.col(name)) for name in texts.columns
+    )
+    return plain, texts.select(cell.str.json_decode(TURNS) for cell in cells)
+
+
+def _decode_cell(text: str) -> tuple[list[str | None] | None, Flaw]:
+    """One cell by Python's decoder, which also takes raw line breaks; what is no list of turns becomes one turn.
+
+    >>> _decode_cell('["half a pair: \\\\ud83d"]') == (["half a pair: " + REPLACEMENT], Flaw.SURROGATE)
+    True
+    >>> _decode_cell("not a list")
+    (['not a list'], <Flaw.UNDECODABLE: 4>)
+    """
+    if not text.strip():
+        return None, Flaw.MISSING_CELL
+    try:
+        value = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return [text], Flaw.UNDECODABLE | _control(text)
+    if value is None:
+        return None, Flaw.NULL_LITERAL
+    if not _is_turns(value):
+        return [text], Flaw.UNDECODABLE | _control(text)
+    turns = _encodable(value)
+    return turns, (Flaw.SURROGATE if turns != value else Flaw(0)) | _control(*turns)
+
+
+def _control(*texts: str | None) -> Flaw:
+    found = any(re.search(CONTROL, text) for text in texts if text is not None)
+    return Flaw.CONTROL_CHARACTER if found else Flaw(0)
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list) and all(turn is None or isinstance(turn, str) for turn in value)
+
+
+def _encodable(texts: Sequence[str | None]) -> list[str | None]:
+    return [None if text is None else _SURROGATE.sub(REPLACEMENT, text) for text in texts]

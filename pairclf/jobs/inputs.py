@@ -1,0 +1,55 @@
+"""From a config to what the model sees of its rows: tokenizer, recipe, token cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from pairclf.config import Config, Source
+from pairclf.data.tables import scan_rows
+from pairclf.inputs.cache import EncodedRows, Frames, TokenCache, token_cache
+from pairclf.inputs.render import InputBuilder
+from pairclf.inputs.tokenise import settle_template
+from pairclf.jobs.run import output_of
+from pairclf.model.backbone import load_tokenizer, resolve_base
+
+
+class Opened(NamedTuple):
+    """`config` with the chat template written out, the base's tokenizer, and the builder that both make."""
+
+    config: Config
+    tokenizer: Any
+    builder: InputBuilder
+
+
+def open_inputs(config: Config) -> Opened:
+    """Load the base's tokenizer and settle the wording, once for all that is done with it.
+
+    Raises:
+        ModelError: the tokenizer can't be loaded, or is not a fast one.
+        ConfigError: the wording does not fit the tokenizer or the budget.
+    """
+    tokenizer = load_tokenizer(resolve_base(config.model.base), config.model)
+    template = settle_template(config.inputs.template, tokenizer)
+    settled = config.model_copy(update={"inputs": config.inputs.model_copy(update={"template": template})})
+    return Opened(settled, tokenizer, InputBuilder(tokenizer, settled.task, settled.inputs))
+
+
+def chunks_of(config: Config, data: Path | None) -> Frames:
+    """The rows of `data.train`, or those of another, unlabelled file: as they are read, chunk by chunk."""
+    sources: Sequence[Path | Source] = [data] if data else config.data.sources
+    return lambda: scan_rows(sources, config.task, labelled=data is None, max_rows=config.data.max_rows)
+
+
+def run_cache(config: Config, builder: InputBuilder, frames: Frames) -> TokenCache:
+    """The token cache of a canonical table, in the run's folder or where `data.cache` says."""
+    folder = config.data.cache or output_of(config) / "tokens"
+    return token_cache(folder, frames, builder.tokenizer, config.task.fields, processes=config.inputs.processes)
+
+
+def encoded_rows(config: Config, builder: InputBuilder, frame: pl.DataFrame) -> EncodedRows:
+    """A canonical table as the builder shows it, from the run's token cache."""
+    return EncodedRows(run_cache(config, builder, frame.iter_slices), builder)

@@ -1,0 +1,276 @@
+"""What a budget costs and what it cuts away: the rows under several values of `inputs.max_length`, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from pairclf.config import Config
+from pairclf.console import progress, table
+from pairclf.errors import ConfigError
+from pairclf.files import atomic_file, write_json
+from pairclf.inputs.cache import EncodedRows, TokenCache
+from pairclf.inputs.plan import by_token_budget, micro_batches, random_steps
+from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
+from pairclf.jobs.inputs import chunks_of, open_inputs, run_cache
+from pairclf.model.backbone import resolve_base
+from pairclf.task import AB, Task
+
+Lengths = NDArray[np.int64]
+UNCUT = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Floating-point operations of one forward pass over `T` tokens: `linear * T + quadratic * T**2`."""
+
+    linear: float
+    quadratic: float
+
+    def of(self, lengths: Lengths) -> float:
+        tokens = lengths.astype(np.float64)
+        return float(self.linear * tokens.sum() + self.quadratic * (tokens**2).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one `max_length` does to the rows. Tokens and operations are of one order.
+
+    Attributes:
+        max_length: tokens.
+        rows: how many there are.
+        rows_cut: how many of them lose a token.
+        lost: tokens cut away, by field.
+        lost_part: the same, as a part of all the field's tokens.
+        made_identical: rows whose sides differ and look the same once they are cut.
+        tokens: of all rows, as they are seen.
+        padding: the part of the computed tokens that is padding, by the way of batching.
+        operations: floating-point operations of a forward pass, without padding.
+    """
+
+    max_length: int
+    rows: int
+    rows_cut: int
+    lost: dict[str, int]
+    lost_part: dict[str, float]
+    made_identical: int
+    tokens: int
+    padding: dict[str, float]
+    operations: float
+
+
+def lengths_of(text: str | None, config: Config) -> list[int]:
+    """`1024,2048` as numbers; seven up to twice the config's own without a text.
+
+    Raises:
+        ConfigError: they are no numbers.
+    """
+    if text is None:
+        return [round(config.inputs.max_length * part) for part in (0.25, 0.375, 0.5, 0.75, 1, 1.5, 2)]
+    try:
+        return [int(one) for one in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--at {text} is no list of whole numbers", remedy="e.g. --at 1024,1536,2048") from error
+
+
+def measure(config: Config, max_lengths: Sequence[int], data: Path | None) -> tuple[list[Budget], Lengths]:
+    """Each budget, and the rows' uncut lengths `(N,)`.
+
+    Args:
+        config: names the rows, the recipe, the base and how rows are batched.
+        max_lengths: the budgets.
+        data: an unlabelled file to measure instead of `data.train`.
+
+    Raises:
+        ConfigError: a budget is too small for the template.
+        DataError: the rows can't be read.
+    """
+    largest = config.inputs.model_copy(update={"max_length": UNCUT})  # the config's own may be too small
+    _, _, builder = open_inputs(config.model_copy(update={"inputs": largest}))
+    builders = [builder.within(length) for length in sorted(set(max_lengths))]
+    cache, cost = run_cache(config, builder, chunks_of(config, data)), cost_of(config)
+    whole = EncodedRows(cache, builder)
+    fields = cache.lengths.sum(axis=0)
+    with progress("lengths", total=len(cache) * (1 + len(builders))) as advance:
+        uncut = np.empty(len(cache), dtype=np.int64)
+        for row, shown in enumerate(whole):
+            uncut[row] = len(shown[AB].ids)
+            advance()
+        budgets = [_budget(config, cache, one, uncut, fields, cost, advance) for one in builders]
+    return budgets, uncut
+
+
+def _budget(
+    config: Config,
+    cache: TokenCache,
+    builder: InputBuilder,
+    uncut: Lengths,
+    fields: Lengths,
+    cost: Cost,
+    advance: Callable[[float], None],
+) -> Budget:
+    lengths, task = uncut.copy(), config.task
+    lost, identical = dict.fromkeys(task.fields, 0), 0
+    cut = np.flatnonzero(uncut > builder.max_length).tolist()
+    for row in cut:
+        tokens = cache[row]
+        shown = builder.assemble(tokens)[AB]
+        lengths[row] = len(shown.ids)
+        for name, count in shown.dropped.items():
+            lost[name] += count
+        identical += _made_identical(task, tokens, shown)
+        advance(1)
+    advance(len(uncut) - len(cut))
+    return Budget(
+        max_length=builder.max_length,
+        rows=len(lengths),
+        rows_cut=len(cut),
+        lost=lost,
+        lost_part={name: lost[name] / max(1, int(whole)) for name, whole in zip(task.fields, fields, strict=True)},
+        made_identical=identical,
+        tokens=int(lengths.sum()),
+        padding={name: _padding(batches, lengths) for name, batches in batchings(config, lengths).items()},
+        operations=cost.of(lengths),
+    )
+
+
+def _made_identical(task: Task, tokens: TokenisedRow, shown: Encoded) -> bool:
+    if task.swap_fields is None:
+        return False
+    whole = [[turn.tolist() for turn in tokens[name]] for name in task.swap_fields]
+    seen = [
+        [shown.ids[start:stop].tolist() for place, start, stop in shown.spans if place == name]
+        for name in task.swap_fields
+    ]
+    return whole[0] != whole[1] and seen[0] == seen[1]
+
+
+def batchings(config: Config, lengths: Lengths) -> dict[str, Iterator[Sequence[int]]]:
+    """Batches of row indices in each way that rows can be put together; the names say how."""
+    train, listed = config.train, lengths.tolist()
+    size, step_size, rows = train.rows_per_batch, train.rows_per_step, len(lengths)
+    ordered = sorted(range(rows), key=lambda row: -listed[row])
+    steps = random_steps(rows, step_size, seed=config.seed, epoch=0)
+    in_steps = (micro_batches(step, listed, size, process=0, processes=1) for step in steps)
+    budget = config.predict.tokens_per_batch
+    return {
+        f"random, {size} rows": (one.tolist() for one in random_steps(rows, size, seed=config.seed, epoch=0)),
+        f"sorted in steps of {step_size}": chain.from_iterable(in_steps),
+        f"sorted, {size} rows": iter([ordered[start : start + size] for start in range(0, rows, size)]),
+        f"sorted, {budget:,} tokens": iter(by_token_budget(listed, budget)),
+        "packed": iter([[row] for row in range(rows)]),
+    }
+
+
+def _padding(batches: Iterator[Sequence[int]], lengths: Lengths) -> float:
+    """The part of `rows x longest row` over all batches that is padding."""
+    real = computed = 0
+    for rows in batches:
+        one = lengths[np.asarray(rows)]
+        real += int(one.sum())
+        computed += int(one.max()) * len(rows)
+    return 1 - real / computed
+
+
+def cost_of(config: Config) -> Cost:
+    """The cost of the base model's forward pass, from its config alone: no weights are read.
+
+    A weight of a linear layer takes two operations a token. Attention takes, in each layer, four operations for each
+    pair of positions, head and dimension of a head; under a causal mask half of the pairs count. Sliding windows,
+    norms and activations are left out.
+    """
+    source = resolve_base(config.model.base)
+    settings = AutoConfig.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+    with torch.device("meta"):
+        model: nn.Module = AutoModel.from_config(  # type: ignore[no-untyped-call]
+            settings, trust_remote_code=config.model.trust_remote_code
+        )
+    weights = sum(one.weight.numel() for one in model.modules() if isinstance(one, nn.Linear))
+    text = settings.get_text_config()
+    heads = text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    return Cost(linear=2.0 * weights, quadratic=2.0 * text.num_hidden_layers * width)
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What the costs are shown for: `rows` rows in `orders` orders at `tflops` operations (10^12) a second."""
+
+    rows: int
+    orders: int
+    tflops: float
+
+    def hours(self, budget: Budget) -> float:
+        return budget.operations * self.rows / budget.rows * self.orders / self.tflops / 1e12 / 3600
+
+
+def render(budgets: Sequence[Budget], scale: Scale) -> list[Table]:
+    """Two tables: what is cut, and what it costs."""
+    first = budgets[0]
+    cuts = table("What is cut", "max_length", "rows cut", *(f"{name} lost" for name in first.lost), "made identical")
+    scaled = f"{scale.rows:,} rows in {scale.orders} order(s) at {scale.tflops:g} TFLOP/s; padding by batching"
+    costs = table(f"What it costs: {scaled}", "max_length", "tokens", "hours", *first.padding)
+    for one in budgets:
+        parts = (f"{part:.2%}" for part in one.lost_part.values())
+        cuts.add_row(
+            f"{one.max_length:,}",
+            f"{one.rows_cut:,} ({one.rows_cut / one.rows:.1%})",
+            *parts,
+            f"{one.made_identical:,}",
+        )
+        tokens = one.tokens * scale.rows / one.rows * scale.orders
+        wastes = (f"{part:.1%}" for part in one.padding.values())
+        costs.add_row(f"{one.max_length:,}", f"{tokens / 1e6:,.1f} M", f"{scale.hours(one):,.2f}", *wastes)
+    return [cuts, costs]
+
+
+def write_report(folder: Path, budgets: Sequence[Budget], uncut: Lengths, scale: Scale) -> tuple[Path, Path]:
+    """Write `lengths.json` (the figures) and `lengths.html` (the plots, which need no network), each atomically."""
+    figures, page = folder / "lengths.json", folder / "lengths.html"
+    hours = [scale.hours(one) for one in budgets]
+    write_json(figures, {"scale": asdict(scale), "hours": hours, "budgets": [asdict(one) for one in budgets]})
+    with atomic_file(page) as temporary:
+        temporary.write_text(_plots(budgets, uncut, hours), encoding="utf-8")
+    return figures, page
+
+
+def _plots(budgets: Sequence[Budget], uncut: Lengths, hours: Sequence[float]) -> str:
+    """A page with four plots over `max_length`."""
+    from plotly.subplots import make_subplots
+
+    titles = ("Rows by their uncut length", "Rows cut and tokens lost, %", "Padding, % of computed tokens", "Hours")
+    figure = make_subplots(rows=2, cols=2, subplot_titles=titles, vertical_spacing=0.12)
+    lengths = [one.max_length for one in budgets]
+
+    def curves(title: str, row: int, col: int, named: dict[str, list[float]]) -> None:
+        for name, values in named.items():
+            group = {"legendgroup": title, "legendgrouptitle_text": title}
+            figure.add_scatter(x=lengths, y=values, name=name, row=row, col=col, showlegend=len(named) > 1, **group)
+        figure.update_xaxes(title_text="max_length", row=row, col=col)
+
+    edges = np.geomspace(max(1, uncut.min()), uncut.max() + 1, 60)
+    counts, _ = np.histogram(uncut, edges)
+    figure.add_bar(x=edges[:-1], y=counts, width=np.diff(edges), offset=0, name="rows", showlegend=False, row=1, col=1)
+    for length in lengths:
+        figure.add_vline(x=length, line_dash="dot", line_width=1, row=1, col=1)
+    lost = {name: [100 * one.lost_part[name] for one in budgets] for name in budgets[0].lost_part}
+    curves(titles[1], 1, 2, {"rows cut": [100 * one.rows_cut / one.rows for one in budgets], **lost})
+    padding = {name: [100 * one.padding[name] for one in budgets] for name in budgets[0].padding}
+    curves(titles[2], 2, 1, padding)
+    curves(titles[3], 2, 2, {"hours": list(hours)})
+    figure.update_xaxes(title_text="tokens", type="log", row=1, col=1)
+    figure.update_layout(template="plotly_white", height=850, title="pairclf lengths")
+    page: str = figure.to_html(include_plotlyjs=True, full_html=True)
+    return page

@@ -1,0 +1,274 @@
+"""Near-duplicates: found at and above the threshold, never below it, whatever else is searched, in any script."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+import unicodedata
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pairclf.data.duplicates import (
+    RECALL,
+    SHINGLE,
+    NearIndex,
+    _bands,
+    clusters,
+    near_overlap,
+    normalised_prompts,
+    shingles,
+)
+from pairclf.task import LMSYS, Task
+
+WORDS = [
+    one + other for one in ("sea", "moon", "fire", "glass", "iron", "cloud") for other in ("bird", "way", "kin", "log")
+]
+
+
+def canonical(prompts: list[list[str | None]]) -> pl.DataFrame:
+    texts = {"prompt": prompts, "response_a": [["a"]] * len(prompts), "response_b": [["b"]] * len(prompts)}
+    kinds = dict.fromkeys(texts, pl.List(pl.String))
+    return pl.DataFrame({"id": [str(row) for row in range(len(prompts))], **texts}, schema_overrides=kinds)
+
+
+def normal(*prompts: str) -> list[str]:
+    return normalised_prompts(canonical([[prompt] for prompt in prompts]), LMSYS).to_list()
+
+
+def some_words(count: int, seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    return ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(count)]
+
+
+def plain_jaccard(one: str, other: str) -> float:
+    """As the textbook has it, over sets of texts."""
+    a, b = ({text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)} for text in (one, other))
+    return len(a & b) / len(a | b) if a and b else 0.0
+
+
+def plain_clusters(prompts: list[str], threshold: float) -> list[int]:
+    """Every pair compared, labels spread until nothing changes."""
+    firsts = list(range(len(prompts)))
+    changed = True
+    while changed:
+        changed = False
+        for one in range(len(prompts)):
+            for other in range(one):
+                if plain_jaccard(prompts[one], prompts[other]) >= threshold and firsts[one] != firsts[other]:
+                    firsts[one] = firsts[other] = min(firsts[one], firsts[other])
+                    changed = True
+    return firsts
+
+
+# --- the normal form -------------------------------------------------------------------------------------------------
+
+
+@given(st.text(max_size=30))
+@settings(deadline=None)
+def test_the_normal_form_is_one_and_ignores_case_and_space(text: str) -> None:
+    (once,) = normal(text)
+    assert normal(f" \n{text}\t ", once) == [once] * 2
+    if text.isascii():
+        assert normal(text.upper(), text.replace(" ", " \t")) == [once] * 2
+    assert once == once.strip(" \t\n\r")
+    assert not any(blank in once for blank in ("  ", "\t", "\n", "\r", "\u00a0", "\u3000"))
+
+
+@given(st.text(max_size=30))
+@settings(deadline=None)
+def test_the_normal_form_is_that_of_unicode(text: str) -> None:
+    expected = unicodedata.normalize("NFKC", text).lower().replace("ß", "ss").replace("ς", "σ")
+    spaced = expected.translate(dict.fromkeys(range(0x1C, 0x20), "x"))  # Python takes four separators for white space
+    assert normal(text)[0].translate(dict.fromkeys(range(0x1C, 0x20), "x")) == " ".join(spaced.split())
+
+
+def test_fields_that_stay_make_the_prompt() -> None:
+    frame = canonical([["What is\n it?"], ["What is", None, "it?"], [], [None], [""], [" \n"]])
+    assert normalised_prompts(frame, LMSYS).to_list() == ["what is it?"] * 2 + [""] * 4
+    two = Task(
+        name="two",
+        fields=("prompt", "context", "l", "r"),
+        classes=("x", "y"),
+        swap_fields=("l", "r"),
+        swap_classes=("x", "y"),
+    )
+    columns = {"id": ["1"], "prompt": [["P"]], "context": [["C "]], "l": [["l"]], "r": [["r"]]}
+    assert normalised_prompts(pl.DataFrame(columns), two).to_list() == ["p\nc"]
+
+
+def test_a_pair_and_its_mirror_are_equal_where_a_swap_moves_every_field() -> None:
+    task = Task(name="pair", fields=("a", "b"), classes=("l", "r"), swap_fields=("a", "b"), swap_classes=("l", "r"))
+    frame = pl.DataFrame({"id": ["1", "2", "3"], "a": [["X "], ["y"], [""]], "b": [["y"], ["x"], [""]]})
+    assert normalised_prompts(frame, task).to_list() == ["x\ny", "x\ny", ""]
+
+
+# --- shingles and their index ----------------------------------------------------------------------------------------
+
+
+@given(st.text(max_size=60), st.text(max_size=60))
+@settings(deadline=None)
+def test_shingles_are_as_many_as_there_are_different_texts(one: str, other: str) -> None:
+    texts = [{text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)} for text in (one, other)]
+    hashes = [shingles(text) for text in (one, other)]
+    assert [len(found) for found in hashes] == [len(found) for found in texts]
+    assert len(np.intersect1d(*hashes)) == len(texts[0] & texts[1])
+
+
+def test_the_bands_keep_their_promise() -> None:
+    for threshold in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0):
+        bands, rows = _bands(threshold)
+        assert 1 - (1 - threshold**rows) ** bands >= RECALL
+        assert bands * rows <= 128
+    assert _bands(0.8) == (25, 5)
+    assert _bands(0.001) == (128, 1)
+
+
+long = st.lists(st.sampled_from(WORDS), min_size=8, max_size=14).map(" ".join)
+
+
+@st.composite
+def families(draw: st.DrawFn) -> list[str]:
+    """Prompts and close variants of them, in any order, all different."""
+    found = set()
+    for base in draw(st.lists(long, min_size=1, max_size=4)):
+        found.add(base)
+        for _ in range(draw(st.integers(0, 3))):
+            words = base.split()
+            words[draw(st.integers(0, len(words) - 1))] = draw(st.sampled_from(WORDS))
+            found.add(" ".join(words))
+    return draw(st.permutations(sorted(found)))
+
+
+@given(families(), st.sampled_from([0.6, 0.8, 0.9]))
+@settings(max_examples=60, deadline=None, derandomize=True)  # one pair in 20,000 may be missed
+def test_clusters_are_those_of_all_pairs(prompts: list[str], threshold: float) -> None:
+    assert clusters(prompts, threshold).tolist() == plain_clusters(prompts, threshold)
+
+
+def test_the_threshold_itself_is_near_and_what_is_below_is_not() -> None:
+    base, more = "abcdefghijkl", "abcdefghijklmn"  # 8 shingles, and two more: 8 / 10
+    assert plain_jaccard(base, more) == 0.8
+    assert clusters([base, more], 0.8).tolist() == [0, 0]
+    assert clusters([base, more], 0.81).tolist() == [0, 1]
+    assert clusters([base, more], None).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["word", "end", "start"])
+def test_planted_near_duplicates_are_found(kind: str) -> None:
+    """A word changed in sixty, punctuation at the end, a greeting before it: 200 of 200."""
+    originals = [some_words(60, seed) for seed in range(200)]
+    changed = {
+        "word": [[*words[:30], "zeppelin", *words[31:]] for words in originals],
+        "end": [[*words, "!!!"] for words in originals],
+        "start": [["hello,", *words] for words in originals],
+    }[kind]
+    prompts = [" ".join(words) for words in [*originals, *changed]]
+    assert clusters(prompts, 0.8).tolist() == [*range(200), *range(200)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "請用三句話解釋量子糾纏是什麼，並給出一個日常生活中的比喻，讓一個十歲的孩子也能聽得懂。",
+        "Объясни, пожалуйста, чем отличается список от кортежа в языке Python, и приведи пример.",
+        "اشرح لي من فضلك الفرق بين القائمة والصف في لغة البرمجة بايثون مع مثال قصير وواضح.",
+        "양자 얽힘이 무엇인지 세 문장으로 설명하고 일상 생활의 비유를 하나 들어 주세요. 쉽게 부탁해요.",
+        "🙂🙃 emoji galore 🎉🎉 what do these mean: 🐙🦑🦐🦞🦀 and 🍎🍏🍐🍊🍋 thank you",
+    ],
+)
+def test_scripts_and_forms(text: str) -> None:
+    forms = normal(text, unicodedata.normalize("NFD", text), text.upper(), f"  {text}\n", text + " ?!", "𝐖hat is this?")
+    assert len(set(forms[:4])) == 1
+    assert clusters([forms[0], forms[4], forms[5]], 0.8).tolist() == [0, 0, 2]
+
+
+def test_far_and_short_prompts_stay_apart() -> None:
+    prompts = normal("What is 2+2?", "Who wrote Hamlet?", "hi", "hi!", "hey", "a", "你好", "你好吗", "what is 2+2? ")
+    firsts = clusters(list(dict.fromkeys(prompts)), 0.8)
+    assert firsts.tolist() == list(range(8))
+    assert clusters([], 0.8).tolist() == []
+
+
+def test_near_names_one_prompt_a_label() -> None:
+    prompts = [" ".join([*some_words(30), end]) for end in ("one", "two", "three", "four")]
+    index, labels = NearIndex(prompts, 0.8), np.array([0, 1, 1, -1])
+    assert sorted(labels[index.near(3, labels)].tolist()) == [0, 1]
+    assert index.near(0, labels).tolist() == []
+    assert index.near(3, np.array([0, -1, -1, -1])).tolist() == [0]
+
+
+def test_thousands_of_near_duplicates_take_seconds() -> None:
+    """A template with 5,000 fillings: 12 million pairs, and a handful of comparisons for each prompt."""
+    template = " ".join(some_words(40))
+    prompts = [f"{template} {number}" for number in range(5_000)]
+    index = NearIndex(prompts, 0.8)
+    compared = 0
+    alike = index._alike
+
+    def counted(place: int, others: np.ndarray) -> np.ndarray:
+        nonlocal compared
+        compared += len(others)
+        return alike(place, others)
+
+    index._alike = counted  # type: ignore[method-assign]
+    labels = np.zeros(5_000, dtype=np.int64)
+    assert all(len(met) for place, met in index.walk(labels) if place)
+    assert compared < 50_000
+    start = time.process_time()
+    assert set(clusters([f"question {number}" for number in range(5_000)], 0.8)) > {0}
+    assert time.process_time() - start < 20
+
+
+def test_long_prompts() -> None:
+    """A book with a page before it: no sketch may hang on where a text starts."""
+    book = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=60_000))
+    assert clusters([book, "x" * 60_000, "preface " * 100 + book], 0.8).tolist() == [0, 1, 0]
+
+
+# --- overlap ---------------------------------------------------------------------------------------------------------
+
+
+def test_overlap_is_equal_or_near() -> None:
+    text = " ".join(some_words(60))
+    seen = canonical([[text], ["What is 2+2?"], [""], ["who are you"]])
+    frame = canonical(
+        [[f"{text.upper()}!"], ["what is  2+2?"], [""], ["Who wrote Hamlet?"], [None], [text], [f"{text}!"]]
+    )
+    assert near_overlap(frame, seen, LMSYS, 0.8).to_list() == [True, True, False, False, False, True, True]
+    assert near_overlap(frame, seen, LMSYS, None).to_list() == [False, True, False, False, False, True, False]
+    assert near_overlap(frame, seen.clear(), LMSYS, 0.8).to_list() == [False] * 7
+    assert near_overlap(frame.clear(), seen, LMSYS, 0.8).dtype == pl.Boolean
+
+
+@given(families(), families())
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_overlap_hangs_on_pairs_alone(one: list[str], other: list[str]) -> None:
+    expected = [any(plain_jaccard(text, known) >= 0.8 or text == known for known in other) for text in one]
+    frame, seen = (canonical([[text] for text in texts]) for texts in (one, other))
+    assert near_overlap(frame, seen, LMSYS, 0.8).to_list() == expected
+
+
+def test_the_same_in_every_process() -> None:
+    code = (
+        "from pairclf.data.duplicates import clusters, shingles\n"
+        "prompts = [' '.join(str(i * j % 97) for j in range(40 + i % 3)) for i in range(60)]\n"
+        "print(clusters(prompts, 0.5).tolist(), shingles('ünï çødé')[0])"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "77")
+    }
+    assert len(said) == 1

@@ -1,0 +1,192 @@
+"""The token cache: the same inputs as without it, whatever the chunks and processes; never stale, never half there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from datasets import Dataset
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from pairclf.config import resolve
+from pairclf.data.tables import to_rows
+from pairclf.errors import DataError
+from pairclf.inputs import cache as module
+from pairclf.inputs.cache import MANIFEST, TOKENS, EncodedRows, TokenCache, token_cache
+from pairclf.inputs.render import Encoded, InputBuilder
+from pairclf.model.backbone import load_tokenizer
+from pairclf.task import LMSYS
+
+TURNS = st.lists(st.none() | st.text(alphabet="ab é<eos>", max_size=12), max_size=4)
+TABLES = st.lists(st.tuples(TURNS, TURNS, TURNS), max_size=12)
+ROWS = [(["hi", None], ["yes"], ["no " * 9]), ([], [""], []), (["hi"], ["a" * 300, "b"], ["c"]), ([None], ["é"], ["é"])]
+
+
+def frame_of(rows: list[tuple[list[str | None], ...]]) -> pl.DataFrame:
+    turns = [
+        pl.Series(name, [row[at] for row in rows], dtype=pl.List(pl.String)) for at, name in enumerate(LMSYS.fields)
+    ]
+    ids = pl.Series("id", [f"r{number}" for number in range(len(rows))], dtype=pl.String)
+    target = pl.Series("target", [None] * len(rows), dtype=pl.List(pl.Float64))
+    return pl.DataFrame([ids, *turns, target]).with_columns(weight=pl.lit(1.0))
+
+
+@pytest.fixture(scope="session")
+def builder(base_of: Callable[[str], Path]) -> InputBuilder:
+    tokenizer = load_tokenizer(str(base_of("gemma2")), resolve({}).model)
+    return InputBuilder(tokenizer, LMSYS, resolve({"inputs": {"max_length": 120}}).inputs)
+
+
+def cache_of(
+    folder: Path, frame: pl.DataFrame, builder: InputBuilder, *, size: int = 3, processes: int = 1
+) -> TokenCache:
+    return token_cache(folder, lambda: frame.iter_slices(size), builder.tokenizer, LMSYS.fields, processes=processes)
+
+
+def plain(encoded: tuple[Encoded, ...]) -> list[Any]:
+    return [(one.ids.tolist(), one.spans, one.dropped) for one in encoded]
+
+
+@hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(rows=TABLES, size=st.integers(1, 5))
+def test_a_row_from_the_cache_is_the_row_itself(
+    tmp_path_factory: pytest.TempPathFactory, builder: InputBuilder, rows: list[tuple[Any, ...]], size: int
+) -> None:
+    frame = frame_of(rows)
+    cache = cache_of(tmp_path_factory.mktemp("cache"), frame, builder, size=size)
+    encoded = EncodedRows(cache, builder)
+    assert len(encoded) == len(rows)
+    assert cache.ids.to_list() == frame["id"].to_list()
+    assert [plain(one) for one in encoded] == [plain(one) for one in builder.encode(to_rows(frame, LMSYS))]
+    tokens = [[sum(map(len, row[name])) for name in LMSYS.fields] for row in cache]
+    assert cache.lengths.tolist() == tokens
+
+
+def test_rows_are_found_by_id_in_any_order(tmp_path: Path, builder: InputBuilder) -> None:
+    frame = frame_of(ROWS)
+    encoded = EncodedRows(cache_of(tmp_path, frame, builder), builder)
+    picked = encoded.of(pl.Series(["r2", "r0"]))
+    assert [plain(one) for one in picked] == [plain(encoded[2]), plain(encoded[0])]
+    assert [plain(one) for one in picked[:1]] == [plain(encoded[2])]
+    with pytest.raises(DataError, match="not tokenised"):
+        encoded.of(pl.Series(["r2", "of another file"]))
+    with pytest.raises(IndexError):
+        encoded[4]
+
+
+def test_it_is_mapped_and_not_read(tmp_path: Path, builder: InputBuilder) -> None:
+    cache = cache_of(tmp_path, frame_of(ROWS), builder)
+    ids = cache[2]["response_a"][0]
+    assert len(ids) == 300
+    assert not ids.flags.owndata
+    assert not ids.flags.writeable
+
+
+def test_it_opens_with_datasets(tmp_path: Path, builder: InputBuilder) -> None:
+    cache_of(tmp_path, frame_of(ROWS), builder)
+    (file,) = tmp_path.rglob(TOKENS)
+    dataset = Dataset.from_file(str(file))
+    assert dataset["id"][:] == ["r0", "r1", "r2", "r3"]
+    assert dataset[2]["turns"] == [2, 300, 1, 1]
+
+
+def test_whatever_could_change_a_token_makes_another_cache(
+    tmp_path: Path, builder: InputBuilder, base_of: Callable[[str], Path]
+) -> None:
+    def folders() -> int:
+        return len(list(tmp_path.rglob(MANIFEST)))
+
+    frame = frame_of(ROWS)
+    cache_of(tmp_path, frame, builder)
+    cache_of(tmp_path, frame, builder, size=1)  # chunks do not count
+    cache_of(tmp_path, frame, builder.within(90))  # nor does the budget: it is applied to what is stored
+    assert folders() == 1
+    one_byte = [*ROWS[:3], ([None], ["é"], ["e"])]
+    moved = [*ROWS[:1], ([""], [], []), *ROWS[2:]]  # the same texts, in other fields
+    for number, changed in enumerate((frame_of(one_byte), frame_of(moved), frame.reverse(), frame.head(3)), start=2):
+        cache_of(tmp_path, changed, builder)
+        assert folders() == number
+    tokenizer = load_tokenizer(str(base_of("gemma2")), resolve({}).model)
+    tokenizer.add_tokens(["hi"])
+    cache_of(tmp_path, frame, InputBuilder(tokenizer, LMSYS, resolve({}).inputs))
+    assert folders() == 6
+
+
+def test_it_is_built_once(tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = cache_of(tmp_path, frame_of(ROWS), builder)
+    monkeypatch.setattr(module, "_build", lambda *_, **__: pytest.fail("built again"))
+    again = cache_of(tmp_path, frame_of(ROWS), builder)
+    assert [one.tolist() for one in first[2]["response_a"]] == [one.tolist() for one in again[2]["response_a"]]
+
+
+def test_several_processes_build_the_same(tmp_path: Path, builder: InputBuilder) -> None:
+    frame = frame_of([([f"question {n}"], ["a" * (n % 50)], ["b", None]) for n in range(5000)])
+    cache_of(tmp_path / "one", frame, builder, size=2000)
+    cache_of(tmp_path / "two", frame, builder, size=2000, processes=2)
+    one, two = (next((tmp_path / name).rglob(TOKENS)).read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_process_that_dies_is_told_and_leaves_nothing(
+    tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = module.ProcessPoolExecutor
+
+    def killed(processes: int, context: Any, start: Any, arguments: Any) -> Any:
+        return pool(processes, context, _kill_myself)
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", killed)
+    with pytest.raises(DataError, match="killed"):
+        cache_of(tmp_path, frame_of(ROWS), builder, processes=2)
+    assert list(tmp_path.rglob(MANIFEST)) == []
+
+
+def _kill_myself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import polars as pl
+from pairclf.config import resolve
+from pairclf.inputs import cache
+from pairclf.inputs.tokenise import TurnTokenizer
+from pairclf.model.backbone import load_tokenizer
+import test_cache
+frame = test_cache.frame_of(test_cache.ROWS * 3000)
+tokenise = cache.tokenise_chunk
+def slow(*args):
+    print("chunk", flush=True)
+    time.sleep(0.05)
+    return tokenise(*args)
+cache.tokenise_chunk = slow
+tokenizer = TurnTokenizer(load_tokenizer(sys.argv[1], resolve({}).model))
+cache.token_cache(Path(sys.argv[2]), lambda: frame.iter_slices(4000), tokenizer, test_cache.LMSYS.fields, processes=1)
+"""
+
+
+def test_a_killed_build_leaves_nothing_that_looks_whole(
+    tmp_path: Path, builder: InputBuilder, base_of: Callable[[str], Path]
+) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    command = [sys.executable, "-c", KILLED, str(base_of("gemma2")), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}) as process:
+        assert process.stdout is not None
+        for _ in range(4):
+            assert process.stdout.readline().strip() == b"chunk"
+        process.kill()
+    assert any(tmp_path.iterdir())  # something was begun
+    assert list(tmp_path.rglob(MANIFEST)) == []
+    frame = frame_of(ROWS * 3000)
+    frame = frame.with_columns(id=pl.Series([f"r{number}" for number in range(len(frame))]))
+    assert len(cache_of(tmp_path, frame, builder, size=4000)) == 12_000
