@@ -1,4 +1,4 @@
-"""Whole or not at all: atomic files and folders, content hashes, and YAML and JSON as we write them.
+"""Whole or not at all: atomic files and folders, locks, content hashes, and YAML and JSON as we write them.
 
 A reader never sees half a file: everything is written beside its destination, synced, and renamed over it.
 A killed process leaves a `.tmp-…` entry that nothing reads and that the next writer of the same path removes.
@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from pairclf.console import console
 from pairclf.errors import PairclfError
 
 _CHUNK = 1 << 20  # bytes
@@ -115,6 +118,22 @@ def atomic_folder(path: Path, *, known_by: str) -> Iterator[Path]:
         raise
     _remove(old)
     _sync(path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; where another process holds it, say so and wait. A killed process holds none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"waiting for another process, which holds {path}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

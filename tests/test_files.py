@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from random import Random
@@ -13,7 +15,7 @@ from random import Random
 import pytest
 
 from pairclf.errors import PairclfError
-from pairclf.files import atomic_file, atomic_folder, sha256_tree, write_json, write_text
+from pairclf.files import atomic_file, atomic_folder, locked, sha256_tree, write_json, write_text
 
 
 def _full_disk(*_: object, **__: object) -> None:
@@ -125,3 +127,28 @@ def test_killed_at_any_moment_what_is_found_is_whole(tmp_path: Path) -> None:
         alone = (tmp_path / "file").read_text()
         assert first == second == first[: len(first) // 1000] * 1000
         assert alone == alone[: len(alone) // 1000] * 1000
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from pairclf.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_is_waited_for_and_falls_with_its_holder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "below" / ".lock"
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        killer = threading.Timer(0.3, holder.kill)
+        killer.start()
+        with locked(path):
+            assert holder.wait() == -signal.SIGKILL
+    assert "waiting for another process" in " ".join(capsys.readouterr().err.split())
+    with locked(path):  # and again, at once
+        assert capsys.readouterr().err == ""

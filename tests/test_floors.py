@@ -16,7 +16,7 @@ FLOORS = {
     "data": 1, "scores": 1, "inputs": 2, "model": 3, "jobs": 4, "packaging": 4, "cli": 5, "__main__": 5,
 }  # fmt: skip
 ROOMS = {
-    "words": ["errors", "files", "console", "task", "config"],
+    "words": ["errors", "console", "files", "task", "config"],
     "data": ["formats", "tables", "arena", "duplicates", "folds", "audit"],
     "scores": ["metrics", "calibration", "blend"],
     "inputs": ["truncate", "tokenise", "render", "plan", "cache"],

@@ -235,7 +235,8 @@ def _judge_flaws(judge: _Judge) -> None:
 
 def _pair_keys(frame: pl.DataFrame, task: Task) -> pl.DataFrame:
     """`row`, and 64-bit hashes of the fields' turns: `pair` as they stand, `mirror` with the sides exchanged."""
-    hashes = frame.select(pl.col(task.fields).hash())
+    turns = pl.col(task.fields).list.eval(_TURN.hash())  # polars below 2 hashes no list of texts
+    hashes = frame.select(turns).select(pl.all().hash())
     mirrored = list(task.swapped_fields.values())
     return hashes.select(pair=pl.struct(task.fields).hash(), mirror=pl.struct(mirrored).hash()).with_row_index("row")
 

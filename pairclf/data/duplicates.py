@@ -72,13 +72,13 @@ def near_overlap(frame: pl.DataFrame, seen: pl.DataFrame, task: Task, threshold:
     """
     prompts, known = (normalised_prompts(table, task) for table in (frame, seen))
     known = known.filter(known != "").unique(maintain_order=True)
-    overlap = prompts.is_in(known.implode()).alias("overlap")
+    overlap = prompts.is_in(known.to_list()).alias("overlap")
     fresh = prompts.filter(~overlap & (prompts != "")).unique(maintain_order=True)
     if threshold is None or fresh.is_empty():
         return overlap
     labels = np.concatenate([np.zeros(len(known), np.int64), np.full(len(fresh), -1)])
     near = [len(met) > 0 for _, met in NearIndex([*known, *fresh], threshold).walk(labels, start=len(known))]
-    return overlap | prompts.is_in(fresh.filter(pl.Series(near)).implode())
+    return overlap | prompts.is_in(fresh.filter(pl.Series(near)).to_list())
 
 
 def clusters(prompts: Sequence[str], threshold: float | None) -> Places:

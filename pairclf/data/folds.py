@@ -167,8 +167,8 @@ def read_folds(path: Path, frame: pl.DataFrame, *, n: int) -> pl.DataFrame:
     for what, rows in (
         (f"folds must be whole numbers from 0 to {n - 1}, or -1 for a row that is set aside", ids.filter(~legal)),
         ("ids stand twice", ids.filter(ids.is_duplicated()).unique(maintain_order=True)),
-        ("rows of the data have no fold", frame["id"].filter(~frame["id"].is_in(ids.implode()))),
-        ("ids are not in the data", ids.filter(~ids.is_in(frame["id"].implode()))),
+        ("rows of the data have no fold", frame["id"].filter(~frame["id"].is_in(ids.to_list()))),
+        ("ids are not in the data", ids.filter(~ids.is_in(frame["id"].to_list()))),
     ):
         if len(rows):
             raise DataError(what, where=path, rows=rows.to_list(), remedy=_REMAKE)
@@ -190,7 +190,7 @@ def assert_no_leak(train: pl.DataFrame, held_out: pl.DataFrame, task: Task, near
     Raises:
         LeakError: with the ids of the held-out rows that do.
     """
-    known = held_out["id"].is_in(train["id"].implode())
+    known = held_out["id"].is_in(train["id"].to_list())
     seen = known | near_overlap(held_out, train, task, near)
     if seen.any():
         nearly = "" if near is None else f", or have nearly the same prompt (folds.near={near})"

@@ -499,8 +499,8 @@ def _score_problems(ids: pl.Series, values: Probabilities, task: Task) -> list[D
 
 def _different_ids(given: pl.Series, wanted: pl.Series, holder: str) -> list[DataError]:
     problems = []
-    missing = wanted.filter(~wanted.is_in(given.implode())).to_list()
-    unknown = given.filter(~given.is_in(wanted.implode())).to_list()
+    missing = wanted.filter(~wanted.is_in(given.to_list())).to_list()
+    unknown = given.filter(~given.is_in(wanted.to_list())).to_list()
     if missing:
         what = f"{holder} lack {len(missing):,} ids of the sample submission"
         problems.append(DataError(what, rows=missing, remedy="score the test file that the sample belongs to"))

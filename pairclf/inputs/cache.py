@@ -8,6 +8,7 @@ A cache is named by a hash of all that it was made from; it is written under ano
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from bisect import bisect_right
 from collections import deque
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import polars as pl
@@ -25,9 +26,9 @@ from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
-from pairclf.console import progress
+from pairclf.console import console, progress
 from pairclf.errors import DataError
-from pairclf.files import atomic_folder, write_json
+from pairclf.files import atomic_folder, locked, sha256_file, write_json
 from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
 from pairclf.inputs.tokenise import TurnTokenizer
 from pairclf.inputs.truncate import Ids
@@ -151,12 +152,38 @@ def token_cache(
     digest, rows = _digest(frames(), fields)
     made_from = {"format": FORMAT, "fields": list(fields), "data": digest, "tokenizer": tokenizer.fingerprint}
     place = folder / hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-    if not (place / MANIFEST).is_file():
-        processes = processes or (len(os.sched_getaffinity(0)) if rows >= WORTH_PROCESSES else 1)
-        with atomic_folder(place, known_by=MANIFEST) as new:
-            _build(new / TOKENS, frames(), tokenizer, fields, processes=processes, rows=rows)
-            write_json(new / MANIFEST, {**made_from, "rows": rows})
+    if not _is_sound(place):
+        with locked(folder / f".{place.name}.lock"):  # several folds may be started at once
+            if not _is_sound(place):
+                _replace(place, made_from, frames(), tokenizer, fields, processes=processes, rows=rows)
     return TokenCache(place, fields)
+
+
+def _is_sound(place: Path) -> bool:
+    """Whether the cache is there, byte by byte as it was written."""
+    try:
+        made = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+        return bool(made["sha256"] == sha256_file(place / TOKENS))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _replace(
+    place: Path,
+    made_from: dict[str, Any],
+    frames: Iterable[pl.DataFrame],
+    tokenizer: TurnTokenizer,
+    fields: Sequence[str],
+    *,
+    processes: int | None,
+    rows: int,
+) -> None:
+    if place.exists():
+        console.print(f"note: the token cache {place} is damaged, and is built again")
+    processes = processes or (len(os.sched_getaffinity(0)) if rows >= WORTH_PROCESSES else 1)
+    with atomic_folder(place, known_by=MANIFEST if (place / MANIFEST).exists() else TOKENS) as new:
+        _build(new / TOKENS, frames, tokenizer, fields, processes=processes, rows=rows)
+        write_json(new / MANIFEST, {**made_from, "rows": rows, "sha256": sha256_file(new / TOKENS)})
 
 
 def _digest(frames: Iterable[pl.DataFrame], fields: Sequence[str]) -> tuple[str, int]:

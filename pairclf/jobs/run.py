@@ -12,6 +12,7 @@ from pairclf.data.audit import clean, exclude_overlap, note_changes
 from pairclf.data.folds import assert_no_leak, make_folds, read_folds, write_folds
 from pairclf.data.tables import read_rows
 from pairclf.errors import ConfigError, DataError
+from pairclf.files import locked
 
 FOLDS, OOF, OOF_AB = "folds.csv", "oof.parquet", "oof-ab.parquet"
 BUNDLE = "bundle"
@@ -85,13 +86,15 @@ def folds_of(config: Config, frame: pl.DataFrame, *, renew: bool = False) -> pl.
     Raises:
         DataError: the file does not cover these rows, or holds another number of folds than `folds.n`.
     """
-    path = output_of(config) / FOLDS
-    if path.exists() and not renew:
-        return read_folds(path, frame, n=config.folds.n)
-    settings = config.folds
-    folds = make_folds(frame, config.task, n=settings.n, seed=config.seed, near=settings.near, stable=settings.stable)
-    write_folds(path, folds)
-    return folds
+    path, settings = output_of(config) / FOLDS, config.folds
+    with locked(path.with_name(f".{FOLDS}.lock")):  # several folds may be started at once
+        if path.exists() and not renew:
+            return read_folds(path, frame, n=settings.n)
+        made = make_folds(
+            frame, config.task, n=settings.n, seed=config.seed, near=settings.near, stable=settings.stable
+        )
+        write_folds(path, made)
+    return made
 
 
 def split(config: Config, frame: pl.DataFrame, fold: int | None) -> tuple[pl.DataFrame, pl.DataFrame | None]:

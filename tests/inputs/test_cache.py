@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,53 @@ def test_it_is_built_once(tmp_path: Path, builder: InputBuilder, monkeypatch: py
     monkeypatch.setattr(module, "_build", lambda *_, **__: pytest.fail("built again"))
     again = cache_of(tmp_path, frame_of(ROWS), builder)
     assert [one.tolist() for one in first[2]["response_a"]] == [one.tolist() for one in again[2]["response_a"]]
+
+
+@pytest.mark.parametrize("harm", ["one byte", "cut short", "no tokens", "no manifest", "a manifest of nothing"])
+def test_what_is_damaged_is_built_again(tmp_path: Path, builder: InputBuilder, harm: str) -> None:
+    cache_of(tmp_path, frame_of(ROWS), builder)
+    (tokens,), (manifest,) = tmp_path.rglob(TOKENS), tmp_path.rglob(MANIFEST)
+    whole = tokens.read_bytes()
+    if harm == "one byte":
+        tokens.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    elif harm == "cut short":
+        tokens.write_bytes(whole[: len(whole) // 2])
+    elif harm == "no tokens":
+        tokens.unlink()
+    elif harm == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text("null")
+    assert len(cache_of(tmp_path, frame_of(ROWS), builder)) == 4
+    assert tokens.read_bytes() == whole
+
+
+def test_two_that_need_the_same_cache_build_it_once(
+    tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two folds do that are started side by side."""
+    builds = []
+    build = module._build
+
+    def slow(*arguments: Any, **settings: Any) -> None:
+        builds.append(1)
+        time.sleep(0.3)
+        build(*arguments, **settings)
+
+    monkeypatch.setattr(module, "_build", slow)
+    with ThreadPoolExecutor(2) as pool:
+        caches = list(pool.map(lambda _: cache_of(tmp_path, frame_of(ROWS), builder), range(2)))
+    assert [len(cache) for cache in caches] == [4, 4]
+    assert len(builds) == 1
+
+
+def test_a_cache_that_can_not_be_written_to_is_read(tmp_path: Path, builder: InputBuilder) -> None:
+    cache_of(tmp_path, frame_of(ROWS), builder)
+    for lock in tmp_path.glob(".*.lock"):
+        lock.unlink()
+    before = sorted(tmp_path.rglob("*"))
+    assert len(cache_of(tmp_path, frame_of(ROWS), builder)) == 4
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_several_processes_build_the_same(tmp_path: Path, builder: InputBuilder) -> None:
