@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from pairclf.task import Row
+import json
+import random
+from pathlib import Path
+
+import polars as pl
+
+from pairclf.task import LMSYS, Row
+
+STRANGE = [*'a"\\\n\t\x00\x07\x7fé😀', "שלום", "\u202e", "\ufffd", "[", "]", ",", " "]
 
 
 def make_rows(count: int) -> list[Row]:
@@ -16,3 +24,32 @@ def make_rows(count: int) -> list[Row]:
         fields = {"prompt": (f"question {number}",), "response_a": (a,), "response_b": (b, "more")[: 1 + number % 2]}
         rows.append(Row(str(number), fields, target))
     return rows
+
+
+def strange_cell(draw: random.Random) -> str:
+    """JSON-ish: lists of strange texts, whole, cut or spoiled."""
+    texts = ["".join(draw.choices(STRANGE, k=draw.randint(0, 12))) for _ in range(draw.randint(0, 3))]
+    cell = json.dumps([None if draw.random() < 0.1 else text for text in texts], ensure_ascii=draw.random() < 0.5)
+    kind = draw.random()
+    if kind < 0.1:
+        return cell.replace("a", "\\ud83d")
+    if kind < 0.2:
+        return cell[: draw.randint(0, len(cell))]
+    if kind < 0.25:
+        return "".join(texts)
+    if kind < 0.3:
+        return draw.choice(["null", "[null]", "", "[]", "[[1]]", "{}", "1e999", "[" * 500, '["' + "x" * 20_000 + '"]'])
+    return cell
+
+
+def strange_file(folder: Path, count: int) -> Path:
+    """`strange.csv` with so many rows; ids are missing or repeated here and there, labels no labels."""
+    draw = random.Random(count)
+    cells = {name: [strange_cell(draw) for _ in range(count)] for name in LMSYS.fields}
+    sound = ["100", "010", "001"]
+    drawn = [draw.choice(sound if draw.random() < 0.95 else ["11x", "000", "x 1"]) for _ in range(count)]
+    labels = {name: [label[place] for label in drawn] for place, name in enumerate(LMSYS.classes)}
+    ids = [draw.choice(["", str(row), "7"]) if draw.random() < 0.1 else str(row) for row in range(count)]
+    path = folder / "strange.csv"
+    pl.DataFrame({"id": ids, **cells, **labels}).write_csv(path)
+    return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from tests_support import strange_file
 from typer.testing import CliRunner
 
 from pairclf.cli import app, repeat_option
@@ -382,49 +382,9 @@ def test_an_option_that_takes_several_names() -> None:
     assert repeat_option("--exclude-overlap", given) == ["x", *spelled]
 
 
-def strange_cell(draw: random.Random) -> str:
-    """JSON-ish: lists of strange texts, whole, cut or spoiled."""
-    alphabet = [
-        "a",
-        '"',
-        "\\",
-        "\n",
-        "\t",
-        "\x00",
-        "\x07",
-        "\x7f",
-        "é",
-        "😀",
-        "שלום",
-        "\u202e",
-        "\ufffd",
-        "[",
-        "]",
-        ",",
-        " ",
-    ]
-    texts = ["".join(draw.choices(alphabet, k=draw.randint(0, 12))) for _ in range(draw.randint(0, 3))]
-    cell = json.dumps([None if draw.random() < 0.1 else text for text in texts], ensure_ascii=draw.random() < 0.5)
-    kind = draw.random()
-    if kind < 0.1:
-        return cell.replace("a", "\\ud83d")
-    if kind < 0.2:
-        return cell[: draw.randint(0, len(cell))]
-    if kind < 0.25:
-        return "".join(texts)
-    if kind < 0.3:
-        return draw.choice(["null", "[null]", "", "[]", "[[1]]", "{}", "1e999", "[" * 500, '["' + "x" * 20_000 + '"]'])
-    return cell
-
-
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_strange_rows_end_in_no_traceback(tmp_path: Path, count: int) -> None:
-    draw = random.Random(count)
-    cells = {name: [strange_cell(draw) for _ in range(count)] for name in LMSYS.fields}
-    labels = {name: [draw.choice(["0", "1", "0.5", "", "x"]) for _ in range(count)] for name in LMSYS.classes}
-    ids = [draw.choice(["", str(row), "7"]) if draw.random() < 0.1 else str(row) for row in range(count)]
-    path = tmp_path / "strange.csv"
-    pl.DataFrame({"id": ids, **cells, **labels}).write_csv(path)
+    path = strange_file(tmp_path, count)
     out, kept = ("--out", tmp_path / "audit.json"), tmp_path / "kept.csv"
     code, shown = check(path, *out)
     assert code == 1

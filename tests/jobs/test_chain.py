@@ -13,7 +13,6 @@ import polars as pl
 import pytest
 from safetensors.torch import load_file
 
-from pairclf.cli import main
 from pairclf.config import Config, dump_config, load_config, resolve
 from pairclf.data.arena import generate, write_lmsys, write_wsdm
 from pairclf.data.tables import read_scores
@@ -24,23 +23,6 @@ from pairclf.jobs.predict import predict
 from pairclf.jobs.run import labelled_rows
 from pairclf.model.bundle import open_bundle
 from pairclf.task import LMSYS
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """`cli("verify", folder)` -> exit code, and what a user reads."""
-
-    def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["pairclf", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        read = capsys.readouterr()
-        code = left.value.code
-        assert isinstance(code, int | None)
-        return code or 0, " ".join((read.out + read.err).split())
-
-    return call
 
 
 def small(folder: Path, base: Path, task: str = "lmsys", suffix: str = "csv") -> Path:
