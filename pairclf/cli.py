@@ -128,8 +128,10 @@ def check(
     settings = override(resolve({"task": task}), overrides or []) if task in PRESETS else _load(Path(task), overrides)
     findings = job(files, settings, out, labelled=not unlabelled, ignore=ignore or [], unseen=unseen or [], write=write)
     output.print(render(findings))
-    if refused := [finding.rule for finding in findings if refuses(finding)]:
-        console.print(f"refused by {', '.join(refused)}: training on these rows would stop; see data.rules")
+    console.print(f"wrote {out}")
+    if refused := [f"data.rules.{finding.rule}" for finding in findings if refuses(finding)]:
+        nothing = f"; {write} was not written" if write else ""
+        console.print(f"refused by {', '.join(refused)}: training on these rows would stop{nothing}")
         raise typer.Exit(1)
 
 
@@ -160,7 +162,9 @@ def show(
     config: ConfigPath,
     overrides: Overrides = None,
     row: Annotated[list[str] | None, typer.Option(help="id of a row (repeat for more); none: the first row")] = None,
-    data: Annotated[Path | None, typer.Option(help="unlabelled file to look in; none: data.train")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="unlabelled file to look in, by its own path; none: data.train")
+    ] = None,
 ) -> None:
     """Print what the model sees of a row, in both orders: segments in colour, and what was cut."""
     from pairclf.jobs.inputs import chunks_of, open_inputs
@@ -179,11 +183,19 @@ def show(
 def lengths(
     config: ConfigPath,
     overrides: Overrides = None,
-    at: Annotated[str | None, typer.Option(help="values of max_length; none: seven, up to twice the config's")] = None,
-    data: Annotated[Path | None, typer.Option(help="unlabelled file to measure; none: data.train")] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(help="values of max_length, with commas between; none: seven, up to twice the config's"),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="unlabelled file to measure, by its own path; none: data.train")
+    ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="rows to show the costs for; none: those of the file")] = None,
     tflops: Annotated[
-        float, typer.Option(min=0.001, help="10^12 operations a second; 48: two T4s at the 24 each that they sustain")
+        float,
+        typer.Option(
+            min=0.001, max=1e9, help="10^12 operations a second; 48: two T4s at the 24 each that they sustain"
+        ),
     ] = 48,
     out: Annotated[Path | None, typer.Option(help="folder for lengths.json and lengths.html; none: the run's")] = None,
 ) -> None:
@@ -195,8 +207,9 @@ def lengths(
     budgets, uncut = measure(settings, lengths_of(at, settings), data)
     scale = Scale(rows or len(uncut), 2 if settings.task.swappable else 1, tflops)
     for table in render(budgets, scale):
-        output.print(table)
-    console.print("wrote", *write_report(out or output_of(settings), budgets, uncut, scale))
+        output.print(table, "")
+    title = f"pairclf lengths: {data or ', '.join(map(str, settings.data.names))}, {settings.model.base}"
+    console.print("wrote", *write_report(out or output_of(settings), budgets, uncut, scale, title))
 
 
 @_example("pairclf train configs/lmsys/gemma2-9b-qlora.yaml --fold 0 train.learning_rate=2e-4")

@@ -26,10 +26,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+def as_list(value: Any) -> Any:
+    """One name, or one mapping, as a list of one."""
+    return [value] if isinstance(value, str | Path | Mapping) else value
+
+
+def as_source(value: Any) -> Any:
+    """A file's name as a source; anything else is left to pydantic."""
+    return {"files": [value]} if isinstance(value, str | Path) else value
+
+
 class Source(Section):
     """Files of rows whose columns have other names, or that are to count otherwise: an entry of `data.train`."""
 
-    files: list[Path] = Field(min_length=1, description="file names or globs")
+    files: Annotated[list[Path], BeforeValidator(as_list)] = Field(min_length=1, description="file names or globs")
     columns: dict[str, str | None] = Field(
         {}, description="our column: the files' column, e.g. {prompt: question}; id: null numbers the rows"
     )
@@ -104,9 +114,10 @@ class Rules(Section):
 
 class Data(Section):
     folder: Path = Field(Path("."), description="folder that the file names below are relative to")
-    train: list[Path | Source] = Field(
+    train: Annotated[list[Annotated[Source, BeforeValidator(as_source)]], BeforeValidator(as_list)] = Field(
         [],
-        description="labelled files (.csv, .parquet or .jsonl) or globs, or mappings with files: and more",
+        description="labelled files (.csv, .parquet, .jsonl) or globs; or mappings of files, columns, label_column, "
+        "labels, id_prefix, weight, ignore_columns, exclude_overlap (docs/data.md)",
     )
     test: Path | None = Field(None, description="unlabelled file to predict")
     sample_submission: Path | None = Field(None, description="file whose ids, order and columns a submission must have")
@@ -119,21 +130,23 @@ class Data(Section):
         return self.folder / name
 
     @property
+    def names(self) -> list[Path]:
+        """The files and globs of `train`, as they are written."""
+        return [name for source in self.train for name in source.files]
+
+    @property
     def sources(self) -> list[Source]:
-        """The entries of `train`, spelled out, with names relative to the working directory."""
-        entries = [
-            one if isinstance(one, Source) else Source(files=[one], ignore_columns=self.ignore_columns)
-            for one in self.train
-        ]
-        return [
-            one.model_copy(
-                update={
-                    "files": [self.path(name) for name in one.files],
-                    "exclude_overlap": [self.path(name) for name in one.exclude_overlap],
-                }
-            )
-            for one in entries
-        ]
+        """The entries of `train` with names relative to the working directory, and `ignore_columns` for each."""
+        made = []
+        for one in self.train:
+            ignored = "all" if one.ignore_columns == "all" else [*one.ignore_columns, *self.ignore_columns]
+            changes = {
+                "files": [self.path(name) for name in one.files],
+                "exclude_overlap": [self.path(name) for name in one.exclude_overlap],
+                "ignore_columns": ignored,
+            }
+            made.append(one.model_copy(update=changes))
+        return made
 
 
 class Folds(Section):
@@ -184,7 +197,7 @@ class Inputs(Section):
         default_factory=Template, description="tagged, judge, or the wording spelled out"
     )
     shares: dict[str, float] = Field(
-        {}, description="a field's share of the budget when all are too long; empty: alike. What one leaves, others get"
+        {}, description="a field's share of the budget if all are too long, 0.001 to 1; empty: alike. A rest goes on"
     )
     minimums: dict[str, int] = Field({}, description="tokens that a field keeps before shares count; empty: 1 each")
     cut: dict[str, Cut] = Field({}, description="what stays of a field that is too long; empty: head_tail for each")
@@ -295,11 +308,27 @@ def derive_template(template: Template, task: Task) -> None:
         template.text = ("{rounds}" if interleaved else shown) + asked
     if template.round and not interleaved:
         raise ValueError("inputs.template.round is given, which needs inputs.template.turns=interleaved")
-    holder, key = (template.round, "round") if interleaved else (template.text, "text")
-    wanted = [(holder, key, name) for name in task.fields] + [(template.text, "text", "rounds")] * interleaved
-    for wording, key, name in wanted:
-        if wording.count(f"{{{name}}}") != 1:
-            raise ValueError(f"inputs.template.{key} must hold {{{name}}} exactly once")
+    once = dict.fromkeys(task.fields, "round" if interleaved else "text")
+    once |= {"rounds": "text"} if interleaved else {}
+    for key in ("instruction", "text", "round"):
+        check_places(getattr(template, key), [name for name, at in once.items() if at == key], f"inputs.template.{key}")
+    if not template.chat and template.text.endswith("}") and re.search(r"\{\w+\}$", template.text):
+        raise ValueError("inputs.template.text must end in words of its own: the verdict is read there")
+
+
+def check_places(wording: str, wanted: Sequence[str], where: str) -> None:
+    """Do nothing if the wording holds `{name}` once for each name wanted, and no other.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    held = re.findall(r"\{([^\W\d]\w*)\}", wording)
+    for name in wanted:
+        if held.count(name) != 1:
+            raise ValueError(f"{where} must hold {{{name}}} exactly once")
+    if unknown := sorted(set(held) - set(wanted)):
+        shown = ", ".join(f"{{{name}}}" for name in unknown)
+        raise ValueError(f"{where} holds {shown}, which has no place there; wanted: {list(wanted) or 'none'}")
 
 
 def _instruction(task: Task) -> str:
@@ -309,7 +338,12 @@ def _instruction(task: Task) -> str:
 
 
 def _question(task: Task) -> str:
-    return f"Verdict ({', '.join(name.replace('_', ' ') for name in task.classes)}):"
+    """Asks for the classes by words that stand in the wording: `response a, response b or tie`."""
+    words = [name.rsplit("_", 1)[-1] if task.swappable else name for name in task.classes]
+    for field, name in zip(task.swap_fields or (), task.swap_classes or (), strict=True):
+        words[task.classes.index(name)] = field
+    *first, last = (word.replace("_", " ") for word in words)
+    return f"Which is it: {', '.join(first)} or {last}?" if first else f"Is it {last}?"
 
 
 class Config(Section):
@@ -350,8 +384,8 @@ class Config(Section):
 
     def _check_inputs(self, head_ratio: dict[str, float]) -> None:
         inputs = self.inputs
-        if min(inputs.shares.values()) <= 0 or sum(inputs.shares.values()) > 1.001:
-            raise ValueError(f"inputs.shares {inputs.shares} must be positive and sum to at most 1")
+        if min(inputs.shares.values()) < 0.001 or sum(inputs.shares.values()) > 1.001:
+            raise ValueError(f"inputs.shares {inputs.shares} must be at least 0.001 and sum to at most 1")
         if min(inputs.minimums.values()) < 1:
             raise ValueError(f"inputs.minimums {inputs.minimums} must be at least 1")
         if not all(0 <= ratio <= 1 for ratio in head_ratio.values()):
@@ -446,22 +480,29 @@ def settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tu
     """`(dotted key, description)` of every setting, sections included, in the order of the tree."""
     for name, field in section.model_fields.items():
         yield prefix + name, field.description or ""
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+        for kind in _kinds(field.annotation):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from settings(kind, f"{prefix}{name}.")
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """An annotation and what it is made of: `list[Source] | None`, `list[Source]`, `Source`, ..."""
+    yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _kinds(part)
 
 
 def _explain(error: ValidationError) -> str:
     known = [key for key, _ in settings()]
     lines = []
     for issue in error.errors():
-        key = ".".join(str(part) for part in issue["loc"]) or "config"
+        key = ".".join(str(part) for part in issue["loc"])
         if issue["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(re.sub(r"\.\d+\.", ".", key), known, n=1, cutoff=0.0)
             lines.append(f"{key}: no such setting; the nearest is {near[0]}")
         else:
             shown = "" if isinstance(issue["input"], dict | Section) else f" (given: {issue['input']!r})"
-            lines.append(f"{key}: {issue['msg'].removeprefix('Value error, ')}{shown}")
+            lines.append(f"{key}: {issue['msg']}{shown}".removeprefix(": ").replace("Value error, ", "", 1))
     return "\n".join(f"  {line}" for line in lines)
 
 

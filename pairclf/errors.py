@@ -10,6 +10,19 @@ from collections.abc import Sequence
 
 MAX_ROWS_SHOWN = 5
 
+# C0 (less tab and line feed), DEL, C1, and what turns the direction of text: a terminal obeys them.
+_OBEYED = [*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F)]
+_VISIBLE = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in [*_OBEYED, *range(0x2066, 0x206A)]}
+
+
+def visible(text: object) -> str:
+    """What a user typed, as it may be printed: nothing in it is a command to the terminal.
+
+    >>> visible("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    return str(text).translate(_VISIBLE)
+
 
 class PairclfError(Exception):
     """A failure with a place, the rows concerned and a remedy.
@@ -37,7 +50,7 @@ class PairclfError(Exception):
         if self.where is not None:
             lines.append(f"  where:  {self.where}")
         if self.rows:
-            shown = ", ".join(str(row) for row in self.rows[:MAX_ROWS_SHOWN])
+            shown = ", ".join(visible(row) for row in self.rows[:MAX_ROWS_SHOWN])
             more = len(self.rows) - MAX_ROWS_SHOWN
             lines.append(f"  rows:   {shown}" + (f" and {more:,} more" if more > 0 else ""))
         if self.remedy:

@@ -27,11 +27,13 @@ from pairclf.console import console, table
 from pairclf.data.duplicates import near_overlap, normalised_prompts
 from pairclf.data.formats import CONTROL, Flaw, expand
 from pairclf.data.tables import read_rows, refuse
-from pairclf.errors import DataError
+from pairclf.errors import DataError, visible
 from pairclf.files import write_json
 from pairclf.task import Task
 
 IDS_KEPT = 10
+ACROSS_ROWS = ("duplicate_id", "conflicting_label", "duplicate_row", "mirrored_pair", "prompt_overlap")
+"""Rules that need all rows at once; a chunk is enough for the others."""
 
 _TURN = pl.element()
 
@@ -79,13 +81,14 @@ def clean(frame: pl.DataFrame, task: Task, rules: Rules, *, labelled: bool) -> t
 
 
 def exclude_overlap(
-    frame: pl.DataFrame, sources: Sequence[Source], task: Task, near: float | None
+    frame: pl.DataFrame, sources: Sequence[Source], task: Task, near: float | None, *, labelled: bool = True
 ) -> tuple[pl.DataFrame, list[Finding]]:
     """Without the rows of each source whose prompt is (nearly) equal to one in the files of its `exclude_overlap`.
 
     Args:
         frame: canonical table of the sources, as `read_rows` has it.
         near: how alike, as `folds.near` has it; None: equal.
+        labelled: training rows; test rows are found, and kept.
 
     Returns:
         The rows that stay; a finding for each list of files, none where no source has any.
@@ -98,9 +101,10 @@ def exclude_overlap(
         near_rows = concerned.arg_true().filter(near_overlap(frame.filter(concerned), seen, task, near))
         gone = _mask(near_rows, len(frame))
         ids = frame["id"].filter(gone)
-        done = f"dropped: a prompt (nearly) equal to one in {', '.join(path.name for path in names)}"
-        findings.append(Finding("exclude_overlap", len(ids), tuple(ids.head(IDS_KEPT)), "drop", done))
-        frame = frame.filter(~gone)
+        action, word = ("drop", "dropped") if labelled else ("keep", "kept")
+        done = f"{word}: a prompt (nearly) equal to one in {', '.join(map(str, names))}"
+        findings.append(Finding("exclude_overlap", len(ids), tuple(ids.head(IDS_KEPT)), action, done))
+        frame = frame.filter(~gone) if labelled else frame
     return frame, findings
 
 
@@ -323,7 +327,7 @@ def note_changes(findings: Sequence[Finding]) -> None:
     """A line for each rule that changed rows."""
     for finding in findings:
         if finding.count and finding.action in ("fix", "drop"):
-            shown = ", ".join(finding.ids[:3]) + (" …" if finding.count > 3 else "")
+            shown = ", ".join(map(visible, finding.ids[:3])) + (" …" if finding.count > 3 else "")
             text = f"note: {finding.rule}: {finding.count:,} rows {finding.done} ({shown})"
             console.print(text, markup=False, soft_wrap=True)
 
@@ -336,7 +340,7 @@ def render(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         if finding.count:
             shown = (name if len(name) <= 12 else f"{name[:11]}…" for name in finding.ids[:2])
-            made.add_row(finding.rule, f"{finding.count:,}", ", ".join(shown), finding.done)
+            made.add_row(finding.rule, f"{finding.count:,}", visible(", ".join(shown)), finding.done)
     clean = [finding.rule for finding in findings if not finding.count]
     if clean:
         made.caption, made.caption_justify = f"no row: {', '.join(clean)}", "left"

@@ -32,7 +32,7 @@ from pairclf.task import Task
 _COLUMNS = ["id", "fold", "group"]
 _SET_ASIDE = -1
 _FEWER = "lower folds.n, or read more rows (data.max_rows)"
-_REMAKE = "make the folds anew with `pairclf folds`"
+_REMAKE = "make the folds anew with `pairclf folds`; for a trial with other rows (data.max_rows), set output=FOLDER"
 
 
 def prompt_groups(frame: pl.DataFrame, task: Task, near: float | None = None) -> pl.Series:

@@ -64,6 +64,11 @@ _LATIN = r"00(?:[2-689a-fA-F][0-9a-fA-F]|7[0-9a-eA-E])"
 _CODE = rf"\\u(?:{_LATIN}|0[1-9a-fA-F][0-9a-fA-F]{{2}}|[1-9a-ce-fA-CE-F][0-9a-fA-F]{{3}}|[dD][0-7][0-9a-fA-F]{{2}})"
 _TURN = rf'(?:null|"(?:[^"\\\x00-\x1f\x7f]|\\["\\/nrt]|{_CODE}|{_PAIR})*")'
 _TURN_LIST = rf"^{_SPACE}\[{_SPACE}(?:{_TURN}{_SPACE}(?:,{_SPACE}{_TURN}{_SPACE})*)?\]{_SPACE}$"
+_SIGNS_OF_MORE = [
+    *("\\u", "\\b", "\\f", "\x7f"),
+    *('",', '"],', '"\t', '"\n', '"\r', '"] ', '"]\t', '"]\n', '"]\r'),
+    *('" ,', '" ]', '"  ', '" \t', '" \n', '" \r'),
+]
 
 # --- names to paths --------------------------------------------------------------------------------------------------
 
@@ -80,7 +85,11 @@ def expand(names: Iterable[Path]) -> list[Path]:
         if not name.exists() and set("*?[") & set(str(name)):
             found = [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
         if not found:
-            raise DataError("no file matches this name", where=name, remedy="check data.folder and the pattern")
+            raise DataError(
+                "no file matches this name",
+                where=name,
+                remedy="check the pattern; names in a config are relative to its data.folder",
+            )
         paths += found
     return paths
 
@@ -111,7 +120,11 @@ def read_file(path: Path, *, rows: int | None, lossy: bool, size: int | None = N
     if path.is_dir():
         raise DataError("this is a folder, not a file", where=path, remedy="name the file, or a glob for those in it")
     if not path.is_file():
-        raise DataError("there is no such file", where=path, remedy="check data.folder and the file's name")
+        raise DataError(
+            "there is no such file",
+            where=path,
+            remedy="check the path; names in a config are relative to its data.folder",
+        )
     empty = True
     try:
         for chunk in reader(path, rows, lossy, size):
@@ -341,13 +354,13 @@ def _decode(texts: pl.DataFrame, flaws: Bits) -> dict[str, pl.Series]:
 def _one_plain_turn(cells: pl.Expr) -> pl.Expr:
     """Marks most cells of one turn without a pattern's look at every character: `["`, text, `"]`, and no sign of more.
 
-    Two quotes have no backslash before them (none has two). They are the first and the last, so there is one string,
-    if the cell is JSON at all, which the decoder will say; and it holds no half pair and no control character.
+    A quote that ended a string further inside would have a comma or a bracket behind it, white space aside: cells that
+    hold such a quote are left to the pattern, though most of them are escaped and harmless. So there is one string, if
+    the cell is JSON at all, which the decoder will say; and it holds no half pair and no control character.
     """
     texts = cells.str
-    rare = texts.contains_any(["\\u", "\\b", "\\f", "\x7f", '\\\\"'])
-    quotes = texts.count_matches('"', literal=True) - texts.count_matches('\\"', literal=True)
-    return texts.starts_with('["') & texts.ends_with('"]') & ~texts.ends_with('\\"]') & ~rare & (quotes == 2)
+    framed = texts.starts_with('["') & texts.ends_with('"]') & ~texts.ends_with('\\"]')
+    return framed & ~texts.contains_any(_SIGNS_OF_MORE)
 
 
 def _decode_plain(texts: pl.DataFrame, sure: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:

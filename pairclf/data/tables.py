@@ -213,8 +213,10 @@ def _layout(source: Source, task: Task, labelled: bool) -> _Layout:
     if unknown := sorted(set(source.labels.values()) - set(task.classes)):
         remedy = "the classes stand on the right: {label as the files have it: class}"
         problems.append(DataError(f"labels maps to {unknown}; the classes are {list(task.classes)}", remedy=remedy))
-    refuse(problems, f"the source of {shown}")
     columns = {name: source.columns.get(name, name) for name in ("id", *task.fields)}
+    if source.labels and not (source.label_column or task.label_column):
+        problems.append(DataError("labels needs label_column", remedy="name the files' column that names the class"))
+    refuse(problems, f"the source of {shown}")
     label_column = source.label_column or source.columns.get(task.label_column or "", task.label_column)
     labels = (label_column,) if label_column else tuple(source.columns.get(name) or name for name in task.classes)
     return _Layout(source, columns, labels if labelled else (), label_column is not None)
@@ -250,7 +252,8 @@ def _check_columns(columns: list[str], path: Path, task: Task, layout: _Layout, 
         problems.append(
             DataError(
                 f"columns {missing} are missing; the file has {columns}",
-                remedy=f"task {task.name!r} needs the columns {layout.wanted}; a source can map its own to them",
+                remedy=f"task {task.name!r} needs the columns {layout.wanted}; give another task or map them "
+                "(columns of a source, docs/data.md); test files have no labels (`check --unlabelled`)",
             )
         )
     if unknown and labelled:
@@ -322,7 +325,8 @@ def _numeric_targets(raw: pl.DataFrame, source: Source, task: Task) -> pl.Series
 
 def _numbers(frame: pl.DataFrame, columns: Sequence[str]) -> Probabilities:
     """Columns as float64 `(N, C)`; NaN where a cell is no number."""
-    numbers = [as_text(frame[name]).str.strip_chars().cast(pl.Float64, strict=False) for name in columns]
+    cells = (frame[name].cast(pl.Int8) if frame[name].dtype == pl.Boolean else frame[name] for name in columns)
+    numbers = [as_text(cell).str.strip_chars().cast(pl.Float64, strict=False) for cell in cells]
     return np.stack([column.fill_null(np.nan).to_numpy() for column in numbers], axis=1).astype(np.float64)
 
 

@@ -15,8 +15,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, overload
 
 import numpy as np
@@ -254,7 +255,16 @@ _worker: list[tuple[TurnTokenizer, tuple[str, ...]]] = []
 
 def _start(tokenizer: str, fields: tuple[str, ...]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads
+    Thread(target=_leave_with_parent, daemon=True).start()
     _worker.append((TurnTokenizer.from_json(tokenizer), fields))
+
+
+def _leave_with_parent() -> None:
+    """A process of the pool would otherwise wait for ever for work from a parent that was killed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(chunk: pl.DataFrame) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,8 @@ class TurnTokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        specials = {id: token.content for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._special, self._names = frozenset(specials), tuple(specials.values())
 
     def to_json(self) -> str:
         return self._backend.to_str()
@@ -63,7 +66,20 @@ class TurnTokenizer:
         """
         self._backend.encode_special_tokens = not special
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(one.ids, dtype=np.int32) for one in encodings]
+        found = [one.ids for one in encodings]
+        if not special:
+            for place, ids in enumerate(found):
+                if not self._special.isdisjoint(ids):
+                    found[place] = self._broken_up(texts[place])
+        return [np.array(ids, dtype=np.int32) for ids in found]
+
+    def _broken_up(self, text: str) -> list[int]:
+        """Ids of a text in which the model itself knows a special token's name as a word (Unigram models may)."""
+        names = "|".join(re.escape(name) for name in sorted(self._names, key=len, reverse=True))
+        pieces = re.split(f"(?={names})", text)
+        parts = [part for piece in pieces for part in (piece[:1], piece[1:]) if part]
+        ids = [one for part in self._backend.encode_batch_fast(parts, add_special_tokens=False) for one in part.ids]
+        return [one for one in ids if one not in self._special]  # a name of one character can't be broken up
 
 
 def settle_template(template: Template, tokenizer: Any) -> Template:
@@ -87,10 +103,13 @@ def settle_template(template: Template, tokenizer: Any) -> Template:
             add_generation_prompt=True,
             date_string="26 Jul 2024",  # Llama-3's own default; later templates would put today's date
         )
-    except (TemplateError, ValueError) as error:
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise ConfigError(f"the tokenizer's chat template fails: {error}", remedy=remedy) from error
-    if template.text.strip() not in text:
-        raise ConfigError("the tokenizer's chat template does not show the user's message as it is", remedy=remedy)
+    held = re.findall(r"\{[^\W\d]\w*\}", text)
+    if message["content"].strip() not in text or held != re.findall(r"\{[^\W\d]\w*\}", message["content"]):
+        raise ConfigError(
+            "the tokenizer's chat template does not show the user's message once, as it is", remedy=remedy
+        )
     if tokenizer.bos_token:  # the builder puts it first, as it does without a chat template
         text = text.removeprefix(tokenizer.bos_token)
     return template.model_copy(update={"text": text, "instruction": "", "chat": False})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +48,8 @@ def allot(fields: Sequence[Ids], shares: Sequence[float], minimums: Sequence[int
         budget: tokens to be given out, at least 0.
 
     Returns:
-        One number a field, at most its length; they sum to `min(budget, total length)`.
+        One number a field, at most its length; they sum to `min(budget, total length)`, or a token or two less
+        where equal fields would not get the same.
 
     >>> allot([np.arange(10), np.arange(50), np.arange(90)], [1, 1, 1], [1, 1, 1], 90)
     [10, 40, 40]
@@ -66,7 +68,16 @@ def allot(fields: Sequence[Ids], shares: Sequence[float], minimums: Sequence[int
 
     for _ in range(budget - sum(given)):
         given[min((index for index in range(len(fields)) if given[index] < lengths[index]), key=claim)] += 1
+    for one, other in combinations(range(len(fields)), 2):
+        if (weights[one], floors[one]) == (weights[other], floors[other]) and _same(fields[one], fields[other]):
+            given[one] = given[other] = min(
+                given[one], given[other]
+            )  # equal sides look equal, for the price of a token
     return given
+
+
+def _same(one: Ids, other: Ids) -> bool:
+    return len(one) == len(other) and bool((one == other).all())
 
 
 def _water_level(lengths: Sequence[int], weights: Sequence[int], floors: Sequence[int], budget: int) -> list[int]:
@@ -116,24 +127,23 @@ def cut(turns: Sequence[int], turn_break: int, room: int, how: Cut, head_ratio: 
     length = sum(turns) + turn_break * max(0, len(turns) - 1)
     if length <= room:
         return Kept(length, 0)
-    keep = _own_tokens(length, room, marker)
+    keep, marked = _own_tokens(length, room, marker)
     head = keep if how == "head" else 0
     if how == "head_tail":
         head = _outside_in(turns, turn_break, keep, head_ratio)
-    dropped = length - keep
-    return Kept(head, keep - head, dropped, keep + len(marker(dropped)) <= room)
+    return Kept(head, keep - head, length - keep, marked)
 
 
-def _own_tokens(length: int, room: int, marker: Marker) -> int:
-    """The most tokens that may stay of `length` so that they and the marker for the others fit in `room`.
+def _own_tokens(length: int, room: int, marker: Marker) -> tuple[int, bool]:
+    """The most tokens that may stay of `length`, and whether a marker for the others has room beside them.
 
-    In a room too small for a marker and a token, one token stays: never more than in a larger room, which has to hold
-    the marker as well.
+    Where it would take more than half of the room, tokens stand in its place: as many as a marker has, and no more,
+    so that none has to go again in a larger room, which holds the marker as well.
     """
-    for keep in range(room, 0, -1):
-        if keep + len(marker(length - keep)) <= room:
-            return keep
-    return min(room, 1)
+    beside = next((keep for keep in range(room, 0, -1) if keep + len(marker(length - keep)) <= room), 0)
+    instead = min(room, len(marker(length)))
+    marked = beside >= instead and beside + len(marker(length - beside)) <= room
+    return max(beside, instead), marked
 
 
 def _outside_in(turns: Sequence[int], turn_break: int, keep: int, ratio: float) -> int:

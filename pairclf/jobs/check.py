@@ -11,6 +11,7 @@ from pairclf.config import Config, Source
 from pairclf.data.audit import Finding, audit, clean, exclude_overlap, write_audit
 from pairclf.data.formats import expand
 from pairclf.data.tables import read_rows, write_rows
+from pairclf.errors import ConfigError
 from pairclf.files import check_file_target
 
 
@@ -38,11 +39,16 @@ def check(
     Returns:
         What was excluded, if anything was to be, and a finding a rule.
     """
-    for path in (out, *([write] if write else [])):
+    named = expand(files)
+    written = [out, *([write] if write else [])]
+    for path in written:
         check_file_target(path)
-    sources = _sources(expand(files), config, ignore, unseen)
+    given = [path.resolve() for path in (*named, *expand(unseen), *written)]
+    if overwritten := [path for path in written if given.count(path.resolve()) > 1]:
+        raise ConfigError(f"{overwritten[0]} would be overwritten", remedy="give --out and --write other names")
+    sources = _sources(named, config, ignore, unseen)
     read = read_rows(sources, config.task, labelled=labelled)
-    frame, excluded = exclude_overlap(read, sources, config.task, config.folds.near)
+    frame, excluded = exclude_overlap(read, sources, config.task, config.folds.near, labelled=labelled)
     findings = [*excluded, *audit(frame, config.task, config.data.rules, labelled=labelled)]
     write_audit(out, read, config.task, findings)
     if write is not None and not any(refuses(finding) for finding in findings):

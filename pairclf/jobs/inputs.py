@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from pairclf.config import Config, Source
+from pairclf.data.audit import ACROSS_ROWS, clean
 from pairclf.data.tables import scan_rows
 from pairclf.inputs.cache import EncodedRows, Frames, TokenCache, token_cache
 from pairclf.inputs.render import InputBuilder
 from pairclf.inputs.tokenise import settle_template
-from pairclf.jobs.run import output_of
+from pairclf.jobs.run import labelled_rows, output_of
 from pairclf.model.backbone import load_tokenizer, resolve_base
 
 
@@ -39,9 +40,20 @@ def open_inputs(config: Config) -> Opened:
 
 
 def chunks_of(config: Config, data: Path | None) -> Frames:
-    """The rows of `data.train`, or those of another, unlabelled file: as they are read, chunk by chunk."""
+    """The rows of `data.train` as `train` has them, or those of an unlabelled file as `predict` has them, in chunks.
+
+    No more than a chunk is held in memory, unless a rule or an `exclude_overlap` looks at several rows at once.
+    """
+    task, rules, labelled = config.task, config.data.rules, data is None
     sources: Sequence[Path | Source] = [data] if data else config.data.sources
-    return lambda: scan_rows(sources, config.task, labelled=data is None, max_rows=config.data.max_rows)
+    together = any(getattr(rules, rule) in ("fix", "drop") for rule in ACROSS_ROWS)
+    if labelled and (together or any(source.exclude_overlap for source in config.data.sources)):
+        return labelled_rows(config).iter_slices
+    max_rows = config.data.max_rows if labelled else None
+    return lambda: (
+        clean(chunk, task, rules, labelled=labelled)[0]
+        for chunk in scan_rows(sources, task, labelled=labelled, max_rows=max_rows)
+    )
 
 
 def run_cache(config: Config, builder: InputBuilder, frames: Frames) -> TokenCache:

@@ -51,7 +51,7 @@ class Budget:
         rows_cut: how many of them lose a token.
         lost: tokens cut away, by field.
         lost_part: the same, as a part of all the field's tokens.
-        made_identical: rows whose sides differ and look the same once they are cut.
+        made_identical: rows whose sides differ, and agree in all that is seen of them once they are cut.
         tokens: of all rows, as they are seen.
         padding: the part of the computed tokens that is padding, by the way of batching.
         operations: floating-point operations of a forward pass, without padding.
@@ -76,10 +76,10 @@ def lengths_of(text: str | None, config: Config) -> list[int]:
     """
     if text is None:
         return [round(config.inputs.max_length * part) for part in (0.25, 0.375, 0.5, 0.75, 1, 1.5, 2)]
-    try:
-        return [int(one) for one in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--at {text} is no list of whole numbers", remedy="e.g. --at 1024,1536,2048") from error
+    lengths = [int(one) if one.strip().isdecimal() else 0 for one in text.split(",")]
+    if not all(0 < length < UNCUT for length in lengths):
+        raise ConfigError(f"--at {text} is no list of whole numbers", remedy="e.g. --at 1024,1536,2048")
+    return lengths
 
 
 def measure(config: Config, max_lengths: Sequence[int], data: Path | None) -> tuple[list[Budget], Lengths]:
@@ -144,14 +144,22 @@ def _budget(
 
 
 def _made_identical(task: Task, tokens: TokenisedRow, shown: Encoded) -> bool:
-    if task.swap_fields is None:
+    """Whether A and B differ, were both cut, and agree in what is seen of them."""
+    if task.swap_fields is None or not all(shown.dropped[name] for name in task.swap_fields):
         return False
     whole = [[turn.tolist() for turn in tokens[name]] for name in task.swap_fields]
-    seen = [
+    a, b = (
         [shown.ids[start:stop].tolist() for place, start, stop in shown.spans if place == name]
         for name in task.swap_fields
-    ]
-    return whole[0] != whole[1] and seen[0] == seen[1]
+    )
+    return whole[0] != whole[1] and len(a) == len(b) and all(map(_agree, a, b))
+
+
+def _agree(one: list[int], other: list[int]) -> bool:
+    """Equal, but for a token or two that one side was allotted more, at either end."""
+    least = min(len(one), len(other))
+    tails = one[len(one) - least :] == other[len(other) - least :]
+    return abs(len(one) - len(other)) <= 2 and (one[:least] == other[:least] or tails)
 
 
 def batchings(config: Config, lengths: Lengths) -> dict[str, Iterator[Sequence[int]]]:
@@ -163,10 +171,10 @@ def batchings(config: Config, lengths: Lengths) -> dict[str, Iterator[Sequence[i
     in_steps = (micro_batches(step, listed, size, process=0, processes=1) for step in steps)
     budget = config.predict.tokens_per_batch
     return {
-        f"random, {size} rows": (one.tolist() for one in random_steps(rows, size, seed=config.seed, epoch=0)),
-        f"sorted in steps of {step_size}": chain.from_iterable(in_steps),
-        f"sorted, {size} rows": iter([ordered[start : start + size] for start in range(0, rows, size)]),
-        f"sorted, {budget:,} tokens": iter(by_token_budget(listed, budget)),
+        f"random {size}": (one.tolist() for one in random_steps(rows, size, seed=config.seed, epoch=0)),
+        f"in steps of {step_size}": chain.from_iterable(in_steps),
+        f"sorted {size}": iter([ordered[start : start + size] for start in range(0, rows, size)]),
+        f"{budget:,} tokens": iter(by_token_budget(listed, budget)),
         "packed": iter([[row] for row in range(rows)]),
     }
 
@@ -221,7 +229,9 @@ def render(budgets: Sequence[Budget], scale: Scale) -> list[Table]:
     first = budgets[0]
     cuts = table("What is cut", "max_length", "rows cut", *(f"{name} lost" for name in first.lost), "made identical")
     scaled = f"{scale.rows:,} rows in {scale.orders} order(s) at {scale.tflops:g} TFLOP/s; padding by batching"
+    costs_hint = "random N, sorted N: batches of N rows; in steps: as `train` batches; tokens: as `predict` does"
     costs = table(f"What it costs: {scaled}", "max_length", "tokens", "hours", *first.padding)
+    costs.caption, costs.caption_justify = costs_hint, "left"
     for one in budgets:
         parts = (f"{part:.2%}" for part in one.lost_part.values())
         cuts.add_row(
@@ -232,21 +242,23 @@ def render(budgets: Sequence[Budget], scale: Scale) -> list[Table]:
         )
         tokens = one.tokens * scale.rows / one.rows * scale.orders
         wastes = (f"{part:.1%}" for part in one.padding.values())
-        costs.add_row(f"{one.max_length:,}", f"{tokens / 1e6:,.1f} M", f"{scale.hours(one):,.2f}", *wastes)
+        costs.add_row(f"{one.max_length:,}", f"{tokens / 1e6:,.1f} M", f"{scale.hours(one):,.3g}", *wastes)
     return [cuts, costs]
 
 
-def write_report(folder: Path, budgets: Sequence[Budget], uncut: Lengths, scale: Scale) -> tuple[Path, Path]:
+def write_report(
+    folder: Path, budgets: Sequence[Budget], uncut: Lengths, scale: Scale, title: str
+) -> tuple[Path, Path]:
     """Write `lengths.json` (the figures) and `lengths.html` (the plots, which need no network), each atomically."""
     figures, page = folder / "lengths.json", folder / "lengths.html"
     hours = [scale.hours(one) for one in budgets]
     write_json(figures, {"scale": asdict(scale), "hours": hours, "budgets": [asdict(one) for one in budgets]})
     with atomic_file(page) as temporary:
-        temporary.write_text(_plots(budgets, uncut, hours), encoding="utf-8")
+        temporary.write_text(_plots(budgets, uncut, hours, title), encoding="utf-8")
     return figures, page
 
 
-def _plots(budgets: Sequence[Budget], uncut: Lengths, hours: Sequence[float]) -> str:
+def _plots(budgets: Sequence[Budget], uncut: Lengths, hours: Sequence[float], title: str) -> str:
     """A page with four plots over `max_length`."""
     from plotly.subplots import make_subplots
 
@@ -266,11 +278,16 @@ def _plots(budgets: Sequence[Budget], uncut: Lengths, hours: Sequence[float]) ->
     for length in lengths:
         figure.add_vline(x=length, line_dash="dot", line_width=1, row=1, col=1)
     lost = {name: [100 * one.lost_part[name] for one in budgets] for name in budgets[0].lost_part}
-    curves(titles[1], 1, 2, {"rows cut": [100 * one.rows_cut / one.rows for one in budgets], **lost})
+    rows = {
+        "rows cut": [100 * one.rows_cut / one.rows for one in budgets],
+        "made identical": [100 * one.made_identical / one.rows for one in budgets],
+    }
+    curves(titles[1], 1, 2, {**rows, **lost})
     padding = {name: [100 * one.padding[name] for one in budgets] for name in budgets[0].padding}
     curves(titles[2], 2, 1, padding)
     curves(titles[3], 2, 2, {"hours": list(hours)})
-    figure.update_xaxes(title_text="tokens", type="log", row=1, col=1)
-    figure.update_layout(template="plotly_white", height=850, title="pairclf lengths")
+    figure.update_xaxes(title_text="tokens (dotted: the budgets)", type="log", row=1, col=1)
+    figure.update_yaxes(title_text="rows", row=1, col=1)
+    figure.update_layout(template="plotly_white", height=850, title=title)
     page: str = figure.to_html(include_plotlyjs=True, full_html=True)
     return page

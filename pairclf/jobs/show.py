@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 import polars as pl
 from rich.text import Text
 
 from pairclf.data.tables import to_rows
-from pairclf.errors import DataError
+from pairclf.errors import DataError, visible
 from pairclf.inputs.render import MARKER, TEMPLATE, Encoded
 from pairclf.jobs.inputs import Opened
 from pairclf.task import AB, Row, Task
 
-_STYLES = {TEMPLATE: "dim", MARKER: "bold black on yellow"}
+_STYLES = {TEMPLATE: "bright_black", MARKER: "bold black on yellow"}
 _FIELD_STYLES = ("cyan", "green", "magenta", "blue", "red")
-# A terminal obeys control characters, so nothing that a user typed reaches it as one.
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 
 
 def find_rows(chunks: Iterable[pl.DataFrame], ids: Sequence[str], task: Task) -> list[Row]:
@@ -40,6 +39,8 @@ def find_rows(chunks: Iterable[pl.DataFrame], ids: Sequence[str], task: Task) ->
 def show(opened: Opened, row: Row, *, coloured: bool) -> list[Text]:
     """A text an order: a line of figures, then the input, each segment in its colour (or behind its name).
 
+    Colours belong to places: what is A's in order AB is B's in order BA. Special tokens are underlined.
+
     Args:
         opened: recipe and tokenizer.
         row: the row.
@@ -47,16 +48,20 @@ def show(opened: Opened, row: Row, *, coloured: bool) -> list[Text]:
     """
     task, tokenizer = opened.config.task, opened.tokenizer
     styles = _STYLES | dict(zip(task.fields, _FIELD_STYLES * len(task.fields), strict=False))
+    specials = set(tokenizer.all_special_ids)
     encoded = opened.builder.encode([row])[0]
     texts = []
     for order, one in enumerate(encoded):
-        text = Text(f"row {row.id}, order {'AB' if order == AB else 'BA'}: {_figures(opened, one)}\n", style="bold")
+        text = Text(
+            f"row {visible(row.id)}, order {'AB' if order == AB else 'BA'}: {_figures(opened, one)}\n", style="bold"
+        )
         for place in (*task.fields, MARKER, TEMPLATE):
-            text.append(f" {place} ", style=f"{styles[place]} reverse" if coloured else "")
+            text.append(f" {place} ", style=styles[place] if place == MARKER else f"{styles[place]} reverse")
         text.append("\n")
         for name, start, stop in one.spans:
             text.append("" if coloured else f"⟨{name}⟩", style="bold")
-            text.append(_decode(tokenizer, one.ids[start:stop].tolist()), style=styles[name])
+            for special, ids in groupby(one.ids[start:stop].tolist(), specials.__contains__):
+                text.append(_decode(tokenizer, list(ids)), style=f"{styles[name]}{' underline' * special}")
         text.append("\n")
         texts.append(text)
     return texts
@@ -70,4 +75,4 @@ def _figures(opened: Opened, one: Encoded) -> str:
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text.translate(_VISIBLE)
+    return visible(text)

@@ -341,7 +341,7 @@ def test_check_says_when_nothing_would_run(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('[""prompt 1""]', "no list").replace("train1", "train0"))
     code, shown = check(path, *wanted)
     assert code == 1
-    assert "refused by duplicate_id" in shown
+    assert "refused by data.rules.duplicate_id" in shown
     assert json.loads((tmp_path / "a.json").read_text())["findings"][1]["count"] == 1
     assert not kept.exists()
     with pytest.raises(DataError, match="no such file"):
@@ -388,7 +388,7 @@ def test_strange_rows_end_in_no_traceback(tmp_path: Path, count: int) -> None:
     out, kept = ("--out", tmp_path / "audit.json"), tmp_path / "kept.csv"
     code, shown = check(path, *out)
     assert code == 1
-    assert "refused by missing_id, duplicate_id, bad_label, undecodable" in shown
+    assert "refused by data.rules.missing_id, data.rules.duplicate_id, data.rules.bad_label" in shown
     assert check(path, "--unlabelled", *out)[0] == 1
     mended = {"missing_id": "fix", "duplicate_id": "fix", "undecodable": "fix", "bad_label": "drop"}
     sets = [part for rule, action in mended.items() for part in ("--set", f"data.rules.{rule}={action}")]

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from pairclf.config import resolve
 from pairclf.errors import ConfigError, ModelError
@@ -87,7 +89,7 @@ def test_the_budget_holds_and_nothing_is_wasted_or_cut_for_nothing(
             # Markers are shorter by a digit than they might have been, or left out where not even they fit; a round
             # is left out with its wording.
             slack = 3 * 25 + (120 if "interleaved" in str(recipe) else 0)
-            assert budget - len(one.ids) <= (slack if recipe.get("marker") != "" else 0)
+            assert budget - len(one.ids) <= (slack if recipe.get("marker") != "" else 2)  # three equal fields
 
 
 @recipes
@@ -109,10 +111,17 @@ def test_both_orders_hold_the_same_pieces(tokenizer: Any, recipe: dict[str, Any]
 def test_the_swapped_row_is_seen_as_order_ba(tokenizer: Any, recipe: dict[str, Any], row: Row) -> None:
     build = builder(tokenizer, **recipe)
     ab, ba = build.encode([row])[0]
-    if row.fields["response_a"] != row.fields["response_b"]:
-        joined = ["\n\n".join(turn or "" for turn in row.fields[name]) for name in LMSYS.swap_fields or ()]
-        assume(joined[0] != joined[1])  # the same text in other turns
-        assert same(build.encode([LMSYS.swap_row(row)])[0], (ba, ab))
+    assert same(build.encode([LMSYS.swap_row(row)])[0], (ba, ab))
+
+
+@recipes
+@QUICK
+@given(row=ROWS)
+def test_equal_sides_look_equal(tokenizer: Any, recipe: dict[str, Any], row: Row) -> None:
+    twins = Row("1", {**row.fields, "response_b": row.fields["response_a"]})
+    ab, ba = builder(tokenizer, **recipe).encode([twins])[0]
+    assert same((ab,), (ba,))
+    assert pieces(ab, "response_a") == pieces(ab, "response_b")
 
 
 @recipes
@@ -253,7 +262,19 @@ def test_a_settled_template_needs_no_chat_template_any_more(tokenizer: Any) -> N
     assert same(before, after)
 
 
-@pytest.mark.parametrize("chat_template", [None, "{{ raise_exception('no') }}", "{{ messages[0]['content'] | upper }}"])
+@pytest.mark.parametrize(
+    "chat_template",
+    [
+        None,
+        "{{ raise_exception('no') }}",
+        "{{ messages[0]['content'] | upper }}",
+        "{{ messages[0]['content'] + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0]['content'] }}{{ messages[0]['content'] }}",
+        "{prompt}{{ messages[0]['content'] }}",
+        "{{ messages[0]['content'][50:] }}",
+    ],
+)
 def test_a_chat_template_that_can_not_be_used_is_told(
     base_of: Callable[[str], Path], chat_template: str | None
 ) -> None:
@@ -271,6 +292,12 @@ def test_a_chat_template_that_can_not_be_used_is_told(
         {"round": "{prompt}{response_a}{response_b}"},
         {"turns": "interleaved", "text": "{prompt}{response_a}{response_b}"},
         {"preset": "of my own"},
+        {"instruction": "About {prompt}:"},
+        {"turns": "interleaved", "text": "{prompt} {rounds} verdict"},
+        {"turns": "interleaved", "instruction": "{rounds}"},
+        {"turns": "interleaved", "round": "{prompt}{response_a}{response_b}{rounds}"},
+        {"text": "{prompt}{response_a}{response_b} {question} verdict"},
+        {"text": "{prompt} {response_a} {response_b}"},
     ],
 )
 def test_a_template_that_does_not_show_each_field_once_is_refused(template: dict[str, str]) -> None:
@@ -304,6 +331,20 @@ def test_a_tokenizer_that_cuts_and_pads_is_left_alone(base_of: Callable[[str], P
     cutting.backend_tokenizer.enable_padding(length=9)
     assert [len(ids) for ids in TurnTokenizer(cutting)(["x" * 50, "y"], special=False)] == [50, 1]
     assert cutting.backend_tokenizer.truncation["max_length"] == 5
+
+
+def test_a_model_that_knows_special_names_as_words_makes_none_of_them() -> None:
+    """A Unigram model may have `</s>` among its pieces, and would put it where a user typed that."""
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), *((letter, -5.0) for letter in "abcs</>▁")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.add_special_tokens(["</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    turns = TurnTokenizer(tokenizer)
+    closer = tokenizer.eos_token_id
+    assert turns(["a</s>b"], special=True)[0].tolist().count(closer) == 1
+    typed = turns(["a</s>b</s></s>", "abc"], special=False)
+    assert closer not in typed[0]
+    assert tokenizer.decode(typed[0]).replace(" ", "") == "a</s>b</s></s>"
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

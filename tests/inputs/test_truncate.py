@@ -39,7 +39,10 @@ def test_allotments_use_the_whole_budget_and_no_more(
     fields, (weights, floors) = [p, a, b], spread(shares, minimums)
     given_out = allot(fields, weights, floors, budget)
     assert all(0 <= tokens <= len(field) for tokens, field in zip(given_out, fields, strict=True))
-    assert sum(given_out) == min(budget, sum(map(len, fields)))
+    spare = min(budget, sum(map(len, fields))) - sum(given_out)
+    assert spare == 0 or (
+        spare == 1 and any(len(one) and np.array_equal(one, two) for one, two in [(a, b), (p, a), (p, b)])
+    )
     if budget >= sum(floors):
         needs = (min(len(field), floor) for field, floor in zip(fields, floors, strict=True))
         assert all(tokens >= need for tokens, need in zip(given_out, needs, strict=True))
@@ -54,8 +57,9 @@ def test_allotments_of_a_and_b_mirror_when_their_texts_are_exchanged(
     mirrored = allot([p, b, a], weights, floors, budget)
     if not np.array_equal(a, b):
         assert mirrored == [prompt, second, first]
-    else:  # the swapped row is the same row: it must be given the same
+    else:  # equal sides are given the same: the swapped row is the same row
         assert mirrored == [prompt, first, second]
+        assert first == second
 
 
 @given(FIELD, FIELD, FIELD, SHARES, MINIMUMS, st.integers(0, 99))
@@ -108,7 +112,8 @@ def test_a_cut_fills_its_room_and_says_what_it_took(
     taken = kept.head + kept.tail + len(marker(kept.dropped)) * kept.marked
     assert taken <= room
     assert room - taken < max(1, len(marker(length)))
-    assert kept.marked == (room > len(marker(kept.dropped)) or marker is none)
+    assert kept.marked or room < 2 * len(marker(length))
+    assert not kept.marked or room >= 2 * len(marker(kept.dropped))
 
 
 @given(TURNS, st.integers(0, 3), st.integers(0, 80), HOW, RATIO, st.sampled_from([digits, none]))
