@@ -329,7 +329,7 @@ def doctor() -> None:
 
 
 def _complain(text: str) -> None:
-    console.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), text))
 
 
 def main() -> None:

@@ -312,7 +312,7 @@ def derive_template(template: Template, task: Task) -> None:
     once |= {"rounds": "text"} if interleaved else {}
     for key in ("instruction", "text", "round"):
         check_places(getattr(template, key), [name for name, at in once.items() if at == key], f"inputs.template.{key}")
-    if not template.chat and template.text.endswith("}") and re.search(r"\{\w+\}$", template.text):
+    if not template.chat and template.text.endswith(tuple(f"{{{name}}}" for name in once)):
         raise ValueError("inputs.template.text must end in words of its own: the verdict is read there")
 
 
@@ -322,11 +322,10 @@ def check_places(wording: str, wanted: Sequence[str], where: str) -> None:
     Raises:
         ValueError: otherwise.
     """
-    held = re.findall(r"\{([^\W\d]\w*)\}", wording)
     for name in wanted:
-        if held.count(name) != 1:
+        if wording.count(f"{{{name}}}") != 1:
             raise ValueError(f"{where} must hold {{{name}}} exactly once")
-    if unknown := sorted(set(held) - set(wanted)):
+    if unknown := sorted(set(re.findall(r"\{([^\W\d]\w*)\}", wording)) - set(wanted)):
         shown = ", ".join(f"{{{name}}}" for name in unknown)
         raise ValueError(f"{where} holds {shown}, which has no place there; wanted: {list(wanted) or 'none'}")
 

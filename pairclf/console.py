@@ -16,7 +16,7 @@ from rich.progress import Task as ProgressTask
 from rich.table import Table
 
 # Ids, paths and class names come from users and may hold brackets: nothing printed here is read as markup.
-console = Console(stderr=True, highlight=False, markup=False)
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 output = Console(highlight=False, markup=False, soft_wrap=True)
 
 LOG_SECONDS = 60.0

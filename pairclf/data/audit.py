@@ -329,7 +329,7 @@ def note_changes(findings: Sequence[Finding]) -> None:
         if finding.count and finding.action in ("fix", "drop"):
             shown = ", ".join(map(visible, finding.ids[:3])) + (" …" if finding.count > 3 else "")
             text = f"note: {finding.rule}: {finding.count:,} rows {finding.done} ({shown})"
-            console.print(text, markup=False, soft_wrap=True)
+            console.print(text)
 
 
 def render(findings: Sequence[Finding]) -> Table:

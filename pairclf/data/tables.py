@@ -266,7 +266,7 @@ def _check_columns(columns: list[str], path: Path, task: Task, layout: _Layout, 
         )
     refuse(problems, path)
     if unknown:
-        console.print(f"note: {path.name}: columns {unknown} are not read", markup=False, soft_wrap=True)
+        console.print(f"note: {path.name}: columns {unknown} are not read")
 
 
 def _canonical(raw: pl.DataFrame, path: Path, task: Task, layout: _Layout, number: int, before: int) -> pl.DataFrame:
