@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import psutil
 import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, given
@@ -239,3 +240,39 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(
     frame = frame_of(ROWS * 3000)
     frame = frame.with_columns(id=pl.Series([f"r{number}" for number in range(len(frame))]))
     assert len(cache_of(tmp_path, frame, builder, size=4000)) == 12_000
+
+
+POOL = """
+import sys
+from pathlib import Path
+from pairclf.config import resolve
+from pairclf.inputs import cache
+from pairclf.inputs.tokenise import TurnTokenizer
+from pairclf.model.backbone import load_tokenizer
+import test_cache
+if __name__ == "__main__":
+    frame = test_cache.frame_of(test_cache.ROWS * 3000)
+    def frames():
+        yield frame.head(2000)
+        print("waiting", flush=True)
+        sys.stdin.read()
+    tokenizer = TurnTokenizer(load_tokenizer(sys.argv[1], resolve({}).model))
+    list(cache._tokenised(frames(), tokenizer, test_cache.LMSYS.fields, 2))
+"""
+
+
+@pytest.mark.slow
+def test_workers_leave_with_a_parent_that_was_killed(tmp_path: Path, base_of: Callable[[str], Path]) -> None:
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    command = [sys.executable, str(script), str(base_of("gemma2"))]
+    environment = {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == b"waiting"
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert workers
+        process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
