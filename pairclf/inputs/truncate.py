@@ -194,6 +194,8 @@ def pick_rounds(
         gap: tokens of the marker for the rounds that are left out.
     """
     rounds = len(costs)
+    if sum(costs) + wording * rounds <= budget:  # where the rest is smaller than the marker for it, too
+        return Rounds(tuple(range(rounds)), (), 0)
     inwards = sorted(range(rounds), key=lambda index: (min(index, rounds - 1 - index), index))
     whole: list[int] = []
     for place, index in enumerate(inwards):
@@ -205,7 +207,5 @@ def pick_rounds(
         if len(whole) < 2:
             break
         return Rounds(tuple(sorted(whole)), (index,) if room >= least[index] else (), room)
-    else:
-        return Rounds(tuple(sorted(whole)), (), 0)
     ends = tuple(sorted(inwards[:2]))
     return Rounds((), ends, budget - gap(set(inwards[2:])) - wording * len(ends))
