@@ -287,7 +287,7 @@ class Package(Section):
     )
 
 
-def derive_template(template: Template, task: Task) -> None:
+def _derive_template(template: Template, task: Task) -> None:
     """Fill what a template leaves out from its preset, and check that it shows every field once.
 
     Raises:
@@ -311,12 +311,18 @@ def derive_template(template: Template, task: Task) -> None:
     once = dict.fromkeys(task.fields, "round" if interleaved else "text")
     once |= {"rounds": "text"} if interleaved else {}
     for key in ("instruction", "text", "round"):
-        check_places(getattr(template, key), [name for name, at in once.items() if at == key], f"inputs.template.{key}")
+        _check_places(
+            getattr(template, key), [name for name, at in once.items() if at == key], f"inputs.template.{key}"
+        )
     if not template.chat and template.text.endswith(tuple(f"{{{name}}}" for name in once)):
         raise ValueError("inputs.template.text must end in words of its own: the verdict is read there")
 
 
-def check_places(wording: str, wanted: Sequence[str], where: str) -> None:
+PLACE = re.compile(r"\{([^\W\d]\w*)\}")
+"""What may be a place holder in a wording; other braces are text."""
+
+
+def _check_places(wording: str, wanted: Sequence[str], where: str) -> None:
     """Do nothing if the wording holds `{name}` once for each name wanted, and no other.
 
     Raises:
@@ -325,7 +331,7 @@ def check_places(wording: str, wanted: Sequence[str], where: str) -> None:
     for name in wanted:
         if wording.count(f"{{{name}}}") != 1:
             raise ValueError(f"{where} must hold {{{name}}} exactly once")
-    if unknown := sorted(set(re.findall(r"\{([^\W\d]\w*)\}", wording)) - set(wanted)):
+    if unknown := sorted(set(PLACE.findall(wording)) - set(wanted)):
         shown = ", ".join(f"{{{name}}}" for name in unknown)
         raise ValueError(f"{where} holds {shown}, which has no place there; wanted: {list(wanted) or 'none'}")
 
@@ -361,7 +367,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _derive(self) -> Config:
-        derive_template(self.inputs.template, self.task)
+        _derive_template(self.inputs.template, self.task)
         fields, inputs = self.task.fields, self.inputs
         inputs.shares = inputs.shares or {name: round(1 / len(fields), 6) for name in fields}
         inputs.minimums = inputs.minimums or dict.fromkeys(fields, 1)

@@ -45,7 +45,6 @@ def read_rows(
     *,
     labelled: bool,
     max_rows: int | None = None,
-    ignore_columns: Sequence[str] = (),
 ) -> pl.DataFrame:
     """Read files (.csv, .parquet or .jsonl), one after the other, into the canonical table.
 
@@ -55,12 +54,11 @@ def read_rows(
         labelled: training rows, whose unknown columns are refused. Otherwise test rows: labels are not read, unknown
             columns make a note, and broken UTF-8 is mended.
         max_rows: read no more than the first so many rows of all files together.
-        ignore_columns: further columns to accept and not read, in the files that are no `Source`.
 
     Raises:
         DataError: a file can't be read, its columns are not those that are needed, or a source contradicts the task.
     """
-    return pl.concat(_tables(sources, task, labelled, max_rows, ignore_columns, None))
+    return pl.concat(_tables(sources, task, labelled, max_rows, None))
 
 
 def scan_rows(
@@ -69,7 +67,6 @@ def scan_rows(
     *,
     labelled: bool,
     max_rows: int | None = None,
-    ignore_columns: Sequence[str] = (),
     size: int = CHUNK,
 ) -> Iterator[pl.DataFrame]:
     """The rows of `read_rows` in canonical chunks of up to `size` rows, for files that don't fit into memory.
@@ -77,7 +74,7 @@ def scan_rows(
     Raises:
         DataError: as `read_rows`, when the chunk is asked for that shows it.
     """
-    return _tables(sources, task, labelled, max_rows, ignore_columns, size)
+    return _tables(sources, task, labelled, max_rows, size)
 
 
 def _tables(
@@ -85,14 +82,13 @@ def _tables(
     task: Task,
     labelled: bool,
     max_rows: int | None,
-    ignore_columns: Sequence[str],
     size: int | None,
 ) -> Iterator[pl.DataFrame]:
     if not sources:
         raise DataError("no file of rows is named", remedy="give at least one .csv, .parquet or .jsonl file")
     left = max_rows
     for entry in sources:
-        source = entry if isinstance(entry, Source) else Source(files=[entry], ignore_columns=list(ignore_columns))
+        source = entry if isinstance(entry, Source) else Source(files=[entry])
         layout = _layout(source, task, labelled)
         before = 0  # rows of the source in files before this one
         for path in expand(source.files):

@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from pairclf.config import Template
+from pairclf.config import PLACE, Template
 from pairclf.errors import ConfigError, ModelError
 from pairclf.inputs.truncate import Ids
 
@@ -95,18 +95,17 @@ def settle_template(template: Template, tokenizer: Any) -> Template:
     remedy = "set inputs.template.chat=false, or use an instruct model's tokenizer"
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("inputs.template.chat needs a chat template, and the tokenizer has none", remedy=remedy)
-    message = {"role": "user", "content": (template.instruction or "") + template.text}
+    content = (template.instruction or "") + template.text
     try:
         text: str = tokenizer.apply_chat_template(
-            [message],
+            [{"role": "user", "content": content}],
             tokenize=False,
             add_generation_prompt=True,
             date_string="26 Jul 2024",  # Llama-3's own default; later templates would put today's date
         )
     except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise ConfigError(f"the tokenizer's chat template fails: {error}", remedy=remedy) from error
-    held = re.findall(r"\{[^\W\d]\w*\}", text)
-    if message["content"].strip() not in text or held != re.findall(r"\{[^\W\d]\w*\}", message["content"]):
+    if text.count(content.strip()) != 1 or PLACE.findall(text) != PLACE.findall(content):
         raise ConfigError(
             "the tokenizer's chat template does not show the user's message once, as it is", remedy=remedy
         )

@@ -70,9 +70,7 @@ def allot(fields: Sequence[Ids], shares: Sequence[float], minimums: Sequence[int
         given[min((index for index in range(len(fields)) if given[index] < lengths[index]), key=claim)] += 1
     for one, other in combinations(range(len(fields)), 2):
         if (weights[one], floors[one]) == (weights[other], floors[other]) and _same(fields[one], fields[other]):
-            given[one] = given[other] = min(
-                given[one], given[other]
-            )  # equal sides look equal, for the price of a token
+            given[one] = given[other] = min(given[one], given[other])  # a token's price for equal sides to look equal
     return given
 
 

@@ -254,7 +254,7 @@ def test_missing_and_unknown_columns_are_named_at_once(tmp_path: Path) -> None:
 def test_unknown_columns_can_be_accepted(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", {"": ["0", "1", "2"], **lmsys_rows()})
     assert "a column without a name" in str(refusal(lambda: read_lmsys(path)))
-    assert "" not in read_lmsys(path, ignore_columns=[""]).columns
+    assert "" not in read_rows([Source(files=[path], ignore_columns=[""])], LMSYS, labelled=True).columns
 
 
 @pytest.mark.parametrize(
