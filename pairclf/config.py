@@ -221,6 +221,8 @@ class Lora(Section):
         "all-linear", description="names of the linear modules that get adapters, or all-linear (head excluded)"
     )
     first_layer: int = Field(0, ge=0, description="layers below this one carry no adapter")
+    dora: bool = Field(False, description="train the magnitude of each weight apart from its direction (DoRA)")
+    rslora: bool = Field(False, description="multiply by alpha / sqrt(rank) instead (rsLoRA)")
 
 
 class Model(Section):
@@ -231,10 +233,19 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of computation; auto: bfloat16 where the GPU has it, float16 on a T4, float32 on CPU"
     )
-    attention: Literal["auto", "eager", "sdpa"] = Field(
-        "auto", description="attention implementation; auto: eager where scores are soft-capped (Gemma-2), else sdpa"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="attention implementation; auto: pairclf's own, which reads padded and packed batches"
     )
     lora: Lora | None = Field(default_factory=Lora, description="adapters; null: the whole model is trained")
+    head: Literal["linear", "two_layer"] = Field(
+        "linear", description="from a hidden state to logits: one linear layer, or two with a GELU between them"
+    )
+    pooling: Literal["last", "mean"] = Field(
+        "last", description="the hidden state that the head reads: the last token's, or the mean over the sequence"
+    )
+    label_words: dict[str, str] = Field(
+        {}, description="class: word; a linear head starts from the rows of the base's lm_head for these words"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the base model")
 
     @model_validator(mode="after")
@@ -244,7 +255,32 @@ class Model(Section):
                 f"quantization={self.quantization} freezes the base weights, so lora=null leaves nothing to train but "
                 "the head; set quantization=none or give lora"
             )
+        if self.label_words and self.head != "linear":
+            raise ValueError(f"label_words fill a linear head; head={self.head} has no such rows")
         return self
+
+
+class Distill(Section):
+    """Teachers' scores as a second target: `ce * CE(labels) + kl * T^2 * KL(teacher || student) + cosine * (1 - cos)`.
+
+    The form of the LMSYS winner's loss; `T^2` keeps gradients of one size (https://arxiv.org/abs/1503.02531).
+    """
+
+    scores: list[Path] = Field(
+        [], description="scores of teachers (parquet: id, a probability a class); a row's teachers are averaged"
+    )
+    ce: float = Field(1.0, ge=0, description="weight of the cross-entropy with the labels")
+    kl: float = Field(1.0, ge=0, description="weight of the divergence from the teachers' probabilities")
+    temperature: float = Field(1.0, gt=0, description="softens teachers and student alike in the divergence")
+    cosine: float = Field(0.0, ge=0, description="weight of 1 - cosine between the two vectors of probabilities")
+    unproven: bool = Field(
+        False, description="accept scores that do not say whether their models were trained on the row"
+    )
+
+
+Optimizer = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "adafactor"]
+Metric = Literal["log_loss", "accuracy", "expected_calibration_error"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class Train(Section):
@@ -252,19 +288,87 @@ class Train(Section):
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; null: by epochs")
     rows_per_step: int = Field(16, ge=1, description="rows behind one optimizer step, over all processes")
     rows_per_batch: int = Field(8, ge=1, description="rows in one forward pass of one process; memory, not results")
+    tokens_per_batch: int | None = Field(
+        16_384,
+        ge=1,
+        description="tokens in one forward pass (padding and both orders counted); a row that is longer goes alone; "
+        "memory, not results; null: no limit",
+    )
+    layout: Literal["padded", "packed"] = Field(
+        "packed", description="rows of a batch side by side, padded to the longest; or end to end, without padding"
+    )
+    optimizer: Optimizer = Field("adamw", description="8bit: states of 8 bits; paged: states that may leave the GPU")
     learning_rate: float = Field(1e-4, gt=0, description="peak rate of the adapters (or of the whole model)")
     head_learning_rate: float | None = Field(None, gt=0, description="peak rate of the head; null: learning_rate")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decay; norms, biases and the head are spared")
+    lora_a_learning_rate: float | None = Field(None, gt=0, description="peak rate of LoRA's A; null: learning_rate")
+    lora_b_learning_rate: float | None = Field(None, gt=0, description="peak rate of LoRA's B; null: learning_rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
+    weight_decay: float = Field(0.01, ge=0, description="decay of the weights; norms, biases and the head are spared")
     warmup: float = Field(0.1, ge=0, lt=1, description="part of the steps in which the rate rises from 0")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="the rate after the warm-up")
-    clip: float = Field(1.0, gt=0, description="largest global norm of the gradient")
+    clip: float | None = Field(1.0, gt=0, description="largest global norm of the gradient; null: no limit")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="part of each target that is spread over all classes")
     swap: Literal["none", "random", "both"] = Field(
         "both", description="orders a row is shown in: as it stands, one at random, or both in the same step"
+    )
+    consistency: float = Field(
+        0.0, ge=0, description="weight of the symmetric KL between the un-swapped predictions of a row's two orders"
+    )
+    distill: Distill = Field(default_factory=Distill, description="teachers' scores as a second target")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay a step of a moving average of the weights, which is what is kept; null: none",
+    )
+    average_last: int = Field(1, ge=1, description="keep the mean of the weights of the last so many checkpoints")
+    evaluate_every: int | None = Field(
+        None, ge=1, description="optimizer steps between two looks at the held-out rows; null: at the end alone"
+    )
+    evaluate_rows: int | None = Field(
+        None, ge=1, description="look at so many held-out rows, drawn by the seed; null: at all of them"
+    )
+    metric: Metric = Field("log_loss", description="what is compared between two looks")
+    keep: Literal["last", "best"] = Field(
+        "last", description="weights that are kept: the last, or the best by `metric`"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many looks without a better one; null: never before the end"
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in backward: less memory, ~30% slower"
     )
+    checkpoint_every: int | None = Field(
+        200, ge=1, description="optimizer steps between two checkpoints to go on from; null: none"
+    )
+    checkpoints: int = Field(2, ge=1, description="checkpoints on disk; the oldest goes when a new one is whole")
+    max_skipped: int = Field(
+        10, ge=1, description="steps in a row whose loss or gradient is not finite, before training stops"
+    )
     log_every: int = Field(10, ge=1, description="optimizer steps between two lines of metrics.jsonl")
+    trackers: list[Tracker] = Field([], description="where the lines of metrics.jsonl go besides")
+
+    @model_validator(mode="after")
+    def _legal(self) -> Train:
+        looks = [f"keep={self.keep}"] * (self.keep == "best") + [f"patience={self.patience}"] * bool(self.patience)
+        if looks and self.evaluate_every is None:
+            raise ValueError(f"{looks[0]} needs evaluate_every, the steps between two looks at the held-out rows")
+        if self.average_last > 1:
+            if self.checkpoint_every is None or self.checkpoints < self.average_last:
+                raise ValueError(
+                    f"average_last={self.average_last} averages checkpoints on disk: set checkpoint_every, and "
+                    f"checkpoints to {self.average_last} or more"
+                )
+            if self.ema is not None or self.keep == "best":
+                raise ValueError(
+                    "average_last, ema and keep=best each choose the weights that are kept; ema goes with "
+                    "keep=best, average_last with neither"
+                )
+        if self.consistency and self.swap != "both":
+            raise ValueError(f"consistency compares a row's two orders and needs swap=both, not {self.swap}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas} must be from 0 to 1, 1 excluded")
+        return self
 
 
 class Predict(Section):
@@ -381,11 +485,24 @@ class Config(Section):
                     f"inputs.{name} names {sorted(given)}; it must name each of the task's fields {list(fields)}"
                 )
         self._check_inputs(inputs.head_ratio)
-        if self.train.swap == "both" and not self.task.swappable:
-            self.train.swap = "none"
-        if self.train.swap == "random" and not self.task.swappable:
-            raise ValueError(f"train.swap=random needs a task that can swap; {self.task.name} can not")
+        self._check_training()
         return self
+
+    def _check_training(self) -> None:
+        train, task, words = self.train, self.task, self.model.label_words
+        if not task.swappable and (train.swap == "random" or train.consistency):
+            raise ValueError(f"train.swap=random and train.consistency need a task that can swap; {task.name} can not")
+        if train.swap == "both" and not task.swappable:
+            train.swap = "none"
+        if train.layout == "packed" and self.model.attention in ("eager", "sdpa"):
+            raise ValueError(
+                f"model.attention={self.model.attention} would let packed rows see each other; set train.layout=padded "
+                "or model.attention=auto"
+            )
+        if words and set(words) != set(task.classes):
+            raise ValueError(f"model.label_words names {sorted(words)}; it must name each class: {list(task.classes)}")
+        if train.distill.scores and task.multi_label:
+            raise ValueError("train.distill knows probabilities that sum to 1, and this task has several labels a row")
 
     def _check_inputs(self, head_ratio: dict[str, float]) -> None:
         inputs = self.inputs

@@ -11,8 +11,8 @@ from pairclf.console import console
 from pairclf.data.tables import read_scores, write_scores
 from pairclf.errors import ConfigError
 from pairclf.jobs.fit import fit
+from pairclf.jobs.launch import make_accelerator
 from pairclf.jobs.run import OOF, OOF_AB, Paths, output_of
-from pairclf.jobs.train import make_accelerator
 
 
 def cross_validate(config: Config) -> list[Path]:

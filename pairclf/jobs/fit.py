@@ -14,9 +14,10 @@ from pairclf.console import console
 from pairclf.data.tables import scores_frame, to_rows, write_scores
 from pairclf.files import atomic_folder
 from pairclf.jobs.inputs import encoded_rows, open_inputs
+from pairclf.jobs.launch import make_accelerator
 from pairclf.jobs.run import OOF, OOF_AB, Paths, labelled_rows, output_of, split
 from pairclf.jobs.scoring import Floats, by_order, combine, items_of, probabilities, score, verify
-from pairclf.jobs.train import make_accelerator, train
+from pairclf.jobs.train import train
 from pairclf.model.bundle import MANIFEST, Probe, open_bundle, write
 from pairclf.scores.metrics import accuracy, log_loss
 from pairclf.task import AB, Row

@@ -44,7 +44,7 @@ def score(classifier: Classifier, items: Sequence[Item], *, tokens_per_batch: in
     with progress(title, total=len(items)) as advance:
         for members in by_token_budget(lengths, tokens_per_batch):
             batch = lay_out([items[index] for index in members]).to(classifier.device)
-            logits[members] = classifier(batch.inputs, batch.read_at).double().cpu().numpy()
+            logits[members] = classifier(batch.inputs, batch.read_at, batch.lengths).double().cpu().numpy()
             advance(len(members))
     classifier.train(was_training)
     bad = sorted({items[index].row for index in np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist()})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,7 +30,7 @@ from pairclf.errors import DataError, ModelError
 from pairclf.files import write_text
 from pairclf.inputs.plan import micro_batches, random_steps
 from pairclf.inputs.render import Encoded
-from pairclf.model.backbone import pick_device, pick_dtype
+from pairclf.model.backbone import pick_dtype
 from pairclf.model.batch import Item
 from pairclf.model.engine import Classifier, build, layout_of
 from pairclf.task import AB, BA, Row, Task
@@ -69,7 +67,7 @@ def train(
         rows: labelled rows, all of which are trained on.
         encoded: the same rows as the model sees them.
         folder: run folder of this training.
-        accelerator: as `make_accelerator` makes it; one process or many.
+        accelerator: as `launch.make_accelerator` makes it; one process or many.
 
     Raises:
         DataError: no rows, or a row without a target.
@@ -111,24 +109,6 @@ def train(
     trained: Classifier = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     return trained.eval()
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    """One process or many, in the precision that the device computes in, with DeepSpeed if it was launched so."""
-    device = pick_device()
-    dtype, _ = pick_dtype(config.model.dtype, device)
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"  # as `accelerate launch` says it
-    on_cpu = device.type == "cpu"
-    accelerator = Accelerator(
-        # The classifier autocasts itself; Accelerate is asked for float16's loss scale alone.
-        mixed_precision="fp16" if dtype == torch.float16 else "no",
-        cpu=on_cpu and not deepspeed,  # with it, Accelerate would run without DeepSpeed and not say so
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else None,
-    )
-    if deepspeed:  # what the loop decides must not be decided a second time by DeepSpeed's own file
-        ours = {"gradient_clipping": config.train.clip, "gradient_accumulation_steps": 1}
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {**ours, "train_micro_batch_size_per_gpu": 1}
-    return accelerator
 
 
 def prepare(rows: Sequence[Row], encoded: Sequence[tuple[Encoded, ...]], task: Task) -> Examples:
@@ -179,7 +159,7 @@ def accumulate(
         weights = examples.weights[batch.row_at] * bool(rows)
         accelerator.sync_gradients = index == len(batches) - 1  # DeepSpeed takes its step where this is true
         with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-            logits = model(batch.inputs, batch.read_at)
+            logits = model(batch.inputs, batch.read_at, batch.lengths)
             targets = examples.targets[batch.row_at, batch.order]
             part = row_losses(logits, targets.to(logits), config.task) @ weights.to(logits) / total
             accelerator.backward(part * accelerator.num_processes)  # the reduction divides by the processes

@@ -26,18 +26,23 @@ class Batch:
     Attributes:
         inputs: keyword arguments of the backbone; `input_ids` and `position_ids` are `(B, T)` int64.
         read_at: `(R,)` int64, places in the flattened `(B * T)` hidden states whose logits are wanted.
+        lengths: `(R,)` int64, tokens of each sequence; it lies at `read_at - lengths + 1` to `read_at`.
         row_at: `(R,)` int64, index of the row in its table.
         order: `(R,)` int64, `task.AB` or `task.BA`.
-        tokens: number of real tokens, padding not counted.
     """
 
     inputs: dict[str, Tensor]
     read_at: Tensor
+    lengths: Tensor
     row_at: Tensor
     order: Tensor
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return int(self.lengths.sum())
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with the tensors that the model reads on `device`."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.read_at.to(device), self.row_at, self.order, self.tokens)
+        return Batch(inputs, self.read_at.to(device), self.lengths.to(device), self.row_at, self.order)

@@ -37,7 +37,7 @@ def layout_of(backbone: str, readout: str, layout: str) -> Layout:
 
 
 class Classifier(nn.Module):
-    """Backbone and head: `(inputs, read_at)` -> logits `(R, C)` in float32.
+    """Backbone and head: `(inputs, read_at, lengths)` -> logits `(R, C)` in float32.
 
     Args:
         backbone: returns an output with `last_hidden_state` `(B, T, H)`.
@@ -51,7 +51,7 @@ class Classifier(nn.Module):
         self.head = head
         self.dtype = dtype
 
-    def forward(self, inputs: dict[str, Tensor], read_at: Tensor) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor], read_at: Tensor, lengths: Tensor) -> Tensor:
         # The same autocast in training, validation and the notebook, whoever calls. No cache is kept: nothing is
         # generated, and a cache would have to be told of every layout.
         with torch.autocast(read_at.device.type, self.dtype, enabled=self.dtype != torch.float32):

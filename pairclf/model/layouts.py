@@ -37,7 +37,7 @@ def padded(items: Sequence[Item]) -> Batch:
     return Batch(
         inputs={"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids.contiguous()},
         read_at=torch.arange(len(items)) * width + lengths - 1,
+        lengths=lengths,
         row_at=torch.tensor([item.row for item in items]),
         order=torch.tensor([item.order for item in items]),
-        tokens=int(lengths.sum()),
     )

@@ -17,10 +17,10 @@ from pairclf.config import Config, resolve
 from pairclf.errors import DataError, ModelError
 from pairclf.inputs.render import Encoded
 from pairclf.jobs.inputs import open_inputs
+from pairclf.jobs.launch import make_accelerator
 from pairclf.jobs.train import (
     Examples,
     accumulate,
-    make_accelerator,
     orders_shown,
     parameter_groups,
     prepare,

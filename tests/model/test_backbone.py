@@ -48,8 +48,8 @@ def test_nf4_scores_alike_in_training_and_evaluation(config_for: Callable[..., C
     classifier = build(config_for("gemma2", model={"quantization": "nf4"}), CPU)
     batch = padded([Item(0, 0, np.arange(5, 60, dtype=np.int32))])
     with torch.inference_mode():
-        training = classifier.train()(batch.inputs, batch.read_at)
-        evaluation = classifier.eval()(batch.inputs, batch.read_at)
+        training = classifier.train()(batch.inputs, batch.read_at, batch.lengths)
+        evaluation = classifier.eval()(batch.inputs, batch.read_at, batch.lengths)
     assert (training - evaluation).abs().max() <= 1e-6
 
 

@@ -36,7 +36,7 @@ def classifier(request: pytest.FixtureRequest, config_for: Callable[..., Config]
 
 def logits_of(classifier: Classifier, batch: Batch) -> torch.Tensor:
     with torch.inference_mode():
-        return classifier(batch.inputs, batch.read_at)
+        return classifier(batch.inputs, batch.read_at, batch.lengths)
 
 
 @pytest.mark.parametrize("key", list(LAYOUTS), ids=" + ".join)
