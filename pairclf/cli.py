@@ -37,6 +37,23 @@ Bundles = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="bundle
 BaseFolder = Annotated[Path | None, typer.Option("--base", help="folder of the base model on this machine")]
 
 
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="processes that train together on this machine, one a GPU (docs/distributed.md); none: this one"
+    ),
+]
+
+
+Resume = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--no-resume",
+        help="go on where a training stopped, and leave finished folds alone; or delete its checkpoints and start over",
+    ),
+]
+
+
 def _example(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A command whose `--help` ends with an example."""
     return app.command(epilog=f"**Example:** `{text}`")
@@ -212,24 +229,40 @@ def lengths(
     console.print("wrote", *write_report(out or output_of(settings), budgets, uncut, scale, title))
 
 
+def _spread(processes: int | None) -> None:
+    """Run this very command in so many processes and leave with their exit code; in one of them, go on."""
+    from pairclf.jobs.processes import become_worker, is_worker, run_processes
+
+    if is_worker():
+        become_worker()
+    elif processes is not None:
+        raise typer.Exit(run_processes(processes, sys.argv[1:]))
+
+
 @_example("pairclf train configs/lmsys/gemma2-9b-qlora.yaml --fold 0 train.learning_rate=2e-4")
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
     fold: Annotated[int | None, typer.Option(help="fold to hold out and score; none: train on all rows")] = None,
+    processes: Processes = None,
+    resume: Resume = None,
 ) -> None:
     """Fine-tune one classifier and write its bundle."""
+    settings = _load(config, overrides)
+    _spread(processes)
     from pairclf.jobs.fit import fit
 
-    output.print(fit(_load(config, overrides), fold))
+    output.print(fit(settings, fold, resume=resume))
 
 
 @_example("pairclf cv configs/lmsys/gemma2-9b-qlora.yaml folds.run=[0,1]")
-def cv(config: ConfigPath, overrides: Overrides = None) -> None:
+def cv(config: ConfigPath, overrides: Overrides = None, processes: Processes = None, resume: Resume = None) -> None:
     """Train the folds one after another and join their out-of-fold scores."""
+    settings = _load(config, overrides)
+    _spread(processes)
     from pairclf.jobs.cv import cross_validate
 
-    for bundle in cross_validate(_load(config, overrides)):
+    for bundle in cross_validate(settings, resume=resume):
         output.print(bundle)
 
 
@@ -251,6 +284,32 @@ def predict(
     job(bundles, data, out, sample=sample, scores=scores, base=base, overrides=overrides or [])
 
 
+@_example("pairclf pseudo configs/lmsys/gemma2-9b-qlora.yaml --data extra.parquet --scores scores.parquet")
+def pseudo(
+    config: ConfigPath,
+    data: Annotated[Path, typer.Option("--data", help="unlabelled file, by its own path")],
+    scores: Annotated[Path, typer.Option("--scores", help="its scores, as `pairclf predict --scores` writes them")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help=".parquet, .jsonl or .csv to write")] = Path("pseudo.parquet"),
+    weight: Annotated[float, typer.Option(help="weight of each row in the loss")] = 0.5,
+    min_confidence: Annotated[
+        float, typer.Option(min=0, max=1, help="leave rows out whose likeliest class has a lower probability")
+    ] = 0.0,
+    temperature: Annotated[float, typer.Option(help="above 1: softer labels; below 1: sharper ones")] = 1.0,
+    hard: Annotated[bool, typer.Option("--hard", help="the likeliest class alone, instead of probabilities")] = False,
+) -> None:
+    """Turn scores on unlabelled rows into weighted training rows that share no prompt with data.train and data.test.
+
+    Train on them with `data.train: [train.csv, {files: pseudo.parquet, train_only: true}]`.
+    """
+    from pairclf.jobs.pseudo import pseudo as job
+    from pairclf.jobs.pseudo import render
+
+    settings = _load(config, overrides)
+    sharpness = {"min_confidence": min_confidence, "temperature": temperature}
+    output.print(render(job(settings, data, scores, out, weight=weight, hard=hard, **sharpness), out))
+
+
 @_example("pairclf evaluate configs/demo/gemma2-tiny.yaml --truth runs/demo/data/truth.parquet")
 def evaluate(
     config: ConfigPath,
@@ -268,6 +327,35 @@ def evaluate(
     one_order = run / OOF_AB if scores is None else None
     judged = job(labelled_rows(settings), scores or run / OOF, settings.task, one_order=one_order, truth=truth)
     output.print(render(judged))
+
+
+@_example("pairclf merge configs/lmsys/gemma2-9b-qlora.yaml --out runs/lmsys/merged --into bfloat16")
+def merge(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Option("--out", help="folder of the new bundle")],
+    overrides: Overrides = None,
+    fold: Annotated[
+        list[int] | None, typer.Option(help="fold whose bundle to merge (repeat for more); none: all that the run has")
+    ] = None,
+    average: Annotated[
+        str, typer.Option(help="mean of several adapters: exact (of the products BA) or factors (of A and of B)")
+    ] = "exact",
+    into: Annotated[
+        str | None,
+        typer.Option(help="merge into whole weights: bfloat16, float16 or float32; none: write an adapter"),
+    ] = None,
+    max_shift: Annotated[
+        float, typer.Option(min=0, help="write nothing if the log loss moves by more nats a row (docs/merge.md)")
+    ] = 0.002,
+    rows: Annotated[int | None, typer.Option(min=1, help="out-of-fold rows to score; none: all")] = None,
+    base: BaseFolder = None,
+) -> None:
+    """Average the folds' adapters, or merge one into the weights; keep it if it still scores as before."""
+    from pairclf.jobs.merge import merge as job
+
+    settings = _load(config, overrides)
+    merged = job(settings, out, folds=fold or [], average=average, into=into, max_shift=max_shift, rows=rows, base=base)
+    output.print(merged)
 
 
 @_example("pairclf package configs/lmsys/gemma2-9b-qlora.yaml package.owner=me --out kaggle/build/lmsys")
@@ -329,7 +417,10 @@ def doctor() -> None:
 
 
 def _complain(text: str) -> None:
-    console.print(Text.assemble(("error: ", "bold red"), text))
+    from pairclf.jobs.processes import leave_error
+
+    if not leave_error(text):  # one of several processes leaves it to the one that started them
+        console.print(Text.assemble(("error: ", "bold red"), text))
 
 
 def main() -> None:

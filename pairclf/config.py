@@ -55,6 +55,9 @@ class Source(Section):
     exclude_overlap: list[Path] = Field(
         [], description="files or globs that must stay unseen: rows with a prompt (nearly) equal to one of theirs go"
     )
+    train_only: bool = Field(
+        False, description="rows are trained on in every fold and never held out (pseudo-labels, extra sets)"
+    )
 
 
 class Rules(Section):
@@ -117,7 +120,7 @@ class Data(Section):
     train: Annotated[list[Annotated[Source, BeforeValidator(as_source)]], BeforeValidator(as_list)] = Field(
         [],
         description="labelled files (.csv, .parquet, .jsonl) or globs; or mappings of files, columns, label_column, "
-        "labels, id_prefix, weight, ignore_columns, exclude_overlap (docs/data.md)",
+        "labels, id_prefix, weight, ignore_columns, exclude_overlap, train_only (docs/data.md)",
     )
     test: Path | None = Field(None, description="unlabelled file to predict")
     sample_submission: Path | None = Field(None, description="file whose ids, order and columns a submission must have")
@@ -136,7 +139,10 @@ class Data(Section):
 
     @property
     def sources(self) -> list[Source]:
-        """The entries of `train` with names relative to the working directory, and `ignore_columns` for each."""
+        """The entries of `train` with names relative to the working directory, and `ignore_columns` for each.
+
+        Those that are `train_only` stand last: of two equal rows the first stays, and it may be held out.
+        """
         made = []
         for one in self.train:
             ignored = "all" if one.ignore_columns == "all" else [*one.ignore_columns, *self.ignore_columns]
@@ -146,7 +152,7 @@ class Data(Section):
                 "ignore_columns": ignored,
             }
             made.append(one.model_copy(update=changes))
-        return made
+        return sorted(made, key=lambda source: source.train_only)
 
 
 class Folds(Section):
@@ -267,7 +273,9 @@ class Distill(Section):
     """
 
     scores: list[Path] = Field(
-        [], description="scores of teachers (parquet: id, a probability a class); a row's teachers are averaged"
+        [],
+        description="scores of teachers (parquet: id, a probability a class), by their own paths; a row's teachers are "
+        "averaged",
     )
     ce: float = Field(1.0, ge=0, description="weight of the cross-entropy with the labels")
     kl: float = Field(1.0, ge=0, description="weight of the divergence from the teachers' probabilities")
@@ -347,6 +355,11 @@ class Train(Section):
     )
     log_every: int = Field(10, ge=1, description="optimizer steps between two lines of metrics.jsonl")
     trackers: list[Tracker] = Field([], description="where the lines of metrics.jsonl go besides")
+
+    @property
+    def orders(self) -> int:
+        """Orders that a row is shown in, in one step."""
+        return 2 if self.swap == "both" else 1
 
     @model_validator(mode="after")
     def _legal(self) -> Train:

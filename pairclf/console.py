@@ -30,7 +30,7 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: float, *, visible: bool = True) -> Iterator[Advance]:
+def progress(title: str, total: float, *, done: int = 0, visible: bool = True) -> Iterator[Advance]:
     """A bar with count, time elapsed and ETA; in a log, where nothing can move, a line every minute."""
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -42,7 +42,7 @@ def progress(title: str, total: float, *, visible: bool = True) -> Iterator[Adva
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, disable=not visible) as bar:
-        job = bar.add_task(title, total=total, note="")
+        job = bar.add_task(title, total=total, completed=done, note="")
 
         printed = time.monotonic()
 

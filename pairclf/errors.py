@@ -74,6 +74,18 @@ class ModelError(PairclfError):
     """A base model can't be loaded, or a combination of its parts is not legal."""
 
 
+class CheckpointError(PairclfError):
+    """A checkpoint can't be written, is damaged, or belongs to another training."""
+
+
+class Stopped(PairclfError):
+    """A signal ended the training after a checkpoint; the exit code is the shell's for it, 128 + its number."""
+
+    def __init__(self, what: str, *, signal: int, remedy: str) -> None:
+        super().__init__(what, remedy=remedy)
+        self.exit_code = 128 + signal
+
+
 class BundleError(PairclfError):
     """A bundle is incomplete, was changed, or does not score its probe rows as it did."""
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 AB, BA = 0, 1
 """The two orders in which a pair is shown: as it stands in the file, and swapped."""
 
-_OWN_WORDS = {"id", "target", "weight", "group", "file", "flaws", "template", "marker", "rounds"}
+_OWN_WORDS = {"id", "target", "weight", "group", "file", "flaws", "train_only", "template", "marker", "rounds"}
+_BESIDE_CLASSES = {"orders", "models", "seen", "prompt"}  # columns of scores
 
 Turns = tuple[str | None, ...]
 """The turns of one field; `None` (the file had a null) is kept apart from `""`."""
@@ -65,7 +66,7 @@ class Task(BaseModel):
         for name, values in (("fields", self.fields), ("classes", self.classes)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} {list(values)} name one thing twice")
-        if taken := _OWN_WORDS & {*self.fields, *self.classes}:
+        if taken := (_OWN_WORDS & {*self.fields, *self.classes}) | (_BESIDE_CLASSES & {*self.classes}):
             raise ValueError(f"{sorted(taken)} are words of pairclf's own; name fields and classes otherwise")
         if (self.swap_fields is None) != (self.swap_classes is None):
             raise ValueError("swap_fields and swap_classes must be given together or not at all")

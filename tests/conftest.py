@@ -51,8 +51,21 @@ def tiny_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+_ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
+
+KINDS: dict[str, dict[str, object]] = {
+    "gemma2": {"sliding_window": 32, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**_ALTERNATING, "query_pre_attn_scalar": 16},
+    "llama": {},
+    "mistral": {"sliding_window": 32},
+    "qwen2": {},
+    "qwen3": {**_ALTERNATING, "use_sliding_window": True},
+}
+"""Architectures of tiny models, and what they need beyond their sizes."""
+
+
 def tiny_model(kind: str, folder: Path) -> None:
-    """Random weights, two layers, NF4-sized; `kind` is gemma2, llama or qwen2."""
+    """Random weights, two layers, NF4-sized; `kind` is a key of `KINDS`."""
     import torch
     from transformers import AutoConfig, AutoModel
 
@@ -67,7 +80,7 @@ def tiny_model(kind: str, folder: Path) -> None:
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=1024,
-        **({"sliding_window": 32, "query_pre_attn_scalar": 16} if kind == "gemma2" else {}),
+        **KINDS[kind],
     )
     AutoModel.from_config(config).save_pretrained(folder)
 

@@ -20,7 +20,7 @@ ROOMS = {
     "data": ["formats", "tables", "arena", "duplicates", "folds", "audit"],
     "scores": ["metrics", "calibration", "blend"],
     "inputs": ["truncate", "tokenise", "render", "plan", "cache"],
-    "model": ["batch", "layouts", "readout", "backbone", "engine", "bundle"],
+    "model": ["batch", "layouts", "attention", "readout", "backbone", "engine", "bundle"],
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "deepspeed"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "_shipped" not in path.parts)

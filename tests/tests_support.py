@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -53,3 +54,16 @@ def strange_file(folder: Path, count: int) -> Path:
     path = folder / "strange.csv"
     pl.DataFrame({"id": ids, **cells, **labels}).write_csv(path)
     return path
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Rows as a training file in the LMSYS format."""
+    cells = [
+        {
+            "id": row.id,
+            **{name: json.dumps(turns) for name, turns in row.fields.items()},
+            **dict(zip(LMSYS.classes, row.target or (), strict=True)),
+        }
+        for row in rows
+    ]
+    pl.DataFrame(cells).write_csv(path)

@@ -46,13 +46,14 @@ def normalised_prompts(frame: pl.DataFrame, task: Task) -> pl.Series:
     moves every field, their sorted texts stand together, so that a pair and its mirror are equal.
     """
     staying = [name for name in task.fields if name not in (task.swap_fields or ())]
-    texts = [_normalised(frame[name].list.join("\n")) for name in staying or task.fields]
+    texts = [normalised_texts(frame[name].list.join("\n")) for name in staying or task.fields]
     cells = pl.DataFrame([text.alias(str(place)) for place, text in enumerate(texts)])
     joined = pl.concat_list(pl.all()) if staying else pl.concat_list(pl.all()).list.sort()
     return cells.select(joined.list.join("\n").str.strip_chars().fill_null("").alias("prompt")).to_series()
 
 
-def _normalised(texts: pl.Series) -> pl.Series:
+def normalised_texts(texts: pl.Series) -> pl.Series:
+    """Texts `(N,)` in the normal form of `normalised_prompts`."""
     # ASCII is in normal form, and most prompts are ASCII.
     strange = texts.str.len_bytes() != texts.str.len_chars()
     if strange.any():

@@ -24,7 +24,7 @@ from rich.table import Table
 from sklearn.model_selection import StratifiedGroupKFold
 
 from pairclf.console import table
-from pairclf.data.duplicates import NearIndex, Places, clusters, near_overlap, normalised_prompts
+from pairclf.data.duplicates import NearIndex, Places, clusters, near_overlap, normalised_prompts, normalised_texts
 from pairclf.errors import DataError, LeakError
 from pairclf.files import atomic_file
 from pairclf.task import Task
@@ -60,6 +60,25 @@ def _of_rows(ids: pl.Series, prompts: pl.Series, distinct: list[str], groups: ND
     """The group of each row `(N,)`, from that of each different prompt."""
     found = prompts.replace_strict(distinct, groups.tolist(), default=None, return_dtype=pl.String)
     return found.fill_null("row:" + ids).alias("group")
+
+
+def prompt_hashes(frame: pl.DataFrame, task: Task) -> pl.Series:
+    """Hashes `(N,)` of the normalised prompts, UInt64, named `prompt`: the same on every machine and in every run.
+
+    A row without prompt text goes by all its texts, in any order, as such rows have nothing else in common.
+    """
+    prompts = normalised_prompts(frame, task)
+    blank = prompts == ""
+    if blank.any():
+        joined = [frame[name].filter(blank).list.join("\n").fill_null("") for name in task.fields]
+        texts = [normalised_texts(one).to_list() for one in joined]
+        whole = ["\0".join(["", *sorted(row)]) for row in zip(*texts, strict=True)]  # \0: no prompt holds one
+        prompts = prompts.scatter(blank.arg_true(), whole)
+    return pl.Series("prompt", [_hash(prompt) for prompt in prompts], dtype=pl.UInt64)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def make_folds(frame: pl.DataFrame, task: Task, *, n: int, seed: int, near: float | None, stable: bool) -> pl.DataFrame:
@@ -126,7 +145,7 @@ def _stable(frame: pl.DataFrame, task: Task, n: int, seed: int, near: float | No
 
 def _draw(seed: int, text: str, n: int) -> int:
     """A fold from 0 to n - 1, the same on every machine (Python's own hash is not)."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{text}".encode()).digest()[:8], "big") % n
+    return _hash(f"{seed}\n{text}") % n
 
 
 def _stratify(classes: NDArray[Any], groups: NDArray[Any], n: int, seed: int) -> NDArray[np.int64]:
@@ -201,12 +220,36 @@ def assert_no_leak(train: pl.DataFrame, held_out: pl.DataFrame, task: Task, near
         )
 
 
+def assert_apart(train_only: pl.DataFrame, folded: pl.DataFrame, task: Task, near: float | None) -> None:
+    """Do nothing if rows that are trained on in every fold share no id and no (near) prompt with rows of any fold.
+
+    Raises:
+        LeakError: with the ids of the train-only rows that do.
+    """
+    known = train_only["id"].is_in(folded["id"].to_list())
+    seen = known | near_overlap(train_only, folded, task, near)
+    if seen.any():
+        nearly = "" if near is None else f", or have nearly the same prompt (folds.near={near})"
+        raise LeakError(
+            f"{seen.sum():,} of {len(train_only):,} rows that are train_only share their id or prompt with a row that "
+            f"a fold holds out{nearly}",
+            rows=train_only["id"].filter(seen).to_list(),
+            remedy="give their source exclude_overlap: [the other files of data.train], and an id_prefix where ids are "
+            "equal; `pairclf pseudo` leaves such rows out by itself",
+        )
+
+
 def report(folds: pl.DataFrame, frame: pl.DataFrame, task: Task) -> Group:
-    """Two tables: a line a fold, with its rows, prompts, groups and share of each class; and how large groups are."""
-    rows = folds.with_columns(frame["target"], normalised_prompts(frame, task))
+    """Two tables: a line a fold, with its rows, prompts, groups and share of each class; and how large groups are.
+
+    Rows of the frame that the folds don't hold are those that are trained on in every fold.
+    """
+    rows = frame.select("id", "target", normalised_prompts(frame, task))
+    others = rows.join(folds, on="id", how="anti").with_columns(group="id")
+    rows = folds.join(rows, on="id", how="left", maintain_order="left")
     made = table("Folds", "fold", "rows", "prompts", "groups", "largest group", *task.classes)
     parts = [(key[0], part) for key, part in rows.sort("fold").group_by("fold", maintain_order=True)]
-    for name, part in [*parts, ("all", rows)]:
+    for name, part in [*parts, ("all", rows), *([("train only", others)] if len(others) else [])]:
         shares = np.mean(part["target"].to_list(), axis=0)
         label = "set aside" if name == _SET_ASIDE else str(name)
         made.add_row(label, *_counts(part), *(f"{share:.1%}" for share in shares))

@@ -5,7 +5,8 @@ The canonical table has one row a comparison, in file order:
     id              String         exactly as in the file; `row 7` where the seventh row of a file has none
     <each field>    List(String)   its turns; a null turn is kept apart from ""
     target          List(Float64)  probabilities in the task's class order; null where unlabelled, or no label
-    weight          Float64        the source's
+    weight          Float64        the source's, times the file's where it has a column of weights
+    train_only      Boolean        the source's: trained on in every fold and never held out
     file            String         the file's name, as it was given
     flaws           UInt32         bits of `formats.Flaw`: what was wrong with the row and can be seen no more
 
@@ -18,13 +19,14 @@ import difflib
 import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from polars.exceptions import PolarsError
 
 from pairclf.config import Source
 from pairclf.console import console
@@ -51,12 +53,13 @@ def read_rows(
     Args:
         sources: files or globs, and sources with other columns, read in this order.
         task: names the fields, the classes and where the label stands.
-        labelled: training rows, whose unknown columns are refused. Otherwise test rows: labels are not read, unknown
-            columns make a note, and broken UTF-8 is mended.
+        labelled: training rows, whose unknown columns are refused. Otherwise test rows: labels and weights are not
+            read, unknown columns make a note, and broken UTF-8 is mended.
         max_rows: read no more than the first so many rows of all files together.
 
     Raises:
-        DataError: a file can't be read, its columns are not those that are needed, or a source contradicts the task.
+        DataError: a file can't be read, its columns are not those that are needed, a weight is not above 0, or a
+            source contradicts the task.
     """
     return pl.concat(_tables(sources, task, labelled, max_rows, None))
 
@@ -96,8 +99,9 @@ def _tables(
             for raw in read_file(path, rows=left, lossy=not labelled, size=size):
                 if raw.columns != columns:
                     columns = raw.columns
-                    _check_columns(columns, path, task, layout, labelled)
-                yield _canonical(raw, path, task, layout, number, before)
+                    found = _found(layout, raw, task)
+                    _check_columns(columns, path, task, found, labelled)
+                yield _canonical(raw, path, task, found, number, before)
                 number += len(raw)
             before += number
             left = None if left is None else left - number
@@ -117,6 +121,9 @@ def to_rows(frame: pl.DataFrame, task: Task) -> list[Row]:
 def write_rows(path: Path, frame: pl.DataFrame, task: Task) -> None:
     """Write a canonical table in the task's own columns, atomically: .csv (lists of turns as JSON), .parquet or .jsonl.
 
+    Labels that are shared by several classes are written as a column a class under every task; weights where one of
+    them is not 1.
+
     Raises:
         DataError: the file type is another, or can't hold these rows; nothing is written.
     """
@@ -124,7 +131,8 @@ def write_rows(path: Path, frame: pl.DataFrame, task: Task) -> None:
     if kind not in (".csv", ".parquet", ".jsonl"):
         remedy = "name a .csv, .parquet or .jsonl file"
         raise DataError(f"file type {path.suffix!r} can't be written", where=path, remedy=remedy)
-    table = frame.select("id", *task.fields, *_label_cells(path, frame, task))
+    weights = ["weight"] if (frame["weight"] != 1).any() else []
+    table = frame.select("id", *task.fields, *_label_cells(frame, task), *weights)
     if kind == ".csv":
         table = table.with_columns(_text_cells(path, frame, task))
     with atomic_file(path) as temporary:
@@ -136,20 +144,12 @@ def write_rows(path: Path, frame: pl.DataFrame, task: Task) -> None:
             table.write_ndjson(temporary)
 
 
-def _label_cells(path: Path, frame: pl.DataFrame, task: Task) -> list[pl.Expr]:
+def _label_cells(frame: pl.DataFrame, task: Task) -> list[pl.Expr]:
     """The columns of labels; none for unlabelled rows."""
     if frame["target"].null_count() == len(frame):
         return []
-    if task.label_column is None:
+    if task.label_column is None or (frame["target"].list.max() != 1).any():
         return [pl.col("target").list.get(place).alias(name) for place, name in enumerate(task.classes)]
-    soft = frame.filter(pl.col("target").list.max() != 1)
-    if len(soft):
-        raise DataError(
-            f"column {task.label_column!r} names one class a row; these labels are shared by several",
-            where=path,
-            rows=soft["id"].to_list(),
-            remedy="a task with a column a class can hold them; or set data.rules so that no label is averaged",
-        )
     named = pl.col("target").list.arg_max().replace_strict(range(len(task.classes)), task.classes, default=None)
     return [named.alias(task.label_column)]
 
@@ -179,23 +179,25 @@ class _Layout:
         columns: our column (`id`, fields) -> the file's; None: rows are numbered.
         labels: the file's columns of labels, none for test rows: one with a name of a class, or one a class.
         named: the label is a name.
+        weight: the file's column of weights; None: it has none.
     """
 
     source: Source
     columns: Mapping[str, str | None]
     labels: tuple[str, ...]
     named: bool
+    weight: str | None
 
     @property
     def wanted(self) -> list[str]:
-        return [name for name in (*self.columns.values(), *self.labels) if name is not None]
+        return [name for name in (*self.columns.values(), *self.labels, self.weight) if name is not None]
 
 
 def _layout(source: Source, task: Task, labelled: bool) -> _Layout:
     """Raises:
     DataError: the source names columns or classes that the task has not.
     """
-    ours = ("id", *task.fields, *_label_columns(task))
+    ours = ("id", *task.fields, *_label_columns(task), "weight")
     shown = ", ".join(map(str, source.files))
     problems = []
     for name, column in source.columns.items():
@@ -215,7 +217,21 @@ def _layout(source: Source, task: Task, labelled: bool) -> _Layout:
     refuse(problems, f"the source of {shown}")
     label_column = source.label_column or source.columns.get(task.label_column or "", task.label_column)
     labels = (label_column,) if label_column else tuple(source.columns.get(name) or name for name in task.classes)
-    return _Layout(source, columns, labels if labelled else (), label_column is not None)
+    weight = source.columns.get("weight")
+    return _Layout(source, columns, labels if labelled else (), label_column is not None, weight if labelled else None)
+
+
+def _found(layout: _Layout, raw: pl.DataFrame, task: Task) -> _Layout:
+    """The layout as a file has it: probabilities where it names no class, and weights where it has that column."""
+    ignored, labels = layout.source.ignore_columns, layout.labels
+    if labels and layout.named and layout.source.label_column is None and labels[0] not in raw.columns:
+        plain = [name for name in task.classes if name in raw.columns and not raw[name].dtype.is_nested()]
+        # A column that is named as a class may hold other things: in the WSDM files, the names of models.
+        if len(plain) == len(task.classes) and np.isfinite(_numbers(raw, plain)).any(axis=0).all():
+            layout = replace(layout, labels=task.classes, named=False)
+    if labels and layout.weight is None and "weight" in set(raw.columns) - set(layout.wanted):
+        layout = replace(layout, weight="weight" if ignored != "all" and "weight" not in ignored else None)
+    return layout
 
 
 def refuse(problems: Sequence[DataError], where: object) -> None:
@@ -285,9 +301,33 @@ def _canonical(raw: pl.DataFrame, path: Path, task: Task, layout: _Layout, numbe
         mark(flaws, targets.is_null(), Flaw.BAD_LABEL)
     else:
         targets = pl.repeat(None, len(raw), dtype=pl.List(pl.Float64), eager=True)
-    return pl.DataFrame([(layout.source.id_prefix + ids).alias("id"), *turns, targets.alias("target")]).with_columns(
-        weight=pl.lit(layout.source.weight), file=pl.lit(str(path)), flaws=pl.Series(flaws, dtype=pl.UInt32)
+    ids = (layout.source.id_prefix + ids).alias("id")
+    return pl.DataFrame([ids, *turns, targets.alias("target"), _weights(raw, path, layout, ids)]).with_columns(
+        train_only=pl.lit(layout.source.train_only),
+        file=pl.lit(str(path)),
+        flaws=pl.Series(flaws, dtype=pl.UInt32),
     )
+
+
+def _weights(raw: pl.DataFrame, path: Path, layout: _Layout, ids: pl.Series) -> pl.Series:
+    """Weights of the rows: the source's, times the file's own.
+
+    Raises:
+        DataError: one is missing, no finite number, or not above 0.
+    """
+    weights = np.full(len(raw), layout.source.weight)
+    if layout.weight is not None:
+        weights = weights * _numbers(raw, [layout.weight])[:, 0]
+    wrong = ~(np.isfinite(weights) & (weights > 0))
+    if wrong.any():
+        raise DataError(
+            f"column {layout.weight!r} has {int(wrong.sum()):,} weights that are missing, no finite numbers, or not "
+            "above 0",
+            where=path,
+            rows=ids.filter(pl.Series(wrong)).to_list(),
+            remedy="mend them or take these rows out; or leave the column unread with data.ignore_columns=[weight]",
+        )
+    return pl.Series("weight", weights)
 
 
 def _read_ids(cells: pl.Series, rows: pl.Series, path: Path) -> tuple[pl.Series, pl.Series]:
@@ -335,14 +375,22 @@ def scores_frame(
     task: Task,
     orders: int | Sequence[int],
     models: Sequence[str] | pl.Series,
+    *,
+    seen: int | pl.Series | None = None,
+    prompts: pl.Series | None = None,
 ) -> pl.DataFrame:
-    """Scores as a table: `id`, one Float64 column a class, `orders` Int32, `models` List(String).
+    """Scores as a table, with what stands behind each row.
+
+    The columns: `id`, one Float64 a class, `orders` Int32, `models` List(String), `seen` UInt16, `prompt` UInt64.
 
     Args:
         ids: `N` ids.
         probabilities: `(N, C)`, columns in the task's class order, rows summing to one (1e-4).
         orders: how many orders (1 or 2) stand behind every row, or behind each.
         models: names of the models behind every row, or a List(String) series with those behind each.
+        seen: how many of these models were trained on a row with this prompt; 0: the row is out of sample; null or
+            None: nobody knows.
+        prompts: `folds.prompt_hashes` of the rows, so that scores of other rows with the same ids show; None: unknown.
 
     Raises:
         DataError: shapes differ, an id stands twice, or a row is no distribution.
@@ -354,14 +402,24 @@ def scores_frame(
     refuse(_score_problems(listed, probabilities, task), "scores")
     named = models if isinstance(models, pl.Series) else pl.Series([list(models)] * len(ids), dtype=TURNS)
     counts = [orders] * len(ids) if isinstance(orders, int) else list(orders)
+    unknown = pl.repeat(None, len(ids), dtype=pl.UInt64, eager=True)
+    seen = seen if isinstance(seen, pl.Series) else pl.repeat(seen, len(ids), dtype=pl.UInt16, eager=True)
     return pl.DataFrame(
         [
             listed,
             *(pl.Series(name, probabilities[:, column], dtype=pl.Float64) for column, name in enumerate(task.classes)),
             pl.Series("orders", counts, dtype=pl.Int32),
             named.rename("models"),
+            seen.cast(pl.UInt16).rename("seen"),
+            (unknown if prompts is None else prompts).rename("prompt"),
         ]
     )
+
+
+def _score_schema(task: Task) -> pl.Schema:
+    classes = ((name, pl.Float64()) for name in task.classes)
+    behind = [("orders", pl.Int32()), ("models", TURNS), ("seen", pl.UInt16()), ("prompt", pl.UInt64())]
+    return pl.Schema([("id", pl.String()), *classes, *behind])
 
 
 def write_scores(path: Path, scores: pl.DataFrame) -> None:
@@ -370,15 +428,19 @@ def write_scores(path: Path, scores: pl.DataFrame) -> None:
         scores.write_parquet(temporary)
 
 
-def read_scores(path: Path, task: Task) -> pl.DataFrame:
-    """Read what `write_scores` wrote, checked again.
+def read_scores(path: Path, task: Task, *, foreign: bool = False) -> pl.DataFrame:
+    """Read what `write_scores` wrote, checked again. `seen` and `prompt` are null where an older pairclf wrote it.
+
+    Args:
+        foreign: accept a file of other people's: `id` and a column a class, further ones unread, the rest null.
 
     Raises:
         DataError: the file can't be read, is no table of scores of this task, or breaks a rule of `scores_frame`.
     """
-    frame = load(path)
-    classes = ((name, pl.Float64()) for name in task.classes)
-    wanted = pl.Schema([("id", pl.String()), *classes, ("orders", pl.Int32()), ("models", TURNS)])
+    frame, wanted = load(path), _score_schema(task)
+    frame = _completed(frame, wanted, ["orders", "models"] if foreign else [])
+    if foreign:
+        frame = _converted(frame, wanted, path)
     if frame.schema != wanted:
         raise DataError(
             f"the file has {_shown(frame.schema)}; scores of task {task.name!r} have {_shown(wanted)}",
@@ -387,6 +449,22 @@ def read_scores(path: Path, task: Task) -> pl.DataFrame:
         )
     refuse(_score_problems(frame["id"], class_matrix(frame, task), task), path)
     return frame
+
+
+def _completed(frame: pl.DataFrame, wanted: pl.Schema, others: Sequence[str]) -> pl.DataFrame:
+    """With nulls in the columns that may be missing."""
+    absent = [name for name in (*others, "seen", "prompt") if name not in frame.columns]
+    return frame.with_columns(pl.lit(None, dtype=wanted[name]).alias(name) for name in absent)
+
+
+def _converted(frame: pl.DataFrame, wanted: pl.Schema, path: Path) -> pl.DataFrame:
+    """The wanted columns that are there, in the wanted types."""
+    try:
+        cells = [frame[name] if name != "id" else as_text(frame[name]) for name in wanted if name in frame.columns]
+        return pl.DataFrame([cell.cast(wanted[cell.name]) for cell in cells])
+    except PolarsError as error:
+        what = f"scores can't be read: {str(error).splitlines()[0]}"
+        raise DataError(what, where=path, remedy="write ids as text and probabilities as floats") from error
 
 
 def _shown(schema: pl.Schema) -> str:

@@ -38,16 +38,51 @@ def random_steps(rows: int, rows_per_step: int, *, seed: int, epoch: int) -> Ite
 
 
 def micro_batches(
-    step: NDArray[np.int64], lengths: Sequence[int], rows_per_batch: int, *, process: int, processes: int
+    step: NDArray[np.int64],
+    lengths: Sequence[int],
+    rows_per_batch: int,
+    *,
+    process: int,
+    processes: int,
+    tokens_per_batch: int | None = None,
+    orders: int = 1,
+    padded: bool = True,
 ) -> list[list[int]]:
-    """Split the rows of one step over processes and forward passes, similar lengths together to save padding.
+    """Split the rows of one step over processes and forward passes; it changes memory and speed, never the result.
 
+    Rows are dealt to the processes by length, so that each has about as much to do, and similar lengths go together.
     Every process gets the same number of batches (empty ones where rows run out), as gradients are reduced together.
+
+    Args:
+        step: indices of the step's rows.
+        lengths: tokens of each row in one order.
+        rows_per_batch: most rows in a batch.
+        process: number of the process whose batches are wanted.
+        processes: how many there are.
+        tokens_per_batch: most tokens in a batch; a row that is longer goes alone. None: no limit.
+        orders: in how many orders each row is shown; all of them are in one batch.
+        padded: whether padding to the longest counts.
 
     Returns:
         The batches of process number `process`.
     """
     ordered = sorted(step.tolist(), key=lambda row: (-lengths[row], row))
-    batches = [ordered[start : start + rows_per_batch] for start in range(0, len(ordered), rows_per_batch)]
-    batches += [[] for _ in range(-len(batches) % processes)]
-    return batches[process::processes]
+    dealt = []
+    for first in range(processes):
+        batches: list[list[int]] = []
+        for row in ordered[first::processes]:
+            grown = [*batches[-1], row] if batches else []
+            size = computed_tokens(grown, lengths, orders=orders, padded=padded)
+            if grown and len(grown) <= rows_per_batch and size <= (tokens_per_batch or size):
+                batches[-1] = grown
+            else:
+                batches.append([row])
+        dealt.append(batches)
+    mine = dealt[process]
+    return mine + [[] for _ in range(max(map(len, dealt)) - len(mine))]
+
+
+def computed_tokens(batch: Sequence[int], lengths: Sequence[int], *, orders: int, padded: bool) -> int:
+    """Tokens that a forward pass over the rows of `batch` computes, padding included."""
+    sizes = [lengths[row] for row in batch]
+    return orders * (max(sizes, default=0) * len(sizes) if padded else sum(sizes))

@@ -15,7 +15,7 @@ from pairclf.jobs.launch import make_accelerator
 from pairclf.jobs.run import OOF, OOF_AB, Paths, output_of
 
 
-def cross_validate(config: Config) -> list[Path]:
+def cross_validate(config: Config, *, resume: bool | None = None) -> list[Path]:
     """Train every fold that `folds.run` names (all, if it is null) and join their held-out scores.
 
     Writes `oof.parquet` and `oof-ab.parquet` into the run folder.
@@ -31,7 +31,7 @@ def cross_validate(config: Config) -> list[Path]:
     bundles = []
     for place, fold in enumerate(chosen, start=1):
         console.rule(f"fold {fold} ({place} of {len(chosen)})", align="left")
-        bundles.append(fit(config, fold))
+        bundles.append(fit(config, fold, resume=resume))
     if not make_accelerator(config).is_main_process:
         return bundles
     output = output_of(config)

@@ -8,11 +8,8 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.table import Table
-from torch import nn
-from transformers import AutoConfig, AutoModel
 
 from pairclf.config import Config
 from pairclf.console import progress, table
@@ -21,24 +18,12 @@ from pairclf.files import atomic_file, write_json
 from pairclf.inputs.cache import EncodedRows, TokenCache
 from pairclf.inputs.plan import by_token_budget, micro_batches, random_steps
 from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
+from pairclf.jobs.estimate import Cost, cost_of
 from pairclf.jobs.inputs import chunks_of, open_inputs, run_cache
-from pairclf.model.backbone import resolve_base
 from pairclf.task import AB, Task
 
 Lengths = NDArray[np.int64]
 UNCUT = 2**31 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Floating-point operations of one forward pass over `T` tokens: `linear * T + quadratic * T**2`."""
-
-    linear: float
-    quadratic: float
-
-    def of(self, lengths: Lengths) -> float:
-        tokens = lengths.astype(np.float64)
-        return float(self.linear * tokens.sum() + self.quadratic * (tokens**2).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,26 +172,6 @@ def _padding(batches: Iterator[Sequence[int]], lengths: Lengths) -> float:
         real += int(one.sum())
         computed += int(one.max()) * len(rows)
     return 1 - real / computed
-
-
-def cost_of(config: Config) -> Cost:
-    """The cost of the base model's forward pass, from its config alone: no weights are read.
-
-    A weight of a linear layer takes two operations a token. Attention takes, in each layer, four operations for each
-    pair of positions, head and dimension of a head; under a causal mask half of the pairs count. Sliding windows,
-    norms and activations are left out.
-    """
-    source = resolve_base(config.model.base)
-    settings = AutoConfig.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
-    with torch.device("meta"):
-        model: nn.Module = AutoModel.from_config(  # type: ignore[no-untyped-call]
-            settings, trust_remote_code=config.model.trust_remote_code
-        )
-    weights = sum(one.weight.numel() for one in model.modules() if isinstance(one, nn.Linear))
-    text = settings.get_text_config()
-    heads = text.num_attention_heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    return Cost(linear=2.0 * weights, quadratic=2.0 * text.num_hidden_layers * width)
 
 
 # --- for people ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import polars as pl
 from pairclf.config import override
 from pairclf.console import console
 from pairclf.data.audit import clean, note_changes
+from pairclf.data.folds import prompt_hashes
 from pairclf.data.tables import read_rows, scores_frame, to_rows, write_scores, write_submission
 from pairclf.errors import BundleError, ConfigError
 from pairclf.files import check_file_target
@@ -104,6 +105,13 @@ def _score(bundle: Bundle, frame: pl.DataFrame, base: Path | None, overrides: Se
     classifier = Bundle(bundle.folder, bundle.manifest, config).load(pick_device(), base)
     logits = score(classifier, items, tokens_per_batch=settings.tokens_per_batch, title=bundle.name)
     orders = probabilities(by_order(items, logits, len(rows)), config.task, settings.temperature)
+    prompts, trained_on = prompt_hashes(repaired, config.task), bundle.trained_on()
     return scores_frame(
-        [row.id for row in rows], combine(orders, config.task), config.task, orders=len(orders), models=[bundle.name]
+        [row.id for row in rows],
+        combine(orders, config.task),
+        config.task,
+        orders=len(orders),
+        models=[bundle.name],
+        seen=None if trained_on is None else prompts.is_in(trained_on.implode()),
+        prompts=prompts,
     )

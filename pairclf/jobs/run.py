@@ -9,7 +9,7 @@ import polars as pl
 
 from pairclf.config import Config
 from pairclf.data.audit import clean, exclude_overlap, note_changes
-from pairclf.data.folds import assert_no_leak, make_folds, read_folds, write_folds
+from pairclf.data.folds import assert_apart, assert_no_leak, make_folds, read_folds, write_folds
 from pairclf.data.tables import read_rows
 from pairclf.errors import ConfigError, DataError
 from pairclf.files import locked
@@ -83,10 +83,13 @@ def labelled_rows(config: Config) -> pl.DataFrame:
 def folds_of(config: Config, frame: pl.DataFrame, *, renew: bool = False) -> pl.DataFrame:
     """The run's folds: read if they were made before (and fit the rows), else made and written.
 
+    Rows that are train_only have no fold and no part in making them: the folds are the same with and without them.
+
     Raises:
         DataError: the file does not cover these rows, or holds another number of folds than `folds.n`.
     """
     path, settings = output_of(config) / FOLDS, config.folds
+    frame = frame.filter(~pl.col("train_only"))
     with locked(path.with_name(f".{FOLDS}.lock")):  # several folds may be started at once
         if path.exists() and not renew:
             return read_folds(path, frame, n=settings.n)
@@ -100,11 +103,13 @@ def folds_of(config: Config, frame: pl.DataFrame, *, renew: bool = False) -> pl.
 def split(config: Config, frame: pl.DataFrame, fold: int | None) -> tuple[pl.DataFrame, pl.DataFrame | None]:
     """Training rows and held-out rows; it is asserted that they share no prompt, nor have nearly equal ones.
 
-    Rows that the folds set aside (fold -1) are on neither side. Without a fold, all rows are trained on.
+    Rows that the folds set aside (fold -1) are on neither side; those that are train_only are trained on in every fold.
+    Without a fold, all rows are trained on.
 
     Raises:
         ConfigError: there is no such fold.
-        LeakError: a prompt stands on both sides, or nearly so.
+        LeakError: a prompt stands on both sides, or nearly so; for train_only rows, whichever fold is held out, so that
+            it shows at the first one.
     """
     if fold is None:
         return frame, None
@@ -112,7 +117,10 @@ def split(config: Config, frame: pl.DataFrame, fold: int | None) -> tuple[pl.Dat
         raise ConfigError(f"fold {fold} does not exist: folds are counted from 0 and folds.n={config.folds.n}")
     folds = folds_of(config, frame)
     joined = frame.join(folds.select("id", "fold"), on="id", how="left", maintain_order="left")
-    training = joined.filter(pl.col("fold") >= 0, pl.col("fold") != fold).drop("fold")
+    others = (pl.col("fold") >= 0) & (pl.col("fold") != fold)
     held_out = joined.filter(pl.col("fold") == fold).drop("fold")
-    assert_no_leak(training, held_out, config.task, config.folds.near)
-    return training, held_out
+    assert_no_leak(joined.filter(others), held_out, config.task, config.folds.near)
+    train_only = frame.filter("train_only")
+    if len(train_only):
+        assert_apart(train_only, frame.filter(~pl.col("train_only")), config.task, config.folds.near)
+    return joined.filter(others | pl.col("train_only")).drop("fold"), held_out

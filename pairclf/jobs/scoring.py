@@ -28,7 +28,9 @@ def items_of(encoded: Sequence[tuple[Encoded, ...]], *, orders: int) -> list[Ite
 
 
 @torch.inference_mode()
-def score(classifier: Classifier, items: Sequence[Item], *, tokens_per_batch: int, title: str = "score") -> Floats:
+def score(
+    classifier: Classifier, items: Sequence[Item], *, tokens_per_batch: int, title: str = "score", visible: bool = True
+) -> Floats:
     """Logits `(N, C)` of `items`, in their order, float64.
 
     A row's logits do not depend on which rows share its batch, beyond rounding.
@@ -41,7 +43,7 @@ def score(classifier: Classifier, items: Sequence[Item], *, tokens_per_batch: in
     classifier.eval()
     lengths = [len(item.ids) for item in items]
     logits = np.full((len(items), classifier.head.out_features), np.nan)
-    with progress(title, total=len(items)) as advance:
+    with progress(title, total=len(items), visible=visible) as advance:
         for members in by_token_budget(lengths, tokens_per_batch):
             batch = lay_out([items[index] for index in members]).to(classifier.device)
             logits[members] = classifier(batch.inputs, batch.read_at, batch.lengths).double().cpu().numpy()

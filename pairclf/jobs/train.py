@@ -1,15 +1,11 @@
-"""Fine-tuning: one visible Accelerate loop, from rows to a classifier.
-
-The loss is computed here and not in the model, as a mean over the rows of the whole optimizer step: 8 rows in one
-batch, 4 x 2 rows and two processes with 4 rows each give the same gradient (transformers' own classifiers lose the
-count under accumulation: https://github.com/huggingface/transformers/issues/47688).
-"""
+"""Fine-tuning: one visible Accelerate loop, from rows to a classifier."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import time
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,37 +16,48 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
+from accelerate.utils import broadcast, gather_object
 
 from pairclf.config import Config, Train, dump_config
 from pairclf.console import console, progress
-from pairclf.errors import DataError, ModelError
+from pairclf.errors import CheckpointError, ModelError, Stopped
 from pairclf.files import write_text
-from pairclf.inputs.plan import micro_batches, random_steps
+from pairclf.inputs.plan import random_steps
 from pairclf.inputs.render import Encoded
-from pairclf.model.backbone import pick_dtype
-from pairclf.model.batch import Item
-from pairclf.model.engine import Classifier, build, layout_of
-from pairclf.task import AB, BA, Row, Task
+from pairclf.jobs.checkpoints import CHECKPOINTS, Best, Checkpoints, State, check_disk, discard, identity_of
+from pairclf.jobs.estimate import Forecast, cost_of_model, forecast
+from pairclf.jobs.launch import gathered_weights, loading_device, mode_of, prepare_model, shards
+from pairclf.jobs.optimizers import (
+    STATE_BYTES,
+    MovingAverage,
+    copy_weights,
+    make_optimizer,
+    rate_factor,
+    set_rates,
+    trained_weights,
+)
+from pairclf.jobs.scoring import Floats, by_order, combine, items_of, probabilities, score
+from pairclf.jobs.step import Examples, Learner, Members, apply, prepare, within_memory
+from pairclf.jobs.watch import Log, Signals, signals, start_trackers
+from pairclf.model.backbone import checkpoint_gradients, pick_dtype
+from pairclf.model.engine import Classifier, build
+from pairclf.scores.metrics import accuracy, expected_calibration_error, log_loss
+from pairclf.task import Row
+
+METRICS = {
+    "log_loss": (log_loss, -1),
+    "accuracy": (accuracy, 1),
+    "expected_calibration_error": (expected_calibration_error, -1),
+}
+"""What the looks at held-out rows may go by, and whether more (1) or less (-1) of it is better."""
 
 
 @dataclass(frozen=True, slots=True)
-class Examples:
-    """The training rows as the loop needs them.
-
-    Attributes:
-        encoded: each row in its orders; from a token cache, it is made when it is asked for.
-        lengths: tokens of each row, the same in either order.
-        targets: `(N, 2, C)`, a target an order.
-        weights: `(N,)`.
-    """
+class HeldOut:
+    """Rows that the training looks at and never learns from: as the model sees them, and their targets `(N, C)`."""
 
     encoded: Sequence[tuple[Encoded, ...]]
-    lengths: list[int]
-    targets: Tensor
-    weights: Tensor
+    targets: Floats
 
 
 def train(
@@ -59,8 +66,12 @@ def train(
     encoded: Sequence[tuple[Encoded, ...]],
     folder: Path,
     accelerator: Accelerator,
+    *,
+    held_out: HeldOut | None = None,
+    teachers: Floats | None = None,
+    resume: bool | None = None,
 ) -> Classifier:
-    """Fine-tune on `rows`; writes `config.yaml` and `metrics.jsonl` into `folder`.
+    """Fine-tune on `rows`; writes `config.yaml`, `metrics.jsonl` and `checkpoints/` into `folder`.
 
     Args:
         config: the resolved config.
@@ -68,155 +79,186 @@ def train(
         encoded: the same rows as the model sees them.
         folder: run folder of this training.
         accelerator: as `launch.make_accelerator` makes it; one process or many.
+        held_out: rows for `train.evaluate_every`.
+        teachers: `(N, C)` probabilities from teachers, NaN where a row has none.
+        resume: True: go on from the newest checkpoint, if there is one; False: delete what is there; None: refuse to
+            start where a training stopped half-way.
 
     Raises:
         DataError: no rows, or a row without a target.
-        ModelError: the base can't be loaded.
+        ModelError: the base can't be loaded; the training diverged; a row does not fit the memory.
+        CheckpointError: checkpoints can't be written or are of another training.
+        Stopped: a signal came; a checkpoint was written.
     """
     # Construct
-    examples = prepare(rows, encoded, config.task)
-    classifier = build(config, accelerator.device)
-    if config.train.gradient_checkpointing:
-        _checkpoint_gradients(classifier)
-    optimizer = torch.optim.AdamW(parameter_groups(classifier, config))
+    settings, main = config.train, accelerator.is_main_process
+    examples = prepare(rows, encoded, config, teachers)
+    held_out = held_out if settings.evaluate_every else None
     steps = total_steps(config, len(rows))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(config.train, step, steps))
-    model, optimizer = accelerator.prepare(classifier, optimizer)
+    classifier = build(config, loading_device(accelerator))
+    expected = _expect(config, classifier, examples, steps, accelerator) if main else None
+    learner = construct(config, classifier, accelerator)
+    identity = identity_of(config, _fingerprint(examples, held_out))
+    checkpoints = Checkpoints(folder / CHECKPOINTS, settings.checkpoints, identity)
+    log = Log(folder / "metrics.jsonl", settings.log_every, accelerator, cost_of_model(classifier.backbone))
 
     # Set up
-    if accelerator.is_main_process:
+    state = _begin(checkpoints, learner, log, resume)
+    if expected is not None:
         write_text(folder / "config.yaml", dump_config(config))
-        _print_derivation(config, accelerator, classifier, rows=len(rows), steps=steps)
-    torch.manual_seed(config.seed + accelerator.process_index)  # dropout
-    model.train()
+        _announce(config, learner, len(rows), steps, state, expected, checkpoints.folder)
+    start_trackers(config, folder, accelerator)
+    learner.model.train()
 
     # Train
-    log = _Log(folder / "metrics.jsonl", every=config.train.log_every, enabled=accelerator.is_main_process)
-    with progress(f"train {folder.name}", total=steps, visible=accelerator.is_main_process) as advance:
-        for number, members in enumerate(_plan(config, len(rows), steps), start=1):
-            loss, tokens = accumulate(accelerator, model, config, examples, members, number)
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.train.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            _check_finite(loss, number, [rows[index].id for index in members.tolist()])
-            log.add(number, loss=loss, tokens=tokens, learning_rate=optimizer.param_groups[0]["lr"], gradient_norm=norm)
-            if not accelerator.optimizer_step_was_skipped:  # float16: the loss scale is still being found
-                schedule.step()
-            advance(note=f"loss {log.loss:.4f}")
-    log.write()
+    budget, begun = settings.tokens_per_batch, state.step
+    with signals() as caught, progress(f"train {folder.name}", steps, done=begun, visible=main) as advance:
+        for step, members in _plan(config, len(rows), steps, state):
+            set_rates(learner.optimizer, learner.peaks, rate_factor(settings, step - 1, steps))
+            stop = caught.received is not None
+            outcome, budget = within_memory(learner, config, examples, members, step, budget, stop=stop)
+            norm = _take(learner, settings, outcome.loss, state, [examples.ids[row] for row in members])
+            sizes = [examples.lengths[row] for row in members] * settings.orders
+            log.add(step, outcome, sizes, gradient_norm=norm, learning_rate=learner.rate, skipped=state.skipped)
+            if held_out and (step % (settings.evaluate_every or steps) == 0 or step == steps):
+                _look(learner, config, held_out, checkpoints, state, log)
+            state.over = step == steps or state.looks_since >= (settings.patience or math.inf)
+            due = state.over or step % (settings.checkpoint_every or steps) == 0
+            if outcome.stopping or (due and settings.checkpoint_every):
+                state.log = log.state()
+                checkpoints.save(state, learner)
+            advance(note=log.note)
+            if state.over:
+                break
+            if outcome.stopping:
+                raise _stopped(caught, step, steps)
 
     # Clean up
-    trained: Classifier = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    log.close(state.step)
+    return _finish(config, learner, checkpoints, state)
+
+
+def construct(config: Config, classifier: Classifier, accelerator: Accelerator) -> Learner:
+    """The classifier with its optimizer, as this launch needs them.
+
+    Without an engine the model is not wrapped: `step.accumulate` reduces the gradients itself, after all processes have
+    agreed that there is something to reduce.
+    """
+    if config.train.gradient_checkpointing:
+        checkpoint_gradients(classifier.backbone)
+    weights, engine = trained_weights(classifier), shards(accelerator)
+    optimizer: Any = make_optimizer(classifier, config.train)
+    peaks = [float(group["lr"]) for group in optimizer.param_groups]
+    model, optimizer = prepare_model(accelerator, classifier, optimizer)
+    if not engine:
+        for one in weights.values():
+            broadcast(one.data)  # the seeds are alike; this holds whatever drew from them
+    average = MovingAverage(weights, config.train.ema) if config.train.ema is not None else None
+    return Learner(accelerator, classifier, model, optimizer, weights, peaks, average, engine)
+
+
+def _begin(checkpoints: Checkpoints, learner: Learner, log: Log, resume: bool | None) -> State:
+    """The state to go on from; a fresh one, if there is none."""
+    accelerator = learner.accelerator
+    if checkpoints.found() and resume is None:
+        raise CheckpointError(
+            "a training stopped here half-way",
+            where=checkpoints.folder,
+            remedy="go on with --resume, or start over with --no-resume, which deletes its checkpoints",
+        )
+    accelerator.wait_for_everyone()  # all have looked, before one deletes
+    if not resume and accelerator.is_main_process:
+        discard(checkpoints.folder)
+    state = checkpoints.restore(learner) if resume else None
+    if state is not None:
+        log.restore(state.log)
+        accelerator.print(f"goes on after step {state.step:,}")
+    elif resume:
+        accelerator.print(f"{checkpoints.folder} holds no checkpoint: starts from the beginning")
+    return state or State()
+
+
+def _take(learner: Learner, settings: Train, loss: float, state: State, ids: Sequence[str]) -> float:
+    """Take the step, or count it as skipped; returns the gradient's norm.
+
+    Raises:
+        ModelError: `train.max_skipped` steps in a row were not finite.
+    """
+    state.step += 1
+    taken, norm = apply(learner, settings.clip, loss)
+    if taken:
+        state.in_a_row = 0
+        if learner.average is not None:
+            learner.average.update(state.step - state.skipped)
+        return norm
+    state.skipped += 1
+    state.in_a_row += 1
+    if state.in_a_row >= settings.max_skipped or learner.engine:  # an engine has taken the step before it can be judged
+        raise ModelError(
+            f"the loss of step {state.step} is {loss} and its gradient's norm {norm}, as in "
+            f"{state.in_a_row - 1} step(s) before it: training has diverged",
+            rows=ids,
+            remedy="lower train.learning_rate or train.head_learning_rate, or set model.dtype=float32 (or bfloat16)",
+        )
+    return norm
+
+
+def _look(
+    learner: Learner, config: Config, held_out: HeldOut, checkpoints: Checkpoints, state: State, log: Log
+) -> None:
+    """Score the held-out rows with the weights as they would be kept now, and remember the best."""
+    settings = config.train
+    metric, sign = METRICS[settings.metric]
+    with learner.average.applied() if learner.average else nullcontext():
+        rows, predicted = _predict(learner, config, held_out)
+        score = metric(predicted, held_out.targets[rows])
+        better = state.best is None or sign * (score - state.best.score) > 0
+        if better and settings.keep == "best" and learner.accelerator.is_main_process:
+            checkpoints.save_best(state.step, learner.weights)
+    if better:
+        state.best, state.looks_since = Best(state.step, score), 0
+    else:
+        state.looks_since += 1
+    log.write({"step": state.step, f"held_out_{settings.metric}": score})
+
+
+def _predict(learner: Learner, config: Config, held_out: HeldOut) -> tuple[list[int], Floats]:
+    """The held-out rows that are looked at, and their probabilities `(N, C)`; every process scores a part."""
+    accelerator, count = learner.accelerator, len(held_out.encoded)
+    drawn = np.random.default_rng(config.seed).permutation(count)[: config.train.evaluate_rows]
+    mine = sorted(drawn.tolist())[accelerator.process_index :: accelerator.num_processes]
+    scored: list[tuple[int, list[float]]] = []
+    if mine:
+        items = items_of([held_out.encoded[row] for row in mine], orders=2)
+        tokens = config.predict.tokens_per_batch
+        logits = score(learner.classifier, items, tokens_per_batch=tokens, visible=False)
+        orders = probabilities(by_order(items, logits, len(mine)), config.task, config.predict.temperature)
+        scored = list(zip(mine, combine(orders, config.task).tolist(), strict=True))
+    gathered = sorted(gather_object(scored))
+    return [row for row, _ in gathered], np.array([predicted for _, predicted in gathered])
+
+
+def _finish(config: Config, learner: Learner, checkpoints: Checkpoints, state: State) -> Classifier:
+    """The classifier with the weights that are to be kept, in evaluation mode."""
+    settings, accelerator = config.train, learner.accelerator
+    if settings.keep == "best" and state.best is not None:
+        accelerator.wait_for_everyone()  # the main process may still be writing them
+        copy_weights(checkpoints.load_best(state.best.step), learner.weights)
+    elif settings.average_last > 1:
+        last = [checkpoints.weights_of(path) for path in checkpoints.found()[-settings.average_last :]]
+        copy_weights({name: torch.stack([one[name] for one in last]).mean(dim=0) for name in last[0]}, learner.weights)
+    elif learner.average is not None:
+        copy_weights(learner.average.averages, learner.weights)
+    for tracker in accelerator.trackers:  # not `end_training`: it ends the process group, which engines still need
+        tracker.finish()
+    trained = learner.classifier
+    if mode_of(accelerator) in ("zero3", "fsdp"):
+        whole = gathered_weights(accelerator, learner.model)
+        if accelerator.is_main_process:
+            trained = build(config, accelerator.device)
+            copy_weights(whole, trained_weights(trained))
     accelerator.free_memory()
     return trained.eval()
-
-
-def prepare(rows: Sequence[Row], encoded: Sequence[tuple[Encoded, ...]], task: Task) -> Examples:
-    """Lay out the rows' targets, swapped where the text is, beside what the model sees of them."""
-    if not rows:
-        raise DataError("there are no rows to train on", remedy="check data.train, data.max_rows and the folds")
-    if unlabelled := [row.id for row in rows if row.target is None]:
-        raise DataError("rows without a label can't be trained on", rows=unlabelled)
-    targets = torch.tensor([row.target for row in rows], dtype=torch.float32)
-    both = torch.stack([targets, targets[:, list(task.swapped_columns)]], dim=1)
-    lengths = [len(shown[AB].ids) for shown in encoded]
-    return Examples(encoded, lengths, both, torch.tensor([row.weight for row in rows]))
-
-
-def accumulate(
-    accelerator: Accelerator,
-    model: nn.Module,
-    config: Config,
-    examples: Examples,
-    members: NDArray[np.int64],
-    step: int,
-) -> tuple[float, int]:
-    """Forward and backward over the rows of one optimizer step, micro-batch by micro-batch.
-
-    Args:
-        members: indices of all rows of the step, those of other processes included.
-        step: number of the step; it seeds the choice of orders under `train.swap=random`.
-
-    Returns:
-        The loss of the step (mean over its rows and orders, all processes), and the tokens that this process computed.
-    """
-    orders = orders_shown(config, members, step)
-    share = examples.weights[members].double()
-    total = float((share * torch.tensor([len(orders[row]) for row in members.tolist()])).sum())
-    batches = micro_batches(
-        members,
-        examples.lengths,
-        config.train.rows_per_batch,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
-    lay_out, loss, tokens = layout_of("decoder", "head", "padded"), torch.zeros((), device=accelerator.device), 0
-    for index, rows in enumerate(batches):
-        # A process without rows of its own still takes part in the reduction, with weight zero.
-        shown = rows or members[:1].tolist()
-        items = [Item(row, order, examples.encoded[row][order].ids) for row in shown for order in orders[row]]
-        batch = lay_out(items).to(accelerator.device)
-        weights = examples.weights[batch.row_at] * bool(rows)
-        accelerator.sync_gradients = index == len(batches) - 1  # DeepSpeed takes its step where this is true
-        with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-            logits = model(batch.inputs, batch.read_at, batch.lengths)
-            targets = examples.targets[batch.row_at, batch.order]
-            part = row_losses(logits, targets.to(logits), config.task) @ weights.to(logits) / total
-            accelerator.backward(part * accelerator.num_processes)  # the reduction divides by the processes
-        loss += part.detach()
-        tokens += batch.tokens
-    return float(accelerator.reduce(loss, "sum")), tokens
-
-
-def _check_finite(loss: float, step: int, ids: Sequence[str]) -> None:
-    if not math.isfinite(loss):
-        raise ModelError(
-            f"the loss of step {step} is {loss}: training has diverged",
-            rows=ids,
-            remedy="lower train.learning_rate or train.head_learning_rate, or set model.dtype=float32",
-        )
-
-
-def orders_shown(config: Config, members: NDArray[np.int64], step: int) -> dict[int, tuple[int, ...]]:
-    """For each row of the step, the orders it is shown in; independent of micro-batches and processes."""
-    if config.train.swap == "random":
-        coins = np.random.default_rng((config.seed, step)).integers(0, 2, len(members))
-        return {row: (int(coin),) for row, coin in zip(members.tolist(), coins, strict=True)}
-    return dict.fromkeys(members.tolist(), (AB, BA) if config.train.swap == "both" else (AB,))
-
-
-def row_losses(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
-    """`(R, C)` logits and soft targets -> `(R,)` cross-entropies in nats (their sum over labels, if several may hold).
-
-    Written out, because libraries turn float labels into another loss without saying so.
-    """
-    if task.multi_label:
-        return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=-1)
-    return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1)
-
-
-def _checkpoint_gradients(classifier: Classifier) -> None:
-    backbone: Any = classifier.backbone
-    backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    backbone.enable_input_require_grads()
-
-
-def parameter_groups(classifier: Classifier, config: Config) -> list[dict[str, Any]]:
-    """AdamW's groups: the head with its own rate, and no decay on it, on norms and on biases.
-
-    The key is `lr`: torch ignores a group's `learning_rate` without a word.
-    """
-    train = config.train
-    trained = [(name, one) for name, one in classifier.backbone.named_parameters() if one.requires_grad]
-    decayed = [one for _, one in trained if one.ndim > 1]
-    spared = [one for _, one in trained if one.ndim <= 1]
-    head_rate = train.head_learning_rate or train.learning_rate
-    groups = [
-        {"params": decayed, "lr": train.learning_rate, "weight_decay": train.weight_decay},
-        {"params": spared, "lr": train.learning_rate, "weight_decay": 0.0},
-        {"params": list(classifier.head.parameters()), "lr": head_rate, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def total_steps(config: Config, rows: int) -> int:
@@ -226,69 +268,74 @@ def total_steps(config: Config, rows: int) -> int:
     return min(steps, config.train.max_steps or steps)
 
 
-def rate_factor(train: Train, step: int, steps: int) -> float:
-    """What the peak rates are multiplied by at `step` (from 0) of `steps`: warm-up from 0, then the schedule to 0."""
-    warmup = math.ceil(train.warmup * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    left = (steps - step) / max(1, steps - warmup)
-    return {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "constant": 1.0}[train.schedule]
-
-
-def _plan(config: Config, rows: int, steps: int) -> Iterator[NDArray[np.int64]]:
-    """`steps` steps of random rows, epoch after epoch."""
+def _plan(config: Config, rows: int, steps: int, state: State) -> Iterator[tuple[int, Members]]:
+    """Steps of random rows, numbered from 1, epoch after epoch; those that are done are passed over."""
     epochs = (random_steps(rows, config.train.rows_per_step, seed=config.seed, epoch=epoch) for epoch in count())
-    return islice(chain.from_iterable(epochs), steps)
+    numbered = enumerate(chain.from_iterable(epochs), start=1)
+    return islice(numbered, steps if state.over else state.step, steps)
 
 
-def _print_derivation(
-    config: Config, accelerator: Accelerator, classifier: Classifier, *, rows: int, steps: int
-) -> None:
-    """What was derived from what, before hours are spent on it."""
-    settings, processes = config.train, accelerator.num_processes
-    _, why = pick_dtype(config.model.dtype, accelerator.device)
-    trained = sum(one.numel() for one in classifier.parameters() if one.requires_grad)
-    orders = 2 if settings.swap == "both" else 1
-    batches = math.ceil(settings.rows_per_step / settings.rows_per_batch)
-    console.print(
-        f"{config.model.base} {config.model.quantization}, {classifier.dtype} ({why}), {accelerator.device}; "
-        f"{trained:,} trained parameters\n"
-        f"{rows:,} rows x {settings.epochs:g} epochs / {settings.rows_per_step} rows a step = {steps:,} steps; "
-        f"a step = {batches} batches of {settings.rows_per_batch} rows x {orders} orders over {processes} process(es)"
+def _fingerprint(examples: Examples, held_out: HeldOut | None) -> str:
+    """Tells the rows of one training from another's: ids, lengths, targets, weights, teachers."""
+    digest = hashlib.sha256(json.dumps([examples.ids, examples.lengths]).encode())
+    for one in (examples.targets, examples.weights, examples.teachers):
+        digest.update(b"" if one is None else one.numpy().tobytes())
+    digest.update(b"" if held_out is None else np.ascontiguousarray(held_out.targets).tobytes())
+    return digest.hexdigest()
+
+
+def _stopped(caught: Signals, step: int, steps: int) -> Stopped:
+    number = caught.received or signal.SIGTERM  # another process may have got it
+    return Stopped(
+        f"stopped by {signal.Signals(number).name} after step {step:,} of {steps:,}, of which a checkpoint was written",
+        signal=number,
+        remedy="go on with --resume",
     )
 
 
-class _Log:
-    """`metrics.jsonl`: a line every so many steps, with means since the last one; `loss` is the last mean."""
+def _expect(
+    config: Config, classifier: Classifier, examples: Examples, steps: int, accelerator: Accelerator
+) -> Forecast:
+    """What the whole training will take."""
+    epoch = math.ceil(len(examples.ids) / config.train.rows_per_step)
+    return forecast(
+        config,
+        classifier,
+        examples.lengths,
+        rows_seen=len(examples.ids) * steps / epoch,
+        device=accelerator.device,
+        processes=accelerator.num_processes,
+    )
 
-    def __init__(self, path: Path, *, every: int, enabled: bool) -> None:
-        self._path = path
-        self._every = every
-        self._enabled = enabled
-        self._lines: list[str] = []
-        self._since: list[float] = []
-        self._tokens = 0
-        self._start = time.perf_counter()
-        self.loss = math.nan
 
-    def add(self, step: int, *, loss: float, tokens: int, learning_rate: float, gradient_norm: Any) -> None:
-        self._since.append(loss)
-        self._tokens += tokens
-        self.loss = sum(self._since) / len(self._since)
-        if step % self._every:
-            return
-        line = {
-            "step": step,
-            "loss": self.loss,
-            "learning_rate": learning_rate,
-            "gradient_norm": float(gradient_norm),
-            "tokens": self._tokens,
-            "seconds": time.perf_counter() - self._start,
-        }
-        self._lines.append(json.dumps(line))
-        self._since.clear()
-        self.write()
+def _announce(
+    config: Config, learner: Learner, rows: int, steps: int, state: State, expected: Forecast, folder: Path
+) -> None:
+    """What was derived from what, before hours are spent on it; and that the disk suffices.
 
-    def write(self) -> None:
-        if self._enabled:
-            write_text(self._path, "".join(line + "\n" for line in self._lines))
+    Raises:
+        CheckpointError: it does not.
+    """
+    settings, processes = config.train, learner.accelerator.num_processes
+    _, why = pick_dtype(config.model.dtype, learner.accelerator.device)
+    trained = sum(one.numel() for one in learner.weights.values())
+    copies = settings.checkpoints + 1 if settings.checkpoint_every else 1  # one more, while it is written
+    size = trained * (4 + STATE_BYTES[settings.optimizer] + 4 * bool(settings.ema))
+    need = copies * size + trained * 4 * (1 + 2 * (settings.keep == "best"))  # and the bundle
+    check_disk(folder, need)
+    limit = f" or {settings.tokens_per_batch:,} tokens" if settings.tokens_per_batch else ""
+    epochs = "" if settings.max_steps else f" x {settings.epochs:g} epochs / {settings.rows_per_step} rows a step"
+    console.print(
+        f"{config.model.base} {config.model.quantization}, {learner.classifier.dtype} ({why}), "
+        f"{learner.accelerator.device}; {trained:,} trained parameters, {settings.optimizer}\n"
+        f"{rows:,} rows{epochs} = {steps:,} steps; a step = {settings.rows_per_step} rows x {settings.orders} orders, "
+        f"{settings.layout} in batches of up to {settings.rows_per_batch} rows{limit}, over {processes} process(es)\n"
+        f"rates rise for {math.ceil(settings.warmup * steps):,} steps to {', '.join(map('{:g}'.format, learner.peaks))}"
+        f" ({settings.schedule}); checkpoints {_when(settings)}: {need / 1e9:.2f} GB of disk with the bundle"
+    )
+
+
+def _when(settings: Train) -> str:
+    return (
+        f"every {settings.checkpoint_every} steps, {settings.checkpoints} kept" if settings.checkpoint_every else "off"
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,24 @@ from typing import Any
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, TaskType, get_peft_model
-from safetensors import SafetensorError
-from torch import nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from pairclf.config import Lora, Model
 from pairclf.console import console
 from pairclf.errors import ModelError
+from pairclf.model import attention
 
 EMBEDDED = "embedded:"
 _FILES = ("config.json", "*.safetensors")
@@ -107,7 +119,7 @@ def load_base(source: str, model: Model, dtype: torch.dtype, device: torch.devic
     """The frozen base on `device`, quantised as `model.quantization` says, ready to be given adapters.
 
     Raises:
-        ModelError: it can't be loaded, or is not a decoder.
+        ModelError: it can't be loaded, is not a decoder, or can't be adapted as set on this device.
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
@@ -117,22 +129,23 @@ def load_base(source: str, model: Model, dtype: torch.dtype, device: torch.devic
             where=source,
             remedy="give a folder with config.json and *.safetensors, or a hub id this machine can reach",
         ) from error
-    text_config = config.get_text_config()
     if config.is_encoder_decoder or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         raise ModelError(
             f"model.base={model.base} is a {config.model_type}, not a decoder: its last token does not sum up the row",
             remedy="use a decoder such as Gemma-2, Llama-3 or Qwen-2.5",
         )
-    attention = model.attention
-    if attention == "auto":
-        # Plain SDPA knows no soft-capping: https://github.com/huggingface/transformers/pull/31674
-        attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
+    if model.quantization == "int8" and model.lora is not None and model.lora.dora and device.type == "cpu":
+        # peft (0.21) moves the weight to dequantise it, and bitsandbytes loses its scales: the second pass fails.
+        raise ModelError(
+            "model.lora.dora=true does not run on a CPU over model.quantization=int8",
+            remedy="set model.quantization=nf4 or none, or model.lora.dora=false, or use a GPU",
+        )
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded = _load_strictly(
         source,
         dtype=dtype,
-        attn_implementation=attention,
+        attn_implementation=_attention(model, config),
         quantization_config=_quantization(model, dtype),
         device_map={"": device} if model.quantization != "none" else None,
         trust_remote_code=model.trust_remote_code,
@@ -143,6 +156,65 @@ def load_base(source: str, model: Model, dtype: torch.dtype, device: torch.devic
         _keep_full_precision(loaded)
     loaded.requires_grad_(model.lora is None)
     return loaded
+
+
+def _attention(model: Model, config: Any) -> str | None:
+    """The implementation's name, as transformers wants it; None leaves the choice to transformers."""
+    if model.attention != "auto":
+        return model.attention
+    # A class that does not go through the attention interface, or that is not known before its code is loaded, keeps
+    # the attention that it brings. That is right for padded batches; packed ones are refused by the classifier.
+    kind: Any = MODEL_MAPPING.get(type(config), None)
+    return attention.NAME if attention.reads_topology(kind) else None
+
+
+def lm_head_rows(source: str, model: Model, words: Sequence[str], backbone: nn.Module) -> Tensor:
+    """The rows of the base's LM head that score `words` as the next token, `(len(words), H)` float32.
+
+    Where head and embedding are tied they are the embedding's; otherwise they alone are read from the base's files.
+
+    Raises:
+        ModelError: a word is not one token, or the base has no LM head.
+    """
+    tokenizer = load_tokenizer(source, model)
+    ids = [_one_token(tokenizer, word) for word in words]
+    config: Any = backbone.config
+    if getattr(config, "tie_word_embeddings", False):
+        embedding: Tensor = backbone.get_input_embeddings().weight  # type: ignore[operator]
+        return embedding.detach()[ids].float()
+    path, name = _find_lm_head(source)
+    with safe_open(path, framework="pt") as weights:
+        rows = weights.get_slice(name)
+        return torch.cat([rows[index : index + 1] for index in ids]).float()
+
+
+def _one_token(tokenizer: Any, word: str) -> int:
+    ids: list[int] = tokenizer(word, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ModelError(
+            f"model.label_words: {word!r} is {len(ids)} tokens of the base's tokenizer; it must be one",
+            remedy="give a word that is one token; a leading blank often decides it, e.g. ' A' in place of 'A'",
+        )
+    return ids[0]
+
+
+def _find_lm_head(source: str) -> tuple[str, str]:
+    """The safetensors file that holds the base's LM head, and the weight's name in it."""
+    absent: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    if index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **absent):
+        files_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    elif single := cached_file(source, SAFE_WEIGHTS_NAME, **absent):
+        with safe_open(single, framework="pt") as weights:
+            files_of = dict.fromkeys(weights.keys(), SAFE_WEIGHTS_NAME)
+    else:
+        files_of = {}
+    for name, file in files_of.items():
+        if name.endswith("lm_head.weight") and (path := cached_file(source, file)):
+            return path, name
+    raise ModelError(
+        f"model.label_words needs the LM head of {source}, whose files hold no lm_head.weight",
+        remedy="remove model.label_words, or give a base that was saved with its LM head",
+    )
 
 
 def _load_strictly(source: str, **options: Any) -> nn.Module:
@@ -214,9 +286,23 @@ def add_adapters(base: nn.Module, lora: Lora) -> nn.Module:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
     )
     adapted: nn.Module = get_peft_model(base, peft_config)
     return adapted
+
+
+def checkpoint_gradients(backbone: nn.Module) -> None:
+    """Let the backbone recompute its activations in backward.
+
+    Without re-entry: gradients then reach the adapters although no input of theirs asks for one.
+    """
+    model: Any = backbone
+    # transformers 5.23 renamed it; earlier versions know the old name alone.
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _layer(name: str) -> int:

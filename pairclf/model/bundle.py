@@ -8,7 +8,9 @@ it did when it was validated:
     tokenizer/          as transformers saves it
     adapter/            as peft saves it: opens with plain `PeftModel.from_pretrained`
     backbone/           instead of adapter/, where the whole model was trained
-    head.safetensors    weight (C, H) and bias (C,), float32
+    head.safetensors    float32; linear: weight (C, H) and bias (C,); two_layer: inner.weight (H, H), inner.bias (H,),
+                        outer.weight (C, H), outer.bias (C,)
+    trained_on.parquet  hashes of the prompts that it was trained on (`prompt`, UInt64, sorted, each once)
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
@@ -37,7 +40,8 @@ from pairclf.model.engine import Classifier, build_frozen
 from pairclf.task import Row
 
 MANIFEST = "bundle.json"
-FORMAT = 2
+TRAINED_ON = "trained_on.parquet"
+FORMAT = 3
 _VERSIONS = ("pairclf", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
@@ -98,6 +102,11 @@ class Bundle:
         tokenizer = load_tokenizer(str(self.folder / "tokenizer"), self.config.model)
         return InputBuilder(tokenizer, self.config.task, self.config.inputs)
 
+    def trained_on(self) -> pl.Series | None:
+        """Hashes (`folds.prompt_hashes`) of the prompts that the model was trained on; None where nobody noted them."""
+        path = self.folder / TRAINED_ON
+        return pl.read_parquet(path, glob=False)["prompt"] if path.is_file() else None
+
     def load(self, device: torch.device, base: Path | None = None) -> Classifier:
         """The classifier on `device`, in evaluation mode, every weight of it read from the bundle or the base.
 
@@ -130,8 +139,13 @@ def write(
     fold: int | None,
     metrics: dict[str, float],
     probes: Sequence[Probe],
+    trained_on: pl.Series | None = None,
 ) -> None:
-    """Write a bundle into the empty folder `new`; the caller moves it to its place, once it has proven itself."""
+    """Write a bundle into the empty folder `new`; the caller moves it to its place, once it has proven itself.
+
+    `trained_on`: `folds.prompt_hashes` of all rows that any of the weights was trained on. Without them the bundle
+    can't say what it has seen, and its scores are refused as a teacher's.
+    """
     config = _portable(config)
     part = "adapter" if config.model.lora is not None else "backbone"
     # The embedding is never trained; without the word peft would look for the base on a hub to find out.
@@ -142,6 +156,8 @@ def write(
     head = {name: tensor.detach().float().cpu().contiguous() for name, tensor in classifier.head.named_parameters()}
     save_file(head, new / "head.safetensors")
     tokenizer.save_pretrained(new / "tokenizer")
+    if trained_on is not None:
+        trained_on.unique().sort().to_frame("prompt").write_parquet(new / TRAINED_ON)
     (new / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     manifest = Manifest(
         format=FORMAT,
@@ -157,6 +173,12 @@ def write(
         probes=list(probes),
     )
     write_json(new / MANIFEST, asdict(manifest) | {"seal": manifest.sealed()})
+
+
+def amend(folder: Path, *, metrics: dict[str, float], probes: Sequence[Probe]) -> None:
+    """Let the manifest say how the bundle scores, where that was found out after it was written; the files stay."""
+    manifest = replace(_manifest(folder), metrics=metrics, probes=list(probes))
+    write_json(folder / MANIFEST, asdict(manifest) | {"seal": manifest.sealed()})
 
 
 def _portable(config: Config) -> Config:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 import numpy as np
 import polars as pl
@@ -48,10 +50,11 @@ def blend(frames: Sequence[pl.DataFrame], task: Task, weights: Sequence[float] |
 
     Returns:
         Scores whose `models` are those of all tables, and whose `orders` are the fewest that any of them has for the
-        row: 2 says that every model behind it saw both orders.
+        row: 2 says that every model behind it saw both orders. `seen` is added up: null where a table does not know.
 
     Raises:
-        DataError: there is no table, the tables hold different ids, or the weights can't be used.
+        DataError: there is no table, the tables hold different ids, or other prompts under the same ids, or the weights
+            can't be used.
     """
     if not frames:
         raise DataError("there is nothing to blend", remedy="give at least one table of scores")
@@ -70,4 +73,21 @@ def blend(frames: Sequence[pl.DataFrame], task: Task, weights: Sequence[float] |
     mean = np.average([class_matrix(frame, task) for frame in aligned], axis=0, weights=shares)
     orders = np.min([frame["orders"].to_numpy() for frame in aligned], axis=0)
     models = pl.select(pl.concat_list([frame["models"] for frame in aligned])).to_series()
-    return scores_frame(ids["id"].to_list(), mean, task, orders=orders.tolist(), models=models)
+    seen = reduce(add, (frame["seen"] for frame in aligned))
+    prompts = reduce(_same_prompts, aligned)["prompt"]
+    return scores_frame(
+        ids["id"].to_list(), mean, task, orders=orders.tolist(), models=models, seen=seen, prompts=prompts
+    )
+
+
+def _same_prompts(first: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
+    """`first` with the hashes of prompts that `other` knows, too; both tables hold the same ids in the same order."""
+    unlike = (first["prompt"] != other["prompt"]).fill_null(value=False)
+    if unlike.any():
+        raise DataError(
+            f"{unlike.sum():,} rows have the same id in two tables, and different prompts",
+            rows=first["id"].filter(unlike).to_list(),
+            remedy="blend scores of the same test file",
+        )
+    known = first["prompt"].zip_with(first["prompt"].is_not_null(), other["prompt"])
+    return first.with_columns(known.alias("prompt"))

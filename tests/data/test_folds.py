@@ -21,7 +21,15 @@ from typer.testing import CliRunner
 from pairclf.cli import app
 from pairclf.config import dump_config, resolve
 from pairclf.data.arena import generate, write_lmsys
-from pairclf.data.folds import assert_no_leak, make_folds, prompt_groups, read_folds, report, write_folds
+from pairclf.data.folds import (
+    assert_no_leak,
+    make_folds,
+    prompt_groups,
+    prompt_hashes,
+    read_folds,
+    report,
+    write_folds,
+)
 from pairclf.data.tables import read_rows
 from pairclf.errors import DataError, LeakError
 from pairclf.jobs.run import folds_of, labelled_rows, split
@@ -41,7 +49,7 @@ def canonical(prompts: list[Turns], classes: list[int] | None = None, prefix: st
     texts = {"prompt": prompts, "response_a": [["a"]] * n, "response_b": [["b"]] * n}
     kinds = {**dict.fromkeys(texts, pl.List(pl.String)), "target": pl.List(pl.Float64)}
     columns = {"id": [f"{prefix}{row}" for row in range(n)], **texts, "target": targets}
-    return pl.DataFrame(columns, schema_overrides=kinds).with_columns(weight=pl.lit(1.0))
+    return pl.DataFrame(columns, schema_overrides=kinds).with_columns(weight=pl.lit(1.0), train_only=pl.lit(False))
 
 
 def folded(
@@ -363,6 +371,93 @@ def test_folds_are_the_same_in_every_process() -> None:
         for seed in ("0", "1")
     }
     assert len(said) == 1
+
+
+# --- rows that are trained on in every fold ---------------------------------------------------------------------------
+
+
+def only_trained_on(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(train_only=pl.lit(True))
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2)), min_size=8, max_size=40),
+    extra=st.lists(st.tuples(st.integers(11, 40), st.integers(0, 2)), min_size=1, max_size=12),
+    stable=st.booleans(),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_train_only_rows_move_no_fold_and_are_never_held_out(
+    tmp_path_factory: pytest.TempPathFactory, rows: Any, extra: Any, stable: bool, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    frame = canonical([[f"{number} " * 6] for number, _ in rows], [winner for _, winner in rows])
+    others = only_trained_on(canonical([[f"{number} " * 6] for number, _ in extra], [w for _, w in extra], prefix="t"))
+    together = pl.concat([frame, others]).sample(fraction=1, shuffle=True, seed=seed)
+    config = resolve({"seed": seed, "output": str(folder / "a"), "folds": {"n": 2, "stable": stable}})
+    apart = config.model_copy(update={"output": folder / "b"})
+    try:
+        folds = folds_of(apart, together.filter(~pl.col("train_only")))
+    except DataError:
+        return  # not every table can be folded; the tests above say which
+    assert folds_of(config, together).equals(folds)
+    assert (folder / "a" / "folds.csv").read_bytes() == (folder / "b" / "folds.csv").read_bytes()
+    leaks = bool({number for number, _ in rows} & {number for number, _ in extra})
+    for fold in range(2):
+        if leaks:
+            with pytest.raises(LeakError, match="rows that are train_only share") as caught:
+                split(config, together, fold)
+            assert "exclude_overlap" in str(caught.value)
+            continue
+        training, held_out = split(config, together, fold)
+        assert held_out is not None
+        assert not held_out["train_only"].any()
+        assert training["train_only"].sum() == len(others)
+        assert_no_leak(training, held_out, LMSYS, NEAR)
+    whole, nothing = split(config, together, None)
+    assert (len(whole), nothing) == (len(together), None)
+
+
+def test_a_near_prompt_or_an_id_of_a_train_only_row_is_a_leak_in_every_fold(tmp_path: Path) -> None:
+    frame = some_rows()
+    config = resolve({"output": str(tmp_path), "folds": {"n": 2}})
+    near = only_trained_on(canonical([["19 19 19!"], ["far from all of them"]], [0, 1], prefix="t"))
+    long = " ".join(f"word{number}" for number in range(40))
+    base = pl.concat([frame, canonical([[long]], [0], prefix="long")])
+    for extra in (near[:1].with_columns(prompt=pl.lit([f"{long}!"])), near[1:].with_columns(id=pl.lit("r3"))):
+        for fold in range(2):
+            with pytest.raises(LeakError, match="1 of 1 rows that are train_only") as caught:
+                split(config, pl.concat([base, extra]), fold)
+            assert caught.value.rows == (extra["id"][0],)
+    split(config, pl.concat([base, near[1:]]), 0)
+
+
+def test_the_report_counts_train_only_rows_apart() -> None:
+    frame = some_rows()
+    folds = folded(frame, n=2)
+    shown = Console(width=200, record=True)
+    extra = only_trained_on(canonical([["far from all of them"]], [1], prefix="t"))
+    shown.print(report(folds, pl.concat([frame, extra]), LMSYS))
+    lines = [line.split() for line in shown.export_text().splitlines()]
+    assert ["all", "60", "20", "20", "3"] in [line[:5] for line in lines]
+    assert ["train", "only", "1", "1"] in [line[:4] for line in lines]
+
+
+def test_hashes_of_prompts_are_what_they_were() -> None:
+    """Bundles and scores keep them: they may not change from one version of anything to the next."""
+    hashes = prompt_hashes(canonical([["What is\n it?"], ["  what IS it？"], ["Straße"]]), LMSYS)
+    assert hashes.dtype == pl.UInt64
+    assert hashes.to_list() == [11642561194938523757, 11642561194938523757, 1646462939830908158]
+
+
+def test_rows_without_a_prompt_are_told_apart_by_their_texts() -> None:
+    frame = canonical([[None], [""], [], ["a"]])
+    assert prompt_hashes(frame, LMSYS).n_unique() == 2
+    answered = frame.with_columns(response_a=pl.Series([["x"], ["b"], ["a"], ["a"]]))
+    hashes = prompt_hashes(answered, LMSYS)
+    assert hashes.n_unique() == 4
+    swapped = answered.rename({"response_a": "response_b", "response_b": "response_a"})
+    assert prompt_hashes(swapped, LMSYS).equals(hashes)
 
 
 # --- what was edited by hand -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pairclf.config import Source
 from pairclf.data import tables
-from pairclf.data.formats import Flaw
+from pairclf.data.formats import Flaw, read_file
 from pairclf.data.tables import (
     check_submission,
     class_matrix,
@@ -87,6 +87,7 @@ def test_lmsys_csv_becomes_canonical(tmp_path: Path) -> None:
         **dict.fromkeys(LMSYS.fields, pl.List(pl.String)),
         "target": pl.List(pl.Float64),
         "weight": pl.Float64,
+        "train_only": pl.Boolean,
         "file": pl.String,
         "flaws": pl.UInt32,
     }
@@ -370,6 +371,33 @@ def test_scores_come_back_as_written(tmp_path: Path) -> None:
     assert read["models"].to_list() == [["x", "y"]] * 2
     np.testing.assert_allclose(class_matrix(read, LMSYS), values)
     assert "scores of task 'wsdm'" in str(refusal(lambda: read_scores(path, WSDM)))
+
+
+def test_scores_say_what_their_models_have_seen(tmp_path: Path) -> None:
+    path, values = tmp_path / "scores.parquet", np.full((2, 3), 1 / 3)
+    prompts = pl.Series("prompt", [2**64 - 1, 7], dtype=pl.UInt64)
+    seen = pl.Series([True, None])
+    write_scores(path, scores_frame(["a", "b"], values, LMSYS, 2, ["m"], seen=seen, prompts=prompts))
+    assert read_scores(path, LMSYS).select("seen", "prompt").rows() == [(1, 2**64 - 1), (None, 7)]
+    older = scores_frame(["a", "b"], values, LMSYS, 2, ["m"], seen=0, prompts=prompts).drop("seen", "prompt")
+    older.write_parquet(path)
+    assert read_scores(path, LMSYS).select("seen", "prompt").rows() == [(None, None)] * 2
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_scores_of_other_people_are_read_where_they_may_be(tmp_path: Path, suffix: str) -> None:
+    columns: dict[str, list[str | None]] = {name: ["0.25", "0.5"] for name in LMSYS.classes[:2]}
+    path = write_as(
+        tmp_path / f"s{suffix}", {"note": ["x", "y"], **columns, "winner_tie": ["0.5", "0"], "id": ["1", "2"]}
+    )
+    read = read_scores(path, LMSYS, foreign=True)
+    assert read.columns == some_scores(["1"]).columns
+    assert class_matrix(read, LMSYS).tolist() == [[0.25, 0.25, 0.5], [0.5, 0.5, 0]]
+    assert read.select("orders", "models", "seen", "prompt").rows() == [(None,) * 4] * 2
+    assert "scores of task 'lmsys' have" in str(refusal(lambda: read_scores(path, LMSYS)))
+    assert "scores of task 'wsdm' have" in str(refusal(lambda: read_scores(path, WSDM, foreign=True)))
+    spoiled = write_as(tmp_path / f"t{suffix}", {**columns, "winner_tie": ["a lot", "0"], "id": ["1", "2"]})
+    assert "scores can't be read" in str(refusal(lambda: read_scores(spoiled, LMSYS, foreign=True)))
 
 
 @pytest.mark.parametrize(
@@ -660,7 +688,8 @@ def test_written_rows_read_back(tmp_path: Path, suffix: str, task: Task) -> None
         cells["prompt"] = [[], ["a", None], ["", "b"]]
     target = [[float(at == row % len(task.classes)) for at in range(len(task.classes))] for row in range(3)]
     frame = pl.DataFrame(
-        {"id": list("xyz"), **cells, "target": target}, schema_overrides=dict.fromkeys(cells, pl.List(pl.String))
+        {"id": list("xyz"), **cells, "target": target, "weight": [1.0] * 3},
+        schema_overrides=dict.fromkeys(cells, pl.List(pl.String)),
     )
     write_rows(tmp_path / f"rows{suffix}", frame, task)
     read = read_rows([tmp_path / f"rows{suffix}"], task, labelled=True)
@@ -669,10 +698,55 @@ def test_written_rows_read_back(tmp_path: Path, suffix: str, task: Task) -> None
     assert read_rows([tmp_path / f"test{suffix}"], task, labelled=False)["id"].to_list() == list("xyz")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+@pytest.mark.parametrize("task", [LMSYS, WSDM])
+def test_probabilities_and_weights_read_back(tmp_path: Path, suffix: str, task: Task) -> None:
+    """In a WSDM file without `winner`, the columns that are else names of models are probabilities."""
+    values = np.random.default_rng(0).dirichlet(np.ones(len(task.classes)), size=3).tolist()
+    cells = {name: [["a"], ["b"], ["c"]] for name in task.fields}
+    frame = pl.DataFrame({"id": list("xyz"), **cells, "target": values, "weight": [0.5, 1.0, 2.0]})
+    path = tmp_path / f"rows{suffix}"
+    write_rows(path, frame, task)
+    assert read_rows([path], task, labelled=True).select(frame.columns).equals(frame)
+    weighted = read_rows([Source(files=[path], weight=0.5, train_only=True)], task, labelled=True)
+    assert weighted["weight"].to_list() == [0.25, 0.5, 1.0]
+    assert weighted["train_only"].all()
+    for ignored in (["weight"], "all"):
+        unread = read_rows([Source(files=[path], ignore_columns=ignored)], task, labelled=True)
+        assert unread["weight"].to_list() == [1.0] * 3
+    assert read_rows([path], task, labelled=False)["weight"].to_list() == [1.0] * 3
+    renamed = tmp_path / "renamed.parquet"
+    pl.concat(read_file(path, rows=None, lossy=False)).rename({"weight": "w"}).write_parquet(renamed)
+    mapped = Source(files=[renamed], columns={"weight": "w"}, ignore_columns="all")
+    assert read_rows([mapped], task, labelled=True)["weight"].to_list() == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+@pytest.mark.parametrize("wrong", ["0", "-1", "nan", "inf", None, "heavy"])
+def test_a_weight_that_is_no_weight_is_refused(tmp_path: Path, suffix: str, wrong: str | None) -> None:
+    rows = {name: ['["a"]'] * 2 for name in LMSYS.fields} | {name: ["0", "0"] for name in LMSYS.classes}
+    columns = {"id": ["p", "q"], **rows, "winner_tie": ["1", "1"], "weight": ["1", wrong]}
+    path = write_as(tmp_path / f"rows{suffix}", columns)
+    refused = refusal(lambda: read_lmsys(path))
+    assert "column 'weight' has 1 weights" in str(refused)
+    assert refused.rows == ("q",)
+
+
+def test_names_of_models_are_no_probabilities(tmp_path: Path) -> None:
+    rows = {"id": ["1", "2"], **{name: ["a", "b"] for name in WSDM.fields}}
+    path = write_as(tmp_path / "train.csv", {**rows, "model_a": ["gpt", "claude"], "model_b": ["x", "y"]})
+    assert "columns ['winner'] are missing" in str(refusal(lambda: read_rows([path], WSDM, labelled=True)))
+    named = {**rows, "model_a": ["0.5", "0.5"], "model_b": ["0.5", "0.5"], "winner": ["model_a", "model_b"]}
+    frame = read_rows([write_as(tmp_path / "named.csv", named)], WSDM, labelled=True)
+    assert frame["target"].to_list() == [[1.0, 0.0], [0.0, 1.0]]
+    soft = {**rows, "model_a": ["0.5", "half"], "model_b": ["0.5", "0.5"]}
+    frame = read_rows([write_as(tmp_path / "soft.csv", soft)], WSDM, labelled=True)
+    assert frame["target"].to_list() == [[0.5, 0.5], None]
+    assert flaws_of(frame) == {"2": {"bad_label"}}
+
+
 def test_rows_that_a_file_can_not_hold_are_not_written(tmp_path: Path) -> None:
-    rows = {"id": ["1"], **{name: [["a", "b"]] for name in WSDM.fields}, "target": [[0.5, 0.5]]}
-    assert "shared by several" in str(refusal(lambda: write_rows(tmp_path / "x.parquet", pl.DataFrame(rows), WSDM)))
-    rows["target"] = [[1.0, 0.0]]
+    rows = {"id": ["1"], **{name: [["a", "b"]] for name in WSDM.fields}, "target": [[1.0, 0.0]], "weight": [1.0]}
     assert "lists of turns" in str(refusal(lambda: write_rows(tmp_path / "x.csv", pl.DataFrame(rows), WSDM)))
     assert "can't be written" in str(refusal(lambda: write_rows(tmp_path / "x.txt", pl.DataFrame(rows), WSDM)))
     assert list(tmp_path.iterdir()) == []

@@ -15,8 +15,9 @@ from transformers import AutoModel
 from pairclf.config import Config
 from pairclf.data.tables import read_rows, to_rows
 from pairclf.errors import ConfigError, DataError
+from pairclf.jobs.estimate import cost_of
 from pairclf.jobs.inputs import open_inputs
-from pairclf.jobs.lengths import Scale, batchings, cost_of, lengths_of, measure, render, write_report
+from pairclf.jobs.lengths import Scale, batchings, lengths_of, measure, render, write_report
 
 ROWS = 60
 

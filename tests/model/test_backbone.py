@@ -6,18 +6,21 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from pairclf.config import Config
 from pairclf.errors import ModelError
-from pairclf.model.backbone import fingerprint, pick_dtype, resolve_base
+from pairclf.model.backbone import checkpoint_gradients, fingerprint, load_tokenizer, pick_dtype, resolve_base
 from pairclf.model.batch import Item
+from pairclf.model.bundle import open_bundle, write
 from pairclf.model.engine import build
-from pairclf.model.layouts import padded
+from pairclf.model.layouts import packed, padded
 
 CPU = torch.device("cpu")
 
@@ -41,6 +44,69 @@ def test_layers_below_the_first_carry_no_adapter(config_for: Callable[..., Confi
 def test_the_whole_model_trains_without_lora(config_for: Callable[..., Config]) -> None:
     classifier = build(config_for("llama", model={"lora": None}), CPU)
     assert all(one.requires_grad and one.dtype == torch.float32 for one in classifier.parameters())
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_rslora_scales_by_the_root_of_the_rank(config_for: Callable[..., Config], quantization: str) -> None:
+    for rslora, scale in ((False, 32 / 4), (True, 32 / 2)):
+        model = {"quantization": quantization, "lora": {"rank": 4, "alpha": 32, "rslora": rslora}}
+        classifier = build(config_for("llama", model=model), CPU)
+        scales = {one.scaling["default"] for one in classifier.modules() if isinstance(one, LoraLayer)}
+        assert scales == {scale}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_dora_trains_magnitudes_and_starts_where_lora_does(
+    config_for: Callable[..., Config], quantization: str
+) -> None:
+    shared = {"rank": 4, "dropout": 0.0}
+    plain, dora = (
+        build(config_for("gemma2", model={"quantization": quantization, "lora": lora}), CPU)
+        for lora in (shared, {**shared, "dora": True})
+    )
+    magnitudes = {name: one for name, one in dora.named_parameters() if "magnitude" in name}
+    others = {name for name, one in dora.named_parameters() if one.requires_grad} - magnitudes.keys()
+    assert others == {name for name, one in plain.named_parameters() if one.requires_grad}
+    assert len(magnitudes) == 7 * 2
+    assert all(one.dtype == torch.float32 and one.requires_grad for one in magnitudes.values())
+    batch = packed([Item(0, 0, np.arange(5, 60, dtype=np.int32)), Item(1, 0, np.arange(9, 12, dtype=np.int32))])
+    logits = dora(batch.inputs, batch.read_at, batch.lengths)
+    assert (logits - plain(batch.inputs, batch.read_at, batch.lengths)).abs().max() <= 1e-2
+    logits.square().sum().backward()
+    assert all(one.grad is not None and one.grad.abs().max() > 0 for one in magnitudes.values())
+    first = next(iter(magnitudes.values()))
+    with torch.no_grad():
+        first.mul_(2)
+    assert (dora(batch.inputs, batch.read_at, batch.lengths) - logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("variant", ["dora", "rslora"])
+def test_a_bundle_gives_back_an_adapter_exactly(
+    config_for: Callable[..., Config], tmp_path: Path, quantization: str, variant: str
+) -> None:
+    model = {"quantization": quantization, "lora": {"rank": 4, variant: True}}
+    config = config_for("gemma2", model=model)
+    classifier = build(config, CPU).eval()
+    for name, parameter in classifier.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, mean=float("magnitude" in name), std=0.1)
+    tokenizer = load_tokenizer(config.model.base, config.model)
+    write(tmp_path, classifier, config, tokenizer, name="test", fold=None, metrics={}, probes=[])
+    batch = packed([Item(0, 0, np.arange(5, 60, dtype=np.int32)), Item(1, 0, np.arange(9, 12, dtype=np.int32))])
+    with torch.inference_mode():
+        saved = classifier(batch.inputs, batch.read_at, batch.lengths)
+        loaded = open_bundle(tmp_path).load(CPU)(batch.inputs, batch.read_at, batch.lengths)
+    assert torch.equal(saved, loaded)
+
+
+def test_backbones_of_either_name_for_it_recompute_activations() -> None:
+    asked = []
+    new = SimpleNamespace(activation_checkpointing_enable=asked.append)
+    old = SimpleNamespace(gradient_checkpointing_enable=asked.append)
+    for backbone in (new, old):
+        checkpoint_gradients(backbone)  # type: ignore[arg-type]
+    assert asked == [{"use_reentrant": False}] * 2
 
 
 def test_nf4_scores_alike_in_training_and_evaluation(config_for: Callable[..., Config]) -> None:
@@ -69,6 +135,7 @@ def test_the_seed_decides_the_fresh_weights(config_for: Callable[..., Config]) -
         ({"base": "someone/not-cached-here"}, "can't be loaded"),
         ({"lora": {"targets": ["query"]}}, "has not"),
         ({"lora": {"first_layer": 2}}, "leaves no layer"),
+        ({"lora": {"dora": True}, "quantization": "int8"}, "does not run on a CPU"),
     ],
 )
 def test_what_can_not_be_loaded_is_said(

@@ -65,6 +65,20 @@ def test_weights() -> None:
             blend([one, other], LMSYS, wrong)
 
 
+def test_what_the_models_have_seen_adds_up() -> None:
+    def seen(*counts: int | None, prompts: list[int | None]) -> pl.DataFrame:
+        known = {"seen": pl.Series(counts, dtype=pl.UInt16), "prompts": pl.Series(prompts, dtype=pl.UInt64)}
+        return scores_frame(list("abc"), np.full((3, 3), 1 / 3), LMSYS, 2, ["m"], **known)
+
+    one, other = seen(0, 1, None, prompts=[5, None, 7]), seen(0, 2, 1, prompts=[5, 6, None])
+    mixed = blend([one, other.reverse()], LMSYS)
+    assert mixed["seen"].to_list() == [0, 3, None]
+    assert mixed["prompt"].to_list() == [5, 6, 7]
+    with pytest.raises(DataError, match="1 rows have the same id in two tables") as caught:
+        blend([one, other, seen(0, 0, 0, prompts=[5, 5, 7])], LMSYS)
+    assert caught.value.rows == ("b",)
+
+
 def test_one_table_is_itself() -> None:
     one = table("ba", 1, 2, "m")
     assert blend([one], LMSYS).equals(one)

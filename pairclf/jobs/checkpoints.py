@@ -1,0 +1,307 @@
+"""Checkpoints: all that a killed training needs to end in the weights that it would have had.
+
+    checkpoints/
+      step-00000200/
+        state.json               the place in the training, and what it must agree with
+        weights.safetensors      trained weights, by name
+        optimizer.safetensors    its tensors; the rest of its state stands in state.json
+        average.safetensors      the moving average, where there is one
+        engine/                  instead of the two above, under DeepSpeed and FSDP: as they save themselves
+      best-00000150.safetensors  the best weights so far, where those are kept
+
+A folder is whole or not there. Random numbers are no part of it: they are drawn anew from the number of each step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pairclf.config import Config
+from pairclf.errors import CheckpointError
+from pairclf.files import atomic_file, atomic_folder, write_json
+from pairclf.jobs.optimizers import copy_weights
+from pairclf.jobs.step import Learner
+
+CHECKPOINTS = "checkpoints"
+STATE = "state.json"
+FORMAT = 1
+
+FREE = (
+    *("output", "data", "folds", "inputs.processes", "predict", "package"),
+    *("train.rows_per_batch", "train.tokens_per_batch", "train.layout", "train.gradient_checkpointing"),
+    *("train.log_every", "train.trackers", "train.checkpoint_every", "train.checkpoints", "train.max_skipped"),
+)
+"""Settings that may change between a training and its continuation: they move no weight, but for rounding.
+
+The rows that files and folds lead to are compared themselves.
+"""
+
+
+@dataclass(slots=True)
+class Best:
+    """The best look at the held-out rows so far."""
+
+    step: int
+    score: float
+
+
+@dataclass(slots=True)
+class State:
+    """Where a training stands, apart from its tensors.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        over: whether it was the last one.
+        skipped: steps whose loss or gradient was not finite; `in_a_row`: how many of them just now.
+        best: of the looks at the held-out rows; `looks_since`: how many there were after it.
+        log: what `metrics.jsonl` will tell of, beyond its lines.
+    """
+
+    step: int = 0
+    over: bool = False
+    skipped: int = 0
+    in_a_row: int = 0
+    best: Best | None = None
+    looks_since: int = 0
+    log: dict[str, Any] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one training.
+
+    Args:
+        folder: where they lie.
+        keep: how many stay.
+        identity: what a continuation must agree with: settings, rows.
+    """
+
+    def __init__(self, folder: Path, keep: int, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        self._keep = keep
+        self._identity = identity
+
+    def found(self) -> list[Path]:
+        """Whole checkpoints, the oldest first."""
+        return sorted(path.parent for path in self.folder.glob(f"step-*/{STATE}"))
+
+    def save(self, state: State, learner: Learner) -> None:
+        """Write one, whole or not at all, and delete those that are too many. Called by every process.
+
+        Raises:
+            CheckpointError: the disk is full, or can't be written to; older checkpoints are untouched.
+        """
+        path = self.folder / f"step-{state.step:08d}"
+        try:
+            with _whole(path, learner.accelerator) as new:
+                if learner.engine:
+                    learner.accelerator.save_state(str(new / "engine"), safe_serialization=True)
+                if learner.accelerator.is_main_process:
+                    self._write(new, state, learner)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {state.step} can't be written: {error.strerror or error}",
+                where=path,
+                remedy="free some disk space and go on with --resume: older checkpoints are whole",
+            ) from error
+        if learner.accelerator.is_main_process:
+            self._rotate(state)
+
+    def _write(self, new: Path, state: State, learner: Learner) -> None:
+        optimizer: dict[str, Any] = {}
+        if not learner.engine:
+            save_file(_on_cpu(learner.weights), new / "weights.safetensors")
+            tensors, optimizer = flattened(learner.optimizer.state_dict())
+            save_file(_on_cpu(tensors), new / "optimizer.safetensors")
+        if _averages(learner):
+            save_file(_on_cpu(_averages(learner)), new / "average.safetensors")
+        scaler = learner.accelerator.scaler
+        tree = {
+            "format": FORMAT,
+            "identity": self._identity,
+            "state": asdict(state),
+            "optimizer": optimizer,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        write_json(new / STATE, tree)
+
+    def _rotate(self, state: State) -> None:
+        found = self.found()
+        for path in found[: -self._keep]:
+            (path / STATE).unlink()  # first: without it a folder that is half deleted is no checkpoint
+        for path in (*self.folder.glob("step-*"), *self.folder.glob(".tmp-step-*")):
+            if path not in found[-self._keep :]:  # what was killed half-way, when it was written or deleted, goes too
+                shutil.rmtree(path)
+        named = {_best_name(state.best.step)} if state.best else set()
+        for path in self.found():
+            best = json.loads((path / STATE).read_text(encoding="utf-8"))["state"]["best"]
+            named |= {_best_name(best["step"])} if best else set()
+        for path in self.folder.glob("best-*.safetensors"):
+            if path.name not in named:
+                path.unlink()
+
+    def restore(self, learner: Learner) -> State | None:
+        """Fill the learner from the newest checkpoint and return its state; None if there is none.
+
+        Raises:
+            CheckpointError: it belongs to another config or to other rows, or is damaged.
+        """
+        found = self.found()
+        if not found:
+            return None
+        path = found[-1]
+        try:
+            tree = json.loads((path / STATE).read_text(encoding="utf-8"))
+            self._check(tree, path)
+            self._fill(path, tree, learner)
+            best = tree["state"].pop("best")
+            return State(**tree["state"], best=Best(**best) if best else None)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {' '.join(str(error).split())[:200]}",
+                where=path,
+                remedy="delete this folder and go on with --resume from the one before",
+            ) from error
+
+    def _check(self, tree: dict[str, Any], path: Path) -> None:
+        if tree["format"] != FORMAT:
+            raise CheckpointError(
+                f"the checkpoint has format {tree['format']}, this pairclf reads {FORMAT}", where=path
+            )
+        saved, here = tree["identity"], self._identity
+        if differing := [
+            f"{key}={here.get(key)} (was {saved.get(key)})" for key in here if here[key] != saved.get(key)
+        ]:
+            raise CheckpointError(
+                "the training that stopped was another one: " + ", ".join(differing[:5]),
+                where=path,
+                remedy="give the settings and rows that it had, or start over with --no-resume",
+            )
+
+    def _fill(self, path: Path, tree: dict[str, Any], learner: Learner) -> None:
+        if learner.engine:
+            learner.accelerator.load_state(str(path / "engine"))
+        else:
+            copy_weights(load_file(path / "weights.safetensors"), learner.weights)
+            learner.optimizer.load_state_dict(unflattened(load_file(path / "optimizer.safetensors"), tree["optimizer"]))
+        if _averages(learner):
+            copy_weights(load_file(path / "average.safetensors"), _averages(learner))
+        if learner.accelerator.scaler is not None:
+            learner.accelerator.scaler.load_state_dict(tree["scaler"])
+
+    def weights_of(self, path: Path) -> dict[str, Tensor]:
+        """The trained weights in one checkpoint."""
+        return load_file(path / "weights.safetensors")
+
+    def save_best(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Keep the weights of a look that was the best; older ones go with the checkpoints that name them."""
+        with atomic_file(self.folder / _best_name(step)) as temporary:
+            save_file(_on_cpu(weights), temporary)
+
+    def load_best(self, step: int) -> dict[str, Tensor]:
+        """The weights that `save_best` kept."""
+        return load_file(self.folder / _best_name(step))
+
+
+def discard(folder: Path) -> None:
+    """Delete all checkpoints of a training."""
+    for state in folder.glob(f"step-*/{STATE}"):
+        state.unlink()  # first: what is half deleted is no checkpoint
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def identity_of(config: Config, rows: str) -> dict[str, Any]:
+    """What decides the weights: every setting but those in `FREE`, and the fingerprint of the rows."""
+    flat = flat_settings(config.model_dump(mode="json"))
+    free = tuple(f"{name}." for name in FREE)
+    return {key: value for key, value in flat.items() if not f"{key}.".startswith(free)} | {"rows": rows}
+
+
+def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"clip": 1}}` -> `{"train.clip": 1}`; lists stay as they are."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def check_disk(folder: Path, need: int) -> None:
+    """Do nothing if the disk has `need` bytes for checkpoints and bundle.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < need:
+        raise CheckpointError(
+            f"checkpoints and bundle need {need / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB",
+            where=folder,
+            remedy="free some space, set output to another disk, or lower train.checkpoints",
+        )
+
+
+def _averages(learner: Learner) -> dict[str, Tensor]:
+    return learner.average.averages if learner.average else {}
+
+
+@contextmanager
+def _whole(path: Path, accelerator: Accelerator) -> Iterator[Path]:
+    """`atomic_folder` for all processes at once: the main one makes it and moves it, the others write into it."""
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        yield path.parent / f".tmp-{path.name}"
+        accelerator.wait_for_everyone()
+        return
+    with atomic_folder(path, known_by=STATE) as new:
+        accelerator.wait_for_everyone()
+        yield new
+        accelerator.wait_for_everyone()
+
+
+def _best_name(step: int) -> str:
+    return f"best-{step:08d}.safetensors"
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that share no memory with each other, as safetensors wants them."""
+    return {name: one.detach().to("cpu", copy=True).contiguous() for name, one in tensors.items()}
+
+
+def flattened(tree: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
+    """A tree of dicts, lists, numbers and tensors as tensors by path, and the tree with their paths in their place.
+
+    >>> flattened({0: {"step": 3, "exp_avg": torch.zeros(1)}})
+    ({'/0/exp_avg': tensor([0.])}, {'items': [[0, {'items': [['step', 3], ['exp_avg', {'tensor': '/0/exp_avg'}]]}]]})
+    """
+    if isinstance(tree, Tensor):
+        return {prefix: tree}, {"tensor": prefix}
+    if isinstance(tree, dict):
+        parts = {key: flattened(value, f"{prefix}/{key}") for key, value in tree.items()}
+        tensors = {name: one for found, _ in parts.values() for name, one in found.items()}
+        return tensors, {"items": [[key, rest] for key, (_, rest) in parts.items()]}
+    if isinstance(tree, list | tuple):
+        found = [flattened(value, f"{prefix}/{place}") for place, value in enumerate(tree)]
+        return {name: one for tensors, _ in found for name, one in tensors.items()}, [rest for _, rest in found]
+    return {}, tree
+
+
+def unflattened(tensors: Mapping[str, Tensor], tree: Any) -> Any:
+    """The inverse of `flattened`, but for tuples, which come back as lists."""
+    if isinstance(tree, dict):
+        if "tensor" in tree:
+            return tensors[tree["tensor"]]
+        return {key: unflattened(tensors, value) for key, value in tree["items"]}
+    if isinstance(tree, list):
+        return [unflattened(tensors, value) for value in tree]
+    return tree

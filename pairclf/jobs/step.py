@@ -1,0 +1,334 @@
+"""One optimizer step: its rows through the model, their loss, its gradient, and what is done when one of them fails.
+
+The loss is computed here and not in the model, as a mean over the rows of the whole step: 8 rows in one batch, 4 x 2
+rows and two processes with 4 rows each give the same gradient (transformers' own classifiers lose the count under
+accumulation: https://github.com/huggingface/transformers/issues/47688).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pairclf.config import Config
+from pairclf.errors import DataError, ModelError
+from pairclf.inputs.plan import computed_tokens, micro_batches
+from pairclf.inputs.render import Encoded
+from pairclf.jobs.losses import cross_entropy, disagreement, distillation, smoothed
+from pairclf.jobs.optimizers import MovingAverage
+from pairclf.model.batch import Batch, Item
+from pairclf.model.engine import Classifier, layout_of
+from pairclf.task import AB, BA, Row
+
+Members = NDArray[np.int64]
+"""Indices of the rows of one step, those of other processes included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """The training rows as the loop needs them.
+
+    Attributes:
+        ids: the rows' ids.
+        encoded: each row in its orders; from a token cache, it is made when it is asked for.
+        lengths: tokens of each row, the same in either order.
+        targets: `(N, 2, C)`, a target an order, smoothed.
+        weights: `(N,)`.
+        teachers: `(N, 2, C)` probabilities, NaN where a row has none; or nothing.
+    """
+
+    ids: list[str]
+    encoded: Sequence[tuple[Encoded, ...]]
+    lengths: list[int]
+    targets: Tensor
+    weights: Tensor
+    teachers: Tensor | None
+
+
+def prepare(
+    rows: Sequence[Row],
+    encoded: Sequence[tuple[Encoded, ...]],
+    config: Config,
+    teachers: NDArray[np.float64] | None = None,
+) -> Examples:
+    """Lay out the rows' targets, swapped where the text is, beside what the model sees of them.
+
+    Args:
+        rows: labelled rows.
+        encoded: the same rows as the model sees them.
+        config: its task and label smoothing.
+        teachers: `(N, C)` probabilities; NaN where a row has none.
+
+    Raises:
+        DataError: no rows, or a row without a target.
+    """
+    if not rows:
+        raise DataError("there are no rows to train on", remedy="check data.train, data.max_rows and the folds")
+    if unlabelled := [row.id for row in rows if row.target is None]:
+        raise DataError("rows without a label can't be trained on", rows=unlabelled)
+    task = config.task
+    targets = smoothed(torch.tensor([row.target for row in rows]), config.train.label_smoothing, task)
+    return Examples(
+        ids=[row.id for row in rows],
+        encoded=encoded,
+        lengths=[len(shown[AB].ids) for shown in encoded],
+        targets=_both(targets, task.swapped_columns),
+        weights=torch.tensor([row.weight for row in rows]),
+        teachers=None if teachers is None else _both(torch.from_numpy(teachers).float(), task.swapped_columns),
+    )
+
+
+def _both(columns: Tensor, swapped: Sequence[int]) -> Tensor:
+    """`(N, C)` -> `(N, 2, C)`: as it is for order AB, its columns exchanged for BA."""
+    return torch.stack([columns, columns[:, list(swapped)]], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """The model and what moves it.
+
+    Attributes:
+        accelerator: as `launch.make_accelerator` makes it.
+        classifier: the model itself.
+        model: the same as an engine wraps it; without one, the classifier.
+        optimizer: as `accelerator.prepare` returns it.
+        weights: trained weights by name.
+        peaks: the highest rate of each of the optimizer's groups.
+        average: moving average of the weights, or none.
+        engine: whether DeepSpeed or FSDP reduce gradients and take the step.
+    """
+
+    accelerator: Accelerator
+    classifier: Classifier
+    model: nn.Module
+    optimizer: Any
+    weights: dict[str, nn.Parameter]
+    peaks: list[float]
+    average: MovingAverage | None
+    engine: bool
+
+    @property
+    def rate(self) -> float:
+        """The rate of the first group, as it is now."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Sums over all processes, of one step.
+
+    Attributes:
+        loss: mean over the step's rows and orders.
+        tokens: real ones.
+        computed: with padding.
+        stopping: whether any process got a signal.
+    """
+
+    loss: float
+    tokens: float
+    computed: float
+    stopping: bool
+
+
+def orders_shown(config: Config, members: Members, step: int) -> dict[int, tuple[int, ...]]:
+    """For each row of the step, the orders it is shown in; independent of micro-batches and processes."""
+    if config.train.swap == "random":
+        coins = np.random.default_rng((config.seed, step)).integers(0, 2, len(members))
+        return {row: (int(coin),) for row, coin in zip(members.tolist(), coins, strict=True)}
+    return dict.fromkeys(members.tolist(), (AB, BA) if config.train.swap == "both" else (AB,))
+
+
+def within_memory(
+    learner: Learner,
+    config: Config,
+    examples: Examples,
+    members: Members,
+    step: int,
+    budget: int | None,
+    *,
+    stop: bool = False,
+) -> tuple[Outcome, int | None]:
+    """`accumulate`, again with half the tokens a batch where the GPU's memory did not suffice; the result is the same.
+
+    Returns:
+        What came of it, and the budget to go on with.
+
+    Raises:
+        ModelError: a row alone does not fit.
+    """
+    while (outcome := accumulate(learner, config, examples, members, step, budget, stop=stop)) is None:
+        learner.optimizer.zero_grad()
+        gc.collect()  # the failed pass's activations, which its traceback held
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        budget = _halved(config, examples, members, budget, learner.accelerator.num_processes)
+        learner.accelerator.print(f"out of memory at step {step}: train.tokens_per_batch={budget} from here on")
+    return outcome, budget
+
+
+def _batches(
+    config: Config, examples: Examples, members: Members, budget: int | None, process: int, processes: int
+) -> list[list[int]]:
+    return micro_batches(
+        members,
+        examples.lengths,
+        config.train.rows_per_batch,
+        process=process,
+        processes=processes,
+        tokens_per_batch=budget,
+        orders=config.train.orders,
+        padded=config.train.layout == "padded",
+    )
+
+
+def _halved(config: Config, examples: Examples, members: Members, budget: int | None, processes: int) -> int:
+    """Half of the largest batch that can still be split, over all processes: they must agree."""
+    orders, padded = config.train.orders, config.train.layout == "padded"
+    batches = [
+        one for process in range(processes) for one in _batches(config, examples, members, budget, process, processes)
+    ]
+    sizes = [computed_tokens(one, examples.lengths, orders=orders, padded=padded) for one in batches if len(one) > 1]
+    if not sizes:
+        longest = max(members.tolist(), key=examples.lengths.__getitem__)
+        raise ModelError(
+            f"the memory does not suffice for one row of {examples.lengths[longest]:,} tokens in {orders} order(s)",
+            rows=[examples.ids[longest]],
+            remedy="set train.gradient_checkpointing=true, or lower inputs.max_length or model.lora.rank",
+        )
+    return max(1, max(sizes) // 2)
+
+
+def accumulate(
+    learner: Learner,
+    config: Config,
+    examples: Examples,
+    members: Members,
+    step: int,
+    budget: int | None = None,
+    *,
+    stop: bool = False,
+) -> Outcome | None:
+    """Forward and backward over the rows of one optimizer step, micro-batch by micro-batch.
+
+    Args:
+        learner: whose gradients are filled.
+        config: layout, orders, losses.
+        examples: all training rows.
+        members: the rows of this step.
+        step: its number; it seeds dropout and, under `train.swap=random`, the choice of orders.
+        budget: most tokens in a micro-batch.
+        stop: whether this process was asked to stop, which all are told.
+
+    Returns:
+        None, if the memory of any process did not suffice: gradients are then half done.
+    """
+    accelerator, device = learner.accelerator, learner.accelerator.device
+    # Drawn anew from the step's number: a training that goes on, or a step that is done again, needs no saved state.
+    seeds = np.random.SeedSequence((config.seed, step, accelerator.process_index))
+    torch.manual_seed(int(seeds.generate_state(1)[0]))
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    failed = False
+    try:
+        _backward(learner, config, examples, members, step, budget, sums)
+    except torch.OutOfMemoryError as error:
+        if learner.engine:  # the other processes wait inside its collective operations
+            remedy = "lower train.tokens_per_batch, and go on with --resume"
+            raise ModelError(f"out of memory at step {step}", remedy=remedy) from error
+        failed = True
+    flags = torch.tensor([failed, stop], dtype=torch.float64, device=device)
+    loss, tokens, computed, out_of_memory, stopping = accelerator.reduce(torch.cat([sums, flags]), "sum").tolist()
+    if out_of_memory:
+        return None
+    if not learner.engine and accelerator.num_processes > 1:
+        for one in learner.weights.values():
+            one.grad = accelerator.reduce(one.grad if one.grad is not None else torch.zeros_like(one), "sum")
+    return Outcome(loss, tokens, computed, bool(stopping))
+
+
+def _backward(
+    learner: Learner,
+    config: Config,
+    examples: Examples,
+    members: Members,
+    step: int,
+    budget: int | None,
+    sums: Tensor,
+) -> None:
+    """This process's part of the step; adds its loss, tokens and computed tokens to `sums`."""
+    accelerator = learner.accelerator
+    orders = orders_shown(config, members, step)
+    total = sum(float(examples.weights[row]) * len(orders[row]) for row in members.tolist())
+    batches = _batches(config, examples, members, budget, accelerator.process_index, accelerator.num_processes)
+    lay_out = layout_of("decoder", "head", config.train.layout)
+    for index, rows in enumerate(batches):
+        # A process without rows of its own still takes part in an engine's reduction, with weight zero.
+        shown = rows or members[:1].tolist()
+        items = [Item(row, order, examples.encoded[row][order].ids) for row in shown for order in orders[row]]
+        batch = lay_out(items).to(accelerator.device)
+        accelerator.sync_gradients = index == len(batches) - 1  # DeepSpeed takes its step where this is true
+        with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(learner.model):
+            logits = learner.model(batch.inputs, batch.read_at, batch.lengths)
+            part = batch_loss(logits, batch, examples, config) * bool(rows) / total
+            accelerator.backward(
+                part * accelerator.num_processes if learner.engine else part
+            )  # an engine takes the mean
+        if rows:
+            sums += torch.stack([part.detach().double(), *sums.new_tensor(_counts(config, examples, rows))])
+
+
+def _counts(config: Config, examples: Examples, rows: Sequence[int]) -> list[int]:
+    """Tokens of a micro-batch, and with padding."""
+    padded = config.train.layout == "padded"
+    orders, lengths = config.train.orders, examples.lengths
+    return [computed_tokens(rows, lengths, orders=orders, padded=one) for one in (False, padded)]
+
+
+def batch_loss(logits: Tensor, batch: Batch, examples: Examples, config: Config) -> Tensor:
+    """The weighted sum of the losses of a batch's rows, a scalar; divided by the step's weights it is their mean.
+
+    Args:
+        logits: `(R, C)`, those of a row's orders one after another.
+        batch: which row and order each logit belongs to.
+        examples: targets, weights and teachers of all rows.
+        config: `train.distill`, `train.consistency`.
+    """
+    train, task = config.train, config.task
+    weights = examples.weights[batch.row_at].to(logits)
+    targets = examples.targets[batch.row_at, batch.order].to(logits)
+    losses = cross_entropy(logits, targets, task)
+    if examples.teachers is not None:
+        taught = examples.teachers[batch.row_at, batch.order].to(logits)
+        losses = train.distill.ce * losses + distillation(logits, taught, train.distill)
+    if train.consistency:
+        ab, ba = (torch.nonzero(batch.order == order).flatten().to(logits.device) for order in (AB, BA))
+        apart = disagreement(logits[ab], logits[ba], task).repeat_interleave(2)  # a row's share, once for each order
+        losses = losses + train.consistency * apart
+    return losses @ weights
+
+
+def apply(learner: Learner, clip: float | None, loss: float) -> tuple[bool, float]:
+    """Take the step with the gradients that `accumulate` left, unless they or the loss are not finite.
+
+    Returns:
+        Whether it was taken, and the gradient's norm before clipping.
+    """
+    accelerator = learner.accelerator
+    found = accelerator.clip_grad_norm_(learner.model.parameters(), math.inf if clip is None else clip)
+    norm = 0.0 if found is None else float(found)
+    sound = math.isfinite(loss) and math.isfinite(norm)
+    if sound:
+        learner.optimizer.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()  # float16: a smaller scale may do
+    learner.optimizer.zero_grad()
+    return sound, norm

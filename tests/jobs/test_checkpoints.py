@@ -1,0 +1,308 @@
+"""Going on: whatever killed a training, and whenever, its continuation ends in the weights of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tests_support import make_rows, write_csv
+
+from pairclf.config import Config
+from pairclf.errors import CheckpointError, Stopped
+from pairclf.jobs import checkpoints as module
+from pairclf.jobs import train as loop
+from pairclf.jobs.checkpoints import CHECKPOINTS, STATE, check_disk, flat_settings, flattened, unflattened
+from pairclf.jobs.inputs import open_inputs
+from pairclf.jobs.launch import make_accelerator
+from pairclf.jobs.train import HeldOut, train
+from pairclf.model.engine import Classifier
+
+ROWS = make_rows(24)
+ADAPTER = "fold0/bundle/adapter/adapter_model.safetensors"
+
+
+def run(config: Config, folder: Path, resume: bool | None = None) -> Classifier:
+    encoded = open_inputs(config).builder.encode(ROWS)
+    targets = torch.tensor([row.target for row in ROWS[:6]]).numpy()
+    held_out = HeldOut(encoded[:6], targets)
+    accelerator = make_accelerator(config)
+    return train(config, ROWS, encoded, folder, accelerator, held_out=held_out, resume=resume)
+
+
+def weights(classifier: Classifier) -> torch.Tensor:
+    return torch.cat([one.detach().flatten() for one in classifier.parameters() if one.requires_grad])
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The log without what a clock or the memory says."""
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    measured = {"seconds", "tokens_per_second", "memory_gb", "mfu"}
+    return [{name: value for name, value in line.items() if name not in measured} for line in read]
+
+
+class Killed(BaseException):
+    """Stands for the process's end: nothing catches it."""
+
+
+def kill_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process dies when it has taken this step."""
+    taken, original = [0], loop.apply
+
+    def apply(*arguments: Any) -> Any:
+        if taken[0] == step:
+            raise Killed
+        taken[0] += 1
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "apply", apply)
+
+
+# 9 steps, dropout on, checkpoints at 2, 4, 6, 8 and 9: more than one between two lines of the log.
+DIALS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "adamw8bit": {"optimizer": "adamw8bit"},
+    "adafactor": {"optimizer": "adafactor"},
+    "random order": {"swap": "random"},
+    "average": {"ema": 0.9, "evaluate_every": 2, "keep": "best"},
+    "last three": {"average_last": 3, "checkpoints": 3},
+}
+
+
+def config_of(config_for: Callable[..., Config], **train: Any) -> Config:
+    settings = {"epochs": 3, "checkpoint_every": 2, "log_every": 3, "learning_rate": 1e-3, **train}
+    return config_for("llama", model={"lora": {"rank": 64, "dropout": 0.3}}, train=settings)
+
+
+@pytest.mark.parametrize("name", DIALS)
+def test_a_killed_training_goes_on_to_the_same_weights_and_log(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config = config_of(config_for, **DIALS[name])
+    undisturbed = weights(run(config, tmp_path / "whole"))
+    for step in (5, 3):  # killed, killed again soon after it went on
+        with monkeypatch.context() as patch:
+            kill_after(step, patch)
+            with pytest.raises(Killed):
+                run(config, tmp_path / "killed", resume=True)
+    assert torch.equal(weights(run(config, tmp_path / "killed", resume=True)), undisturbed)
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+def test_other_seeds_of_dropout_would_show(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wrong variant: random numbers that go on where the process happens to be."""
+    config = config_of(config_for)
+    undisturbed = weights(run(config, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        kill_after(5, patch)
+        with pytest.raises(Killed):
+            run(config, tmp_path / "killed")
+    seed = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda _: seed(7))
+    assert not torch.equal(weights(run(config, tmp_path / "killed", resume=True)), undisturbed)
+
+
+@pytest.mark.parametrize("at", ["weights", "optimizer", "rename", "rotation"])
+def test_killed_during_a_save_it_goes_on_from_a_whole_checkpoint(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    config = config_of(config_for)
+    undisturbed = weights(run(config, tmp_path / "whole"))
+    folder = tmp_path / "killed"
+
+    def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if at in Path(path).name and (folder / CHECKPOINTS / "step-00000004").exists():
+            Path(path).write_bytes(b"half")
+            raise Killed
+        original(tensors, path)
+
+    def replace(source: Path, target: Path) -> None:
+        if at == "rename" and Path(target).name == "step-00000006":
+            raise Killed
+        renamed(source, target)
+
+    def rmtree(path: Path, **options: Any) -> None:
+        if at == "rotation" and Path(path).name == "step-00000002":
+            raise Killed
+        removed(path, **options)
+
+    original, renamed, removed = module.save_file, os.replace, shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", save_file)
+        patch.setattr(os, "replace", replace)
+        patch.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(Killed):
+            run(config, folder)
+    found = sorted(path.parent.name for path in (folder / CHECKPOINTS).glob(f"step-*/{STATE}"))
+    assert found == (["step-00000004", "step-00000006"] if at == "rotation" else ["step-00000002", "step-00000004"])
+    assert torch.equal(weights(run(config, folder, resume=True)), undisturbed)
+    left = sorted(path.name for path in (folder / CHECKPOINTS).iterdir())
+    assert left == ["step-00000008", "step-00000009"]
+
+
+def test_a_full_disk_stops_the_training_and_spares_the_checkpoints(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, original = config_of(config_for), module.save_file
+    undisturbed = weights(run(config, tmp_path / "whole"))
+
+    def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if (tmp_path / "full" / CHECKPOINTS / "step-00000004").exists():
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", save_file)
+        with pytest.raises(CheckpointError, match="No space left") as caught:
+            run(config, tmp_path / "full")
+    assert "--resume" in str(caught.value)
+    assert torch.equal(weights(run(config, tmp_path / "full", resume=True)), undisturbed)
+
+
+def test_the_disk_is_looked_at_before_the_first_step(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match=r"need 1000000\.0 GB"):
+        check_disk(tmp_path / "not" / "yet", 10**15)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match="checkpoints and bundle need"):
+        run(config_of(config_for), tmp_path / "run")
+    assert not (tmp_path / "run" / CHECKPOINTS).exists()
+
+
+def test_what_stopped_half_way_is_not_overwritten_unasked(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(config_for)
+    with monkeypatch.context() as patch:
+        kill_after(5, patch)
+        with pytest.raises(Killed):
+            run(config, tmp_path)
+    with pytest.raises(CheckpointError, match="stopped here half-way"):
+        run(config, tmp_path)
+    with pytest.raises(CheckpointError, match=r"train.learning_rate=0.5 \(was 0.001\)"):
+        run(config_of(config_for, learning_rate=0.5), tmp_path, resume=True)
+    other = config.model_copy(update={"train": config.train.model_copy(update={"label_smoothing": 0.1})})
+    with pytest.raises(CheckpointError, match="label_smoothing"):
+        run(other, tmp_path, resume=True)
+    again = run(config_of(config_for, rows_per_batch=2, log_every=1), tmp_path, resume=True)  # these are free
+    assert torch.allclose(weights(again), weights(run(config, tmp_path / "whole")), atol=1e-2)
+    run(config_of(config_for, learning_rate=0.5), tmp_path, resume=False)
+
+
+def test_a_damaged_checkpoint_is_said_to_be_one(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(config_for)
+    with monkeypatch.context() as patch:
+        kill_after(5, patch)
+        with pytest.raises(Killed):
+            run(config, tmp_path)
+    newest = tmp_path / CHECKPOINTS / "step-00000004"
+    (newest / "optimizer.safetensors").write_bytes(b"\x08" + bytes(7) + b"{}      ")
+    with pytest.raises(CheckpointError, match="damaged"):
+        run(config, tmp_path, resume=True)
+    shutil.rmtree(newest)  # as the message says
+    assert torch.equal(weights(run(config, tmp_path, resume=True)), weights(run(config, tmp_path / "whole")))
+
+
+def test_a_signal_saves_and_ends_and_the_training_goes_on(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(config_for, checkpoint_every=None)
+    undisturbed = weights(run(config, tmp_path / "whole"))
+    original, handler = loop.apply, signal.getsignal(signal.SIGTERM)
+
+    def apply(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "apply", apply)
+        with pytest.raises(Stopped, match="SIGTERM after step 2 of 9") as caught:
+            run(config, tmp_path / "stopped")
+    assert caught.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert torch.equal(weights(run(config, tmp_path / "stopped", resume=True)), undisturbed)
+
+
+def test_without_a_checkpoint_it_starts_from_the_beginning(
+    config_for: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(config_of(config_for), tmp_path, resume=True)
+    assert "starts from the beginning" in " ".join(capsys.readouterr().out.split())
+
+
+TREES = st.recursive(
+    st.integers(-5, 5) | st.none() | st.booleans() | st.text(max_size=3) | st.integers(0, 3).map(torch.zeros),
+    lambda below: (
+        st.lists(below, max_size=3) | st.dictionaries(st.integers(0, 9) | st.text(max_size=3), below, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(TREES)
+def test_an_optimizers_state_comes_back_from_tensors_and_json(tree: Any) -> None:
+    tensors, rest = flattened(tree)
+    back = unflattened(tensors, json.loads(json.dumps(rest)))
+    assert repr(back) == repr(tree)
+
+
+def test_settings_are_told_apart_by_dotted_names() -> None:
+    assert flat_settings({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_leads_to_the_same_bundle(base_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """The whole command in a process of its own, killed at random moments until it comes to its end."""
+    write_csv(tmp_path / "train.csv", make_rows(40))
+    tree = {
+        "data": {"train": str(tmp_path / "train.csv")},
+        "folds": {"n": 2},
+        "inputs": {"max_length": 160, "processes": 1},
+        "model": {"base": str(base_of("llama")), "quantization": "none", "lora": {"rank": 4, "dropout": 0.2}},
+        "train": {"rows_per_step": 2, "epochs": 8, "checkpoint_every": 1, "learning_rate": 1e-3, "ema": 0.9},
+    }
+    path = tmp_path / "configs" / "killed.yaml"
+    path.parent.mkdir()
+    path.write_text(json.dumps(tree))
+    command = [sys.executable, "-m", "pairclf", "train", str(path), "--fold", "0"]
+    subprocess.run([*command, f"output={tmp_path / 'whole'}"], check=True, capture_output=True)
+    draw, killed = random.Random(0), 0
+    for _ in range(40):
+        process = subprocess.Popen(
+            [*command, "--resume", f"output={tmp_path / 'killed'}"], stderr=subprocess.PIPE, text=True
+        )
+        folder, begun = tmp_path / "killed" / "fold0" / CHECKPOINTS, time.monotonic()
+        known = set(folder.glob("step-*"))
+        while process.poll() is None and killed < 3 and time.monotonic() - begun < 60:
+            if set(folder.glob("step-*")) - known:  # it trains: within the next steps, which all save, it dies
+                time.sleep(draw.uniform(0, 0.3))
+                process.kill()
+                killed += 1
+            time.sleep(0.005)
+        _, text = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, text
+    assert killed == 3
+    whole, again = (load_file(tmp_path / name / ADAPTER) for name in ("whole", "killed"))
+    assert all(torch.equal(one, again[name]) for name, one in whole.items())
+    assert not (tmp_path / "killed" / "fold0" / CHECKPOINTS).exists()

@@ -1,0 +1,178 @@
+"""A step that fails: out of memory, a loss that is not finite; and the parts of its loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests_support import make_rows
+
+from pairclf.config import Config
+from pairclf.errors import ModelError
+from pairclf.jobs.inputs import open_inputs
+from pairclf.jobs.launch import make_accelerator
+from pairclf.jobs.losses import cross_entropy, disagreement, distillation
+from pairclf.jobs.step import Learner, accumulate, batch_loss, prepare, within_memory
+from pairclf.jobs.train import construct, train
+from pairclf.model.batch import Item
+from pairclf.model.engine import Classifier, build
+from pairclf.model.layouts import packed
+
+CPU = torch.device("cpu")
+ROWS = make_rows(8)
+MEMBERS = np.arange(8)
+
+
+def learner_of(config: Config) -> Learner:
+    """With adapters that have an effect: LoRA's B starts at zero, and A then has no gradient."""
+    classifier = build(config, CPU)
+    for name, one in classifier.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(one, std=0.05)
+    return construct(config, classifier, make_accelerator(config))
+
+
+def gradients(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: one.grad.clone() for name, one in learner.weights.items() if one.grad is not None}
+
+
+def small_memory(classifier: Classifier, monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
+    """Let passes over more tokens than that run out of memory half-way; returns the sizes of those that were tried."""
+    tried: list[int] = []
+    forward = classifier.backbone.forward
+
+    def limited(*arguments: Any, **named: Any) -> Any:
+        tried.append(named["input_ids"].numel())
+        if tried[-1] > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test's)")
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(classifier.backbone, "forward", limited)
+    return tried
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_out_of_memory_halves_the_budget_and_the_result_is_the_same(
+    config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    config = config_for("llama", train={"layout": layout})
+    examples = prepare(ROWS, open_inputs(config).builder.encode(ROWS), config)
+    learner = learner_of(config)
+    outcome, budget = within_memory(learner, config, examples, MEMBERS, 1, None)
+    whole = gradients(learner)
+    assert budget is None
+    limit = int(outcome.computed) // 3
+    learner = learner_of(config)
+    tried = small_memory(learner.classifier, monkeypatch, limit)
+    again, budget = within_memory(learner, config, examples, MEMBERS, 1, None)
+    assert budget is not None
+    assert budget <= max(tried) // 2
+    assert max(tried) > limit
+    assert again.loss == pytest.approx(outcome.loss, abs=1e-6)
+    assert again.tokens == outcome.tokens
+    assert max(float((one - whole[name]).abs().max()) for name, one in gradients(learner).items()) <= 1e-5
+
+
+def test_half_done_gradients_are_not_kept(config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrong variant: to do the step again on top of what the failed attempt left."""
+    config = config_for("llama", train={"rows_per_batch": 2})
+    examples = prepare(ROWS, open_inputs(config).builder.encode(ROWS), config)
+    learner = learner_of(config)
+    accumulate(learner, config, examples, MEMBERS, 1)
+    whole = gradients(learner)
+    accumulate(learner, config, examples, MEMBERS, 1)
+    assert max(float((one - whole[name]).abs().max()) for name, one in gradients(learner).items()) > 1e-3
+
+
+def test_a_row_that_fits_nowhere_is_named(config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_for("llama")
+    examples = prepare(ROWS, open_inputs(config).builder.encode(ROWS), config)
+    learner = learner_of(config)
+    tried = small_memory(learner.classifier, monkeypatch, 2 * max(examples.lengths) - 1)
+    with pytest.raises(ModelError, match="does not suffice for one row") as caught:
+        within_memory(learner, config, examples, MEMBERS, 1, None)
+    longest = max(range(8), key=examples.lengths.__getitem__)
+    assert caught.value.rows == (ROWS[longest].id,)
+    assert tried[-1] == 2 * max(examples.lengths)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str) -> None:
+    """Let the loss, or only its gradient, be infinite at these steps."""
+    from pairclf.jobs import step as module
+
+    original, number = accumulate, [0]
+
+    def spoiled(learner: Learner, *arguments: Any, **named: Any) -> Any:
+        number[0] += 1
+        outcome = original(learner, *arguments, **named)
+        if number[0] in steps:
+            next(iter(learner.weights.values())).grad.fill_(float("inf"))  # type: ignore[union-attr]
+            if what == "loss":
+                return replace(outcome, loss=float("nan"))
+        return outcome
+
+    monkeypatch.setattr(module, "accumulate", spoiled)
+
+
+def run(config: Config, folder: Path) -> Classifier:
+    rows = make_rows(24)
+    return train(config, rows, open_inputs(config).builder.encode(rows), folder, make_accelerator(config))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    config = config_for("llama", train={"epochs": 2, "log_every": 1, "max_skipped": 3})
+    spoil(monkeypatch, {2, 3}, what)
+    trained = run(config, tmp_path)
+    assert all(one.isfinite().all() for one in trained.parameters())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 1, 2, 2, 2, 2]
+    assert [line["loss"] is None for line in lines] == [step in (1, 2) and what == "loss" for step in range(6)]
+    assert [line["gradient_norm"] is None for line in lines] == [False, True, True, False, False, False]
+
+
+def test_too_many_in_a_row_stop_the_training_with_the_rows(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for("llama", train={"epochs": 4, "max_skipped": 3})
+    spoil(monkeypatch, {1, 2, 4, 5, 6}, "loss")
+    with pytest.raises(ModelError, match=r"step 6 .* diverged") as caught:
+        run(config, tmp_path)
+    assert len(caught.value.rows) == 8
+    assert set(caught.value.rows) <= {row.id for row in make_rows(24)}
+
+
+def test_a_rate_that_is_far_too_high_is_noticed(config_for: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="diverged"):
+        run(config_for("llama", train={"learning_rate": 1e30, "epochs": 4, "max_skipped": 3}), tmp_path)
+
+
+def test_the_loss_of_a_batch_is_the_sum_of_its_parts(config_for: Callable[..., Config]) -> None:
+    settings = {"consistency": 0.7, "label_smoothing": 0.1}
+    settings |= {"distill": {"scores": ["x.parquet"], "ce": 0.5, "kl": 2.0, "temperature": 3.0, "cosine": 0.2}}  # type: ignore[dict-item]
+    config = config_for("llama", train=settings)
+    rows = [replace(row, weight=1.0 + number) for number, row in enumerate(ROWS)]
+    teachers = np.random.default_rng(0).dirichlet(np.ones(3), size=8)
+    teachers[3] = np.nan
+    encoded = open_inputs(config).builder.encode(rows)
+    examples = prepare(rows, encoded, config, teachers)
+    batch = packed([Item(row, order, encoded[row][order].ids) for row in (5, 3) for order in (0, 1)])
+    logits = torch.randn(4, 3)
+    expected = torch.zeros(())
+    for row, (ab, ba) in zip((5, 3), (logits[:2], logits[2:]), strict=True):
+        target = 0.9 * torch.tensor(rows[row].target) + 0.1 / 3
+        taught = torch.from_numpy(teachers[row]).float()
+        apart = disagreement(ab[None], ba[None], config.task)[0]
+        for one, columns in ((ab, [0, 1, 2]), (ba, [1, 0, 2])):
+            loss = 0.5 * cross_entropy(one[None], target[None, columns], config.task)[0]
+            loss = loss + distillation(one[None], taught[None, columns], config.train.distill)[0] + 0.7 * apart
+            expected = expected + rows[row].weight * loss
+    assert torch.allclose(batch_loss(logits, batch, examples, config), expected, rtol=1e-5)

@@ -1,0 +1,205 @@
+"""Teachers never saw what they teach: bundles know their rows, scores carry it on, and in-sample ones are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from pairclf.config import Config, override, resolve
+from pairclf.data.arena import generate, write_lmsys
+from pairclf.data.folds import prompt_hashes
+from pairclf.data.tables import class_matrix, read_scores, scores_frame, write_scores
+from pairclf.errors import BundleError, ConfigError, DataError, LeakError
+from pairclf.jobs.cv import cross_validate
+from pairclf.jobs.predict import predict
+from pairclf.jobs.run import labelled_rows, split
+from pairclf.jobs.teachers import teachers_of
+from pairclf.model.bundle import TRAINED_ON, open_bundle
+from pairclf.scores.blend import blend
+from pairclf.task import LMSYS
+
+UNPROVEN = "train.distill.unproven=true"
+
+
+@pytest.fixture(scope="module")
+def run(base_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished cross-validation of two folds on a small arena, some of whose rows have no prompt."""
+    folder = tmp_path_factory.mktemp("teachers")
+    write_lmsys(generate(40, seed=3, dirt=0.3), folder, n_test=8)
+    config = resolve(
+        {
+            "output": str(folder / "run"),
+            "data": {"folder": str(folder), "train": ["train.csv"], "test": "test.csv"},
+            "folds": {"n": 2},
+            "inputs": {"max_length": 96},
+            "model": {"base": str(base_of("gemma2")), "quantization": "none", "lora": {"rank": 2}},
+            "train": {"max_steps": 1},
+        }
+    )
+    cross_validate(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def frame(run: Config) -> pl.DataFrame:
+    return labelled_rows(run)
+
+
+def output(config: Config) -> Path:
+    assert config.output is not None
+    return config.output
+
+
+def bundle(config: Config, fold: int) -> Path:
+    return output(config) / f"fold{fold}" / "bundle"
+
+
+def taught(config: Config, *scores: Path, **settings: object) -> Config:
+    overrides = [f"train.distill.{name}={value}" for name, value in settings.items()]
+    listed = ", ".join(f"'{path}'" for path in scores)
+    return override(config, [f"train.distill.scores=[{listed}]", *overrides])
+
+
+@pytest.fixture(scope="module")
+def in_sample(run: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scores of all training rows by the bundle that held fold 0 out and was trained on fold 1."""
+    folder = tmp_path_factory.mktemp("in-sample")
+    predict([bundle(run, 0)], run.data.path(Path("train.csv")), folder / "s.csv", scores=folder / "scores.parquet")
+    return folder / "scores.parquet"
+
+
+def test_a_bundle_knows_the_prompts_that_it_was_trained_on(run: Config, frame: pl.DataFrame, tmp_path: Path) -> None:
+    for fold in (0, 1):
+        training, held_out = split(run, frame, fold)
+        trained_on = open_bundle(bundle(run, fold)).trained_on()
+        assert trained_on is not None
+        assert trained_on.dtype == pl.UInt64
+        assert trained_on.to_list() == sorted(set(prompt_hashes(training, LMSYS)))
+        assert held_out is not None
+        assert not set(trained_on) & set(prompt_hashes(held_out, LMSYS))
+    path = bundle(run, 0) / TRAINED_ON
+    assert TRAINED_ON in open_bundle(bundle(run, 0)).manifest.files
+    whole = path.read_bytes()
+    pl.read_parquet(path)[:1].write_parquet(path)  # a bundle that would deny what it saw
+    try:
+        with pytest.raises(BundleError, match=TRAINED_ON):
+            open_bundle(bundle(run, 0))
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_bundle_that_was_trained_on_a_row_says_so(run: Config, frame: pl.DataFrame, in_sample: Path) -> None:
+    training, held_out = split(run, frame, 0)
+    assert held_out is not None
+    scores = read_scores(in_sample, LMSYS)
+    seen = dict(zip(scores["id"], scores["seen"], strict=True))
+    assert {seen[row] for row in training["id"]} == {1}
+    assert {seen[row] for row in held_out["id"]} == {0}
+    oof = read_scores(output(run) / "oof.parquet", LMSYS)
+    assert set(oof["seen"]) == {0}
+    both = scores.select("id", "prompt").join(oof.select("id", "prompt"), on="id", suffix="_oof")
+    assert both["prompt"].equals(both["prompt_oof"], check_names=False)
+
+
+def test_out_of_fold_scores_teach(run: Config, frame: pl.DataFrame, in_sample: Path) -> None:
+    training, held_out = split(run, frame, 0)
+    assert held_out is not None
+    oof = output(run) / "oof.parquet"
+    assert teachers_of(run, training) is None
+    found = teachers_of(taught(run, oof), training.reverse())
+    expected = training.reverse().select("id").join(read_scores(oof, LMSYS), on="id", maintain_order="left")
+    np.testing.assert_array_equal(found, class_matrix(expected, LMSYS))
+    # The bundle of fold 0 never saw the rows of fold 0: a student that is trained on fold 0 may learn from it.
+    assert teachers_of(taught(run, in_sample), held_out) is not None
+
+
+def test_in_sample_scores_are_refused(run: Config, frame: pl.DataFrame, in_sample: Path) -> None:
+    training, held_out = split(run, frame, 0)
+    assert held_out is not None
+    for rows in (training, frame, pl.concat([held_out, training[3:4]])):
+        for settings in ({}, {"unproven": "true"}):
+            with pytest.raises(LeakError, match="trained on the very row") as caught:
+                teachers_of(taught(run, output(run) / "oof.parquet", in_sample, **settings), rows)
+            assert set(caught.value.rows) <= set(training["id"])
+            assert caught.value.where == in_sample
+            assert "oof.parquet" in str(caught.value)
+
+
+def test_one_model_in_a_blend_that_saw_the_row_is_enough(run: Config, frame: pl.DataFrame, tmp_path: Path) -> None:
+    """A mean over all folds' bundles looks out-of-fold and is not: every row was seen by all models but one."""
+    mixed = tmp_path / "mixed.parquet"
+    data = run.data.path(Path("train.csv"))
+    scores = predict([bundle(run, 0), bundle(run, 1)], data, tmp_path / "s.csv", scores=mixed)
+    assert set(scores["seen"]) == {1}
+    with pytest.raises(LeakError, match="trained on the very row"):
+        teachers_of(taught(run, mixed), split(run, frame, 0)[0])
+
+
+def test_a_bundle_without_memory_teaches_nobody(run: Config, frame: pl.DataFrame, tmp_path: Path) -> None:
+    """Scores of unknown origin are not taken for out-of-sample ones, unless the user says so."""
+    oof = read_scores(output(run) / "oof.parquet", LMSYS)
+    foreign, older = tmp_path / "foreign.parquet", tmp_path / "older.parquet"
+    oof.select("id", *LMSYS.classes).cast(dict.fromkeys(LMSYS.classes, pl.Float32)).write_parquet(foreign)
+    oof.drop("seen", "prompt").write_parquet(older)
+    forgetful = oof.with_columns(seen=pl.lit(None, dtype=pl.UInt16))
+    write_scores(tmp_path / "blend.parquet", blend([oof, forgetful], LMSYS))
+    training = split(run, frame, 0)[0]
+    expected = teachers_of(taught(run, output(run) / "oof.parquet"), training)
+    for path in (foreign, older, tmp_path / "blend.parquet"):
+        with pytest.raises(LeakError, match="do not say whether") as caught:
+            teachers_of(taught(run, path), training)
+        assert UNPROVEN in str(caught.value)
+        allowed = teachers_of(taught(run, path, unproven="true"), training)
+        np.testing.assert_allclose(allowed, expected, atol=1e-6)
+
+
+def test_scores_of_other_rows_with_the_same_ids_are_refused(run: Config, frame: pl.DataFrame, tmp_path: Path) -> None:
+    """The wrong variant: the same file, its ids shifted by one row. Without the hashes it would be taken."""
+    oof = read_scores(output(run) / "oof.parquet", LMSYS)
+    shifted = oof.with_columns(id=pl.Series([*oof["id"][1:], oof["id"][0]]))
+    write_scores(tmp_path / "shifted.parquet", shifted)
+    training = split(run, frame, 0)[0]
+    with pytest.raises(DataError, match="these are scores of other rows") as caught:
+        teachers_of(taught(run, tmp_path / "shifted.parquet"), training)
+    assert len(caught.value.rows) > len(training) / 2
+    blind = shifted.with_columns(prompt=pl.lit(None, dtype=pl.UInt64))
+    write_scores(tmp_path / "blind.parquet", blind)
+    assert teachers_of(taught(run, tmp_path / "blind.parquet"), training) is not None
+
+
+def test_teachers_are_averaged_over_those_that_scored_the_row(run: Config, frame: pl.DataFrame, tmp_path: Path) -> None:
+    ids, hashes = frame["id"].to_list()[:4], prompt_hashes(frame[:4], LMSYS)
+    rng = np.random.default_rng(0)
+    a, b = rng.dirichlet(np.ones(3), size=(2, 4))
+    kwargs = {"orders": 2, "models": ["m"], "seen": 0}
+    write_scores(tmp_path / "a.parquet", scores_frame(ids[:3], a[:3], LMSYS, prompts=hashes[:3], **kwargs))
+    write_scores(tmp_path / "b.parquet", scores_frame(ids[1:], b[1:], LMSYS, prompts=hashes[1:], **kwargs))
+    config = taught(run, tmp_path / "a.parquet", tmp_path / "b.parquet")
+    found = teachers_of(config, frame[:5])
+    expected = np.array([a[0], (a[1] + b[1]) / 2, (a[2] + b[2]) / 2, b[3], [np.nan] * 3])
+    np.testing.assert_allclose(found, expected)
+    with pytest.raises(DataError, match="none of the 2 training rows is scored"):
+        teachers_of(config, frame[4:6])
+    with pytest.raises(ConfigError, match="names a file twice"):
+        teachers_of(taught(run, tmp_path / "a.parquet", tmp_path / "a.parquet"), frame[:5])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda frame: pl.concat([frame, frame[:1]]), "stand twice"),
+        (lambda frame: frame.with_columns(winner_tie=pl.lit(0.9)), "do not sum to one"),
+        (lambda frame: frame.with_columns(winner_tie=pl.lit(None, dtype=pl.Float64)), "no finite numbers"),
+        (lambda frame: frame.rename({"winner_tie": "tie"}), "scores of task 'lmsys' have"),
+    ],
+)
+def test_a_file_that_is_no_table_of_scores_is_refused(
+    run: Config, frame: pl.DataFrame, tmp_path: Path, spoil: Callable[[pl.DataFrame], pl.DataFrame], message: str
+) -> None:
+    spoil(read_scores(output(run) / "oof.parquet", LMSYS)).write_parquet(tmp_path / "spoiled.parquet")
+    with pytest.raises(DataError, match=message):
+        teachers_of(taught(run, tmp_path / "spoiled.parquet"), frame)

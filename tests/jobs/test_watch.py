@@ -1,0 +1,113 @@
+"""What is written down of a training: the log's figures, the trackers', and signals that come in pairs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from tests_support import make_rows
+
+from pairclf.config import Config, resolve
+from pairclf.errors import ConfigError
+from pairclf.jobs import watch as module
+from pairclf.jobs.estimate import Cost
+from pairclf.jobs.inputs import open_inputs
+from pairclf.jobs.launch import make_accelerator
+from pairclf.jobs.step import Outcome
+from pairclf.jobs.train import train
+from pairclf.jobs.watch import Log, signals, start_trackers
+
+COST = Cost(linear=10.0, quadratic=0.0, trained=0.0, reached=1.0)
+OUTCOME = Outcome(loss=1.0, tokens=80, computed=100, stopping=False)
+
+
+def log_of(folder: Path, accelerator: Accelerator, every: int = 2) -> Log:
+    return Log(folder / "metrics.jsonl", every, accelerator, COST)
+
+
+def test_means_and_sums_are_those_since_the_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = make_accelerator(resolve({}))
+    clock = iter([0.0, 2.0, 4.0, 8.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(module, "peak_of", lambda _: 4000.0)
+    log = log_of(tmp_path, accelerator)
+    log.add(1, replace(OUTCOME, loss=float("nan")), [80], learning_rate=0.5, skipped=1)
+    log.add(2, OUTCOME, [80], learning_rate=0.25, skipped=1)
+    log.add(3, replace(OUTCOME, loss=3.0, computed=80), [80], learning_rate=0.1, skipped=1)
+    log.close(3)
+    log.close(3)
+    first, second = log.state()["lines"]
+    assert first["loss"] == 1.0
+    assert (first["step"], first["learning_rate"], first["skipped"]) == (2, 0.25, 1)
+    assert (first["tokens"], first["seconds"], first["tokens_per_second"]) == (160, 4.0, 40.0)
+    assert first["padding"] == pytest.approx(0.2)
+    # 80 tokens x 10 operations, forward and backward, in each of two steps, in 4 seconds, of 4,000 a second
+    assert first["mfu"] == pytest.approx(2 * 2 * 800 / 4 / 4000)
+    assert (second["loss"], second["tokens"], second["seconds"], second["padding"]) == (3.0, 240, 8.0, 0.0)
+    assert "1 skipped" in log.note
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate would leave it out and say nothing."""
+    config = resolve({"train": {"trackers": ["wandb"]}})
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        start_trackers(config, tmp_path, make_accelerator(config))
+
+
+def trained(config_for: Callable[..., Config], folder: Path, tracker: str) -> None:
+    config = config_for("llama", train={"trackers": [tracker], "log_every": 1})
+    rows = make_rows(24)
+    train(config, rows, open_inputs(config).builder.encode(rows), folder, make_accelerator(config))
+
+
+def test_tensorboard_gets_the_lines_and_the_settings(config_for: Callable[..., Config], tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trained(config_for, tmp_path / "fold0", "tensorboard")
+    events: Any = accumulator.EventAccumulator(str(tmp_path / "fold0" / "pairclf"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert {"loss", "tokens_per_second", "learning_rate"} <= set(events.Tags()["scalars"])
+    assert "train.learning_rate: 0.01" in next((tmp_path / "fold0").rglob("hparams.yml")).read_text()
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "trackio"])
+def test_the_other_trackers_take_the_lines_offline(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip(tracker)  # now: trackio reads its folder when it is imported
+    trained(config_for, tmp_path / "fold0", tracker)
+    left = {
+        "wandb": "fold0/wandb/offline-run-*/*.wandb",
+        "mlflow": "mlruns/*/*/metrics/loss",
+        "trackio": "trackio/*.db",
+    }
+    assert list(tmp_path.glob(left[tracker]))
+
+
+def test_two_signals_of_a_launcher_and_a_terminal_are_one() -> None:
+    with signals() as caught:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert caught.received is not None
+
+
+def test_a_second_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HASTE", -1.0)
+    with pytest.raises(KeyboardInterrupt), signals() as caught:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert caught.received == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

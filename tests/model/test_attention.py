@@ -1,0 +1,128 @@
+"""The attention function by itself: what it is told it does, what it can't do it refuses, and FlashAttention agrees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pairclf.errors import ModelError
+from pairclf.model import attention
+from pairclf.model.attention import KERNELS, Scores, attend, mask, pick_kernel
+
+LENGTHS = [1, 40, 7]
+STARTS = torch.tensor([0, 1, 41, 48], dtype=torch.int32)
+PACKED = {"cu_seq_lens_q": STARTS, "max_length_q": 40}
+
+
+def states(tokens: int = 48, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of 4 heads that share 2 keys: `(1, 4, T, 16)` and twice `(1, 2, T, 16)`."""
+    torch.manual_seed(0)
+    return tuple(torch.randn(1, heads, tokens, 16, device=device, dtype=dtype) for heads in (4, 2, 2))  # type: ignore[return-value]
+
+
+def plainly(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, window: int | None) -> Tensor:
+    """Token by token, from the definition: `(1, heads, T, D)` of one sequence -> `(1, T, heads, D)`."""
+    out = torch.empty_like(query)
+    for head in range(query.shape[1]):
+        for token in range(query.shape[2]):
+            seen = slice(max(0, token + 1 - window) if window else 0, token + 1)
+            scores = key[0, head // 2, seen] @ query[0, head, token] / 4
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+            out[0, head, token] = scores.softmax(dim=0) @ value[0, head // 2, seen]
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 1, 8, 40, 100])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_packed_row_is_its_sequences_from_the_definition(softcap: float | None, window: int | None) -> None:
+    whole = states()
+    expected = [
+        plainly(*(one[:, :, start:end] for one in whole), softcap, window)
+        for start, end in zip(STARTS[:-1].tolist(), STARTS[1:].tolist(), strict=True)
+    ]
+    found, _ = attend(nn.Module(), *whole, None, softcap=softcap, sliding_window=window, **PACKED)
+    assert found.shape == (1, 48, 4, 16)
+    assert (found - torch.cat(expected, dim=1)).abs().max() <= 1e-6
+    starts_alone, _ = attend(nn.Module(), *whole, None, softcap=softcap, sliding_window=window, cu_seq_lens_q=STARTS)
+    assert torch.equal(starts_alone, found)
+
+
+def test_no_mask_is_made_where_none_is_given() -> None:
+    assert mask(batch_size=1, q_length=48, kv_length=48) is None
+
+
+@pytest.mark.parametrize("told", [PACKED, {}], ids=["packed", "one"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_dropout_drops_and_keeps_the_mean(softcap: float | None, told: dict[str, object]) -> None:
+    query, key, value = states()
+    calm, _ = attend(nn.Module(), query, key, torch.ones_like(value), None, softcap=softcap, **told)  # type: ignore[arg-type]
+    rough, _ = attend(nn.Module(), query, key, torch.ones_like(value), None, softcap=softcap, dropout=0.5, **told)  # type: ignore[arg-type]
+    assert (calm - 1).abs().max() <= 1e-5
+    assert (rough - 1).abs().max() > 0.1
+    assert float(rough.mean()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("unknown", ["s_aux", "position_bias"])
+def test_what_the_model_asks_for_and_is_not_known_is_refused(unknown: str) -> None:
+    with pytest.raises(ModelError, match=f"gives {unknown}.*\n.*attention=eager"):
+        attend(nn.Module(), *states(), None, **{unknown: torch.zeros(4)})  # type: ignore[arg-type]
+
+
+def test_seeing_both_ways_is_refused_in_a_packed_row_alone() -> None:
+    module = nn.Module()
+    module.is_causal = False  # type: ignore[assignment]
+    query, key, value = states()
+    found, _ = attend(module, query, key, value, None)
+    last = plainly(query, key, value, None, None)[:, -1]
+    assert (found[:, -1] - last).abs().max() <= 1e-6
+    assert (found[:, 0] - value[:, [0, 0, 1, 1], 0]).abs().max() > 1e-3  # the first token sees more than itself
+    with pytest.raises(ModelError, match="sees both ways"):
+        attend(module, query, key, value, None, **PACKED)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head", "capability", "installed", "kernel", "why"),
+    [
+        ("cpu", torch.float32, 64, (8, 0), True, "loop", "CUDA alone"),
+        ("cuda", torch.float32, 64, (8, 0), True, "loop", "float32"),
+        ("cuda", torch.bfloat16, 64, (8, 0), False, "loop", "not installed"),
+        ("cuda", torch.float16, 64, (7, 5), True, "loop", "7.5"),
+        ("cuda", torch.bfloat16, 512, (9, 0), True, "loop", "at most 256"),
+        ("cuda", torch.bfloat16, 256, (8, 9), True, "flash", "installed"),
+    ],
+)
+def test_the_kernel_is_chosen_by_what_the_machine_has(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dtype: torch.dtype,
+    head: int,
+    capability: tuple[int, int],
+    installed: bool,
+    kernel: str,
+    why: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(attention, "_flash_installed", lambda: installed)
+    chosen, reason = pick_kernel(torch.device(device), dtype, head)
+    assert chosen == kernel
+    assert why in reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_flash_attention_agrees_with_the_loop(softcap: float | None, window: int | None) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pytest.importorskip("flash_attn")
+    starts, scores = STARTS.cuda(), Scores(0.25, softcap, window, 0.0)
+    outputs, gradients = [], []
+    for kernel in ("loop", "flash"):
+        given = [one.requires_grad_() for one in states(device="cuda", dtype=torch.bfloat16)]
+        out = KERNELS[kernel](*given, scores, starts, 40)
+        out.float().square().sum().backward()
+        outputs.append(out.detach())
+        gradients.append(torch.cat([one.grad.flatten() for one in given if one.grad is not None]))
+    assert (outputs[0] - outputs[1]).abs().max() <= 2e-2
+    assert (gradients[0] - gradients[1]).abs().max() <= 2e-2 * gradients[0].abs().max()
