@@ -47,8 +47,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ROWS, BATCH, CLASSES, LEARNING_RATE, CLIP = 1600, 8, 3, 1e-4, 1.0
-SIZES = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 32_000}
-QUICK = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 320}
+SIZES: dict[str, Any] = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 32_000}
+QUICK: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 320}
 
 Steps = list[list[int]]
 """The rows behind each optimizer step."""
@@ -185,7 +185,7 @@ def pairclf_arm(layout: str) -> Callable[[Path, Rows, argparse.Namespace], Arm]:
             head.weight.copy_(weights.get_tensor("score.weight"))
             head.bias.zero_().requires_grad_(False)  # the others have none
         encoded = [(Encoded(ids, (), {}),) * 2 for ids in rows.ids]
-        fields = {name: ("",) for name in config.task.fields}
+        fields = dict.fromkeys(config.task.fields, ("",))
         targets = np.eye(CLASSES)[rows.labels].tolist()
         labelled = [Row(str(number), fields, tuple(target)) for number, target in enumerate(targets)]
         examples = prepare(labelled, encoded, config)
@@ -240,9 +240,9 @@ def make_base(folder: Path, quick: bool) -> int:
 
     torch.manual_seed(0)
     sizes = QUICK if quick else SIZES
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": sizes["hidden_size"] // 6}
     config = LlamaConfig(**sizes, **heads, max_position_embeddings=4096, num_labels=CLASSES, pad_token_id=0)
-    model = LlamaForSequenceClassification(config)
+    model = LlamaForSequenceClassification(config)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     return sum(one.numel() for one in model.parameters())
 

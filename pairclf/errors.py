@@ -78,7 +78,7 @@ class CheckpointError(PairclfError):
     """A checkpoint can't be written, is damaged, or belongs to another training."""
 
 
-class Stopped(PairclfError):
+class StopError(PairclfError):
     """A signal ended the training after a checkpoint; the exit code is the shell's for it, 128 + its number."""
 
     def __init__(self, what: str, *, signal: int, remedy: str) -> None:

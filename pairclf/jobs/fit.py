@@ -54,7 +54,8 @@ def fit(config: Config, fold: int | None, *, resume: bool | None = None) -> Path
         raise ConfigError("train.evaluate_every looks at held-out rows, and none are", remedy="give --fold, or null it")
     config, tokenizer, builder = open_inputs(config)
     if resume and _is_done(config, paths):
-        accelerator.print(f"{paths.bundle} is there and made with these settings: nothing to do")
+        if accelerator.is_main_process:
+            console.print(f"{paths.bundle} is there and made with these settings: nothing to do")
         return paths.bundle
     with accelerator.main_process_first():  # it writes the folds and the tokens that the others read
         frame = labelled_rows(config)

@@ -58,9 +58,6 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adafactor": _adafactor,
 }
 
-STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw": 8, "paged_adamw8bit": 2, "adafactor": 0}
-"""What an optimizer keeps for a trained weight, roughly: Adafactor keeps sums over rows and columns alone."""
-
 
 def make_optimizer(classifier: Classifier, train: Train) -> Optimizer:
     """The optimizer that `train.optimizer` names, over `parameter_groups`."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pairclf.config import Config
+from pairclf.console import console
 from pairclf.errors import DataError, ModelError
 from pairclf.inputs.plan import computed_tokens, micro_batches
 from pairclf.inputs.render import Encoded
@@ -172,7 +173,8 @@ def within_memory(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         budget = _halved(config, examples, members, budget, learner.accelerator.num_processes)
-        learner.accelerator.print(f"out of memory at step {step}: train.tokens_per_batch={budget} from here on")
+        if learner.accelerator.is_main_process:
+            console.print(f"out of memory at step {step}: train.tokens_per_batch={budget} from here on")
     return outcome, budget
 
 

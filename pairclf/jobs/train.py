@@ -8,7 +8,7 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,23 @@ from accelerate.utils import broadcast, gather_object
 
 from pairclf.config import Config, Train, dump_config
 from pairclf.console import console, progress
-from pairclf.errors import CheckpointError, ModelError, Stopped
+from pairclf.errors import CheckpointError, ModelError, StopError
 from pairclf.files import write_text
 from pairclf.inputs.plan import random_steps
 from pairclf.inputs.render import Encoded
 from pairclf.jobs.checkpoints import CHECKPOINTS, Best, Checkpoints, State, check_disk, discard, identity_of
-from pairclf.jobs.estimate import Forecast, cost_of_model, forecast
+from pairclf.jobs.estimate import (
+    Forecast,
+    cost_of_model,
+    describe,
+    forecast,
+    peak_memory,
+    state_bytes,
+    verdict,
+    warning,
+)
 from pairclf.jobs.launch import gathered_weights, loading_device, mode_of, prepare_model, shards
 from pairclf.jobs.optimizers import (
-    STATE_BYTES,
     MovingAverage,
     copy_weights,
     make_optimizer,
@@ -88,7 +96,7 @@ def train(
         DataError: no rows, or a row without a target.
         ModelError: the base can't be loaded; the training diverged; a row does not fit the memory.
         CheckpointError: checkpoints can't be written or are of another training.
-        Stopped: a signal came; a checkpoint was written.
+        StopError: a signal came; a checkpoint was written.
     """
     # Construct
     settings, main = config.train, accelerator.is_main_process
@@ -111,9 +119,10 @@ def train(
     learner.model.train()
 
     # Train
-    budget, begun = settings.tokens_per_batch, state.step
+    budget, begun, before = settings.tokens_per_batch, state.step, log.seconds
     with signals() as caught, progress(f"train {folder.name}", steps, done=begun, visible=main) as advance:
         for step, members in _plan(config, len(rows), steps, state):
+            log.start()
             set_rates(learner.optimizer, learner.peaks, rate_factor(settings, step - 1, steps))
             stop = caught.received is not None
             outcome, budget = within_memory(learner, config, examples, members, step, budget, stop=stop)
@@ -135,6 +144,9 @@ def train(
 
     # Clean up
     log.close(state.step)
+    if expected is not None and state.step > begun:
+        took = replace(expected, seconds=expected.seconds * (state.step - begun) / steps)
+        console.print(verdict(took, peak_memory(accelerator.device), log.seconds - before))
     return _finish(config, learner, checkpoints, state)
 
 
@@ -172,10 +184,15 @@ def _begin(checkpoints: Checkpoints, learner: Learner, log: Log, resume: bool | 
     state = checkpoints.restore(learner) if resume else None
     if state is not None:
         log.restore(state.log)
-        accelerator.print(f"goes on after step {state.step:,}")
-    elif resume:
-        accelerator.print(f"{checkpoints.folder} holds no checkpoint: starts from the beginning")
-    return state or State()
+    said = f"goes on after step {state.step:,}" if state else "holds no checkpoint: starts from the beginning"
+    if resume and accelerator.is_main_process:
+        console.print(f"{checkpoints.folder} {said}")
+    state = state or State()
+    if len(set(gather_object([state.step]))) > 1:
+        raise CheckpointError(
+            "the processes do not find the same checkpoints", remedy="put output on a disk that all nodes share"
+        )
+    return state
 
 
 def _take(learner: Learner, settings: Train, loss: float, state: State, ids: Sequence[str]) -> float:
@@ -241,10 +258,10 @@ def _predict(learner: Learner, config: Config, held_out: HeldOut) -> tuple[list[
 def _finish(config: Config, learner: Learner, checkpoints: Checkpoints, state: State) -> Classifier:
     """The classifier with the weights that are to be kept, in evaluation mode."""
     settings, accelerator = config.train, learner.accelerator
-    if settings.keep == "best" and state.best is not None:
-        accelerator.wait_for_everyone()  # the main process may still be writing them
+    main = accelerator.is_main_process  # what lies on the disk was written by it, and it alone goes on with the model
+    if main and settings.keep == "best" and state.best is not None:
         copy_weights(checkpoints.load_best(state.best.step), learner.weights)
-    elif settings.average_last > 1:
+    elif main and settings.average_last > 1:
         last = [checkpoints.weights_of(path) for path in checkpoints.found()[-settings.average_last :]]
         copy_weights({name: torch.stack([one[name] for one in last]).mean(dim=0) for name in last[0]}, learner.weights)
     elif learner.average is not None:
@@ -284,9 +301,9 @@ def _fingerprint(examples: Examples, held_out: HeldOut | None) -> str:
     return digest.hexdigest()
 
 
-def _stopped(caught: Signals, step: int, steps: int) -> Stopped:
+def _stopped(caught: Signals, step: int, steps: int) -> StopError:
     number = caught.received or signal.SIGTERM  # another process may have got it
-    return Stopped(
+    return StopError(
         f"stopped by {signal.Signals(number).name} after step {step:,} of {steps:,}, of which a checkpoint was written",
         signal=number,
         remedy="go on with --resume",
@@ -320,9 +337,10 @@ def _announce(
     _, why = pick_dtype(config.model.dtype, learner.accelerator.device)
     trained = sum(one.numel() for one in learner.weights.values())
     copies = settings.checkpoints + 1 if settings.checkpoint_every else 1  # one more, while it is written
-    size = trained * (4 + STATE_BYTES[settings.optimizer] + 4 * bool(settings.ema))
-    need = copies * size + trained * 4 * (1 + 2 * (settings.keep == "best"))  # and the bundle
-    check_disk(folder, need)
+    kept = settings.optimizer.removeprefix("paged_")  # on disk, paged states are like others
+    size = trained * (4 + 4 * bool(settings.ema)) + sum(state_bytes(kept, one) for one in learner.weights.values())
+    need: float = copies * size + trained * 4 * (1 + 2 * (settings.keep == "best"))  # and the bundle
+    check_disk(folder, math.ceil(need))
     limit = f" or {settings.tokens_per_batch:,} tokens" if settings.tokens_per_batch else ""
     epochs = "" if settings.max_steps else f" x {settings.epochs:g} epochs / {settings.rows_per_step} rows a step"
     console.print(
@@ -331,8 +349,11 @@ def _announce(
         f"{rows:,} rows{epochs} = {steps:,} steps; a step = {settings.rows_per_step} rows x {settings.orders} orders, "
         f"{settings.layout} in batches of up to {settings.rows_per_batch} rows{limit}, over {processes} process(es)\n"
         f"rates rise for {math.ceil(settings.warmup * steps):,} steps to {', '.join(map('{:g}'.format, learner.peaks))}"
-        f" ({settings.schedule}); checkpoints {_when(settings)}: {need / 1e9:.2f} GB of disk with the bundle"
+        f" ({settings.schedule}); checkpoints {_when(settings)}: {need / 1e9:.2f} GB of disk with the bundle\n"
+        + describe(expected)
     )
+    if (doubt := warning(expected, config)) is not None:
+        console.print(doubt, style="yellow")
 
 
 def _when(settings: Train) -> str:

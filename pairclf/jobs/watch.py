@@ -45,10 +45,14 @@ class Log:
         self._lines: list[dict[str, Any]] = []
         self._since: dict[str, float] = {}
         self._last: dict[str, Any] = {}
-        self._tick = time.perf_counter()
+        self._tick = 0.0
         self.tokens = 0
         self.seconds = 0.0
         self.note = ""
+
+    def start(self) -> None:
+        """A step begins: what lay between it and the last one, a look or a checkpoint, is not training."""
+        self._tick = time.perf_counter()
 
     def add(self, step: int, outcome: Outcome, lengths: Sequence[int], **values: float) -> None:
         """One optimizer step.
@@ -69,7 +73,6 @@ class Log:
             "operations": training_operations(self._cost, lengths, recompute=False),
             "seconds": now - self._tick,
         }
-        self._tick = now
         self._since = {name: self._since.get(name, 0.0) + value for name, value in news.items()}
         self.tokens += round(outcome.tokens)
         self.seconds += news["seconds"]
@@ -122,7 +125,6 @@ class Log:
         """Go on from a checkpoint's state; lines that a killed training wrote after it are dropped."""
         self._lines, self._since = list(state["lines"]), dict(state["since"])
         self.tokens, self.seconds = state["tokens"], state["seconds"]
-        self._tick = time.perf_counter()
 
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tests_support import make_rows, write_csv
 
 from pairclf.config import Config
-from pairclf.errors import CheckpointError, Stopped
+from pairclf.errors import CheckpointError, StopError
 from pairclf.jobs import checkpoints as module
 from pairclf.jobs import train as loop
 from pairclf.jobs.checkpoints import CHECKPOINTS, STATE, check_disk, flat_settings, flattened, unflattened
@@ -235,7 +235,7 @@ def test_a_signal_saves_and_ends_and_the_training_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "apply", apply)
-        with pytest.raises(Stopped, match="SIGTERM after step 2 of 9") as caught:
+        with pytest.raises(StopError, match="SIGTERM after step 2 of 9") as caught:
             run(config, tmp_path / "stopped")
     assert caught.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -246,7 +246,7 @@ def test_without_a_checkpoint_it_starts_from_the_beginning(
     config_for: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(config_of(config_for), tmp_path, resume=True)
-    assert "starts from the beginning" in " ".join(capsys.readouterr().out.split())
+    assert "starts from the beginning" in " ".join(capsys.readouterr().err.split())
 
 
 TREES = st.recursive(

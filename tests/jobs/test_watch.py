@@ -33,12 +33,15 @@ def log_of(folder: Path, accelerator: Accelerator, every: int = 2) -> Log:
 
 def test_means_and_sums_are_those_since_the_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = make_accelerator(resolve({}))
-    clock = iter([0.0, 2.0, 4.0, 8.0])
+    clock = iter([0.0, 2.0, 5.0, 7.0, 9.0, 13.0])
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(module, "peak_of", lambda _: 4000.0)
     log = log_of(tmp_path, accelerator)
+    log.start()
     log.add(1, replace(OUTCOME, loss=float("nan")), [80], learning_rate=0.5, skipped=1)
+    log.start()
     log.add(2, OUTCOME, [80], learning_rate=0.25, skipped=1)
+    log.start()
     log.add(3, replace(OUTCOME, loss=3.0, computed=80), [80], learning_rate=0.1, skipped=1)
     log.close(3)
     log.close(3)

@@ -1,0 +1,252 @@
+"""The winners' recipes: each trains as it stands, but for its sizes, and what makes it itself takes effect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.optim.adamw import AdamW8bit
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pairclf.config import Config, load_config, parse_yaml, resolve
+from pairclf.data.arena import generate, write_lmsys
+from pairclf.data.folds import prompt_hashes
+from pairclf.data.tables import scores_frame, write_scores
+from pairclf.errors import LeakError
+from pairclf.jobs import train as loop
+from pairclf.jobs.fit import fit
+from pairclf.jobs.run import labelled_rows
+from pairclf.jobs.step import Learner
+from pairclf.model.backbone import load_base, load_tokenizer
+from pairclf.model.readout import TwoLayerHead
+from pairclf.task import LMSYS
+
+FOLDER = Path(__file__).parents[1] / "configs" / "recipes"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+# What the tiny bases make necessary, beyond the sizes that all recipes share.
+SIZES = {
+    "public-gemma2-qlora": ["model.lora.first_layer=3"],  # of 6 layers
+    "public-llama3-qlora": ["model.label_words.winner_tie=' t'"],  # their tokenizer has no ` tie`
+    "lmsys-3rd": ["train.evaluate_every=1", "train.patience=1"],
+    "arxiv-2512.12677-head": ["train.evaluate_every=1", "train.patience=1", "train.epochs=1"],
+    "lmsys-1st": ["train.evaluate_every=1", "train.epochs=1"],
+}
+
+
+@dataclass
+class Run:
+    """A recipe that was trained: what moved its weights, the head before the first step, and what was left."""
+
+    config: Config
+    learner: Learner
+    first_head: dict[str, Tensor]
+    bundle: Path
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        lines = (self.bundle.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        inner: torch.optim.Optimizer = self.learner.optimizer.optimizer
+        return inner
+
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    write_lmsys(generate(32, seed=3), folder, n_test=8)
+    return folder
+
+
+def small(recipe: str, data: Path, output: Path, *more: str) -> Config:
+    """The recipe with a base of its architecture from the package, on the 24 rows, in three steps."""
+    base = load_config(FOLDER / f"{recipe}.yaml").model.base.lower()
+    return load_config(
+        FOLDER / f"{recipe}.yaml",
+        [
+            f"model.base=embedded:{'gemma2' if 'gemma' in base else 'llama'}-tiny",
+            *(f"data.folder={data}", f"data.cache={data}/tokens", f"output={output}", "folds.n=2", "folds.run=null"),
+            *("inputs.max_length=160", "train.max_steps=3", "train.rows_per_step=4", "train.log_every=1"),
+            *SIZES.get(recipe, []),
+            *more,
+        ],
+    )
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> Train:
+    """Train a recipe by `fit`, fold 0 held out; of the looks at it, the first is the best."""
+    seen: list[tuple[Learner, dict[str, Tensor]]] = []
+
+    def construct(config: Config, classifier: loop.Classifier, accelerator: Any) -> Learner:
+        learner = original(config, classifier, accelerator)
+        seen.append((learner, {name: one.clone() for name, one in classifier.head.state_dict().items()}))
+        return learner
+
+    original = loop.construct
+    monkeypatch.setattr(loop, "construct", construct)
+
+    def run(recipe: str, *more: str) -> Run:
+        looks = iter((1.0, 1.1, 1.2))
+        monkeypatch.setitem(loop.METRICS, "log_loss", (lambda predicted, targets: next(looks), -1))
+        config = small(recipe, data, tmp_path / f"run{len(seen)}", *more)
+        bundle = fit(config, 0)
+        return Run(config, *seen[-1], bundle)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def teachers(data: Path) -> Callable[[int], str]:
+    """The override that names two teachers' scores, of models that were trained on so many of the rows' prompts."""
+
+    def write(seen: int) -> str:
+        frame = labelled_rows(small("lmsys-2nd", data, data))
+        drawn = np.random.default_rng(0).dirichlet(np.ones(3), size=(2, len(frame)))
+        paths = [data / f"{name}-{seen}.parquet" for name in ("llama3", "qwen2")]
+        for path, values in zip(paths, drawn, strict=True):
+            ids, prompts = frame["id"].to_list(), prompt_hashes(frame, LMSYS)
+            write_scores(path, scores_frame(ids, values, LMSYS, 2, [path.stem], seen=seen, prompts=prompts))
+        return f"train.distill.scores=[{', '.join(map(str, paths))}]"
+
+    return write
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_says_what_is_theirs_and_goes_to_a_folder_of_its_own(recipe: str) -> None:
+    path = FOLDER / f"{recipe}.yaml"
+    text = path.read_text(encoding="utf-8")
+    assert "\n# theirs" in text
+    assert "\n# ours" in text
+    assert load_config(Path("configs/recipes", path.name)).output == Path("runs/recipes", recipe)
+
+
+def test_no_two_recipes_make_one_package() -> None:
+    names = [load_config(FOLDER / f"{recipe}.yaml").package.name for recipe in RECIPES]
+    assert len(set(names)) == len(names) == 7
+
+
+def test_the_further_sources_of_the_second_place_can_be_uncommented() -> None:
+    lines = (FOLDER / "lmsys-2nd.yaml").read_text(encoding="utf-8").splitlines()
+    start = lines.index("# data:")
+    block = "\n".join(line[2:] for line in lines[start : lines.index("inputs:")])
+    config = resolve({"task": "lmsys", **parse_yaml(block, "lmsys-2nd.yaml")})
+    assert [source.train_only for source in config.data.sources] == [False, True, True]
+
+
+def test_first_place_learns_from_teachers_that_never_saw_the_row(
+    train: Train, teachers: Callable[[int], str], tmp_path: Path
+) -> None:
+    taught, untaught = train("lmsys-1st", teachers(0)), train("lmsys-1st", "train.distill.scores=[]")
+    assert len(taught.log) == len(untaught.log) == 6  # a line a step, a line a look
+    assert taught.config.train.rows_per_step * 3 == 12
+    assert taught.log[0]["loss"] != pytest.approx(untaught.log[0]["loss"], abs=0.01)
+    for file in ("head.safetensors", "adapter/adapter_model.safetensors"):
+        left, right = (load_file(one.bundle / file) for one in (taught, untaught))
+        assert any(not torch.equal(left[name], right[name]) for name in left)
+    assert taught.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    assert not any(hasattr(one, "quant_state") for one in taught.learner.classifier.parameters())
+    with pytest.raises(LeakError, match="trained on the very row"):
+        train("lmsys-1st", teachers(1))
+
+
+def test_second_place_trains_all_weights_in_both_orders_of_a_row(train: Train) -> None:
+    run = train("lmsys-2nd")
+    assert isinstance(run.learner.classifier.head, TwoLayerHead)
+    assert run.config.train.clip is None
+    assert {name for name, _ in run.learner.classifier.named_parameters()} == run.learner.weights.keys()
+    lengths = run.log[-1]["tokens"] / 12 / 2  # of a row in one order
+    assert 20 < lengths <= 160
+    assert run.log[-1]["padding"] == 0
+    template = run.config.inputs.template
+    assert template.round.index("{prompt}") < template.round.index("{response_a}")
+    base = load_base("pairclf/embedded/gemma2-tiny", run.config.model, torch.float32, torch.device("cpu"))
+    trained = dict(run.learner.classifier.backbone.named_parameters())
+    assert not torch.equal(trained["embed_tokens.weight"], base.get_parameter("embed_tokens.weight"))
+
+
+def test_third_place_has_rates_of_its_own_and_stops(train: Train) -> None:
+    run = train("lmsys-3rd")
+    peaks = {name: peak for group, peak in groups(run) for name in group}
+    assert peaks["head.weight"] == pytest.approx(8e-7)
+    assert {peak for name, peak in peaks.items() if "lora_" in name} == {8e-6}
+    assert not any("gate_proj" in name for name in peaks)
+    assert_eight_bits(run)
+    assert_stopped(run)
+
+
+def test_fourth_place_shows_rounds_and_cuts_to_shares(train: Train) -> None:
+    run = train("lmsys-4th")
+    assert load_config(FOLDER / "lmsys-4th.yaml").folds.n == 20
+    assert run.config.inputs.shares == {"prompt": 0.2, "response_a": 0.4, "response_b": 0.4}
+    adapter = json.loads((run.bundle / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (adapter["r"], adapter["lora_alpha"]) == (64, 16)
+    assert_eight_bits(run)
+
+
+def test_the_public_gemma_has_adapters_in_upper_layers_alone(train: Train) -> None:
+    run = train("public-gemma2-qlora")
+    assert load_config(FOLDER / "public-gemma2-qlora.yaml").model.lora.first_layer == 16  # type: ignore[union-attr]
+    places = {tuple(name.split("layers.")[1].split(".")[::2][:2]) for name in run.learner.weights if "lora_" in name}
+    assert places == {(str(layer), module) for layer in (3, 4, 5) for module in ("q_proj", "k_proj", "v_proj")}
+    assert any(hasattr(one, "quant_state") for one in run.learner.classifier.parameters())  # NF4
+    assert run.log[-1]["tokens"] / 12 <= 160  # in one order
+    assert_eight_bits(run)
+
+
+def test_the_public_llama_starts_from_the_label_words(train: Train) -> None:
+    run = train("public-llama3-qlora")
+    embedding = run.learner.classifier.backbone.get_input_embeddings().weight  # type: ignore[operator]
+    ids = [token(run, word) for word in (" a", " b", " t")]
+    assert torch.equal(run.first_head["weight"], embedding[ids].float())
+    assert not torch.equal(load_file(run.bundle / "head.safetensors")["weight"], run.first_head["weight"])
+    layers = {name.split("layers.")[1].split(".")[0] for name in run.learner.weights if "lora_" in name}
+    assert layers == set("012345")
+
+
+def test_the_papers_head_on_all_linear_layers_stops(train: Train) -> None:
+    run = train("arxiv-2512.12677-head")
+    modules = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in run.learner.weights if "lora_" in name}
+    assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert load_config(FOLDER / "arxiv-2512.12677-head.yaml").train.rows_per_step == 8
+    assert_eight_bits(run)
+    assert_stopped(run)
+
+
+def groups(run: Run) -> list[tuple[list[str], float]]:
+    """Names of the weights in each of the optimizer's groups, and its peak rate."""
+    names = {id(one): name for name, one in run.learner.weights.items()}
+    found = [[names[id(one)] for one in group["params"]] for group in run.optimizer.param_groups]
+    return list(zip(found, run.learner.peaks, strict=True))
+
+
+def assert_eight_bits(run: Run) -> None:
+    """States of 8 bits; bitsandbytes leaves weights of fewer than 4,096 numbers at 32."""
+    assert isinstance(run.optimizer, AdamW8bit)
+    kinds = {(one.numel() >= 4096, run.optimizer.state[one]["state1"].dtype) for one in run.learner.weights.values()}
+    assert kinds <= {(True, torch.uint8), (False, torch.float32)}
+    assert (False, torch.float32) in kinds
+
+
+def assert_stopped(run: Run) -> None:
+    """The second look was no better than the first: two steps of three, and the first one's weights are kept."""
+    assert [line["held_out_log_loss"] for line in run.log if "held_out_log_loss" in line] == [1.0, 1.1]
+    assert max(line["step"] for line in run.log) == 2
+
+
+def token(run: Run, word: str) -> int:
+    ids: list[int] = load_tokenizer(str(run.bundle / "tokenizer"), run.config.model)(word)["input_ids"]
+    return ids[-1]
