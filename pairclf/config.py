@@ -311,6 +311,7 @@ class Train(Section):
     lora_a_learning_rate: float | None = Field(None, gt=0, description="peak rate of LoRA's A; null: learning_rate")
     lora_b_learning_rate: float | None = Field(None, gt=0, description="peak rate of LoRA's B; null: learning_rate")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's term that keeps its denominator from zero")
     weight_decay: float = Field(0.01, ge=0, description="decay of the weights; norms, biases and the head are spared")
     warmup: float = Field(0.1, ge=0, lt=1, description="part of the steps in which the rate rises from 0")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="the rate after the warm-up")

@@ -13,7 +13,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Task as ProgressTask
-from rich.table import Table
+from rich.table import Column, Table
 
 # Ids, paths and class names come from users and may hold brackets: nothing printed here is read as markup.
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -34,14 +34,15 @@ def progress(title: str, total: float, *, done: int = 0, visible: bool = True) -
     """A bar with count, time elapsed and ETA; in a log, where nothing can move, a line every minute."""
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
     )
-    with Progress(*columns, console=console, disable=not visible) as bar:
+    # The note takes what the others leave: in a narrow terminal it is cut, and not the count or the ETA.
+    with Progress(*columns, console=console, disable=not visible, expand=True) as bar:
         job = bar.add_task(title, total=total, completed=done, note="")
 
         printed = time.monotonic()

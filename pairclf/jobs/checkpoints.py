@@ -41,7 +41,8 @@ FREE = (
     *("train.rows_per_batch", "train.tokens_per_batch", "train.layout", "train.gradient_checkpointing"),
     *("train.log_every", "train.trackers", "train.checkpoint_every", "train.checkpoints", "train.max_skipped"),
 )
-"""Settings that may change between a training and its continuation: they move no weight, but for rounding.
+"""Settings that may change between a training and its continuation: they move no weight, but for rounding and
+for the masks that dropout draws a batch.
 
 The rows that files and folds lead to are compared themselves.
 """

@@ -92,11 +92,6 @@ def prepare_model(
     return model, prepared
 
 
-def loading_device(accelerator: Accelerator) -> torch.device:
-    """Where the base is loaded to: under FSDP to the CPU, from where it moves on in shares."""
-    return torch.device("cpu") if mode_of(accelerator) == "fsdp" else accelerator.device
-
-
 @torch.no_grad()
 def gathered_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     """The trained weights by name, whole, float32, on the CPU: in the main process; `{}` in the others.

@@ -42,7 +42,7 @@ def parameter_groups(classifier: Classifier, train: Train) -> Groups:
     return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
 
 
-def _adafactor(groups: Groups, **_betas: Any) -> Optimizer:
+def _adafactor(groups: Groups, **_moments: Any) -> Optimizer:
     """Adafactor at the rates that the schedule gives, as Adam has them: its own schedule and scaling are off."""
     made: Optimizer = Adafactor(  # type: ignore[no-untyped-call]
         groups, scale_parameter=False, relative_step=False, warmup_init=False
@@ -61,7 +61,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 def make_optimizer(classifier: Classifier, train: Train) -> Optimizer:
     """The optimizer that `train.optimizer` names, over `parameter_groups`."""
-    return OPTIMIZERS[train.optimizer](parameter_groups(classifier, train), betas=train.betas)
+    return OPTIMIZERS[train.optimizer](parameter_groups(classifier, train), betas=train.betas, eps=train.epsilon)
 
 
 def rate_factor(train: Train, step: int, steps: int) -> float:

@@ -35,7 +35,7 @@ from pairclf.jobs.estimate import (
     verdict,
     warning,
 )
-from pairclf.jobs.launch import gathered_weights, loading_device, mode_of, prepare_model, shards
+from pairclf.jobs.launch import gathered_weights, mode_of, prepare_model, shards
 from pairclf.jobs.optimizers import (
     MovingAverage,
     copy_weights,
@@ -103,8 +103,8 @@ def train(
     examples = prepare(rows, encoded, config, teachers)
     held_out = held_out if settings.evaluate_every else None
     steps = total_steps(config, len(rows))
-    classifier = build(config, loading_device(accelerator))
-    expected = _expect(config, classifier, examples, steps, accelerator) if main else None
+    classifier = build(config, accelerator.device)
+    expected = _expect(config, classifier, examples, steps, accelerator.num_processes) if main else None
     learner = construct(config, classifier, accelerator)
     identity = identity_of(config, _fingerprint(examples, held_out))
     checkpoints = Checkpoints(folder / CHECKPOINTS, settings.checkpoints, identity)
@@ -114,7 +114,7 @@ def train(
     state = _begin(checkpoints, learner, log, resume)
     if expected is not None:
         write_text(folder / "config.yaml", dump_config(config))
-        _announce(config, learner, len(rows), steps, state, expected, checkpoints.folder)
+        _announce(config, learner, len(rows), steps, expected, checkpoints.folder)
     start_trackers(config, folder, accelerator)
     learner.model.train()
 
@@ -145,7 +145,8 @@ def train(
     # Clean up
     log.close(state.step)
     if expected is not None and state.step > begun:
-        took = replace(expected, seconds=expected.seconds * (state.step - begun) / steps)
+        part = expected.forecast.seconds * (state.step - begun) / steps
+        took = replace(expected.forecast, seconds=part)
         console.print(verdict(took, peak_memory(accelerator.device), log.seconds - before))
     return _finish(config, learner, checkpoints, state)
 
@@ -310,24 +311,38 @@ def _stopped(caught: Signals, step: int, steps: int) -> StopError:
     )
 
 
-def _expect(
-    config: Config, classifier: Classifier, examples: Examples, steps: int, accelerator: Accelerator
-) -> Forecast:
-    """What the whole training will take."""
-    epoch = math.ceil(len(examples.ids) / config.train.rows_per_step)
-    return forecast(
-        config,
-        classifier,
-        examples.lengths,
-        rows_seen=len(examples.ids) * steps / epoch,
-        device=accelerator.device,
-        processes=accelerator.num_processes,
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What a training will take: `forecast` of all its steps, weights that are trained, and bytes on the disk."""
+
+    forecast: Forecast
+    trained: int
+    disk: int
+
+
+def _expect(config: Config, classifier: Classifier, examples: Examples, steps: int, processes: int) -> _Expected:
+    """Before an engine has cut the weights into shares."""
+    settings, weights = config.train, trained_weights(classifier)
+    epoch = math.ceil(len(examples.ids) / settings.rows_per_step)
+    trained = sum(one.numel() for one in weights.values())
+    kept = settings.optimizer.removeprefix("paged_")  # on disk, paged states are like others
+    size = trained * (4 + 4 * bool(settings.ema)) + sum(state_bytes(kept, one) for one in weights.values())
+    copies = settings.checkpoints + 1 if settings.checkpoint_every else 1  # one more, while it is written
+    return _Expected(
+        forecast(
+            config,
+            classifier,
+            examples.lengths,
+            rows_seen=len(examples.ids) * steps / epoch,
+            device=classifier.device,
+            processes=processes,
+        ),
+        trained,
+        math.ceil(copies * size + 4 * trained * (1 + 2 * (settings.keep == "best"))),  # and the bundle
     )
 
 
-def _announce(
-    config: Config, learner: Learner, rows: int, steps: int, state: State, expected: Forecast, folder: Path
-) -> None:
+def _announce(config: Config, learner: Learner, rows: int, steps: int, expected: _Expected, folder: Path) -> None:
     """What was derived from what, before hours are spent on it; and that the disk suffices.
 
     Raises:
@@ -335,24 +350,20 @@ def _announce(
     """
     settings, processes = config.train, learner.accelerator.num_processes
     _, why = pick_dtype(config.model.dtype, learner.accelerator.device)
-    trained = sum(one.numel() for one in learner.weights.values())
-    copies = settings.checkpoints + 1 if settings.checkpoint_every else 1  # one more, while it is written
-    kept = settings.optimizer.removeprefix("paged_")  # on disk, paged states are like others
-    size = trained * (4 + 4 * bool(settings.ema)) + sum(state_bytes(kept, one) for one in learner.weights.values())
-    need: float = copies * size + trained * 4 * (1 + 2 * (settings.keep == "best"))  # and the bundle
-    check_disk(folder, math.ceil(need))
+    check_disk(folder, expected.disk)
     limit = f" or {settings.tokens_per_batch:,} tokens" if settings.tokens_per_batch else ""
     epochs = "" if settings.max_steps else f" x {settings.epochs:g} epochs / {settings.rows_per_step} rows a step"
+    peaks = ", ".join(f"{peak:g}" for peak in dict.fromkeys(learner.peaks))
     console.print(
         f"{config.model.base} {config.model.quantization}, {learner.classifier.dtype} ({why}), "
-        f"{learner.accelerator.device}; {trained:,} trained parameters, {settings.optimizer}\n"
+        f"{learner.accelerator.device}; {expected.trained:,} trained parameters, {settings.optimizer}\n"
         f"{rows:,} rows{epochs} = {steps:,} steps; a step = {settings.rows_per_step} rows x {settings.orders} orders, "
         f"{settings.layout} in batches of up to {settings.rows_per_batch} rows{limit}, over {processes} process(es)\n"
-        f"rates rise for {math.ceil(settings.warmup * steps):,} steps to {', '.join(map('{:g}'.format, learner.peaks))}"
-        f" ({settings.schedule}); checkpoints {_when(settings)}: {need / 1e9:.2f} GB of disk with the bundle\n"
-        + describe(expected)
+        f"rates rise for {math.ceil(settings.warmup * steps):,} steps to {peaks} ({settings.schedule}); "
+        f"checkpoints {_when(settings)}: {expected.disk / 1e9:.2f} GB of disk with the bundle\n"
+        + describe(expected.forecast)
     )
-    if (doubt := warning(expected, config)) is not None:
+    if (doubt := warning(expected.forecast, config)) is not None:
         console.print(doubt, style="yellow")
 
 

@@ -176,3 +176,18 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_parts(config_for: Callable[..., C
             loss = loss + distillation(one[None], taught[None, columns], config.train.distill)[0] + 0.7 * apart
             expected = expected + rows[row].weight * loss
     assert torch.allclose(batch_loss(logits, batch, examples, config), expected, rtol=1e-5)
+
+
+def test_float16_finds_its_scale_where_a_gradient_overflows(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for("llama", model={"dtype": "float16"}, train={"log_every": 1, "clip": None})
+    spoil(monkeypatch, {2}, "gradient")
+    rows, accelerator = make_rows(24), make_accelerator(config)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # Accelerate makes one on GPUs alone
+    accelerator.native_amp = True
+    trained = train(config, rows, open_inputs(config).builder.encode(rows), tmp_path, accelerator)
+    assert accelerator.scaler.get_scale() == 512.0
+    assert all(one.isfinite().all() for one in trained.parameters())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 1, 1]

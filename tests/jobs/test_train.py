@@ -168,6 +168,7 @@ DIALS: list[dict[str, Any]] = [
     {"lora_b_learning_rate": 1e-1},
     {"weight_decay": 0.9},
     {"betas": [0.5, 0.9]},
+    {"epsilon": 1e-2},
     {"optimizer": "adafactor"},
     {"warmup": 0.6},
     {"schedule": "constant"},
@@ -197,9 +198,13 @@ def test_every_dial_moves_the_weights(config_for: Callable[..., Config], tmp_pat
     assert same == []
 
 
-def test_what_is_memory_and_not_results_moves_no_weight(config_for: Callable[..., Config], tmp_path: Path) -> None:
-    rows = make_rows(24)
-    default = weights(run(config_for("llama"), tmp_path / "default", rows))
+@pytest.mark.parametrize("kind", ["gemma2", "llama"])
+def test_what_is_memory_and_not_results_moves_no_weight(
+    config_for: Callable[..., Config], tmp_path: Path, kind: str
+) -> None:
+    """Packed or padded, in what batches, recomputed or not, looked at or not: the final weights are the same."""
+    rows, base = make_rows(24), {"learning_rate": 1e-2, "epsilon": 1e-3}  # AdamW's own would divide noise by noise
+    default = weights(run(config_for(kind, train=base), tmp_path / "default", rows))
     free: list[dict[str, Any]] = [
         {"layout": "padded"},
         {"tokens_per_batch": 200},
@@ -209,9 +214,10 @@ def test_what_is_memory_and_not_results_moves_no_weight(config_for: Callable[...
         {"evaluate_every": 1, "evaluate_rows": 3},
     ]
     for number, section in enumerate(free):
-        turned = weights(run(config_for("llama", train=section), tmp_path / str(number), rows))
-        # AdamW turns rounding of the smallest gradients into whole steps; nearly all weights must agree all the same.
-        assert (default - turned).abs().quantile(0.95) <= 1e-5, section
+        turned = weights(run(config_for(kind, train={**base, **section}), tmp_path / str(number), rows))
+        assert (default - turned).abs().max() <= 1e-5, section
+    wrong = weights(run(config_for(kind, train={**base, "swap": "random"}), tmp_path / "wrong", rows))
+    assert (default - wrong).abs().max() > 1e-3
 
 
 def test_teachers_move_the_weights_of_the_rows_they_know(config_for: Callable[..., Config], tmp_path: Path) -> None:
@@ -227,13 +233,6 @@ def test_teachers_move_the_weights_of_the_rows_they_know(config_for: Callable[..
     )
     assert torch.equal(plain, none)
     assert not torch.equal(plain, some)
-
-
-def test_recomputed_activations_give_the_same_gradients(config_for: Callable[..., Config], tmp_path: Path) -> None:
-    rows = make_rows(8)
-    plain = weights(run(config_for("gemma2"), tmp_path / "a", rows))
-    saving = weights(run(config_for("gemma2", train={"gradient_checkpointing": True}), tmp_path / "b", rows))
-    assert torch.allclose(plain, saving, atol=1e-6)
 
 
 def test_no_rows_and_no_labels_are_errors(config_for: Callable[..., Config], tmp_path: Path) -> None:
