@@ -515,6 +515,8 @@ class Config(Section):
             )
         if words and set(words) != set(task.classes):
             raise ValueError(f"model.label_words names {sorted(words)}; it must name each class: {list(task.classes)}")
+        if len(set(words.values())) < len(words):
+            raise ValueError(f"model.label_words {words} gives two classes one word: they would start as one class")
         if train.distill.scores and task.multi_label:
             raise ValueError("train.distill knows probabilities that sum to 1, and this task has several labels a row")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,42 @@ def test_every_accelerate_file_is_read_by_accelerate(path: Path) -> None:
     assert not loaded.use_cpu
     settings_file = (getattr(loaded, "deepspeed_config", None) or {}).get("deepspeed_config_file")
     assert settings_file is None or "zero_optimization" in json.loads((ROOT / settings_file).read_text())
+
+
+WORDS = {"winner_model_a": "a", "winner_model_b": "b", "winner_tie": "c"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"train": {"keep": "best"}}, "keep=best needs evaluate_every"),
+        ({"train": {"patience": 3}}, "patience=3 needs evaluate_every"),
+        ({"train": {"average_last": 3}}, "checkpoints to 3 or more"),
+        ({"train": {"average_last": 2, "checkpoint_every": None}}, "set checkpoint_every"),
+        ({"train": {"average_last": 2, "ema": 0.9}}, "each choose the weights"),
+        ({"train": {"average_last": 2, "keep": "best", "evaluate_every": 9}}, "each choose the weights"),
+        ({"train": {"consistency": 0.1, "swap": "random"}}, "needs swap=both"),
+        ({"train": {"betas": [0.9, 1.0]}}, "from 0 to 1, 1 excluded"),
+        ({"model": {"attention": "sdpa"}}, "set train.layout=padded"),
+        ({"model": {"label_words": WORDS, "head": "two_layer"}}, "label_words fill a linear head"),
+        ({"model": {"label_words": {"winner_tie": "c"}}}, "it must name each class"),
+        ({"model": {"label_words": WORDS | {"winner_tie": "a"}}}, "gives two classes one word"),
+        (
+            {
+                "task": {"name": "t", "fields": ["text"], "classes": ["u", "v"], "multi_label": True},
+                "train": {"distill": {"scores": ["x.parquet"]}},
+            },
+            "several labels a row",
+        ),
+        (
+            {
+                "task": {"name": "t", "fields": ["text"], "classes": ["u", "v"], "label_column": "label"},
+                "train": {"consistency": 0.5},
+            },
+            "can swap",
+        ),
+    ],
+)
+def test_what_can_not_be_trained_is_refused_with_the_reason(tree: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        resolve(tree)

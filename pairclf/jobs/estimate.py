@@ -285,7 +285,7 @@ def _sample(config: Config, lengths: Sequence[int], rows_seen: float, processes:
             orders=orders,
             padded=padded,
         )
-        for batch in dealt:
+        for batch in filter(None, dealt):
             sizes = [lengths[row] for row in batch]
             batches.append((len(sizes) * [max(sizes)] if padded else sizes) * orders)
         rows += len(members)
