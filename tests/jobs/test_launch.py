@@ -84,6 +84,39 @@ def test_processes_2_trains_the_weights_of_one(
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
+SMALL_RUN = """
+import os, sys
+from pathlib import Path
+from pairclf.jobs.processes import become_worker
+become_worker()
+import torch
+from pairclf.config import load_config
+from pairclf.jobs.fit import fit
+from pairclf.model.engine import Classifier
+forward = Classifier.forward
+def small(self, inputs, *more):
+    if os.environ["RANK"] == "1" and self.training and inputs["input_ids"].numel() > 300:
+        raise torch.OutOfMemoryError("a test's")
+    return forward(self, inputs, *more)
+Classifier.forward = small
+fit(load_config(Path(sys.argv[1])), 0)
+"""
+
+
+@pytest.mark.slow
+def test_one_process_without_memory_halves_the_batches_of_all(
+    tmp_path: Path, base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_lmsys(generate(40, seed=1), tmp_path, n_test=4)
+    _, config = arena(tmp_path, base_of("gemma2"), "one")
+    fit(config, 0)
+    path, _ = arena(tmp_path, base_of("gemma2"), "two")
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", SMALL_RUN))
+    assert run_processes(2, [str(path)]) == 0
+    assert "out of memory at step 1" in " ".join(capfd.readouterr().err.split())
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
 ENGINE_RUN = """
 import sys
 from pathlib import Path

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tests_support import make_rows
 
 from pairclf.config import Config
@@ -183,6 +184,7 @@ def test_float16_finds_its_scale_where_a_gradient_overflows(
 ) -> None:
     config = config_for("llama", model={"dtype": "float16"}, train={"log_every": 1, "clip": None})
     spoil(monkeypatch, {2}, "gradient")
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # a process has one precision, but for tests
     rows, accelerator = make_rows(24), make_accelerator(config)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # Accelerate makes one on GPUs alone
     accelerator.native_amp = True
