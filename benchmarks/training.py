@@ -1,6 +1,6 @@
 """Fine-tuning a ~30M-parameter Llama: pairclf against the ways it is done elsewhere, on the same rows and weights.
 
-    python benchmarks/training.py [--steps 2] [--repetitions 3] [--quick]
+    python benchmarks/training.py [--steps 1] [--repetitions 4] [--quick]
 
 Arms, each in a process of its own that lives to the end, one thread, float32, the whole model trained:
 
@@ -26,6 +26,8 @@ process held before its first step. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -192,11 +194,11 @@ def pairclf_arm(layout: str) -> Callable[[Path, Rows, argparse.Namespace], Arm]:
         classifier.train()
 
         def run(steps: Steps) -> list[float]:
-            learner = construct(config, classifier, accelerator)
+            learner = construct(config, examples, classifier, accelerator)
             losses = []
             for number, step in enumerate(steps, start=1):
                 budget = config.train.tokens_per_batch
-                outcome = accumulate(learner, config, examples, np.array(step), number, budget)
+                outcome = accumulate(learner, np.array(step), number, budget)
                 assert outcome is not None
                 apply(learner, config.train.clip, outcome.loss)
                 losses.append(outcome.loss)
@@ -232,6 +234,9 @@ def work(name: str, folder: Path, options: argparse.Namespace, pipe: Connection)
         seconds = time.process_time() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         pipe.send((seconds, losses, peak, peak - resident))
+        # What is free goes back, so that six waiting processes do not hold the memory of their peaks.
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def make_base(folder: Path, quick: bool) -> int:
@@ -308,8 +313,8 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of each arm in a repetition")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1, help="optimizer steps of each arm in a repetition")
+    parser.add_argument("--repetitions", type=int, default=4)
     parser.add_argument("--tokens-per-batch", type=int, default=2048, help="of pairclf's arms")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two steps, once: does it run?")
     options = parser.parse_args()

@@ -23,7 +23,7 @@ from pairclf.errors import LeakError
 from pairclf.jobs import train as loop
 from pairclf.jobs.fit import fit
 from pairclf.jobs.run import labelled_rows
-from pairclf.jobs.step import Learner
+from pairclf.jobs.step import Examples, Learner
 from pairclf.model.backbone import load_base, load_tokenizer
 from pairclf.model.engine import Classifier
 from pairclf.model.readout import TwoLayerHead
@@ -92,8 +92,8 @@ def train(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> Train:
     """Train a recipe by `fit`, fold 0 held out; of the looks at it, the first is the best."""
     seen: list[tuple[Learner, dict[str, Tensor]]] = []
 
-    def construct(config: Config, classifier: Classifier, accelerator: Any) -> Learner:
-        learner = original(config, classifier, accelerator)
+    def construct(config: Config, examples: Examples, classifier: Classifier, accelerator: Any) -> Learner:
+        learner = original(config, examples, classifier, accelerator)
         seen.append((learner, {name: one.clone() for name, one in classifier.head.state_dict().items()}))
         return learner
 
@@ -102,7 +102,7 @@ def train(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> Train:
 
     def run(recipe: str, *more: str) -> Run:
         looks = iter((1.0, 1.1, 1.2))
-        monkeypatch.setitem(loop.METRICS, "log_loss", (lambda predicted, targets: next(looks), -1))
+        monkeypatch.setitem(loop.METRICS, "log_loss", (lambda *_: next(looks), -1))
         config = small(recipe, data, tmp_path / f"run{len(seen)}", *more)
         bundle = fit(config, 0)
         return Run(config, *seen[-1], bundle)

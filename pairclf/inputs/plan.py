@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -30,11 +31,11 @@ def by_token_budget(lengths: Sequence[int], tokens_per_batch: int) -> list[list[
 def random_steps(rows: int, rows_per_step: int, *, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
     """The rows behind each optimizer step of one epoch: a fresh permutation for each `(seed, epoch)`.
 
-    The last step takes what is left and may be smaller; the loss is normalised by the rows it really has.
+    Every row stands in one step. Where they do not divide, all steps are a little smaller, by one row at most from each
+    other: a last step of what is left would move the weights as far for a row or two as others for all of theirs.
     """
     permutation = np.random.default_rng((seed, epoch)).permutation(rows)
-    for start in range(0, rows, rows_per_step):
-        yield permutation[start : start + rows_per_step]
+    yield from np.array_split(permutation, math.ceil(rows / rows_per_step)) if rows else ()
 
 
 def micro_batches(

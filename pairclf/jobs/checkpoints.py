@@ -1,7 +1,7 @@
 """Checkpoints: all that a killed training needs to end in the weights that it would have had.
 
     checkpoints/
-      step-00000200/
+      step-00000200/             step-00000213-stopped/, if a signal had it written
         state.json               the place in the training, and what it must agree with
         weights.safetensors      trained weights, by name
         optimizer.safetensors    its tensors; the rest of its state stands in state.json
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,14 +31,15 @@ from pairclf.config import Config
 from pairclf.errors import CheckpointError
 from pairclf.files import atomic_file, atomic_folder, write_json
 from pairclf.jobs.optimizers import copy_weights
-from pairclf.jobs.step import Learner
+from pairclf.jobs.step import Examples, HeldOut, Learner
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
+STOPPED = "-stopped"
 FORMAT = 1
 
 FREE = (
-    *("output", "data", "folds", "inputs.processes", "predict", "package"),
+    *("output", "data", "folds", "inputs.processes", "predict.swap", "predict.tokens_per_batch", "package"),
     *("train.rows_per_batch", "train.tokens_per_batch", "train.layout", "train.gradient_checkpointing"),
     *("train.log_every", "train.trackers", "train.checkpoint_every", "train.checkpoints", "train.max_skipped"),
 )
@@ -91,31 +93,34 @@ class Checkpoints:
         self._keep = keep
         self._identity = identity
 
-    def found(self) -> list[Path]:
-        """Whole checkpoints, the oldest first."""
-        return sorted(path.parent for path in self.folder.glob(f"step-*/{STATE}"))
+    def found(self, *, due: bool = False) -> list[Path]:
+        """Whole checkpoints, the oldest first; with `due` without those that a signal had written in between."""
+        found = sorted(path.parent for path in self.folder.glob(f"step-*/{STATE}"))
+        return [path for path in found if not (due and path.name.endswith(STOPPED))]
 
-    def save(self, state: State, learner: Learner) -> None:
+    def save(self, state: State, learner: Learner, *, due: bool) -> None:
         """Write one, whole or not at all, and delete those that are too many. Called by every process.
+
+        Args:
+            state: where the training stands.
+            learner: its tensors.
+            due: whether the settings ask for it, or a signal alone: a mean of checkpoints must not hang on signals.
 
         Raises:
             CheckpointError: the disk is full, or can't be written to; older checkpoints are untouched.
         """
-        path = self.folder / f"step-{state.step:08d}"
+        path = self.folder / f"step-{state.step:08d}{'' if due else STOPPED}"
         try:
             with _whole(path, learner.accelerator) as new:
                 if learner.engine:
                     learner.accelerator.save_state(str(new / "engine"), safe_serialization=True)
                 if learner.accelerator.is_main_process:
                     self._write(new, state, learner)
-        except OSError as error:
-            raise CheckpointError(
-                f"the checkpoint of step {state.step} can't be written: {error.strerror or error}",
-                where=path,
-                remedy="free some disk space and go on with --resume: older checkpoints are whole",
-            ) from error
+        except (OSError, SafetensorError) as error:  # safetensors hides the system's error in its own
+            raise _unwritten(f"the checkpoint of step {state.step}", path, error) from error
         if learner.accelerator.is_main_process:
-            self._rotate(state)
+            self._delete_old()
+            self._delete_best(state)
 
     def _write(self, new: Path, state: State, learner: Learner) -> None:
         optimizer: dict[str, Any] = {}
@@ -135,17 +140,21 @@ class Checkpoints:
         }
         write_json(new / STATE, tree)
 
-    def _rotate(self, state: State) -> None:
-        found = self.found()
-        for path in found[: -self._keep]:
+    def _delete_old(self) -> None:
+        due, newest = self.found(due=True), self.found()[-1]
+        kept = {*due[-self._keep :], newest}
+        for path in set(self.found()) - kept:
             (path / STATE).unlink()  # first: without it a folder that is half deleted is no checkpoint
         for path in (*self.folder.glob("step-*"), *self.folder.glob(".tmp-step-*")):
-            if path not in found[-self._keep :]:  # what was killed half-way, when it was written or deleted, goes too
+            if path not in kept:  # what was killed half-way, when it was written or deleted, goes too
                 shutil.rmtree(path)
-        named = {_best_name(state.best.step)} if state.best else set()
-        for path in self.found():
-            best = json.loads((path / STATE).read_text(encoding="utf-8"))["state"]["best"]
-            named |= {_best_name(best["step"])} if best else set()
+
+    def _delete_best(self, state: State) -> None:
+        """Best weights that neither a checkpoint nor the training itself would go on with."""
+        bests = [json.loads((path / STATE).read_text(encoding="utf-8"))["state"]["best"] for path in self.found()]
+        named = {_best_name(best["step"]) for best in bests if best} | (
+            {_best_name(state.best.step)} if state.best else set()
+        )
         for path in self.folder.glob("best-*.safetensors"):
             if path.name not in named:
                 path.unlink()
@@ -165,20 +174,23 @@ class Checkpoints:
             self._check(tree, path)
             self._fill(path, tree, learner)
             best = tree["state"].pop("best")
-            return State(**tree["state"], best=Best(**best) if best else None)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            state = State(**tree["state"], best=Best(**best) if best else None)
+            if learner.config.train.keep == "best" and state.best:
+                self.load_best(state.best.step)  # now, and not after the last step
+        except (SafetensorError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"the checkpoint is damaged: {' '.join(str(error).split())[:200]}",
                 where=path,
                 remedy="delete this folder and go on with --resume from the one before",
             ) from error
+        return state
 
     def _check(self, tree: dict[str, Any], path: Path) -> None:
         if tree["format"] != FORMAT:
             raise CheckpointError(
                 f"the checkpoint has format {tree['format']}, this pairclf reads {FORMAT}", where=path
             )
-        saved, here = tree["identity"], self._identity
+        saved, here = dict(tree["identity"]), self._identity
         if differing := [
             f"{key}={here.get(key)} (was {saved.get(key)})" for key in here if here[key] != saved.get(key)
         ]:
@@ -203,10 +215,20 @@ class Checkpoints:
         """The trained weights in one checkpoint."""
         return load_file(path / "weights.safetensors")
 
-    def save_best(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        """Keep the weights of a look that was the best; older ones go with the checkpoints that name them."""
-        with atomic_file(self.folder / _best_name(step)) as temporary:
-            save_file(_on_cpu(weights), temporary)
+    def save_best(self, state: State, weights: Mapping[str, Tensor]) -> None:
+        """Keep the weights of the look that is `state.best`; older ones go with the checkpoints that name them.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        assert state.best is not None
+        path = self.folder / _best_name(state.best.step)
+        try:
+            with atomic_file(path) as temporary:
+                save_file(_on_cpu(weights), temporary)
+        except (OSError, SafetensorError) as error:
+            raise _unwritten(f"the best weights, of step {state.step},", path, error) from error
+        self._delete_best(state)
 
     def load_best(self, step: int) -> dict[str, Tensor]:
         """The weights that `save_best` kept."""
@@ -221,11 +243,17 @@ def discard(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def identity_of(config: Config, rows: str) -> dict[str, Any]:
-    """What decides the weights: every setting but those in `FREE`, and the fingerprint of the rows."""
+def identity_of(config: Config, examples: Examples, held_out: HeldOut | None) -> dict[str, Any]:
+    """What decides weights and scores: `settings_of`, and the fingerprints of the rows."""
+    unseen = None if held_out is None else held_out.fingerprint
+    return {**settings_of(config), "rows": examples.fingerprint, "held-out rows": unseen}
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Every setting but those that are free to change, by dotted name, as JSON has them."""
+    free = tuple(f"{name}." for name in FREE if name != "train.checkpoint_every" or config.train.average_last == 1)
     flat = flat_settings(config.model_dump(mode="json"))
-    free = tuple(f"{name}." for name in FREE)
-    return {key: value for key, value in flat.items() if not f"{key}.".startswith(free)} | {"rows": rows}
+    return {key: value for key, value in flat.items() if not f"{key}.".startswith(free)}
 
 
 def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -268,6 +296,12 @@ def _whole(path: Path, accelerator: Accelerator) -> Iterator[Path]:
         accelerator.wait_for_everyone()
         yield new
         accelerator.wait_for_everyone()
+
+
+def _unwritten(what: str, path: Path, error: Exception) -> CheckpointError:
+    why = error.strerror if isinstance(error, OSError) and error.strerror else error
+    remedy = "free some disk space and go on with --resume: older checkpoints are whole"
+    return CheckpointError(f"{what} can't be written: {why}", where=path, remedy=remedy)
 
 
 def _best_name(step: int) -> str:

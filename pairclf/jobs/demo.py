@@ -46,7 +46,7 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
         write_lmsys(generate(ROWS, seed=config.seed), data, n_test=TEST_ROWS)
         _look(config)
     with clock.stage("training: NF4 QLoRA, fold by fold, and out-of-fold scores"):
-        bundles = cross_validate(config)
+        bundles = cross_validate(config, resume=False)
     with clock.stage("evaluation"):
         run = output_of(config)
         judged = evaluate(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +13,42 @@ import numpy as np
 import polars as pl
 import torch
 
-from pairclf.config import Config, parse_yaml, resolve
+from pairclf.config import Config
 from pairclf.console import console
 from pairclf.data.folds import prompt_hashes
 from pairclf.data.tables import scores_frame, to_rows, write_scores
-from pairclf.errors import ConfigError
-from pairclf.files import atomic_folder
+from pairclf.errors import BundleError, ConfigError
+from pairclf.files import atomic_folder, locked, write_json
 from pairclf.inputs.cache import EncodedRows
 from pairclf.jobs.checkpoints import CHECKPOINTS, discard, identity_of
 from pairclf.jobs.inputs import encoded_rows, open_inputs
 from pairclf.jobs.launch import make_accelerator, refuse_illegal
 from pairclf.jobs.run import OOF, OOF_AB, Paths, labelled_rows, output_of, split
 from pairclf.jobs.scoring import Floats, by_order, combine, items_of, probabilities, score, verify
+from pairclf.jobs.step import HeldOut, fingerprint, prepare
 from pairclf.jobs.teachers import teachers_of
-from pairclf.jobs.train import HeldOut, train
+from pairclf.jobs.train import train
+from pairclf.jobs.watch import check_trackers
 from pairclf.model.bundle import MANIFEST, Probe, open_bundle, write
 from pairclf.model.engine import Classifier
 from pairclf.scores.metrics import accuracy, log_loss
 from pairclf.task import AB, Row
 
 PROBES = 8
+TRAINED = "trained.json"
 
 
 def fit(config: Config, fold: int | None, *, resume: bool | None = None) -> Path:
     """Train on all folds but `fold` (on all rows, if it is None) and write the bundle, verified by re-scoring.
 
     Beside the bundle stand `config.yaml`, `metrics.jsonl` and, where a fold was held out, its scores: `oof.parquet`
-    (both orders averaged) and `oof-ab.parquet` (the order of the file alone).
+    (both orders averaged) and `oof-ab.parquet` (the order of the file alone). `trained.json` says of what settings and
+    rows; a bundle of the very same is left as it is.
 
     Args:
         config: the resolved config.
         fold: the fold to hold out, or none.
-        resume: as in `train`; True also leaves a bundle as it is that these settings have made before.
+        resume: as in `train`; False also makes a finished bundle anew.
 
     Returns:
         The bundle's folder.
@@ -50,40 +56,60 @@ def fit(config: Config, fold: int | None, *, resume: bool | None = None) -> Path
     paths = Paths(output_of(config), fold)
     accelerator = make_accelerator(config)
     refuse_illegal(config, accelerator)
+    check_trackers(config)
     if fold is None and config.train.evaluate_every is not None:
-        raise ConfigError("train.evaluate_every looks at held-out rows, and none are", remedy="give --fold, or null it")
-    config, tokenizer, builder = open_inputs(config)
-    if resume and _is_done(config, paths):
-        if accelerator.is_main_process:
-            console.print(f"{paths.bundle} is there and made with these settings: nothing to do")
-        return paths.bundle
-    with accelerator.main_process_first():  # it writes the folds and the tokens that the others read
-        frame = labelled_rows(config)
-        training, held_out = split(config, frame, fold)
-        encoded = encoded_rows(config, builder, frame)
-    classifier = train(
-        config,
-        to_rows(training, config.task),
-        encoded.of(training["id"]),
-        paths.folder,
-        accelerator,
-        held_out=None if held_out is None else HeldOut(encoded.of(held_out["id"]), _targets(held_out)),
-        teachers=teachers_of(config, training),
-        resume=resume,
-    )
-    if accelerator.is_main_process:
-        _save(config, paths, classifier, tokenizer, encoded, training, held_out)
-        discard(paths.folder / CHECKPOINTS)  # the bundle holds what they were kept for
+        remedy = "give --fold, or train.evaluate_every=null train.keep=last train.patience=null"
+        raise ConfigError("train.evaluate_every looks at held-out rows, and none are", remedy=remedy)
+    main = accelerator.is_main_process
+    with locked(paths.folder / ".lock") if main else nullcontext():
+        config, tokenizer, builder = open_inputs(config)
+        with accelerator.main_process_first():  # it writes the folds and the tokens that the others read
+            frame = labelled_rows(config)
+            training, held_out = split(config, frame, fold)
+            encoded = encoded_rows(config, builder, frame)
+        rows, of_training = to_rows(training, config.task), encoded.of(training["id"])
+        examples = prepare(rows, of_training, config, teachers_of(config, training))
+        unseen = None if held_out is None else _held_out(config, held_out, encoded)
+        identity = identity_of(config, examples, unseen)
+        if resume is not False and _is_done(paths, identity):
+            if main:
+                console.print(f"{paths.bundle} is there, of these settings and rows (--no-resume makes it anew)")
+            return paths.bundle
+        if main:
+            (paths.folder / TRAINED).unlink(missing_ok=True)
+        classifier = train(config, examples, paths.folder, accelerator, held_out=unseen, resume=resume)
+        if main:
+            _save(config, paths, classifier, tokenizer, encoded, training, held_out)
+            write_json(paths.folder / TRAINED, identity)
+            discard(paths.folder / CHECKPOINTS)  # the bundle holds what they were kept for
     return paths.bundle
 
 
-def _is_done(config: Config, paths: Paths) -> bool:
-    """Whether the bundle is there, and the settings beside it are these."""
-    path = paths.folder / "config.yaml"
-    if not ((paths.bundle / MANIFEST).is_file() and path.is_file()):
+def _held_out(config: Config, held_out: pl.DataFrame, encoded: EncodedRows) -> HeldOut:
+    rows = to_rows(held_out, config.task)
+    return HeldOut(encoded.of(held_out["id"]), _targets(held_out), fingerprint(rows))
+
+
+def _is_done(paths: Paths, identity: dict[str, Any]) -> bool:
+    """Whether the bundle and the scores of the held-out rows are there, whole, and of these settings and rows."""
+    scores = [] if paths.fold is None else [paths.folder / OOF, paths.folder / OOF_AB]
+    if trained_as(paths) != identity or not all(path.is_file() for path in scores):
         return False
-    made_with = resolve(parse_yaml(path.read_text(encoding="utf-8"), path), path)
-    return identity_of(made_with, "") == identity_of(config, "")
+    try:
+        open_bundle(paths.bundle)
+    except BundleError as error:
+        console.print(f"trained anew: {error}")
+        return False
+    return True
+
+
+def trained_as(paths: Paths) -> dict[str, Any]:
+    """What a finished training was made of, as `identity_of` tells it; empty, if there is none or it can't be read."""
+    try:
+        read: Any = json.loads((paths.folder / TRAINED).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
 
 
 def _save(
@@ -147,7 +173,7 @@ def free_memory() -> None:
 def _write_held_out(config: Config, paths: Paths, held_out: pl.DataFrame, logits: Sequence[Floats]) -> dict[str, float]:
     orders = probabilities(logits, config.task, config.predict.temperature)
     ids, models = held_out["id"].to_list(), [f"fold{paths.fold}"]
-    averaged, targets = combine(orders, config.task), _targets(held_out)
+    averaged, targets, several = combine(orders, config.task), _targets(held_out), config.task.multi_label
     hashes = prompt_hashes(held_out, config.task)
     # `split` has asserted that no held-out prompt was trained on: seen=0.
     for name, values, shown in ((OOF, averaged, len(orders)), (OOF_AB, orders[AB], 1)):
@@ -155,9 +181,9 @@ def _write_held_out(config: Config, paths: Paths, held_out: pl.DataFrame, logits
         write_scores(paths.folder / name, scored)
     return {
         "rows": float(len(ids)),
-        "log_loss": log_loss(averaged, targets),
-        "log_loss_one_order": log_loss(orders[AB], targets),
-        "accuracy": accuracy(averaged, targets),
+        "log_loss": log_loss(averaged, targets, multi_label=several),
+        "log_loss_one_order": log_loss(orders[AB], targets, multi_label=several),
+        "accuracy": accuracy(averaged, targets, multi_label=several),
     }
 
 

@@ -149,7 +149,14 @@ def merge(
         free_memory()
         logits = _score(open_bundle(new), sample, base)
         after = _probabilities(parts[0].bundle, sample, logits)
-        shift = measure(sample, _reference(parts, sample, base), after, parts=len(parts), drift=drift)
+        shift = measure(
+            sample,
+            _reference(parts, sample, base),
+            after,
+            parts=len(parts),
+            drift=drift,
+            several=config.task.multi_label,
+        )
         console.print(render(shift))
         judge(shift, max_shift, out)
         amend(new, metrics=shift.metrics, probes=_probes(sample, logits))
@@ -445,7 +452,7 @@ def _out_of_fold(bundle: Bundle, labelled: pl.DataFrame) -> pl.DataFrame:
             rows=unknown,
             remedy="merge with the data and the rules that the fold was trained with",
         )
-    loss = log_loss(class_matrix(joined, task), np.array(joined["target"].to_list()))
+    loss = log_loss(class_matrix(joined, task), np.array(joined["target"].to_list()), multi_label=task.multi_label)
     said = bundle.manifest.metrics.get("log_loss", float("nan"))
     if not abs(loss - said) <= 1e-6:
         raise DataError(
@@ -490,19 +497,19 @@ def _probes(sample: Sample, logits: Floats) -> list[Probe]:
     return pick_probes(sample.rows, lengths, by_order(sample.items, logits, len(sample.rows)))
 
 
-def measure(sample: Sample, before: Floats, after: Floats, *, parts: int, drift: float | None) -> Shift:
+def measure(sample: Sample, before: Floats, after: Floats, *, parts: int, drift: float | None, several: bool) -> Shift:
     """Compare probabilities `(N, C)` before and after the merge."""
     targets, change = sample.targets, np.abs(after - before)
     return Shift(
         parts=parts,
         rows=len(targets),
-        reference=log_loss(before, targets),
-        merged=log_loss(after, targets),
-        reference_accuracy=accuracy(before, targets),
-        merged_accuracy=accuracy(after, targets),
+        reference=log_loss(before, targets, multi_label=several),
+        merged=log_loss(after, targets, multi_label=several),
+        reference_accuracy=accuracy(before, targets, multi_label=several),
+        merged_accuracy=accuracy(after, targets, multi_label=several),
         largest=float(change.max()),
         mean=float(change.mean()),
-        out_of_fold=None if sample.out_of_fold is None else log_loss(sample.out_of_fold, targets),
+        out_of_fold=None if sample.out_of_fold is None else log_loss(sample.out_of_fold, targets, multi_label=several),
         drift=drift,
     )
 

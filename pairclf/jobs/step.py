@@ -8,8 +8,10 @@ accumulation: https://github.com/huggingface/transformers/issues/47688).
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +48,7 @@ class Examples:
         targets: `(N, 2, C)`, a target an order, smoothed.
         weights: `(N,)`.
         teachers: `(N, 2, C)` probabilities, NaN where a row has none; or nothing.
+        fingerprint: of all that the rows hold, teachers included.
     """
 
     ids: list[str]
@@ -54,6 +57,16 @@ class Examples:
     targets: Tensor
     weights: Tensor
     teachers: Tensor | None
+    fingerprint: str
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """Hex SHA-256 of rows: ids, texts, targets, weights, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        plain = [row.id, {name: list(turns) for name, turns in row.fields.items()}, row.target, row.weight]
+        digest.update(json.dumps(plain, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def prepare(
@@ -71,21 +84,26 @@ def prepare(
         teachers: `(N, C)` probabilities; NaN where a row has none.
 
     Raises:
-        DataError: no rows, or a row without a target.
+        DataError: no rows, a row without a target, or a weight that float32 can't hold.
     """
     if not rows:
         raise DataError("there are no rows to train on", remedy="check data.train, data.max_rows and the folds")
     if unlabelled := [row.id for row in rows if row.target is None]:
         raise DataError("rows without a label can't be trained on", rows=unlabelled)
+    weights = torch.tensor([row.weight for row in rows], dtype=torch.float32)
+    if wrong := [row.id for row, weight in zip(rows, weights.tolist(), strict=True) if not 0 < weight < math.inf]:
+        raise DataError("weights must be above zero and within float32's range", rows=wrong)
     task = config.task
+    known = b"" if teachers is None else np.ascontiguousarray(teachers).tobytes()
     targets = smoothed(torch.tensor([row.target for row in rows]), config.train.label_smoothing, task)
     return Examples(
         ids=[row.id for row in rows],
         encoded=encoded,
         lengths=[len(shown[AB].ids) for shown in encoded],
         targets=_both(targets, task.swapped_columns),
-        weights=torch.tensor([row.weight for row in rows]),
+        weights=weights,
         teachers=None if teachers is None else _both(torch.from_numpy(teachers).float(), task.swapped_columns),
+        fingerprint=fingerprint(rows) + hashlib.sha256(known).hexdigest(),
     )
 
 
@@ -95,10 +113,21 @@ def _both(columns: Tensor, swapped: Sequence[int]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Rows that the training looks at and never learns from: as the model sees them, and their targets `(N, C)`."""
+
+    encoded: Sequence[tuple[Encoded, ...]]
+    targets: NDArray[np.float64]
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
 class Learner:
-    """The model and what moves it.
+    """What learns from what: the model, what moves it, and its rows.
 
     Attributes:
+        config: the resolved config.
+        examples: the rows.
         accelerator: as `launch.make_accelerator` makes it.
         classifier: the model itself.
         model: the same as an engine wraps it; without one, the classifier.
@@ -109,6 +138,8 @@ class Learner:
         engine: whether DeepSpeed or FSDP reduce gradients and take the step.
     """
 
+    config: Config
+    examples: Examples
     accelerator: Accelerator
     classifier: Classifier
     model: nn.Module
@@ -122,6 +153,24 @@ class Learner:
     def rate(self) -> float:
         """The rate of the first group, as it is now."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def batches(self, members: Members, budget: int | None, process: int) -> list[list[int]]:
+        """The micro-batches of one process; see `plan.micro_batches`."""
+        train = self.config.train
+        return micro_batches(
+            members,
+            self.examples.lengths,
+            train.rows_per_batch,
+            process=process,
+            processes=self.accelerator.num_processes,
+            tokens_per_batch=budget,
+            orders=train.orders,
+            padded=train.layout == "padded",
+        )
+
+    def tokens(self, rows: Sequence[int], *, padded: bool) -> int:
+        """What a forward pass over `rows` computes, with padding or without."""
+        return computed_tokens(rows, self.examples.lengths, orders=self.config.train.orders, padded=padded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +199,7 @@ def orders_shown(config: Config, members: Members, step: int) -> dict[int, tuple
 
 
 def within_memory(
-    learner: Learner,
-    config: Config,
-    examples: Examples,
-    members: Members,
-    step: int,
-    budget: int | None,
-    *,
-    stop: bool = False,
+    learner: Learner, members: Members, step: int, budget: int | None, *, asked: Callable[[], bool] = bool
 ) -> tuple[Outcome, int | None]:
     """`accumulate`, again with half the tokens a batch where the GPU's memory did not suffice; the result is the same.
 
@@ -167,87 +209,61 @@ def within_memory(
     Raises:
         ModelError: a row alone does not fit.
     """
-    while (outcome := accumulate(learner, config, examples, members, step, budget, stop=stop)) is None:
+    while (outcome := accumulate(learner, members, step, budget, asked=asked)) is None:
         learner.optimizer.zero_grad()
         gc.collect()  # the failed pass's activations, which its traceback held
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        budget = _halved(config, examples, members, budget, learner.accelerator.num_processes)
+        budget = _halved(learner, members, budget)
         if learner.accelerator.is_main_process:
             console.print(f"out of memory at step {step}: train.tokens_per_batch={budget} from here on")
     return outcome, budget
 
 
-def _batches(
-    config: Config, examples: Examples, members: Members, budget: int | None, process: int, processes: int
-) -> list[list[int]]:
-    return micro_batches(
-        members,
-        examples.lengths,
-        config.train.rows_per_batch,
-        process=process,
-        processes=processes,
-        tokens_per_batch=budget,
-        orders=config.train.orders,
-        padded=config.train.layout == "padded",
-    )
-
-
-def _halved(config: Config, examples: Examples, members: Members, budget: int | None, processes: int) -> int:
+def _halved(learner: Learner, members: Members, budget: int | None) -> int:
     """Half of the largest batch that can still be split, over all processes: they must agree."""
-    orders, padded = config.train.orders, config.train.layout == "padded"
-    batches = [
-        one for process in range(processes) for one in _batches(config, examples, members, budget, process, processes)
-    ]
-    sizes = [computed_tokens(one, examples.lengths, orders=orders, padded=padded) for one in batches if len(one) > 1]
-    if not sizes:
+    examples, train = learner.examples, learner.config.train
+    dealt = [learner.batches(members, budget, process) for process in range(learner.accelerator.num_processes)]
+    several = [batch for batches in dealt for batch in batches if len(batch) > 1]
+    if not several:
         longest = max(members.tolist(), key=examples.lengths.__getitem__)
         raise ModelError(
-            f"the memory does not suffice for one row of {examples.lengths[longest]:,} tokens in {orders} order(s)",
+            f"the memory does not suffice for one row of {examples.lengths[longest]:,} tokens, x {train.orders} orders",
             rows=[examples.ids[longest]],
             remedy="set train.gradient_checkpointing=true, or lower inputs.max_length or model.lora.rank",
         )
-    return max(1, max(sizes) // 2)
+    return max(1, max(learner.tokens(batch, padded=train.layout == "padded") for batch in several) // 2)
 
 
 def accumulate(
-    learner: Learner,
-    config: Config,
-    examples: Examples,
-    members: Members,
-    step: int,
-    budget: int | None = None,
-    *,
-    stop: bool = False,
+    learner: Learner, members: Members, step: int, budget: int | None = None, *, asked: Callable[[], bool] = bool
 ) -> Outcome | None:
     """Forward and backward over the rows of one optimizer step, micro-batch by micro-batch.
 
     Args:
         learner: whose gradients are filled.
-        config: layout, orders, losses.
-        examples: all training rows.
         members: the rows of this step.
         step: its number; it seeds dropout and, under `train.swap=random`, the choice of orders.
         budget: most tokens in a micro-batch.
-        stop: whether this process was asked to stop, which all are told.
+        asked: whether this process was asked to stop by now, which all are told; `bool()` is False.
 
     Returns:
         None, if the memory of any process did not suffice: gradients are then half done.
     """
-    accelerator, device = learner.accelerator, learner.accelerator.device
+    accelerator = learner.accelerator
     # Drawn anew from the step's number: a training that goes on, or a step that is done again, needs no saved state.
-    seeds = np.random.SeedSequence((config.seed, step, accelerator.process_index))
+    seeds = np.random.SeedSequence((learner.config.seed, step, accelerator.process_index))
     torch.manual_seed(int(seeds.generate_state(1)[0]))
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    failed = False
+    sums, failed = torch.zeros(3, dtype=torch.float64, device=accelerator.device), False
     try:
-        _backward(learner, config, examples, members, step, budget, sums)
+        sums = _backward(learner, members, step, budget)
     except torch.OutOfMemoryError as error:
         if learner.engine:  # the other processes wait inside its collective operations
             remedy = "lower train.tokens_per_batch, and go on with --resume"
             raise ModelError(f"out of memory at step {step}", remedy=remedy) from error
         failed = True
-    flags = torch.tensor([failed, stop], dtype=torch.float64, device=device)
+    accelerator.sync_gradients = True  # else Accelerate's optimizer neither steps nor clears its gradients
+    flags = sums.new_tensor([failed, asked()])
     loss, tokens, computed, out_of_memory, stopping = accelerator.reduce(torch.cat([sums, flags]), "sum").tolist()
     if out_of_memory:
         return None
@@ -257,22 +273,17 @@ def accumulate(
     return Outcome(loss, tokens, computed, bool(stopping))
 
 
-def _backward(
-    learner: Learner,
-    config: Config,
-    examples: Examples,
-    members: Members,
-    step: int,
-    budget: int | None,
-    sums: Tensor,
-) -> None:
-    """This process's part of the step; adds its loss, tokens and computed tokens to `sums`."""
-    accelerator = learner.accelerator
+def _backward(learner: Learner, members: Members, step: int, budget: int | None) -> Tensor:
+    """This process's part of the step: its loss, its tokens, and those with padding, `(3,)` float64."""
+    accelerator, config, examples = learner.accelerator, learner.config, learner.examples
     orders = orders_shown(config, members, step)
     total = sum(float(examples.weights[row]) * len(orders[row]) for row in members.tolist())
-    batches = _batches(config, examples, members, budget, accelerator.process_index, accelerator.num_processes)
-    lay_out = layout_of("decoder", "head", config.train.layout)
+    batches = learner.batches(members, budget, accelerator.process_index)
+    lay_out, padded = layout_of("decoder", "head", config.train.layout), config.train.layout == "padded"
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for index, rows in enumerate(batches):
+        if not rows and not learner.engine:
+            continue
         # A process without rows of its own still takes part in an engine's reduction, with weight zero.
         shown = rows or members[:1].tolist()
         items = [Item(row, order, examples.encoded[row][order].ids) for row in shown for order in orders[row]]
@@ -281,18 +292,10 @@ def _backward(
         with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(learner.model):
             logits = learner.model(batch.inputs, batch.read_at, batch.lengths)
             part = batch_loss(logits, batch, examples, config) * bool(rows) / total
-            accelerator.backward(
-                part * accelerator.num_processes if learner.engine else part
-            )  # an engine takes the mean
-        if rows:
-            sums += torch.stack([part.detach().double(), *sums.new_tensor(_counts(config, examples, rows))])
-
-
-def _counts(config: Config, examples: Examples, rows: Sequence[int]) -> list[int]:
-    """Tokens of a micro-batch, and with padding."""
-    padded = config.train.layout == "padded"
-    orders, lengths = config.train.orders, examples.lengths
-    return [computed_tokens(rows, lengths, orders=orders, padded=one) for one in (False, padded)]
+            accelerator.backward(part * accelerator.num_processes if learner.engine else part)  # engines take the mean
+        counts = [learner.tokens(rows, padded=False), learner.tokens(rows, padded=padded)]
+        sums += torch.stack([part.detach().double(), *sums.new_tensor(counts)])
+    return sums
 
 
 def batch_loss(logits: Tensor, batch: Batch, examples: Examples, config: Config) -> Tensor:

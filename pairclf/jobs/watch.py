@@ -8,25 +8,39 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from pairclf.config import Config
+from pairclf.config import Config, Train
+from pairclf.console import console
 from pairclf.errors import ConfigError
-from pairclf.files import write_text
-from pairclf.jobs.checkpoints import flat_settings
-from pairclf.jobs.estimate import Cost, peak_memory, peak_of, training_operations
-from pairclf.jobs.step import Outcome
+from pairclf.jobs.checkpoints import check_disk, flat_settings
+from pairclf.jobs.estimate import (
+    Cost,
+    Forecast,
+    describe,
+    forecast,
+    peak_memory,
+    peak_of,
+    state_bytes,
+    training_operations,
+    warning,
+)
+from pairclf.jobs.optimizers import trained_weights
+from pairclf.jobs.step import Examples, Learner, Outcome
+from pairclf.model.backbone import pick_dtype
+from pairclf.model.engine import Classifier
 
 
 class Log:
     """`metrics.jsonl`: a line every so many steps, with means and sums since the last one, and a line a look.
 
-    The lines go to the trackers too. What stands between two lines is part of a checkpoint (`state`, `restore`), so
-    that a continued training writes the log of an undisturbed one, but for the times.
+    The lines go to the trackers too. What stands between two lines is part of a checkpoint (`state`, `begin`), so
+    that a continued training writes the log of an undisturbed one, but for the times. Lines are appended: `tail -f`.
 
     Args:
         path: the file.
@@ -42,7 +56,6 @@ class Log:
         self._cost = cost
         peak = peak_of(accelerator.device)
         self._peak = peak * accelerator.num_processes if peak else None
-        self._lines: list[dict[str, Any]] = []
         self._since: dict[str, float] = {}
         self._last: dict[str, Any] = {}
         self._tick = 0.0
@@ -111,36 +124,110 @@ class Log:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line, and hand it to the trackers."""
-        self._lines.append(line)
         if self._accelerator.is_main_process:
-            write_text(self._path, "".join(json.dumps(one) + "\n" for one in self._lines))
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
         shown = {name: value for name, value in line.items() if value is not None and name != "step"}
         self._accelerator.log(shown, step=line["step"])
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"lines": self._lines, "since": self._since, "tokens": self.tokens, "seconds": self.seconds}
+        size = self._path.stat().st_size if self._path.exists() else 0
+        return {"bytes": size, "since": self._since, "last": self._last, "tokens": self.tokens, "seconds": self.seconds}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state; lines that a killed training wrote after it are dropped."""
-        self._lines, self._since = list(state["lines"]), dict(state["since"])
-        self.tokens, self.seconds = state["tokens"], state["seconds"]
+    def begin(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state, or from nothing; lines that a former training wrote after it are dropped."""
+        self._since, self._last = dict(state.get("since", {})), dict(state.get("last", {}))
+        self.tokens, self.seconds = state.get("tokens", 0), state.get("seconds", 0.0)
+        if self._accelerator.is_main_process:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as stream:
+                stream.truncate(min(state.get("bytes", 0), self._path.stat().st_size))
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a training will take: `forecast` of all its steps, weights that are trained, and bytes on the disk."""
+
+    forecast: Forecast
+    trained: int
+    disk: int
+
+
+def expect(config: Config, classifier: Classifier, examples: Examples, steps: int, processes: int) -> Expected:
+    """Before an engine has cut the weights into shares."""
+    settings, weights = config.train, trained_weights(classifier)
+    epoch = math.ceil(len(examples.ids) / settings.rows_per_step)
+    trained = sum(one.numel() for one in weights.values())
+    kept = settings.optimizer.removeprefix("paged_")  # on disk, paged states are like others
+    size = trained * (4 + 4 * bool(settings.ema)) + sum(state_bytes(kept, one) for one in weights.values())
+    copies = settings.checkpoints + 2 if settings.checkpoint_every else 1  # one by a signal, one while it is written
+    bests = copies + 1 if settings.keep == "best" else 0
+    return Expected(
+        forecast(
+            config,
+            classifier,
+            examples.lengths,
+            rows_seen=len(examples.ids) * steps / epoch,
+            device=classifier.device,
+            processes=processes,
+        ),
+        trained,
+        math.ceil(copies * size + 4 * trained * (bests + 1)),  # and the bundle
+    )
+
+
+def announce(learner: Learner, steps: int, expected: Expected, folder: Path) -> None:
+    """What was derived from what, before hours are spent on it; and that the disk suffices.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    config, rows, processes = learner.config, len(learner.examples.ids), learner.accelerator.num_processes
+    settings = config.train
+    _, why = pick_dtype(config.model.dtype, learner.accelerator.device)
+    check_disk(folder, expected.disk)
+    limit = f" or {settings.tokens_per_batch:,} tokens" if settings.tokens_per_batch else ""
+    most = f", train.max_steps={settings.max_steps}" if settings.max_steps else ""
+    peaks = ", ".join(f"{peak:g}" for peak in dict.fromkeys(learner.peaks))
+    console.print(
+        f"{config.model.base} {config.model.quantization}, {learner.classifier.dtype} ({why}), "
+        f"{learner.accelerator.device}; {expected.trained:,} trained parameters, {settings.optimizer}\n"
+        f"{rows:,} rows x {settings.epochs:g} epochs / {settings.rows_per_step} rows a step{most} = {steps:,} steps; "
+        f"a step = up to {settings.rows_per_step} rows x {settings.orders} orders, {settings.layout} in batches of up "
+        f"to {settings.rows_per_batch} rows{limit}, over {processes} process(es)\n"
+        f"rates rise for {math.ceil(settings.warmup * steps):,} steps to {peaks} ({settings.schedule}); "
+        f"checkpoints {_when(settings)}: {expected.disk / 1e9:.2f} GB of disk with the bundle\n"
+        + describe(expected.forecast)
+    )
+    if (doubt := warning(expected.forecast, config)) is not None:
+        console.print(doubt, style="yellow")
+
+
+def _when(settings: Train) -> str:
+    return (
+        f"every {settings.checkpoint_every} steps, {settings.checkpoints} kept" if settings.checkpoint_every else "off"
+    )
 
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 PACKAGES |= {"trackio": ("trackio",)}
 
 
-def start_trackers(config: Config, folder: Path, accelerator: Accelerator) -> None:
-    """Begin a run in each of `train.trackers`, with the config as its parameters; files go into the run's folder.
+def check_trackers(config: Config) -> None:
+    """Do nothing if what `train.trackers` names is installed.
 
     Raises:
-        ConfigError: a tracker's package is not installed (Accelerate would leave it out without a word).
+        ConfigError: something is not; Accelerate would leave it out without a word.
     """
-    wanted = config.train.trackers
-    for name in wanted:
+    for name in config.train.trackers:
         if not any(find_spec(package) for package in PACKAGES[name]):
-            raise ConfigError(f"train.trackers={wanted} needs {name}", remedy=f"pip install {PACKAGES[name][0]}")
+            raise ConfigError(f"train.trackers names {name}, which is not installed", remedy=f"pip install {name}")
+
+
+def start_trackers(config: Config, folder: Path, accelerator: Accelerator) -> None:
+    """Begin a run in each of `train.trackers`, with the config as its parameters; files go into the run's folder."""
+    wanted = config.train.trackers
     if not wanted:
         return
     accelerator.project_configuration.set_directories(str(folder))
@@ -166,10 +253,13 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
 
+    def asked(self) -> bool:
+        return self.received is not None
+
 
 @contextmanager
 def signals() -> Iterator[Signals]:
-    """Catch SIGTERM (a queue's time limit, a notebook's stop) and SIGINT (Ctrl-C) while it lasts.
+    """Catch SIGTERM (a queue's time limit), SIGINT (Ctrl-C) and SIGHUP (a closed terminal) while it lasts.
 
     A launcher and the terminal may both send one, so that a second SIGTERM changes nothing; a second Ctrl-C, later than
     that, interrupts at once.
@@ -182,7 +272,7 @@ def signals() -> Iterator[Signals]:
             raise KeyboardInterrupt
         caught.received, first = number, min(first, time.monotonic())
 
-    former = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    former = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield caught
     finally:

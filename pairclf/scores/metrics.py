@@ -12,7 +12,9 @@ Floats = NDArray[np.float64]
 BINS = 15  # Guo et al. 2017, arXiv 1706.04599
 
 
-def log_loss(probabilities: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None) -> float:
+def log_loss(
+    probabilities: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None, *, multi_label: bool = False
+) -> float:
     """Mean cross-entropy of soft targets. Where targets are one-hot this is `sklearn.metrics.log_loss`.
 
     Probabilities are clipped to [eps, 1 - eps] with float64's eps, as scikit-learn does, and not normalised.
@@ -21,22 +23,29 @@ def log_loss(probabilities: ArrayLike, targets: ArrayLike, weights: ArrayLike | 
         probabilities: `(N, C)`.
         targets: `(N, C)`, rows summing to one.
         weights: `(N,)` shares of the rows; None: alike.
+        multi_label: several classes may hold: the sum of each label's own cross-entropy, of its yes and its no.
 
     Raises:
         DataError: shapes differ, there are no rows, or a number is not finite.
     """
     given, wanted = _pair(probabilities, targets)
+    if multi_label:
+        given, wanted = (np.concatenate([one, 1 - one], axis=1) for one in (given, wanted))
     loss = -(wanted * _log_clipped(given)).sum(axis=1)
     return float(np.average(loss, weights=_weights(weights, len(loss))))
 
 
-def accuracy(probabilities: ArrayLike, targets: ArrayLike) -> float:
+def accuracy(probabilities: ArrayLike, targets: ArrayLike, *, multi_label: bool = False) -> float:
     """Part of the rows whose likeliest class is the target's likeliest; of equal classes the first counts.
+
+    With `multi_label` the part of all labels that stand on the target's side of one half.
 
     Raises:
         DataError: as `log_loss`.
     """
     given, wanted = _pair(probabilities, targets)
+    if multi_label:
+        return float(((given > 0.5) == (wanted > 0.5)).mean())
     return float((given.argmax(axis=1) == wanted.argmax(axis=1)).mean())
 
 

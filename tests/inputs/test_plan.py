@@ -28,7 +28,9 @@ def test_batches_partition_the_rows_within_the_budget(lengths: list[int], budget
 def test_steps_partition_an_epoch_and_follow_the_seed(rows: int, size: int, seed: int, epoch: int) -> None:
     steps = list(random_steps(rows, size, seed=seed, epoch=epoch))
     assert sorted(np.concatenate(steps).tolist() if steps else []) == list(range(rows))
-    assert all(len(step) == size for step in steps[:-1])
+    assert len(steps) == -(-rows // size)
+    assert all(len(step) <= size for step in steps)
+    assert max(map(len, steps), default=0) - min(map(len, steps), default=0) <= 1
     again = random_steps(rows, size, seed=seed, epoch=epoch)
     assert [step.tolist() for step in steps] == [step.tolist() for step in again]
 

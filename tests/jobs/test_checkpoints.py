@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tests_support import make_rows, write_csv
 
@@ -28,7 +30,8 @@ from pairclf.jobs import train as loop
 from pairclf.jobs.checkpoints import CHECKPOINTS, STATE, check_disk, flat_settings, flattened, unflattened
 from pairclf.jobs.inputs import open_inputs
 from pairclf.jobs.launch import make_accelerator
-from pairclf.jobs.train import HeldOut, train
+from pairclf.jobs.step import HeldOut, prepare
+from pairclf.jobs.train import train
 from pairclf.model.engine import Classifier
 
 ROWS = make_rows(24)
@@ -38,9 +41,9 @@ ADAPTER = "fold0/bundle/adapter/adapter_model.safetensors"
 def run(config: Config, folder: Path, resume: bool | None = None) -> Classifier:
     encoded = open_inputs(config).builder.encode(ROWS)
     targets = torch.tensor([row.target for row in ROWS[:6]]).numpy()
-    held_out = HeldOut(encoded[:6], targets)
+    held_out = HeldOut(encoded[:6], targets, "")
     accelerator = make_accelerator(config)
-    return train(config, ROWS, encoded, folder, accelerator, held_out=held_out, resume=resume)
+    return train(config, prepare(ROWS, encoded, config), folder, accelerator, held_out=held_out, resume=resume)
 
 
 def weights(classifier: Classifier) -> torch.Tensor:
@@ -155,20 +158,23 @@ def test_killed_during_a_save_it_goes_on_from_a_whole_checkpoint(
     assert left == ["step-00000008", "step-00000009"]
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O: No space left")], ids=repr
+)
 def test_a_full_disk_stops_the_training_and_spares_the_checkpoints(
-    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     config, original = config_of(config_for), module.save_file
     undisturbed = weights(run(config, tmp_path / "whole"))
 
     def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if (tmp_path / "full" / CHECKPOINTS / "step-00000004").exists():
-            raise OSError(28, "No space left on device")
+            raise error
         original(tensors, path)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_file", save_file)
-        with pytest.raises(CheckpointError, match="No space left") as caught:
+        with pytest.raises(CheckpointError, match=r"can't be written: .*No space left") as caught:
             run(config, tmp_path / "full")
     assert "--resume" in str(caught.value)
     assert torch.equal(weights(run(config, tmp_path / "full", resume=True)), undisturbed)
@@ -240,6 +246,54 @@ def test_a_signal_saves_and_ends_and_the_training_goes_on(
     assert caught.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is handler
     assert torch.equal(weights(run(config, tmp_path / "stopped", resume=True)), undisturbed)
+
+
+def test_a_mean_of_checkpoints_does_not_hang_on_signals(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(config_for, checkpoint_every=3, average_last=2)
+    undisturbed = weights(run(config, tmp_path / "whole"))
+    original, step = loop.apply, [0]
+
+    def apply(*arguments: Any) -> Any:
+        step[0] += 1
+        if step[0] in (3, 6):  # the signal is heeded one step later
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "apply", apply)
+        for heeded in (4, 7):
+            with pytest.raises(StopError, match=f"after step {heeded} of 9"):
+                run(config, tmp_path / "stopped", resume=True)
+            step[0] = heeded
+    assert torch.equal(weights(run(config, tmp_path / "stopped", resume=True)), undisturbed)
+    with pytest.raises(CheckpointError, match="checkpoint_every"):
+        run(config_of(config_for, checkpoint_every=1, average_last=2), tmp_path / "stopped", resume=True)
+
+
+def test_best_weights_are_kept_once_for_each_checkpoint_and_missed_at_once(
+    config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(config_for, evaluate_every=1, keep="best", checkpoint_every=4, log_every=99)
+    with monkeypatch.context() as patch:
+        patch.setitem(loop.METRICS, "log_loss", (lambda *_: -float(len(list(tmp_path.rglob("best-*")))), 1))
+        kill_after(7, patch)
+        with pytest.raises(Killed):
+            run(config, tmp_path)
+    found = sorted(path.name for path in (tmp_path / CHECKPOINTS).glob("best-*"))
+    assert 1 <= len(found) <= 3
+    for path in (tmp_path / CHECKPOINTS).glob("best-*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="damaged"):
+        run(config, tmp_path, resume=True)
+
+
+def test_other_texts_are_other_rows(config_for: Callable[..., Config]) -> None:
+    config = config_of(config_for)
+    other = [replace(row, fields={**row.fields, "prompt": ("Question 7",)}) for row in ROWS]
+    encoded = open_inputs(config).builder.encode(ROWS)
+    assert prepare(ROWS, encoded, config).fingerprint != prepare(other, encoded, config).fingerprint
 
 
 def test_without_a_checkpoint_it_starts_from_the_beginning(

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from tests_support import make_rows
 
 from pairclf.config import Config
-from pairclf.errors import ModelError
+from pairclf.errors import DataError, ModelError
 from pairclf.jobs.inputs import open_inputs
 from pairclf.jobs.launch import make_accelerator
 from pairclf.jobs.losses import cross_entropy, disagreement, distillation
@@ -31,12 +31,13 @@ MEMBERS = np.arange(8)
 
 
 def learner_of(config: Config) -> Learner:
-    """With adapters that have an effect: LoRA's B starts at zero, and A then has no gradient."""
+    """Of `ROWS`, with adapters that have an effect: LoRA's B starts at zero, and A then has no gradient."""
     classifier = build(config, CPU)
     for name, one in classifier.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(one, std=0.05)
-    return construct(config, classifier, make_accelerator(config))
+    examples = prepare(ROWS, open_inputs(config).builder.encode(ROWS), config)
+    return construct(config, examples, classifier, make_accelerator(config))
 
 
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
@@ -63,15 +64,14 @@ def test_out_of_memory_halves_the_budget_and_the_result_is_the_same(
     config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     config = config_for("llama", train={"layout": layout})
-    examples = prepare(ROWS, open_inputs(config).builder.encode(ROWS), config)
     learner = learner_of(config)
-    outcome, budget = within_memory(learner, config, examples, MEMBERS, 1, None)
+    outcome, budget = within_memory(learner, MEMBERS, 1, None)
     whole = gradients(learner)
     assert budget is None
     limit = int(outcome.computed) // 3
     learner = learner_of(config)
     tried = small_memory(learner.classifier, monkeypatch, limit)
-    again, budget = within_memory(learner, config, examples, MEMBERS, 1, None)
+    again, budget = within_memory(learner, MEMBERS, 1, None)
     assert budget is not None
     assert budget <= max(tried) // 2
     assert max(tried) > limit
@@ -83,24 +83,45 @@ def test_out_of_memory_halves_the_budget_and_the_result_is_the_same(
 def test_half_done_gradients_are_not_kept(config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     """The wrong variant: to do the step again on top of what the failed attempt left."""
     config = config_for("llama", train={"rows_per_batch": 2})
-    examples = prepare(ROWS, open_inputs(config).builder.encode(ROWS), config)
     learner = learner_of(config)
-    accumulate(learner, config, examples, MEMBERS, 1)
+    accumulate(learner, MEMBERS, 1)
     whole = gradients(learner)
-    accumulate(learner, config, examples, MEMBERS, 1)
+    accumulate(learner, MEMBERS, 1)
     assert max(float((one - whole[name]).abs().max()) for name, one in gradients(learner).items()) > 1e-3
+
+
+def test_what_was_done_before_the_memory_ran_out_is_done_again(
+    config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate clears no gradient while it thinks that more is to come."""
+    config = config_for("llama", train={"rows_per_batch": 3})
+    learner = learner_of(config)
+    accumulate(learner, MEMBERS, 1)
+    whole = gradients(learner)
+    learner = learner_of(config)
+    forward, passes = learner.classifier.backbone.forward, [0]
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        passes[0] += 1
+        if passes[0] == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test's)")
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(learner.classifier.backbone, "forward", failing)
+    within_memory(learner, MEMBERS, 1, None)
+    assert max(float((one - whole[name]).abs().max()) for name, one in gradients(learner).items()) <= 1e-5
 
 
 def test_a_row_that_fits_nowhere_is_named(config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_for("llama")
-    examples = prepare(ROWS, open_inputs(config).builder.encode(ROWS), config)
     learner = learner_of(config)
-    tried = small_memory(learner.classifier, monkeypatch, 2 * max(examples.lengths) - 1)
+    lengths = learner.examples.lengths
+    tried = small_memory(learner.classifier, monkeypatch, 2 * max(lengths) - 1)
     with pytest.raises(ModelError, match="does not suffice for one row") as caught:
-        within_memory(learner, config, examples, MEMBERS, 1, None)
-    longest = max(range(8), key=examples.lengths.__getitem__)
+        within_memory(learner, MEMBERS, 1, None)
+    longest = max(range(8), key=lengths.__getitem__)
     assert caught.value.rows == (ROWS[longest].id,)
-    assert tried[-1] == 2 * max(examples.lengths)
+    assert tried[-1] == 2 * max(lengths)
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str) -> None:
@@ -123,7 +144,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str) -> None:
 
 def run(config: Config, folder: Path) -> Classifier:
     rows = make_rows(24)
-    return train(config, rows, open_inputs(config).builder.encode(rows), folder, make_accelerator(config))
+    examples = prepare(rows, open_inputs(config).builder.encode(rows), config)
+    return train(config, examples, folder, make_accelerator(config))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -188,8 +210,18 @@ def test_float16_finds_its_scale_where_a_gradient_overflows(
     rows, accelerator = make_rows(24), make_accelerator(config)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # Accelerate makes one on GPUs alone
     accelerator.native_amp = True
-    trained = train(config, rows, open_inputs(config).builder.encode(rows), tmp_path, accelerator)
+    examples = prepare(rows, open_inputs(config).builder.encode(rows), config)
+    trained = train(config, examples, tmp_path, accelerator)
     assert accelerator.scaler.get_scale() == 512.0
     assert all(one.isfinite().all() for one in trained.parameters())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("weight", [1e300, 1e-300])
+def test_weights_that_float32_can_not_hold_are_refused(config_for: Callable[..., Config], weight: float) -> None:
+    config = config_for("llama")
+    rows = [*ROWS[:2], replace(ROWS[2], weight=weight)]
+    with pytest.raises(DataError, match="float32") as caught:
+        prepare(rows, open_inputs(config).builder.encode(rows), config)
+    assert caught.value.rows == (ROWS[2].id,)

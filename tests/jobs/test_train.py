@@ -20,8 +20,8 @@ from pairclf.inputs.render import Encoded
 from pairclf.jobs.inputs import open_inputs
 from pairclf.jobs.launch import make_accelerator
 from pairclf.jobs.scoring import by_order, combine, items_of, probabilities, score
-from pairclf.jobs.step import Examples, Learner, accumulate, orders_shown, prepare
-from pairclf.jobs.train import HeldOut, construct, total_steps, train
+from pairclf.jobs.step import Examples, HeldOut, Learner, accumulate, orders_shown, prepare
+from pairclf.jobs.train import construct, total_steps, train
 from pairclf.model.engine import Classifier, build
 from pairclf.task import AB, BA, LMSYS, Row
 
@@ -36,18 +36,18 @@ def examples_of(config: Config, rows: list[Row]) -> Examples:
     return prepare(rows, encode(config, rows), config)
 
 
-def with_working_adapters(config: Config) -> Learner:
+def with_working_adapters(config: Config, rows: list[Row]) -> Learner:
     """LoRA's B starts at zero, and A then has no gradient: fill it."""
     classifier = build(config, CPU)
     for name, one in classifier.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(one, std=0.05)
-    return construct(config, classifier, make_accelerator(config))
+    return construct(config, examples_of(config, rows), classifier, make_accelerator(config))
 
 
 def gradients(config: Config, rows: list[Row]) -> tuple[float, dict[str, torch.Tensor]]:
-    learner, examples = with_working_adapters(config), examples_of(config, rows)
-    outcome = accumulate(learner, config, examples, np.arange(len(rows)), 1, config.train.tokens_per_batch)
+    learner = with_working_adapters(config, rows)
+    outcome = accumulate(learner, np.arange(len(rows)), 1, config.train.tokens_per_batch)
     assert outcome is not None
     return outcome.loss, gradients_of(learner)
 
@@ -83,9 +83,9 @@ def test_a_loss_averaged_over_micro_batches_would_show(config_for: Callable[...,
     rows = make_rows(7)
     _, whole = gradients(config_for("llama"), rows)
     config = config_for("llama")
-    learner, examples = with_working_adapters(config), examples_of(config, rows)
+    learner = with_working_adapters(config, rows)
     for part in (np.arange(4), np.arange(4, 7)):
-        accumulate(learner, config, examples, part, step=1)
+        accumulate(learner, part, step=1)
     wrong = {name: one / 2 for name, one in gradients_of(learner).items()}
     assert farthest(wrong, whole) > 1e-3
 
@@ -121,10 +121,11 @@ def test_steps_follow_epochs_and_the_limit() -> None:
     assert total_steps(resolve({"train": {"epochs": 2, "rows_per_step": 16, "max_steps": 4}}), 33) == 4
 
 
-def run(config: Config, folder: Path, rows: list[Row], **given: Any) -> Classifier:
+def run(config: Config, folder: Path, rows: list[Row], teachers: Any = None) -> Classifier:
     encoded = encode(config, rows)
-    held_out = HeldOut(encoded[:9], np.array([row.target for row in rows[:9] if row.target]))
-    return train(config, rows, encoded, folder, make_accelerator(config), held_out=held_out, **given)
+    examples = prepare(rows, encoded, config, teachers)
+    held_out = HeldOut(encoded[:9], np.array([row.target for row in rows[:9] if row.target]), "")
+    return train(config, examples, folder, make_accelerator(config), held_out=held_out)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

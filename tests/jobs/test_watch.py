@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -19,9 +20,9 @@ from pairclf.jobs import watch as module
 from pairclf.jobs.estimate import Cost
 from pairclf.jobs.inputs import open_inputs
 from pairclf.jobs.launch import make_accelerator
-from pairclf.jobs.step import Outcome
+from pairclf.jobs.step import Outcome, prepare
 from pairclf.jobs.train import train
-from pairclf.jobs.watch import Log, signals, start_trackers
+from pairclf.jobs.watch import Log, check_trackers, signals
 
 COST = Cost(linear=10.0, quadratic=0.0, trained=0.0, reached=1.0)
 OUTCOME = Outcome(loss=1.0, tokens=80, computed=100, stopping=False)
@@ -37,6 +38,7 @@ def test_means_and_sums_are_those_since_the_last_line(tmp_path: Path, monkeypatc
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(module, "peak_of", lambda _: 4000.0)
     log = log_of(tmp_path, accelerator)
+    log.begin({})
     log.start()
     log.add(1, replace(OUTCOME, loss=float("nan")), [80], learning_rate=0.5, skipped=1)
     log.start()
@@ -45,7 +47,7 @@ def test_means_and_sums_are_those_since_the_last_line(tmp_path: Path, monkeypatc
     log.add(3, replace(OUTCOME, loss=3.0, computed=80), [80], learning_rate=0.1, skipped=1)
     log.close(3)
     log.close(3)
-    first, second = log.state()["lines"]
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["loss"] == 1.0
     assert (first["step"], first["learning_rate"], first["skipped"]) == (2, 0.25, 1)
     assert (first["tokens"], first["seconds"], first["tokens_per_second"]) == (160, 4.0, 40.0)
@@ -61,13 +63,14 @@ def test_a_tracker_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch
     config = resolve({"train": {"trackers": ["wandb"]}})
     monkeypatch.setattr(module, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="pip install wandb"):
-        start_trackers(config, tmp_path, make_accelerator(config))
+        check_trackers(config)
 
 
 def trained(config_for: Callable[..., Config], folder: Path, tracker: str) -> None:
     config = config_for("llama", train={"trackers": [tracker], "log_every": 1})
     rows = make_rows(24)
-    train(config, rows, open_inputs(config).builder.encode(rows), folder, make_accelerator(config))
+    examples = prepare(rows, open_inputs(config).builder.encode(rows), config)
+    train(config, examples, folder, make_accelerator(config))
 
 
 def test_tensorboard_gets_the_lines_and_the_settings(config_for: Callable[..., Config], tmp_path: Path) -> None:

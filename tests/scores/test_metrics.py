@@ -101,3 +101,12 @@ def test_way_to_best() -> None:
 def test_what_cannot_be_judged_is_refused(values: Any, targets: Any, weights: Any, expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         log_loss(values, targets, weights)
+
+
+def test_several_labels_are_judged_one_by_one() -> None:
+    """Without it, saying yes to everything would cost nothing."""
+    given, wanted = np.array([[0.9, 0.2], [0.6, 0.7]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    by_hand = -np.mean([np.log(0.9) + np.log(0.8), np.log(0.4) + np.log(0.7)])
+    assert log_loss(given, wanted, multi_label=True) == pytest.approx(by_hand)
+    assert log_loss(np.ones((2, 2)), wanted, multi_label=True) > 10
+    assert accuracy(given, wanted, multi_label=True) == 0.75
