@@ -239,6 +239,12 @@ def _spread(processes: int | None) -> None:
         raise typer.Exit(run_processes(processes, sys.argv[1:]))
 
 
+def _say_once(*lines: object) -> None:
+    """The first of several processes speaks for all."""
+    for line in lines if os.environ.get("RANK", "0") == "0" else ():
+        output.print(line)
+
+
 @_example("pairclf train configs/lmsys/gemma2-9b-qlora.yaml --fold 0 train.learning_rate=2e-4")
 def train(
     config: ConfigPath,
@@ -252,7 +258,7 @@ def train(
     _spread(processes)
     from pairclf.jobs.fit import fit
 
-    output.print(fit(settings, fold, resume=resume))
+    _say_once(fit(settings, fold, resume=resume))
 
 
 @_example("pairclf cv configs/lmsys/gemma2-9b-qlora.yaml folds.run=[0,1]")
@@ -262,8 +268,7 @@ def cv(config: ConfigPath, overrides: Overrides = None, processes: Processes = N
     _spread(processes)
     from pairclf.jobs.cv import cross_validate
 
-    for bundle in cross_validate(settings, resume=resume):
-        output.print(bundle)
+    _say_once(*cross_validate(settings, resume=resume))
 
 
 @_example("pairclf predict runs/lmsys/gemma2-9b-qlora/fold0/bundle --data test.csv --sample sample_submission.csv")

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -303,7 +303,7 @@ class Train(Section):
         "memory, not results; null: no limit",
     )
     layout: Literal["padded", "packed"] = Field(
-        "packed", description="rows of a batch side by side, padded to the longest; or end to end, without padding"
+        "packed", description="padded: a batch's rows side by side, filled up to the longest; packed: end to end"
     )
     optimizer: Optimizer = Field("adamw", description="8bit: states of 8 bits; paged: states that may leave the GPU")
     learning_rate: float = Field(1e-4, gt=0, description="peak rate of the adapters (or of the whole model)")
@@ -630,6 +630,11 @@ def _kinds(annotation: Any) -> Iterator[Any]:
         yield from _kinds(part)
 
 
+def _choices(annotation: Any) -> list[Any]:
+    """The values that a setting can have, where they are named."""
+    return [value for kind in _kinds(annotation) if get_origin(kind) is Literal for value in get_args(kind)]
+
+
 def _explain(error: ValidationError) -> str:
     known = [key for key, _ in settings()]
     lines = []
@@ -695,7 +700,9 @@ def describe_config(config: Config) -> str:
         for name, field in type(section).model_fields.items():
             value, indent = getattr(section, name), "  " * depth
             shown = "" if isinstance(value, BaseModel) else " " + json.dumps(values[name], ensure_ascii=False)
-            lines.append(f"{indent}{name}:{shown}  # {field.description}")
+            choices = " | ".join(map(str, _choices(field.annotation)))
+            help_text = f"{field.description} [{choices}]" if choices else field.description
+            lines.append(f"{indent}{name}:{shown}  # {help_text}")
             if isinstance(value, BaseModel):
                 walk(value, depth + 1)
 

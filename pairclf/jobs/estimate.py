@@ -419,7 +419,7 @@ def _seconds(config: Config, classifier: Classifier, sample: _Sample) -> tuple[f
 def _sustained(classifier: Classifier, tokens: int) -> float:
     """FLOP/s of the largest linear layer on `tokens` tokens: as it is stored, dequantisation included.
 
-    Fewer tokens are taken where one product would last too long; the median of some 0.3 seconds counts.
+    Fewer tokens are taken where one product would last too long; the median of some 0.1 seconds counts.
     """
     linear = max(_linears(classifier.backbone), key=_weights)
     device = classifier.device
@@ -427,7 +427,7 @@ def _sustained(classifier: Classifier, tokens: int) -> float:
     tokens = max(64, min(tokens, int(largest)))
     inputs = torch.ones(tokens, linear.in_features, device=device, dtype=classifier.dtype)
     taken: list[float] = []
-    while len(taken) < 3 or sum(taken) < 0.3:
+    while len(taken) < 3 or sum(taken) < 0.1:
         start = time.perf_counter()
         with torch.autocast(device.type, classifier.dtype, enabled=classifier.dtype != torch.float32):
             linear(inputs)

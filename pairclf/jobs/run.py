@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from pairclf.config import Config
+from pairclf.console import console
 from pairclf.data.audit import clean, exclude_overlap, note_changes
 from pairclf.data.folds import assert_apart, assert_no_leak, make_folds, read_folds, write_folds
 from pairclf.data.tables import read_rows
@@ -72,6 +73,8 @@ def labelled_rows(config: Config) -> pl.DataFrame:
     if not data.train:
         raise ConfigError("data.train names no file", remedy="e.g. data.train=[train.csv]")
     frame = read_rows(data.sources, task, labelled=True, max_rows=data.max_rows)
+    if len(frame) == data.max_rows and any(one.train_only for one in data.train) and not frame["train_only"].any():
+        console.print(f"note: data.max_rows={data.max_rows} leaves no room for train_only rows, which are read last")
     frame, excluded = exclude_overlap(frame, data.sources, task, config.folds.near)
     frame, findings = clean(frame, task, data.rules, labelled=True)
     note_changes([*excluded, *findings])

@@ -6,7 +6,6 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from pairclf.errors import CheckpointError, ModelError, StopError
 from pairclf.files import write_text
 from pairclf.inputs.plan import random_steps
 from pairclf.jobs.checkpoints import CHECKPOINTS, Best, Checkpoints, State, discard, identity_of
-from pairclf.jobs.estimate import cost_of_model, forget_peak, peak_memory, verdict
+from pairclf.jobs.estimate import cost_of_model, forget_peak
 from pairclf.jobs.launch import gathered_weights, mode_of, prepare_model, shards
 from pairclf.jobs.optimizers import (
     MovingAverage,
@@ -34,7 +33,7 @@ from pairclf.jobs.optimizers import (
 )
 from pairclf.jobs.scoring import Floats, by_order, combine, items_of, probabilities, score
 from pairclf.jobs.step import Examples, HeldOut, Learner, Members, apply, within_memory
-from pairclf.jobs.watch import Log, Signals, announce, expect, signals, start_trackers
+from pairclf.jobs.watch import Log, Signals, announce, conclude, expect, signals, start_trackers
 from pairclf.model.backbone import checkpoint_gradients
 from pairclf.model.engine import Classifier, build
 from pairclf.scores.metrics import accuracy, expected_calibration_error, log_loss
@@ -120,10 +119,8 @@ def train(
 
     # Clean up
     log.close(state.step)
-    if expected is not None and state.step > begun:
-        part = expected.forecast.seconds * (state.step - begun) / steps
-        took = replace(expected.forecast, seconds=part)
-        console.print(verdict(took, peak_memory(accelerator.device), log.seconds - before))
+    if expected is not None:
+        conclude(expected, (state.step - begun) / steps, log.seconds - before, accelerator.device)
     for tracker in accelerator.trackers:
         tracker.finish()  # `end_training` would end the processes' group too, and another fold may follow
     _keep(learner, checkpoints, state)

@@ -8,11 +8,12 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from pairclf.config import Config, Train
@@ -28,6 +29,7 @@ from pairclf.jobs.estimate import (
     peak_of,
     state_bytes,
     training_operations,
+    verdict,
     warning,
 )
 from pairclf.jobs.optimizers import trained_weights
@@ -202,6 +204,13 @@ def announce(learner: Learner, steps: int, expected: Expected, folder: Path) -> 
     )
     if (doubt := warning(expected.forecast, config)) is not None:
         console.print(doubt, style="yellow")
+
+
+def conclude(expected: Expected, done: float, seconds: float, device: torch.device) -> None:
+    """By how much the forecast was right, for the part of the training, from 0 to 1, that was done here."""
+    if done:
+        part = replace(expected.forecast, seconds=expected.forecast.seconds * done)
+        console.print(verdict(part, peak_memory(device), seconds))
 
 
 def _when(settings: Train) -> str:
