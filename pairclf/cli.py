@@ -49,7 +49,8 @@ Resume = Annotated[
     bool | None,
     typer.Option(
         "--resume/--no-resume",
-        help="go on where a training stopped, and leave finished folds alone; or delete its checkpoints and start over",
+        help="go on where a training stopped; or delete its checkpoints, and make what is finished anew; neither: "
+        "leave what is finished, refuse what stopped half-way",
     ),
 ]
 
