@@ -1,7 +1,7 @@
 """Whether a training fits: its operations, memory and hours, said before they are spent and held to at the end.
 
 Nothing here is fitted to an architecture. What a forward pass keeps for its backward pass is read off the model itself,
-on three short sequences, and the speed is that of its own largest layer on this device.
+on three short sequences, and the speed is that of a short pass forward and backward on this device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from transformers import AutoConfig, AutoModel
 from pairclf.config import Config
 from pairclf.inputs.plan import micro_batches, random_steps
 from pairclf.model.backbone import resolve_base
-from pairclf.model.batch import Item
+from pairclf.model.batch import Batch, Item
 from pairclf.model.engine import Classifier, layout_of
 
 STEPS = 2000
@@ -43,9 +42,8 @@ In the backward pass 0.1 to 0.3 of a layer's are alive (30M Llama, float32). On 
 not give small tensors' memory back: 1.5 to 4.3 layers with and without adapters, padding and checkpointing.
 """
 
-EFFICIENCY = {"cpu": 0.6, "cuda": 0.5}
-"""Speed of whole steps over that of the largest linear layer alone. CPU: 0.45 (adapters with dropout) to 0.65 measured
-on a 30M Llama. CUDA: no more than a guess."""
+MEASURED = {"cpu": 2e10, "cuda": 2e14}
+"""Floating-point operations of the pass whose speed is measured, at most, unless one short sequence takes more."""
 
 # --- operations ------------------------------------------------------------------------------------------------------
 
@@ -237,7 +235,7 @@ def forecast(
 ) -> Forecast:
     """Predict the memory and time of a training; takes about a second.
 
-    Call it after adapters are on and before the first step, on the bare classifier: it runs short forward passes. What
+    Call it after adapters are on and before the first step, on the bare classifier: it runs short passes. What
     DeepSpeed and FSDP spread over processes is counted whole.
 
     Args:
@@ -373,16 +371,28 @@ def kept_bytes(config: Config, classifier: Classifier, length: int) -> tuple[lis
         return tensor
 
     pair = [length, length - 1]  # of unlike lengths, so that a padded batch has a mask
-    items = [Item(row=0, order=0, ids=np.ones(one, dtype=np.int32)) for one in pair]
-    batch = layout_of("decoder", "head", config.train.layout)(items).to(classifier.device)
+    batch = _made_up(config, classifier, pair)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with _short_passes(classifier), hooks:
+        classifier(batch.inputs, batch.read_at, batch.lengths)
+    return (pair if config.train.layout == "packed" else [length, length]), sum(kept.values())
+
+
+def _made_up(config: Config, classifier: Classifier, lengths: Sequence[int]) -> Batch:
+    """A batch of sequences of such lengths."""
+    items = [Item(row=0, order=0, ids=np.ones(one, dtype=np.int32)) for one in lengths]
+    return layout_of("decoder", "head", config.train.layout)(items).to(classifier.device)
+
+
+@contextmanager
+def _short_passes(classifier: Classifier) -> Iterator[None]:
+    """Training mode, for dropout's masks, without recomputation; random numbers and the mode are as before after it."""
     devices = [classifier.device] if classifier.device.type == "cuda" else []
     was_training = classifier.training
-    classifier.train()  # for dropout's masks
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with torch.random.fork_rng(devices), _no_checkpointing(classifier), hooks:
-        classifier(batch.inputs, batch.read_at, batch.lengths)
+    classifier.train()
+    with torch.random.fork_rng(devices), _no_checkpointing(classifier):
+        yield
     classifier.train(was_training)
-    return (pair if config.train.layout == "packed" else [length, length]), sum(kept.values())
 
 
 @contextmanager
@@ -406,35 +416,34 @@ def _seconds(config: Config, classifier: Classifier, sample: _Sample) -> tuple[f
     cost = cost_of_model(classifier.backbone)
     lengths = np.concatenate([np.asarray(batch) for batch in sample.batches])
     operations = training_operations(cost, lengths, recompute=config.train.gradient_checkpointing)
-    sustained = _sustained(classifier, round(lengths.sum() / len(sample.batches)))
-    efficiency = EFFICIENCY[classifier.device.type]
-    why = (
-        f"{operations / sample.rows / 1e9:,.3g} GFLOP a row and process; {sustained / 1e12:.3g} TFLOP/s in the "
-        f"largest layer, of which {efficiency:.0%} count"
-    )
-    return operations / (sustained * efficiency), why
+    sustained = _sustained(config, classifier, cost, sample.batches[len(sample.batches) // 2])
+    speed = f"{sustained / 1e12:.3g} TFLOP/s in a pass just made"
+    return operations / sustained, f"{operations / sample.rows / 1e9:,.3g} GFLOP a row and process, {speed}"
 
 
-@torch.no_grad()
-def _sustained(classifier: Classifier, tokens: int) -> float:
-    """FLOP/s of the largest linear layer on `tokens` tokens: as it is stored, dequantisation included.
+def _sustained(config: Config, classifier: Classifier, cost: Cost, batch: Sequence[int]) -> float:
+    """FLOP/s of a forward and backward pass over the first sequences of a batch; the weights stay as they are.
 
-    Fewer tokens are taken where one product would last too long; the median of some 0.1 seconds counts.
+    Adapters, dequantisation and what a step spends besides matrix products are in it: on small models that is most.
     """
-    linear = max(_linears(classifier.backbone), key=_weights)
-    device = classifier.device
-    largest = (1e10 if device.type == "cpu" else 1e12) / (2 * _weights(linear))
-    tokens = max(64, min(tokens, int(largest)))
-    inputs = torch.ones(tokens, linear.in_features, device=device, dtype=classifier.dtype)
+    device, most = classifier.device, MEASURED[classifier.device.type]
+    longest = max(16, int(most / training_operations(cost, [1], recompute=False)))
+    lengths = [min(batch[0], longest)]
+    for length in batch[1:]:
+        if training_operations(cost, [*lengths, length], recompute=False) > most:
+            break
+        lengths.append(length)
     taken: list[float] = []
-    while len(taken) < 3 or sum(taken) < 0.1:
-        start = time.perf_counter()
-        with torch.autocast(device.type, classifier.dtype, enabled=classifier.dtype != torch.float32):
-            linear(inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return 2.0 * _weights(linear) * tokens / median(taken)
+    with _short_passes(classifier):
+        while len(taken) < 3 and sum(taken) < 1.0:  # the first one, which loads kernels and finds memory, is left out
+            start = time.perf_counter()
+            inputs = _made_up(config, classifier, lengths)
+            classifier(inputs.inputs, inputs.read_at, inputs.lengths).sum().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - start)
+    classifier.zero_grad()
+    return training_operations(cost, lengths, recompute=False) / min(taken[1:] or taken)
 
 
 # --- for people ------------------------------------------------------------------------------------------------------

@@ -75,9 +75,9 @@ def train(
     # Construct
     settings, main, rows = config.train, accelerator.is_main_process, len(examples.ids)
     steps = total_steps(config, rows)
-    forget_peak(accelerator.device)
     classifier = build(config, accelerator.device)
     expected = expect(config, classifier, examples, steps, accelerator.num_processes) if main else None
+    forget_peak(accelerator.device)
     learner = construct(config, examples, classifier, accelerator)
     identity = identity_of(config, examples, held_out)
     checkpoints = Checkpoints(folder / CHECKPOINTS, settings.checkpoints, identity)
