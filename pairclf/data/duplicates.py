@@ -42,8 +42,7 @@ def normalised_prompts(frame: pl.DataFrame, task: Task) -> pl.Series:
     """The texts `(N,)` that prompts are compared by, "" where there is none; String.
 
     They hold the fields that a swap leaves in place, in NFKC and lower case, white space collapsed, control characters
-    removed. Where a swap
-    moves every field, their sorted texts stand together, so that a pair and its mirror are equal.
+    removed. Where a swap moves every field, their sorted texts stand together, so that a pair and its mirror are equal.
     """
     staying = [name for name in task.fields if name not in (task.swap_fields or ())]
     texts = [normalised_texts(frame[name].list.join("\n")) for name in staying or task.fields]
@@ -58,9 +57,8 @@ def normalised_texts(texts: pl.Series) -> pl.Series:
     strange = texts.str.len_bytes() != texts.str.len_chars()
     if strange.any():
         texts = texts.scatter(strange.arg_true(), texts.filter(strange).str.normalize("NFKC"))
-    lowered = (
-        texts.str.replace_all(CONTROL, "").str.to_lowercase().str.replace_many(["ß", "ς"], ["ss", "σ"])
-    )  # STRASSE is Straße, too
+    lowered = texts.str.replace_all(CONTROL, "").str.to_lowercase()
+    lowered = lowered.str.replace_many(["ß", "ς"], ["ss", "σ"])  # STRASSE is Straße, too
     return lowered.str.replace_all(r"\s{2,}|[^\S ]", " ").str.strip_chars()  # most white space is one blank, and stays
 
 

@@ -74,6 +74,16 @@ def kill_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "apply", apply)
 
 
+def run_killed(
+    config: Config, folder: Path, step: int, monkeypatch: pytest.MonkeyPatch, resume: bool | None = None
+) -> None:
+    """A training that dies when it has taken this step."""
+    with monkeypatch.context() as patch:
+        kill_after(step, patch)
+        with pytest.raises(Killed):
+            run(config, folder, resume)
+
+
 # 9 steps, dropout on, checkpoints at 2, 4, 6, 8 and 9: more than one between two lines of the log.
 DIALS: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -97,10 +107,7 @@ def test_a_killed_training_goes_on_to_the_same_weights_and_log(
     config = config_of(config_for, **DIALS[name])
     undisturbed = weights(run(config, tmp_path / "whole"))
     for step in (5, 3):  # killed, killed again soon after it went on
-        with monkeypatch.context() as patch:
-            kill_after(step, patch)
-            with pytest.raises(Killed):
-                run(config, tmp_path / "killed", resume=True)
+        run_killed(config, tmp_path / "killed", step, monkeypatch, resume=True)
     assert torch.equal(weights(run(config, tmp_path / "killed", resume=True)), undisturbed)
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 
@@ -111,10 +118,7 @@ def test_other_seeds_of_dropout_would_show(
     """The wrong variant: random numbers that go on where the process happens to be."""
     config = config_of(config_for)
     undisturbed = weights(run(config, tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        kill_after(5, patch)
-        with pytest.raises(Killed):
-            run(config, tmp_path / "killed")
+    run_killed(config, tmp_path / "killed", 5, monkeypatch)
     seed = torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda _: seed(7))
     assert not torch.equal(weights(run(config, tmp_path / "killed", resume=True)), undisturbed)
@@ -196,10 +200,7 @@ def test_what_stopped_half_way_is_not_overwritten_unasked(
     config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(config_for)
-    with monkeypatch.context() as patch:
-        kill_after(5, patch)
-        with pytest.raises(Killed):
-            run(config, tmp_path)
+    run_killed(config, tmp_path, 5, monkeypatch)
     with pytest.raises(CheckpointError, match="stopped here half-way"):
         run(config, tmp_path)
     with pytest.raises(CheckpointError, match=r"train.learning_rate=0.5 \(was 0.001\)"):
@@ -216,10 +217,7 @@ def test_a_damaged_checkpoint_is_said_to_be_one(
     config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(config_for)
-    with monkeypatch.context() as patch:
-        kill_after(5, patch)
-        with pytest.raises(Killed):
-            run(config, tmp_path)
+    run_killed(config, tmp_path, 5, monkeypatch)
     newest = tmp_path / CHECKPOINTS / "step-00000004"
     (newest / "optimizer.safetensors").write_bytes(b"\x08" + bytes(7) + b"{}      ")
     with pytest.raises(CheckpointError, match="damaged"):

@@ -312,8 +312,15 @@ def test_an_illegal_mix_is_refused_with_reason_and_remedy(mode: str, setting: st
     refuse_illegal(resolve({"model": {"quantization": "none"}}), launched(mode))
 
 
-def test_qlora_goes_with_zero_2() -> None:
-    refuse_illegal(resolve({"model": {"quantization": "nf4"}}), launched("zero2"))
+def test_qlora_goes_with_zero_2_and_not_with_zero_3() -> None:
+    config = resolve({"model": {"quantization": "nf4"}})
+    refused = []
+    for mode in ("plain", "zero2", "zero3", "fsdp"):
+        try:
+            refuse_illegal(config, launched(mode))
+        except ConfigError:
+            refused.append(mode)
+    assert refused == ["zero3", "fsdp"]
 
 
 def test_gathered_weights_are_the_trained_ones_in_float32(config_for: Callable[..., Config]) -> None:
