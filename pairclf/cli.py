@@ -272,22 +272,80 @@ def cv(config: ConfigPath, overrides: Overrides = None, processes: Processes = N
     _say_once(*cross_validate(settings, resume=resume))
 
 
-@_example("pairclf predict runs/lmsys/gemma2-9b-qlora/fold0/bundle --data test.csv --sample sample_submission.csv")
+@_example(
+    "pairclf predict runs/lmsys/gemma2-9b-qlora/fold0/bundle --data test.csv --sample sample_submission.csv "
+    "--deadline 8h30m"
+)
 def predict(
-    bundles: Bundles,
+    members: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE...", help="bundle folders, or one YAML file of an ensemble")
+    ],
     data: Annotated[Path, typer.Option("--data", help="unlabelled file to predict")],
     sample: Annotated[Path | None, typer.Option("--sample", help="sample submission: ids, order and columns")] = None,
     out: Annotated[Path, typer.Option("--out", help="the submission to write")] = Path("submission.csv"),
     scores: Annotated[Path | None, typer.Option("--scores", help="write the scores as parquet too")] = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option(help="when all must be over: 8h30m from now, or 2026-01-31T18:00:00+00:00; none: when it is done"),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="exit code 3 if a row or a member could not be scored")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="go on where the same run was killed; or score all anew")
+    ] = True,
     base: BaseFolder = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting")
     ] = None,
 ) -> None:
-    """Score a test file with one or more bundles and write the submission."""
+    """Score a test file with one or more bundles and write the submission: a valid one at once, then better ones.
+
+    A run that was killed goes on where it was, if it is started again. See docs/prediction.md.
+    """
     from pairclf.jobs.predict import predict as job
 
-    job(bundles, data, out, sample=sample, scores=scores, base=base, overrides=overrides or [])
+    job(
+        members,
+        data,
+        out,
+        sample=sample,
+        scores=scores,
+        base=base,
+        overrides=overrides or [],
+        deadline=deadline,
+        strict=strict,
+        resume=resume,
+    )
+
+
+@_example("pairclf forecast runs/lmsys/gemma2-9b-qlora/fold0/bundle --data test.csv --device t4x2 --rows 25000")
+def forecast(
+    members: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE...", help="bundle folders, or one YAML file of an ensemble")
+    ],
+    data: Annotated[Path, typer.Option("--data", help="unlabelled file whose rows are like those to come")],
+    device: Annotated[
+        str, typer.Option(help="t4, t4x2, l4x4, a100, h100, h200; here: some rows are scored on this machine")
+    ] = "here",
+    rows: Annotated[int | None, typer.Option(min=1, help="rows that there will be; none: those of the file")] = None,
+    deadline: Annotated[
+        list[str] | None, typer.Option(help="what it buys, e.g. 8h30m (repeat for more); none: parts of the whole")
+    ] = None,
+    base: BaseFolder = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting")
+    ] = None,
+) -> None:
+    """Simulate a prediction: hours by stage, and what a deadline buys; the planner is that of the real run."""
+    from datetime import UTC, datetime
+
+    from pairclf.inference.deadline import seconds_until
+    from pairclf.jobs.forecast import forecast as job
+
+    limits = [seconds_until(one, datetime.now(UTC)) for one in deadline or []]
+    for shown in job(members, data, device=device, rows=rows, deadlines=limits, base=base, overrides=overrides or []):
+        output.print(shown, "")
 
 
 @_example("pairclf pseudo configs/lmsys/gemma2-9b-qlora.yaml --data extra.parquet --scores scores.parquet")
@@ -362,6 +420,27 @@ def merge(
     settings = _load(config, overrides)
     merged = job(settings, out, folds=fold or [], average=average, into=into, max_shift=max_shift, rows=rows, base=base)
     output.print(merged)
+
+
+@_example("pairclf export configs/lmsys/gemma2-9b-qlora.yaml --fold 0 --to int8 --out runs/lmsys/int8")
+def export(
+    config: ConfigPath,
+    to: Annotated[str, typer.Option("--to", help="bfloat16, float16, float32, int8, gptq (8 bits) or awq (4 bits)")],
+    out: Annotated[Path, typer.Option("--out", help="folder of the new bundle")],
+    overrides: Overrides = None,
+    fold: Annotated[int | None, typer.Option(help="fold whose bundle to export; none: the run's only one")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="a bundle in place of the run's, e.g. a merged one")] = None,
+    max_shift: Annotated[
+        float, typer.Option(min=0, help="write nothing if the log loss moves by more nats a row (docs/export.md)")
+    ] = 0.01,
+    rows: Annotated[int | None, typer.Option(min=1, help="held-out rows to score; none: all")] = None,
+    base: BaseFolder = None,
+) -> None:
+    """Write a bundle without adapters, whole or quantised, for inference; keep it if it still scores as before."""
+    from pairclf.jobs.export import export as job
+
+    settings = _load(config, overrides)
+    output.print(job(settings, out, to=to, fold=fold, bundle=bundle, max_shift=max_shift, rows=rows, base=base))
 
 
 @_example("pairclf package configs/lmsys/gemma2-9b-qlora.yaml package.owner=me --out kaggle/build/lmsys")

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +24,9 @@ class Section(BaseModel):
     """A group of settings; unknown names are errors."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+_S = TypeVar("_S", bound=Section)
 
 
 def as_list(value: Any) -> Any:
@@ -386,9 +389,31 @@ class Train(Section):
 
 
 class Predict(Section):
-    swap: Literal["off", "full"] = Field("full", description="full: score both orders and average the un-swapped")
-    tokens_per_batch: int = Field(16_384, ge=1, description="padded tokens in one forward pass; memory, not results")
+    swap: Literal["off", "full", "budget", "split"] = Field(
+        "full",
+        description="full: both orders of every row, un-swapped and averaged; budget: the second order for the most "
+        "uncertain rows while time remains (--deadline); split: one order a model, AB for the first, BA for the next",
+    )
+    layout: Literal["auto", "padded", "packed", "shared"] = Field(
+        "auto",
+        description="how rows lie in a batch; packed: end to end; shared: packed, and what both orders of a row (or "
+        "all rows) begin with is computed once; auto: the cheapest that the model allows",
+    )
+    tokens_per_batch: int | None = Field(
+        None, ge=1, description="tokens in one forward pass; memory, not results; null: 16384 on a GPU, 2048 on a CPU"
+    )
     temperature: float = Field(1.0, gt=0, description="logits are divided by it before the softmax")
+    devices: Annotated[list[str], BeforeValidator(as_list)] = Field(
+        [], description="where the processes compute, e.g. [cuda:0, cuda:1] or [cpu, cpu]; none: every GPU, or one CPU"
+    )
+    spread: Literal["auto", "replicas", "pipeline"] = Field(
+        "auto",
+        description="replicas: the whole model on each device, which draw from one queue; pipeline: its layers over "
+        "all of them; auto: replicas where one device holds the model",
+    )
+    backend: Literal["transformers", "vllm"] = Field(
+        "transformers", description="what runs the model; vllm: where it is installed and can serve it (docs/export.md)"
+    )
 
 
 class Package(Section):
@@ -635,8 +660,8 @@ def _choices(annotation: Any) -> list[Any]:
     return [value for kind in _kinds(annotation) if get_origin(kind) is Literal for value in get_args(kind)]
 
 
-def _explain(error: ValidationError) -> str:
-    known = [key for key, _ in settings()]
+def _explain(error: ValidationError, section: type[Section]) -> str:
+    known = [key for key, _ in settings(section)]
     lines = []
     for issue in error.errors():
         key = ".".join(str(part) for part in issue["loc"])
@@ -655,14 +680,21 @@ def resolve(tree: Mapping[str, Any], where: object = "config") -> Config:
     Raises:
         ConfigError: with every unknown key, wrong value and contradiction at once.
     """
+    return checked(Config, tree, where, "`pairclf config FILE` prints every setting with its help")
+
+
+def checked(section: type[_S], tree: object, where: object, remedy: str) -> _S:
+    """A section, or any other file of settings, from what `parse_yaml` read.
+
+    Raises:
+        ConfigError: with every unknown key, wrong value and contradiction at once.
+    """
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        remedy = "`pairclf config FILE` prints every setting with its help"
         count = error.error_count()
-        raise ConfigError(
-            f"{count} setting{'s' * (count != 1)} can't be used:\n{_explain(error)}", where=where, remedy=remedy
-        ) from error
+        wrong = f"{count} setting{'s' * (count != 1)} can't be used:\n{_explain(error, section)}"
+        raise ConfigError(wrong, where=where, remedy=remedy) from error
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

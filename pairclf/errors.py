@@ -45,6 +45,10 @@ class PairclfError(Exception):
         self.remedy = remedy
         super().__init__(self._text())
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # It goes from process to process as it stands: `__init__` asks for more than the text that pickle would give.
+        return _unpickled, (type(self), self.args, self.__dict__)
+
     def _text(self) -> str:
         lines = [self.what]
         if self.where is not None:
@@ -56,6 +60,12 @@ class PairclfError(Exception):
         if self.remedy:
             lines.append(f"  remedy: {self.remedy}")
         return "\n".join(lines)
+
+
+def _unpickled(kind: type[PairclfError], arguments: tuple[object, ...], state: dict[str, object]) -> PairclfError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(PairclfError):
@@ -79,7 +89,7 @@ class CheckpointError(PairclfError):
 
 
 class StopError(PairclfError):
-    """A signal ended the training after a checkpoint; the exit code is the shell's for it, 128 + its number."""
+    """A signal ended the work in good order: it can go on. The exit code is the shell's for it, 128 + its number."""
 
     def __init__(self, what: str, *, signal: int, remedy: str) -> None:
         super().__init__(what, remedy=remedy)
@@ -88,6 +98,12 @@ class StopError(PairclfError):
 
 class BundleError(PairclfError):
     """A bundle is incomplete, was changed, or does not score its probe rows as it did."""
+
+
+class IncompleteError(PairclfError):
+    """A prediction is there, and not all that was asked for could be scored (`--strict`)."""
+
+    exit_code = 3
 
 
 class PackagingError(PairclfError):

@@ -19,6 +19,11 @@ SHARED = Path(__file__).parents[2] / "shared"
 """Real data and models, where a checkout has them beside it."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--notebooks", type=int, default=100, help="simulated in tests/inference/test_conduct.py")
+    parser.addoption("--kills", type=int, default=2, help="kills at random moments in tests/jobs/test_predict.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker waits for them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -13,14 +13,14 @@ PACKAGE = Path(__file__).parents[1] / "pairclf"
 
 FLOORS = {
     "pairclf": 0, "errors": 0, "task": 0, "config": 0, "files": 0, "console": 0,
-    "data": 1, "scores": 1, "inputs": 2, "model": 3, "jobs": 4, "packaging": 4, "cli": 5, "__main__": 5,
+    "data": 1, "scores": 1, "inputs": 2, "model": 3, "jobs": 4, "inference": 4, "packaging": 4, "cli": 5, "__main__": 5,
 }  # fmt: skip
 ROOMS = {
     "words": ["errors", "console", "files", "task", "config"],
     "data": ["formats", "tables", "arena", "duplicates", "folds", "audit"],
     "scores": ["metrics", "calibration", "blend"],
     "inputs": ["truncate", "tokenise", "render", "plan", "cache"],
-    "model": ["batch", "layouts", "attention", "readout", "backbone", "engine", "bundle"],
+    "model": ["batch", "layouts", "attention", "trim", "precision", "readout", "backbone", "engine", "bundle"],
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "deepspeed"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "_shipped" not in path.parts)

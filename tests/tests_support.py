@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import polars as pl
 
+from pairclf.config import Config, dump_config
+from pairclf.files import sha256_tree
 from pairclf.task import LMSYS, Row
 
 STRANGE = [*'a"\\\n\t\x00\x07\x7fé😀', "שלום", "\u202e", "\ufffd", "[", "]", ",", " "]
@@ -67,3 +70,33 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         for row in rows
     ]
     pl.DataFrame(cells).write_csv(path)
+
+
+def hollow_bundle(
+    folder: Path, config: Config, name: str, *, metrics: Mapping[str, float] | None = None, prior: Sequence[float] = ()
+) -> Path:
+    """A folder that `open_bundle` accepts; its weights are no weights."""
+    from pairclf.model.bundle import FORMAT, MANIFEST, Manifest
+
+    for part in ("adapter/adapter_model.safetensors", "head.safetensors", "tokenizer/tokenizer.json"):
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        (folder / part).write_text(f"{{}} {part}")
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    classes = list(config.task.classes)
+    manifest = Manifest(
+        format=FORMAT,
+        name=name,
+        fold=0,
+        base=config.model.base,
+        base_fingerprint="f" * 64,
+        dtype="float32",
+        classes=classes,
+        metrics={"log_loss": 1.01} if metrics is None else dict(metrics),
+        prior=list(prior) or [1 / len(classes)] * len(classes),
+        versions={},
+        files=sha256_tree(folder),
+        probes=[],
+    )
+    sealed = replace(manifest, seal=manifest.sealed())
+    (folder / MANIFEST).write_text(json.dumps(asdict(sealed)), encoding="utf-8")
+    return folder

@@ -15,7 +15,7 @@ left. Test rows are never dropped: they are repaired where a repair exists, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -321,6 +321,16 @@ def _in_earlier_files(judge: _Judge, rows: pl.Series) -> pl.Series:
 
 
 # --- what the user sees ----------------------------------------------------------------------------------------------
+
+
+def joined(findings: Sequence[Finding]) -> list[Finding]:
+    """One finding a rule, of those that several chunks of a file gave."""
+    made: dict[tuple[str, str, str], Finding] = {}
+    for one in findings:
+        key = (one.rule, one.action, one.done)
+        before = made.get(key, replace(one, count=0, ids=()))
+        made[key] = replace(one, count=before.count + one.count, ids=(*before.ids, *one.ids)[:IDS_KEPT])
+    return list(made.values())
 
 
 def note_changes(findings: Sequence[Finding]) -> None:

@@ -563,6 +563,28 @@ def _load_sample(sample: Path, task: Task) -> pl.DataFrame:
     return wanted
 
 
+def sample_ids(sample: Path, task: Task) -> list[str]:
+    """The ids of a sample submission, in its order.
+
+    Raises:
+        DataError: it has other columns than the task can fill, or ids that are empty or stand twice.
+    """
+    return _load_sample(sample, task)["id"].to_list()
+
+
+def check_ids(ids: Sequence[str], task: Task, sample: Path | None) -> None:
+    """Refuse data whose ids can't become a submission, before hours are spent on it.
+
+    Raises:
+        DataError: ids stand twice, or they are not the sample's; names those that either lacks.
+    """
+    given = pl.Series("id", list(ids), dtype=pl.String)
+    problems = _repeated(given, "the rows")
+    if sample is not None:
+        problems += _different_ids(given, _load_sample(sample, task)["id"], "the rows")
+    refuse(problems, sample)
+
+
 def _repeated(ids: pl.Series, holder: str) -> list[DataError]:
     """A problem where ids are missing or stand twice."""
     rows = ids.filter(ids.is_duplicated() | ids.is_null() | (ids == "")).unique(maintain_order=True).to_list()

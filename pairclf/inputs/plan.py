@@ -9,22 +9,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def by_token_budget(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Length-sorted batches whose padded size stays within a budget, longest first.
+def token_budget(setting: int | None, *, gpu: bool) -> int:
+    """`predict.tokens_per_batch`, or what it is if it is not set.
 
-    Longest first, so that memory peaks in the first batch rather than hours later. A sequence that is longer than the
-    budget goes alone. Ties keep their order, so that the plan depends on lengths alone.
+    A GPU wants many tokens a pass, and needs 4-bit weights dequantised seldom. On a CPU more buy memory alone: the same
+    rows took a 30M Llama 5.10, 4.99 and 4.96 s at 1,024, 2,048 and 8,192 tokens.
+    """
+    return setting or (16_384 if gpu else 2_048)
+
+
+def by_token_budget(lengths: Sequence[int], tokens_per_batch: int, *, padded: bool = True) -> list[list[int]]:
+    """Length-sorted batches whose size stays within a budget, longest first.
+
+    Longest first, so that memory peaks in the first batch rather than hours later. What is longer than the budget goes
+    alone. Ties keep their order, so that the plan depends on lengths alone.
+
+    Args:
+        lengths: tokens of each sequence, or of each row in all its orders if these stay together.
+        tokens_per_batch: the budget.
+        padded: whether padding to the longest counts.
 
     >>> by_token_budget([3, 8, 2, 8], 16)
     [[1, 3], [0, 2]]
     """
     batches: list[list[int]] = []
+    tokens = 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        longest = lengths[batches[-1][0]] if batches else 0
-        if batches and (len(batches[-1]) + 1) * longest <= tokens_per_batch:
+        size = lengths[batches[-1][0]] if batches and padded else lengths[index]
+        if batches and tokens + size <= tokens_per_batch:
             batches[-1].append(index)
+            tokens += size
         else:
             batches.append([index])
+            tokens = lengths[index]
     return batches
 
 

@@ -33,7 +33,7 @@ from pairclf.model.engine import Classifier, layout_of
 STEPS = 2000
 """Steps of the first epoch that are looked at: enough for its largest batch, or nearly."""
 
-PROBES = (32, 64, 128)
+PROBES = (64, 128, 256)
 """Lengths of the sequences whose kept activations are counted."""
 
 SPARE = {"cpu": 3.5, "cuda": 0.5}
@@ -187,20 +187,21 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _memory_now(device: torch.device) -> int:
+def memory_now(device: torch.device) -> int:
+    """What this process has now, in the bytes that `peak_memory` counts."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return resident * os.sysconf("SC_PAGE_SIZE")
 
 
-def _memory_to_have(device: torch.device, processes: int) -> int:
-    """What this process can have in all: what it has, and what is free."""
+def memory_to_have(device: torch.device, processes: int) -> int:
+    """What each of so many processes can have in all: what it has, and its part of what is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return _memory_now(device) + free // processes
+    return memory_now(device) + free // processes
 
 
 # --- the forecast ----------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def forecast(
     seconds, why = _seconds(config, classifier, sample)
     return Forecast(
         memory_bytes=max(sum(parts.values()), peak_memory(device)),
-        available_bytes=_memory_to_have(device, processes),
+        available_bytes=memory_to_have(device, processes),
         parts=parts,
         seconds=seconds * rows_seen / sample.rows,
         why=why,
@@ -305,7 +306,7 @@ def _held(config: Config, classifier: Classifier, device: torch.device) -> dict[
     base = sum(one.nbytes for one in tensors) - sum(one.nbytes for one in trained)
     weights = float(sum(one.nbytes for one in trained))
     held = {
-        "process": float(max(0, _memory_now(device) - base - weights)),  # libraries, scales of quantised weights
+        "process": float(max(0, memory_now(device) - base - weights)),  # libraries, scales of quantised weights
         "base": float(base),
         "trained": weights,
         "gradients": weights,

@@ -31,7 +31,7 @@ from pairclf.jobs.train import train
 from pairclf.jobs.watch import check_trackers
 from pairclf.model.bundle import MANIFEST, Probe, open_bundle, write
 from pairclf.model.engine import Classifier
-from pairclf.scores.metrics import accuracy, log_loss
+from pairclf.scores.metrics import accuracy, class_prior, log_loss
 from pairclf.task import AB, Row
 
 PROBES = 8
@@ -138,6 +138,7 @@ def _save(
             name="-".join([*paths.output.parts[-1:], paths.folder.name]),
             fold=paths.fold,
             metrics=metrics,
+            prior=class_prior(_targets(training), training["weight"]).tolist(),
             probes=probes,
             trained_on=prompt_hashes(training, config.task),
         )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import polars as pl
 
-from pairclf.config import Config, Source
-from pairclf.data.audit import ACROSS_ROWS, clean
-from pairclf.data.tables import scan_rows
+from pairclf.config import Config
+from pairclf.data.audit import ACROSS_ROWS, Finding, clean
+from pairclf.data.tables import read_rows, scan_rows
 from pairclf.inputs.cache import EncodedRows, Frames, TokenCache, token_cache
 from pairclf.inputs.render import InputBuilder
 from pairclf.inputs.tokenise import settle_template
@@ -44,16 +44,31 @@ def chunks_of(config: Config, data: Path | None) -> Frames:
 
     No more than a chunk is held in memory, unless a rule or an `exclude_overlap` looks at several rows at once.
     """
-    task, rules, labelled = config.task, config.data.rules, data is None
-    sources: Sequence[Path | Source] = [data] if data else config.data.sources
+    if data:
+        return unlabelled(config, data)
+    task, rules = config.task, config.data.rules
     together = any(getattr(rules, rule) in ("fix", "drop") for rule in ACROSS_ROWS)
-    if labelled and (together or any(source.exclude_overlap for source in config.data.sources)):
+    if together or any(source.exclude_overlap for source in config.data.sources):
         return labelled_rows(config).iter_slices
-    max_rows = config.data.max_rows if labelled else None
     return lambda: (
-        clean(chunk, task, rules, labelled=labelled)[0]
-        for chunk in scan_rows(sources, task, labelled=labelled, max_rows=max_rows)
+        clean(chunk, task, rules, labelled=True)[0]
+        for chunk in scan_rows(config.data.sources, task, labelled=True, max_rows=config.data.max_rows)
     )
+
+
+def unlabelled(config: Config, data: Path, note: Callable[[list[Finding]], None] = lambda found: None) -> Frames:
+    """The rows of a test file, repaired as `data.rules` says, in chunks; `note` is told what was found in each."""
+    task, rules = config.task, config.data.rules
+    # Which id stood before can be said of a whole file alone; repeated ids that are not to be mended show otherwise.
+    whole = rules.duplicate_id == "fix"
+
+    def frames() -> Iterator[pl.DataFrame]:
+        for chunk in [read_rows([data], task, labelled=False)] if whole else scan_rows([data], task, labelled=False):
+            frame, found = clean(chunk, task, rules, labelled=False)
+            note(found)
+            yield frame
+
+    return frames
 
 
 def run_cache(config: Config, builder: InputBuilder, frames: Frames) -> TokenCache:

@@ -16,7 +16,7 @@ from pairclf.console import progress, table
 from pairclf.errors import ConfigError
 from pairclf.files import atomic_file, write_json
 from pairclf.inputs.cache import EncodedRows, TokenCache
-from pairclf.inputs.plan import by_token_budget, micro_batches, random_steps
+from pairclf.inputs.plan import by_token_budget, micro_batches, random_steps, token_budget
 from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
 from pairclf.jobs.estimate import Cost, cost_of
 from pairclf.jobs.inputs import chunks_of, open_inputs, run_cache
@@ -154,7 +154,7 @@ def batchings(config: Config, lengths: Lengths) -> dict[str, Iterator[Sequence[i
     ordered = sorted(range(rows), key=lambda row: -listed[row])
     steps = random_steps(rows, step_size, seed=config.seed, epoch=0)
     in_steps = (micro_batches(step, listed, size, process=0, processes=1) for step in steps)
-    budget = config.predict.tokens_per_batch
+    budget = token_budget(config.predict.tokens_per_batch, gpu=True)
     return {
         f"random {size}": (one.tolist() for one in random_steps(rows, size, seed=config.seed, epoch=0)),
         f"in steps of {step_size}": chain.from_iterable(in_steps),

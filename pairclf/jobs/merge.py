@@ -8,84 +8,34 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import polars as pl
 import torch
-from peft import set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from pairclf.config import Config, Lora, override
-from pairclf.console import console, table
-from pairclf.data.tables import class_matrix, read_scores, to_rows
-from pairclf.errors import BundleError, ConfigError, DataError, ModelError
+from pairclf.console import console
+from pairclf.errors import BundleError, ConfigError, ModelError
 from pairclf.files import atomic_folder
 from pairclf.jobs.fit import free_memory, pick_probes
-from pairclf.jobs.inputs import encoded_rows
-from pairclf.jobs.run import OOF, Paths, bundles_of, labelled_rows, output_of
-from pairclf.jobs.scoring import Floats, by_order, combine, items_of, probabilities, score
+from pairclf.jobs.proof import Sample, draw, judge, logits_of, measure, probabilities_of, reference, render
+from pairclf.jobs.run import Paths, bundles_of, output_of
+from pairclf.jobs.scoring import Floats, by_order
 from pairclf.model.backbone import add_adapters, load_tokenizer, pick_device, resolve_base
-from pairclf.model.batch import Item
 from pairclf.model.bundle import MANIFEST, Bundle, Probe, amend, open_bundle, write
 from pairclf.model.engine import Classifier
-from pairclf.scores.metrics import accuracy, log_loss
-from pairclf.task import AB, Row
+from pairclf.task import AB
 
 Average = Literal["exact", "factors"]
 Into = Literal["bfloat16", "float16", "float32"]
 Weights = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Shift:
-    """What the merge did to the scores of the same rows.
-
-    Attributes:
-        parts: bundles that were merged.
-        rows: rows that were scored.
-        reference: log loss of the bundle, or of the ensemble of the bundles: the mean of their probabilities.
-        merged: log loss of the merged bundle.
-        reference_accuracy, merged_accuracy: their accuracies.
-        largest, mean: change of a probability, absolute.
-        out_of_fold: log loss of the bundles' out-of-fold scores of these rows; no reference, see `render`.
-        drift: norm of (mean of factors - mean of products) / norm of the mean of products; None where exact.
-    """
-
-    parts: int
-    rows: int
-    reference: float
-    merged: float
-    reference_accuracy: float
-    merged_accuracy: float
-    largest: float
-    mean: float
-    out_of_fold: float | None
-    drift: float | None
-
-    @property
-    def moved(self) -> float:
-        """Log loss, merged less reference; above 0 it became worse."""
-        return self.merged - self.reference
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """What the merged bundle's manifest says. None of it is named `log_loss`: it is not out of fold."""
-        return {
-            "merged_rows": float(self.rows),
-            "merged_log_loss": self.merged,
-            "merged_reference": self.reference,
-            "merged_shift": self.moved,
-            "merged_accuracy": self.merged_accuracy,
-            "merged_largest_change": self.largest,
-            "merged_mean_change": self.mean,
-        }
 
 
 class Part(NamedTuple):
@@ -94,20 +44,6 @@ class Part(NamedTuple):
     bundle: Bundle
     adapter: Weights
     head: Weights
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The rows to score, in both orders; and where folds held them out, the scores `(N, C)` that they had then."""
-
-    rows: Sequence[Row]
-    items: list[Item]
-    out_of_fold: Floats | None
-    tokens_per_batch: int
-
-    @property
-    def targets(self) -> Floats:
-        return np.array([row.target for row in self.rows], dtype=np.float64)
 
 
 def merge(
@@ -139,24 +75,19 @@ def merge(
         BundleError: the bundles don't belong together, the disk is too small, or the log loss moved too far.
         DataError: the out-of-fold scores are not those of the bundles, or not of these rows.
     """
-    _check_choice("average", average, Average)
-    _check_choice("into", into or "bfloat16", Into)
+    check_choice("average", average, Average)
+    check_choice("into", into or "bfloat16", Into)
     parts = open_parts(config, folds, out, into)
-    sample = draw(config, parts, rows)
+    bundles = [part.bundle for part in parts]
+    sample = draw(config, bundles, rows)
     name = "-".join([*output_of(config).parts[-1:], *(part.bundle.folder.parent.name for part in parts), "merged"])
     with atomic_folder(out, known_by=MANIFEST) as new:
         drift = _build(parts, new, name, average=average, into=into, base=base)
         free_memory()
-        logits = _score(open_bundle(new), sample, base)
-        after = _probabilities(parts[0].bundle, sample, logits)
-        shift = measure(
-            sample,
-            _reference(parts, sample, base),
-            after,
-            parts=len(parts),
-            drift=drift,
-            several=config.task.multi_label,
-        )
+        logits = logits_of(open_bundle(new), [sample.items], base)[0]
+        after = probabilities_of(bundles[0], sample, logits)
+        before, several = reference(bundles, sample, base), config.task.multi_label
+        shift = measure(sample, before, after, parts=len(parts), several=several, done="merged", drift=drift)
         console.print(render(shift))
         judge(shift, max_shift, out)
         amend(new, metrics=shift.metrics, probes=_probes(sample, logits))
@@ -164,9 +95,15 @@ def merge(
     return out
 
 
-def _check_choice(name: str, value: str, choices: Any) -> None:
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Do nothing if `--name value` is one of a Literal's."""
     if value not in get_args(choices):
         raise ConfigError(f"--{name} {value} is unknown", remedy=f"one of {', '.join(get_args(choices))}")
+
+
+def _probes(sample: Sample, logits: Floats) -> list[Probe]:
+    lengths = [len(item.ids) for item in sample.items if item.order == AB]
+    return pick_probes(sample.rows, lengths, by_order(sample.items, logits, len(sample.rows)))
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -182,18 +119,27 @@ def open_parts(config: Config, folds: Sequence[int], out: Path, into: str | None
     if len(set(folds)) != len(folds):
         raise ConfigError(f"--fold names a fold twice: {', '.join(map(str, folds))}")
     folders = [Paths(output_of(config), fold).bundle for fold in folds] or bundles_of(config)
-    if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise ConfigError(f"{missing[0]} does not exist", remedy="run `pairclf train CONFIG --fold N` first")
+    check_folders(folders, out)
     if len(folders) == 1 and into is None:
         raise ConfigError(
             f"{folders[0]} is one bundle with its adapter, and nothing is to be done with it",
             remedy="give --into bfloat16 to merge the adapter into the weights, or several folds to average",
         )
-    if spoilt := [folder for folder in folders if folder.resolve() in (out.resolve(), *out.resolve().parents)]:
-        raise ConfigError(f"--out {out} would overwrite {spoilt[0]}, which is merged", remedy="give a new folder")
     bundles = [open_bundle(folder) for folder in folders]
     check_alike(bundles)
     return [Part(one, load_file(_adapter(one)), load_file(one.folder / "head.safetensors")) for one in bundles]
+
+
+def check_folders(folders: Sequence[Path], out: Path) -> None:
+    """Do nothing if the folders of bundles are there, and `out` is none of them and in none of them.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ConfigError(f"{missing[0]} does not exist", remedy="run `pairclf train CONFIG --fold N` first")
+    if spoilt := [folder for folder in folders if folder.resolve() in (out.resolve(), *out.resolve().parents)]:
+        raise ConfigError(f"--out {out} would overwrite {spoilt[0]}, which is read", remedy="give a new folder")
 
 
 def _adapter(bundle: Bundle) -> Path:
@@ -308,24 +254,35 @@ def _build(
         The drift of the mean of factors, where that was taken.
     """
     first, drift = parts[0].bundle, None
-    config = first.config if base is None else _with_model(first.config, base=str(base))
-    if into is not None:
-        config = override(config, ["model.quantization=none", f"model.dtype={_held(config, new, into, base)}"])
-    # Weights are merged on the CPU, which has the memory; adapters are filled where their quantised base can be.
-    device = pick_device() if into is None else torch.device("cpu")
-    classifier = Bundle(first.folder, first.manifest, config).load(device, base)
+    if into is None:  # adapters are filled where their quantised base can be
+        config = first.config if base is None else _with_model(first.config, base=str(base))
+        classifier = first.load(pick_device(), base)
+    else:
+        classifier, config = load_whole(first, new, into, base)
     if len(parts) > 1:
         lora, drift = _average(classifier, parts, average)
         config = _with_model(config, lora=lora)
     if into is not None:
         config = override(config, ["model.lora=null", f"model.dtype={into}"])
-        classifier = _merged(classifier, getattr(torch, into))
+        classifier = without_adapter(classifier, getattr(torch, into))
     tokenizer = load_tokenizer(str(first.folder / "tokenizer"), config.model)
     fold = first.manifest.fold if len(parts) == 1 else None
     seen = [part.bundle.trained_on() for part in parts]
     known = [one for one in seen if one is not None]
     trained_on = pl.concat(known) if len(known) == len(seen) else None
-    write(new, classifier, config, tokenizer, name=name, fold=fold, metrics={}, probes=[], trained_on=trained_on)
+    prior = np.mean([part.bundle.manifest.prior for part in parts], axis=0).tolist()
+    write(
+        new,
+        classifier,
+        config,
+        tokenizer,
+        name=name,
+        fold=fold,
+        metrics={},
+        prior=prior,
+        probes=[],
+        trained_on=trained_on,
+    )
     return drift
 
 
@@ -366,24 +323,42 @@ def fill_adapter(backbone: nn.Module, weights: Weights) -> None:
         )
 
 
-def _merged(classifier: Classifier, dtype: torch.dtype) -> Classifier:
-    """The classifier without adapters, its weights W + BA in `dtype`.
+def load_whole(bundle: Bundle, new: Path, into: str, base: Path | None) -> tuple[Classifier, Config]:
+    """A bundle's classifier over weights that are not quantised, to be written in `into`; and its config.
+
+    It lies on the CPU, which has the memory. `new`: where it will be written; the disk is looked at.
+
+    Raises:
+        BundleError: the disk is too small.
+        ModelError: the base can't be found.
+    """
+    config = bundle.config if base is None else _with_model(bundle.config, base=str(base))
+    source = resolve_base(config.model.base, base) if config.model.lora else str(bundle.folder / "backbone")
+    held = _held(source, config, new, into)
+    config = override(config, ["model.quantization=none", f"model.dtype={held}"])
+    return Bundle(bundle.folder, bundle.manifest, config).load(torch.device("cpu"), base), config
+
+
+def without_adapter(classifier: Classifier, dtype: torch.dtype) -> Classifier:
+    """The classifier without adapters, its weights W + BA in `dtype`; without any, its weights in `dtype`.
 
     peft adds a float32 BA in place, which torch computes in float32 and rounds once. Its `safe_merge` would round BA
     before, and lose most of what is small beside W.
     """
-    backbone: nn.Module = classifier.backbone.merge_and_unload()  # type: ignore[operator]
+    backbone = classifier.backbone
+    if isinstance(backbone, PeftModel):
+        backbone = backbone.merge_and_unload()
     return Classifier(backbone.to(dtype), classifier.head, dtype, classifier.pooling)
 
 
-def _held(config: Config, new: Path, into: str, base: Path | None) -> str:
+def _held(source: str, config: Config, new: Path, into: str) -> str:
     """The dtype to load the base in: the one to write if its files have it, else float32, so as to round once.
 
     Raises:
         BundleError: the disk is too small.
         ModelError: the base can't be found.
     """
-    source, trust = resolve_base(config.model.base, base), config.model.trust_remote_code
+    trust = config.model.trust_remote_code
     try:
         settings = AutoConfig.from_pretrained(source, trust_remote_code=trust)
     except (OSError, ValueError) as error:
@@ -409,158 +384,3 @@ def _held(config: Config, new: Path, into: str, base: Path | None) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
-
-
-# --- the proof -------------------------------------------------------------------------------------------------------
-
-
-def draw(config: Config, parts: Sequence[Part], rows: int | None) -> Sample:
-    """The rows that the parts' folds held out (for a bundle of all rows, those), or `rows` of them.
-
-    Raises:
-        DataError: a bundle's out-of-fold scores are missing, are not its own, or are of rows that are not there.
-    """
-    frame, task, known = labelled_rows(config), config.task, None
-    encoded = encoded_rows(config, parts[0].bundle.builder(), frame)
-    folds = [part.bundle for part in parts if part.bundle.manifest.fold is not None]
-    if folds:
-        known = pl.concat([_out_of_fold(one, frame) for one in folds])
-        frame = frame.join(known.select("id"), on="id", how="semi", maintain_order="left")
-    if rows is not None and rows < len(frame):
-        chosen = np.random.default_rng(config.seed).choice(len(frame), rows, replace=False)
-        frame = frame[np.sort(chosen).tolist()]
-    scores = None if known is None else _aligned(frame, known, config)
-    items = items_of(encoded.of(frame["id"]), orders=2)
-    return Sample(to_rows(frame, task), items, scores, config.predict.tokens_per_batch)
-
-
-def _aligned(frame: pl.DataFrame, scores: pl.DataFrame, config: Config) -> Floats:
-    """The scores `(N, C)` of the frame's rows, in their order."""
-    joined = frame.select("id").join(scores, on="id", how="left", maintain_order="left", validate="1:1")
-    return class_matrix(joined, config.task)
-
-
-def _out_of_fold(bundle: Bundle, labelled: pl.DataFrame) -> pl.DataFrame:
-    """The scores that stand beside a fold's bundle, if they give the log loss that its manifest says."""
-    path, task = bundle.folder.parent / OOF, bundle.config.task
-    scores = read_scores(path, task)
-    joined = scores.join(labelled.select("id", "target"), on="id", how="left", maintain_order="left")
-    if unknown := joined.filter(pl.col("target").is_null())["id"].to_list():
-        raise DataError(
-            "rows that the fold held out are not among the labelled rows",
-            where=path,
-            rows=unknown,
-            remedy="merge with the data and the rules that the fold was trained with",
-        )
-    loss = log_loss(class_matrix(joined, task), np.array(joined["target"].to_list()), multi_label=task.multi_label)
-    said = bundle.manifest.metrics.get("log_loss", float("nan"))
-    if not abs(loss - said) <= 1e-6:
-        raise DataError(
-            f"out-of-fold scores give log loss {loss:.6f}, and their bundle says {said:.6f}: they are not of one "
-            "training, or labels changed since",
-            where=path,
-            remedy="merge with the data that the fold was trained with, or train the fold again",
-        )
-    return scores
-
-
-def _score(bundle: Bundle, sample: Sample, base: Path | None) -> Floats:
-    """Logits `(M, C)` of the sample's items by the bundle as it is read from disk."""
-    classifier = bundle.load(pick_device(), base)
-    logits = score(classifier, sample.items, tokens_per_batch=sample.tokens_per_batch, title=bundle.name)
-    del classifier
-    free_memory()
-    return logits
-
-
-def _probabilities(bundle: Bundle, sample: Sample, logits: Floats) -> Floats:
-    """`(M, C)` logits of items -> `(N, C)` probabilities of rows, as `fit` makes them for its out-of-fold scores."""
-    task, orders = bundle.config.task, by_order(sample.items, logits, len(sample.rows))
-    return combine(probabilities(orders, task, bundle.config.predict.temperature), task)
-
-
-def _reference(parts: Sequence[Part], sample: Sample, base: Path | None) -> Floats:
-    """What the merged bundle's probabilities `(N, C)` are compared with.
-
-    One fold: its out-of-fold scores. Else the mean of the parts' probabilities on these same rows: of each row, all
-    parts but one were trained on it, and so was the mean of their weights; out-of-fold scores would flatter it.
-    """
-    if len(parts) == 1 and sample.out_of_fold is not None:
-        return sample.out_of_fold
-    scored = [_probabilities(part.bundle, sample, _score(part.bundle, sample, base)) for part in parts]
-    mean: Floats = np.mean(scored, axis=0)
-    return mean
-
-
-def _probes(sample: Sample, logits: Floats) -> list[Probe]:
-    lengths = [len(item.ids) for item in sample.items if item.order == AB]
-    return pick_probes(sample.rows, lengths, by_order(sample.items, logits, len(sample.rows)))
-
-
-def measure(sample: Sample, before: Floats, after: Floats, *, parts: int, drift: float | None, several: bool) -> Shift:
-    """Compare probabilities `(N, C)` before and after the merge."""
-    targets, change = sample.targets, np.abs(after - before)
-    return Shift(
-        parts=parts,
-        rows=len(targets),
-        reference=log_loss(before, targets, multi_label=several),
-        merged=log_loss(after, targets, multi_label=several),
-        reference_accuracy=accuracy(before, targets, multi_label=several),
-        merged_accuracy=accuracy(after, targets, multi_label=several),
-        largest=float(change.max()),
-        mean=float(change.mean()),
-        out_of_fold=None if sample.out_of_fold is None else log_loss(sample.out_of_fold, targets, multi_label=several),
-        drift=drift,
-    )
-
-
-def render(shift: Shift) -> Table:
-    """The figures as a table, with what they are not below it."""
-    reference = "bundle" if shift.parts == 1 else "ensemble"
-    shown = table(f"Merge of {shift.parts} bundle(s) on {shift.rows:,} rows", "", reference, "merged", "change")
-    for name, before, after in (
-        ("log loss", shift.reference, shift.merged),
-        ("accuracy", shift.reference_accuracy, shift.merged_accuracy),
-    ):
-        shown.add_row(name, f"{before:.5f}", f"{after:.5f}", f"{after - before:+.5f}")
-    shown.add_row("largest change of a probability", "", "", f"{shift.largest:.5f}")
-    shown.add_row("mean change of a probability", "", "", f"{shift.mean:.5f}")
-    shown.caption, shown.caption_justify = "\n".join(_notes(shift)), "left"
-    return shown
-
-
-def _notes(shift: Shift) -> list[str]:
-    notes = []
-    if shift.parts > 1:
-        notes.append(
-            f"In sample: all but one of the {shift.parts} bundles were trained on each row, so neither log loss is "
-            "what new rows will have."
-        )
-        if shift.out_of_fold is not None:
-            notes.append(f"Out of fold, the single bundles had {shift.out_of_fold:.5f} on these rows.")
-    elif shift.out_of_fold is None:
-        notes.append("In sample: the bundle was trained on these rows; only the change says something.")
-    if shift.drift is not None:
-        notes.append(f"The means of A and of B make another update than the mean of BA: off by {shift.drift:.0%}.")
-    return notes
-
-
-def judge(shift: Shift, max_shift: float, out: Path) -> None:
-    """Do nothing if the merged bundle may stand for its parts.
-
-    A merge into weights is meant to be the same function, so that any move counts, one for the better too. A mean of
-    weights is another function than the ensemble by its nature; it may be better, and is refused where it is worse.
-
-    Raises:
-        BundleError: the log loss moved by more than `max_shift`.
-    """
-    several = shift.parts > 1
-    counted = shift.moved if several else abs(shift.moved)
-    if not counted <= max_shift:
-        remedy = "predict with the bundles unmerged, or raise --max-shift if that is what it may cost"
-        raise BundleError(
-            f"merging moved the log loss by {shift.moved:+.5f}, from {shift.reference:.5f} to {shift.merged:.5f} on "
-            f"{shift.rows:,} rows; --max-shift allows {max_shift:g}{' upwards' if several else ''}. "
-            f"Nothing was written to {out}",
-            remedy=f"--average exact keeps more of the parts; or {remedy}" if shift.drift is not None else remedy,
-        )

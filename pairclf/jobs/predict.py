@@ -1,31 +1,66 @@
-"""Bundles and a test file in, a submission out: every row, both orders, every model, joined on id."""
+"""Bundles and a test file in, a submission out: at once from the priors, then better while there is work and time.
+
+prior -> submission.csv                                  in the first seconds
+rows -> token caches -> what each member has to score    without texts or ids in memory
+conductor, workers -> journal -> submission.csv          every half minute
+scores, what was done and what was not                   at the end
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+from rich.table import Table
 
-from pairclf.config import override
-from pairclf.console import console
-from pairclf.data.audit import clean, note_changes
+from pairclf import __version__
+from pairclf.config import Config
+from pairclf.console import Advance, console, progress, table
+from pairclf.data.audit import Finding, joined, note_changes
 from pairclf.data.folds import prompt_hashes
-from pairclf.data.tables import read_rows, scores_frame, to_rows, write_scores, write_submission
-from pairclf.errors import BundleError, ConfigError
-from pairclf.files import check_file_target
-from pairclf.jobs.fit import free_memory
-from pairclf.jobs.scoring import by_order, combine, items_of, probabilities, score
-from pairclf.model.backbone import pick_device
+from pairclf.data.tables import check_ids, scores_frame, write_scores
+from pairclf.errors import ConfigError, IncompleteError, StopError
+from pairclf.files import check_file_target, sha256_file
+from pairclf.inference.agenda import Part
+from pairclf.inference.backlog import Inputs, look_at
+from pairclf.inference.conduct import Conductor, Outcome, Report
+from pairclf.inference.crew import Model, ProcessCrew, warm_up
+from pairclf.inference.deadline import seconds_until, spoken
+from pairclf.inference.devices import Placement, choose, model_bytes
+from pairclf.inference.journal import Journal
+from pairclf.inference.members import Ensemble, Member, open_ensemble
+from pairclf.inference.memory import Largest
+from pairclf.inference.sink import Sink
+from pairclf.inference.standing import Standing
+from pairclf.inputs.cache import EncodedRows, token_cache
+from pairclf.inputs.plan import token_budget
+from pairclf.inputs.render import Encoded
+from pairclf.jobs.estimate import cost_of
+from pairclf.jobs.inputs import unlabelled
+from pairclf.jobs.watch import signals
 from pairclf.model.bundle import Bundle, open_bundle
-from pairclf.scores.blend import blend
 
-SETTABLE = ("predict.", "model.dtype=", "model.attention=")
-"""Overrides that leave a bundle the model that it is."""
+TICK = 1.0
+"""Seconds after which a signal is heard at the latest."""
+
+SPARED = 0.2
+"""Of the time until the deadline, at most, is kept for what comes after scoring: it takes `RESERVE` seconds or less."""
+
+RESERVE = 5.0
+
+JOURNAL, TOKENS = "journal.sqlite", "tokens"
 
 
 def predict(
-    folders: Sequence[Path],
+    paths: Sequence[Path],
     data: Path,
     out: Path,
     *,
@@ -33,41 +68,68 @@ def predict(
     scores: Path | None = None,
     base: Path | None = None,
     overrides: Sequence[str] = (),
+    deadline: str | None = None,
+    strict: bool = False,
+    resume: bool = True,
 ) -> pl.DataFrame:
-    """Score `data` with every bundle, average, and write the submission.
+    """Score `data` with every member, average, and write the submission.
+
+    Beside `out` stands a folder `STEM.work` while it runs: the journal, from which a run that was killed goes on, and
+    the token cache. What is finished takes it away.
 
     Args:
-        folders: the bundles; they must agree on the task.
+        paths: bundles, or the YAML file of an ensemble.
         data: unlabelled file.
         out: the submission to write.
         sample: sample submission, whose ids, order and columns `out` will have.
         scores: where to write the scores as parquet too, with what stands behind each row.
         base: folder of the base model on this machine.
         overrides: `key=value` for settings under `predict`, `model.dtype` and `model.attention`.
+        deadline: when all must be over, as `deadline.seconds_until` reads it; None: when it is done.
+        strict: raise at the end, if a row or a member could not be scored.
+        resume: go on where a run of the same rows and members was killed.
 
     Returns:
-        The blended scores.
+        The scores.
 
     Raises:
-        BundleError, DataError, ConfigError, ModelError: before anything is written.
+        BundleError, DataError, ConfigError, ModelError: before hours are spent.
+        IncompleteError: with `strict`; everything is written.
+        StopError: a signal came; what was known by then is written.
     """
-    if refused := [one for one in overrides if not one.startswith(SETTABLE)]:
-        raise ConfigError(f"{refused} can't be set for a trained bundle", remedy=f"settable: {', '.join(SETTABLE)}")
+    clock = time.monotonic
+    end = float("inf") if deadline is None else clock() + seconds_until(deadline, datetime.now(UTC))
     _check_paths(out, scores, data, sample)
-    bundles = [open_bundle(folder) for folder in folders]
-    _check_agreement(bundles)
-    task = bundles[0].config.task
-    frame = read_rows([data], task, labelled=False)
-    scored = []
-    for bundle in bundles:
-        scored.append(_score(bundle, frame, base, overrides))
-        free_memory()
-    blended = blend(scored, task)
-    write_submission(out, blended, task, sample)
+    ensemble = open_ensemble(paths, base, overrides)
+    sink = Sink(out, ensemble.task, sample, None, clock=clock)
+    if sample is not None:
+        sink.write_prior(ensemble.prior)
+    rows = _read(ensemble.members[0].config, data)
+    check_ids(rows.ids, ensemble.task, sample)
+    sink.ids = rows.ids
+    if sample is None:
+        sink.write_prior(ensemble.prior)
+    bundles = _proven(ensemble.members)
+    work = out.with_name(f"{out.stem}.work")
+    identity = _identity(ensemble, data)
+    journal = Journal.open(work / JOURNAL, identity)
+    if not resume:
+        journal.remove()
+        journal = Journal.open(work / JOURNAL, identity)
+    try:
+        outcome = _conduct(ensemble, data, work, overrides, journal, sink, end)
+    finally:
+        journal.close()
+    found = _scores(ensemble, bundles, rows, outcome.standing)
+    sink.close(outcome.standing.probabilities())
     if scores is not None:
-        write_scores(scores, blended)
-    console.print(f"wrote {out}: {len(frame):,} rows from {len(bundles)} model(s)")
-    return blended
+        write_scores(scores, found)
+    console.print(_account(found, outcome))
+    _conclude(outcome, found, out, work, strict)
+    return found
+
+
+# --- before --------------------------------------------------------------------------------------------------------
 
 
 def _check_paths(out: Path, scores: Path | None, data: Path, sample: Path | None) -> None:
@@ -80,38 +142,236 @@ def _check_paths(out: Path, scores: Path | None, data: Path, sample: Path | None
         check_file_target(path)
 
 
-def _check_agreement(bundles: Sequence[Bundle]) -> None:
-    if not bundles:
-        raise ConfigError("no bundle is given", remedy="pairclf predict BUNDLE [BUNDLE ...] --data test.csv")
-    if len({bundle.manifest.seal for bundle in bundles}) != len(bundles):
-        raise ConfigError("a bundle is given twice, and would count twice in the mean")
-    first = bundles[0]
-    for other in bundles[1:]:
-        if other.config.task != first.config.task:
-            raise BundleError(
-                f"bundles {first.name} and {other.name} were trained for different tasks",
-                remedy="give bundles of one task with the same classes in the same order",
-            )
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What is kept of the rows, besides their tokens on disk."""
+
+    ids: list[str]
+    prompts: pl.Series
 
 
-def _score(bundle: Bundle, frame: pl.DataFrame, base: Path | None, overrides: Sequence[str]) -> pl.DataFrame:
-    """One model's scores for all rows, in their order, repaired as its training rows were."""
-    config = override(bundle.config, overrides)
-    settings = config.predict
-    repaired, findings = clean(frame, config.task, config.data.rules, labelled=False)
-    note_changes(findings)
-    rows = to_rows(repaired, config.task)
-    items = items_of(bundle.builder().encode(rows), orders=2 if settings.swap == "full" else 1)
-    classifier = Bundle(bundle.folder, bundle.manifest, config).load(pick_device(), base)
-    logits = score(classifier, items, tokens_per_batch=settings.tokens_per_batch, title=bundle.name)
-    orders = probabilities(by_order(items, logits, len(rows)), config.task, settings.temperature)
-    prompts, trained_on = prompt_hashes(repaired, config.task), bundle.trained_on()
-    return scores_frame(
-        [row.id for row in rows],
-        combine(orders, config.task),
-        config.task,
-        orders=len(orders),
-        models=[bundle.name],
-        seen=None if trained_on is None else prompts.is_in(trained_on.implode()),
-        prompts=prompts,
+def _read(config: Config, data: Path) -> _Rows:
+    """Go through the file once: ids, hashes of prompts, and a note of what is repaired."""
+    ids: list[str] = []
+    prompts = [pl.Series("prompt", [], dtype=pl.UInt64)]
+    findings: list[Finding] = []
+    for frame in unlabelled(config, data, findings.extend)():
+        ids += frame["id"].to_list()
+        prompts.append(prompt_hashes(frame, config.task))
+    note_changes(joined(findings))
+    return _Rows(ids, pl.concat(prompts))
+
+
+def _proven(members: Sequence[Member]) -> list[Bundle]:
+    """The bundles, every file of them hashed and found as it was."""
+    console.print(f"comparing the hashes of {len(members)} bundle(s)")
+    return [open_bundle(member.folder) for member in members]
+
+
+def _identity(ensemble: Ensemble, data: Path) -> dict[str, object]:
+    """What makes the logits of two runs the same."""
+    settings = [member.config for member in ensemble.members]
+    return {
+        "pairclf": __version__,
+        "data": sha256_file(data),
+        "bundles": [member.manifest.seal for member in ensemble.members],
+        "bases": [str(member.base) for member in ensemble.members],
+        "dtype": [one.model.dtype for one in settings],
+        "attention": [one.model.attention for one in settings],
+        "layout": [one.predict.layout for one in settings],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A member's sequences: on disk, and what is known of them without reading it."""
+
+    encoded: EncodedRows
+    inputs: Inputs
+
+
+def prepare(members: Sequence[Member], data: Path, folder: Path) -> list[Prepared]:
+    """Tokenise for each member; those that see the same tokens (folds of one run) have them once."""
+    made: dict[str, Prepared] = {}
+    prepared = []
+    for member in members:
+        config = member.config
+        builder = Bundle(member.folder, member.manifest, config).builder()
+        inputs = config.inputs.model_dump(mode="json", exclude={"processes"})
+        key = json.dumps([builder.tokenizer.fingerprint, inputs, config.data.rules.model_dump(mode="json")])
+        if key not in made:
+            frames = unlabelled(config, data)
+            fields, processes = config.task.fields, config.inputs.processes
+            encoded = EncodedRows(token_cache(folder, frames, builder.tokenizer, fields, processes=processes), builder)
+            with progress("lengths", total=len(encoded)) as advance:
+                made[key] = Prepared(encoded, look_at(_watched(encoded, advance)))
+        prepared.append(made[key])
+    return prepared
+
+
+def _watched(encoded: EncodedRows, advance: Advance) -> Iterator[tuple[Encoded, ...]]:
+    for shown in encoded:
+        yield shown
+        advance()
+
+
+# --- while ---------------------------------------------------------------------------------------------------------
+
+
+def _conduct(
+    ensemble: Ensemble,
+    data: Path,
+    work: Path,
+    overrides: Sequence[str],
+    journal: Journal,
+    sink: Sink,
+    end: float,
+) -> Outcome:
+    members, settings = ensemble.members, ensemble.members[0].config.predict
+    sizes = [model_bytes(Bundle(one.folder, one.manifest, one.config), one.base) for one in members]
+    placement = choose(settings, max(sizes))
+    if not placement.gpu:
+        warm_up()
+    prepared = prepare(members, data, work / TOKENS)
+    parts = [
+        part_of(member, one.inputs, size, placement) for member, one, size in zip(members, prepared, sizes, strict=True)
+    ]
+    budget = token_budget(settings.tokens_per_batch, gpu=placement.gpu)
+    models = [
+        Model(member.folder, member.base, tuple(overrides), one.encoded, Largest.of(one.inputs, budget))
+        for member, one in zip(members, prepared, strict=True)
+    ]
+    left = end - time.monotonic()
+    reserve = min(SPARED * max(left, 0.0), RESERVE + 4 * sink.seconds)
+    with closing(ProcessCrew(models, placement.groups)) as crew, signals() as caught, _Bars() as bars:
+        conductor = Conductor(
+            parts,
+            ensemble.task,
+            ensemble,
+            crew=crew,
+            clock=time.monotonic,
+            journal=journal,
+            sink=sink,
+            report=Report(console.print, bars),
+            swap=settings.swap,
+            budget=budget,
+            stop=end - reserve,
+        )
+        if known := conductor.resume():
+            console.print(f"{known:,} sequences were scored before (--no-resume scores them anew)")
+        console.print(f"{placement.why}" + ("" if left == float("inf") else f"; {spoken(left)} until the deadline"))
+        return conductor.run(asked=lambda: caught.received or 0, tick=TICK)
+
+
+def part_of(member: Member, inputs: Inputs, size: int, placement: Placement) -> Part:
+    """A member as it is planned before anything of it was seen."""
+    config = member.config
+    base = member.folder / "backbone" if config.model.lora is None else member.base
+    model = config.model if base is None else config.model.model_copy(update={"base": str(base)})
+    return Part(
+        name=member.manifest.name,
+        inputs=inputs,
+        shape=cost_of(config.model_copy(update={"model": model})),
+        speed=SPEED["cuda" if placement.gpu else "cpu"],
+        load=10.0 + size / READ,
+        gain=member.gain_member,
+        gain_swap=member.gain_swap,
+        share=member.share,
     )
+
+
+READ = 3e8
+"""Bytes of a model that are loaded in a second, before one was: a network disk's."""
+
+SPEED = {"cuda": 24e12, "cpu": 3e10}
+"""FLOP/s of a worker before a pass was made: what a T4 sustains, and a CPU's core."""
+
+
+class _Bars(ExitStack):
+    """A progress bar for the member at work: `bars(name, done, total)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._name = ""
+        self._done = 0
+        self._advance: Advance | None = None
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if self._advance is None or name != self._name:
+            self.close()
+            self._name, self._done = name, done
+            self._advance = self.enter_context(progress(name, total=total, done=done))
+        self._advance(done - self._done)
+        self._done = done
+
+
+# --- after ---------------------------------------------------------------------------------------------------------
+
+
+def _scores(ensemble: Ensemble, bundles: Sequence[Bundle], rows: _Rows, standing: Standing) -> pl.DataFrame:
+    """The blend, with what stands behind each row: the prior alone has no order and no model."""
+    known = np.stack([standing.known(member).sum(axis=1) for member in range(len(bundles))])  # (M, N) orders
+    fewest = np.where(known > 0, known, 99).min(axis=0)
+    names = [bundle.name for bundle in bundles]
+    behind = [[name for name, count in zip(names, column, strict=True) if count] for column in known.T]
+    return scores_frame(
+        rows.ids,
+        standing.probabilities(),
+        ensemble.task,
+        orders=np.where(known.any(axis=0), fewest, 0).tolist(),
+        models=pl.Series("models", behind, dtype=pl.List(pl.String)),
+        seen=_seen(bundles, rows.prompts, known > 0),
+        prompts=rows.prompts,
+    )
+
+
+def _seen(
+    bundles: Sequence[Bundle], prompts: pl.Series, behind: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
+) -> pl.Series:
+    """How many of the models behind each row were trained on its prompt; null where one does not know."""
+    total = pl.repeat(0, len(prompts), dtype=pl.UInt16, eager=True)
+    for bundle, mine in zip(bundles, behind, strict=True):
+        trained_on = bundle.trained_on()
+        unknown = pl.repeat(None, len(prompts), dtype=pl.UInt16, eager=True)
+        own = unknown if trained_on is None else prompts.is_in(trained_on.implode()).cast(pl.UInt16)
+        total = total + own.zip_with(pl.Series(mine), pl.repeat(0, len(prompts), dtype=pl.UInt16, eager=True))
+    return total
+
+
+def _account(found: pl.DataFrame, outcome: Outcome) -> Table:
+    """How many rows were scored how."""
+    made = table(f"Prediction of {len(found):,} rows in {spoken(outcome.seconds)}", "scored in", "by", "rows")
+    counts = found.group_by("orders", pl.col("models").list.len().alias("models")).len().sort("orders", "models")
+    for orders, models, rows in counts.sort("orders", "models", descending=True).iter_rows():
+        name = "the prior alone" if orders == 0 else f"{orders} order{'s' * (orders > 1)}"
+        made.add_row(name, f"{models} model{'s' * (models != 1)}" if orders else "", f"{rows:,}")
+    for what, rows in outcome.left.items():
+        made.add_row(f"not done: {what}", "", f"{rows:,}")
+    if outcome.rescued:
+        made.add_row("in float32, as float16 overflowed", "", f"{outcome.rescued:,}")
+    return made
+
+
+def _conclude(outcome: Outcome, found: pl.DataFrame, out: Path, work: Path, strict: bool) -> None:
+    """Name what could not be scored, take the work folder away where nothing is left of it, and raise where asked."""
+    ids = found["id"].to_list()
+    failed = {ids[row]: why for one in outcome.standing.failed for (row, _), why in one.items()}
+    for row, why in list(failed.items())[:5]:
+        console.print(f"row {row} could not be scored: {why}")
+    lost = [f"{name} ({why})" for name, why in outcome.lost.items()]
+    console.print(f"wrote {out}: {len(found):,} rows")
+    done = not (outcome.left or outcome.lost or outcome.stopped)
+    shutil.rmtree(work if done else work / TOKENS, ignore_errors=True)
+    if outcome.stopped:
+        raise StopError(
+            f"stopped by a signal; {out} holds what was known",
+            signal=outcome.stopped,
+            remedy="the same command goes on where it was",
+        )
+    if strict and (failed or lost):
+        raise IncompleteError(
+            "not all could be scored" + (f": without {', '.join(lost)}" if lost else ""),
+            where=out,
+            rows=list(failed),
+            remedy="the submission has the other order, other members or the prior in their place",
+        )

@@ -115,8 +115,13 @@ def load_tokenizer(source: str, model: Model) -> Any:
         raise ModelError(f"the tokenizer of {source} can't be loaded: {error}") from error
 
 
-def load_base(source: str, model: Model, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_base(
+    source: str, model: Model, dtype: torch.dtype, device: torch.device, others: Sequence[torch.device] = ()
+) -> nn.Module:
     """The frozen base on `device`, quantised as `model.quantization` says, ready to be given adapters.
+
+    With `others`, all of them GPUs as `device` is, its layers are laid over all in turn, each as full as the next;
+    accelerate's hooks carry the states from one to the other, and the last ones back to `device`.
 
     Raises:
         ModelError: it can't be loaded, is not a decoder, or can't be adapted as set on this device.
@@ -140,22 +145,50 @@ def load_base(source: str, model: Model, dtype: torch.dtype, device: torch.devic
             "model.lora.dora=true does not run on a CPU over model.quantization=int8",
             remedy="set model.quantization=nf4 or none, or model.lora.dora=false, or use a GPU",
         )
+    quantized = model.quantization != "none" or stored_as(config) is not None
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded = _load_strictly(
         source,
         dtype=dtype,
         attn_implementation=_attention(model, config),
-        quantization_config=_quantization(model, dtype),
-        device_map={"": device} if model.quantization != "none" else None,
+        **_quantization(model, dtype),
+        **_placed(quantized, device, others),
         trust_remote_code=model.trust_remote_code,
     )
-    if model.quantization == "none":
+    if not quantized and not others:
         loaded.to(device)
+    if stored_as(config) is not None:
+        # transformers (5.23) leaves embedding and norms as they were saved: float16 and autocast to bfloat16 don't mix.
+        for one in loaded.parameters():
+            one.data = one.data.to(dtype) if one.is_floating_point() else one.data
     if device.type == "cpu":
         _keep_full_precision(loaded)
-    loaded.requires_grad_(model.lora is None)
+    loaded.requires_grad_(model.lora is None and not quantized)
     return loaded
+
+
+def stored_as(settings: Any) -> str | None:
+    """How the files of a model hold its weights, by its transformers config; None: they are not quantised."""
+    found: Any = getattr(settings, "quantization_config", None) or {}
+    told: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method = told.get("quant_method")
+    if method == "bitsandbytes":
+        return "int8" if told.get("load_in_8bit") else "nf4"
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def stored_weights(folder: Path, model: Model) -> str | None:
+    """`stored_as` of the model in a folder."""
+    return stored_as(AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code))
+
+
+def _placed(quantized: bool, device: torch.device, others: Sequence[torch.device]) -> dict[str, Any]:
+    """Options of `from_pretrained` that say where the weights go."""
+    if others:
+        free = {one.index: torch.cuda.mem_get_info(one)[0] for one in (device, *others)}
+        return {"device_map": "balanced", "max_memory": free}
+    return {"device_map": {"": device}} if quantized else {}
 
 
 def _attention(model: Model, config: Any) -> str | None:
@@ -186,6 +219,26 @@ def lm_head_rows(source: str, model: Model, words: Sequence[str], backbone: nn.M
     with safe_open(path, framework="pt") as weights:
         rows = weights.get_slice(name)
         return torch.cat([rows[index : index + 1] for index in ids]).float()
+
+
+def weight_files(source: str) -> list[Path]:
+    """The safetensors files of a model, in a folder or in the hub's cache, where they are fetched to if need be.
+
+    Raises:
+        ModelError: they are not there.
+    """
+    absent: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    try:
+        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **absent)
+        parts = {SAFE_WEIGHTS_NAME}
+        if index is not None:
+            parts = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        return [Path(str(cached_file(source, part))) for part in sorted(parts)]
+    except OSError as error:
+        raise ModelError(
+            f"the weights of {source} are not there: {' '.join(str(error).split())[:300]}",
+            remedy="copy the model again: config.json and every *.safetensors, from one source",
+        ) from error
 
 
 def _one_token(tokenizer: Any, word: str) -> int:
@@ -247,19 +300,24 @@ def _keep_full_precision(loaded: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization(model: Model, dtype: torch.dtype) -> dict[str, Any]:
+    """Options of `from_pretrained` that quantise; none for weights that are to stay as their files hold them.
+
+    A `quantization_config` of None would make transformers (5.23) forget the files' own, and read int8 as numbers.
+    """
     if model.quantization == "none":
-        return None
+        return {}
     if model.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}  # type: ignore[no-untyped-call]
     # NF4 with double quantisation, as in QLoRA: https://arxiv.org/abs/2305.14314
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    nf4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=torch.uint8,
     )
+    return {"quantization_config": nf4}
 
 
 def add_adapters(base: nn.Module, lora: Lora) -> nn.Module:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,7 +12,54 @@ from torch import Tensor
 
 from pairclf.inputs.truncate import Ids
 
-Inputs = dict[str, Tensor | int]
+Span = tuple[int, int]
+"""Tokens of a row from the first to before the second place."""
+
+
+class Piece(NamedTuple):
+    """Tokens of a row that lie side by side, and what they see.
+
+    Attributes:
+        start: the first of them.
+        stop: the place behind the last.
+        sees: where the tokens lie that the last of them sees, by position; the piece's own tokens are the last. Those
+            before the last see as many fewer.
+    """
+
+    start: int
+    stop: int
+    sees: tuple[Span, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """Who sees whom in a batch of one row, in Python's numbers: nothing is read back from a GPU to know it.
+
+    Sequences `a a b b b` and `a a c c`, of which the row has the common start once, `a a b b b c c`:
+
+        pieces  (0, 5, sees 0 to 5)  (5, 7, sees 0 to 2 and 5 to 7)
+        paths   (0 to 5)  (0 to 2, 5 to 7)
+
+    Attributes:
+        pieces: they cover the queries from first to last, without a gap.
+        paths: where each sequence's tokens lie, by position; in the order of the items.
+    """
+
+    pieces: tuple[Piece, ...]
+    paths: tuple[tuple[Span, ...], ...]
+
+    def at_ends(self) -> Topology:
+        """The same keys for the last token of each sequence alone: query r is that of sequence r."""
+        return Topology(tuple(Piece(place, place + 1, path) for place, path in enumerate(self.paths)), self.paths)
+
+
+def end_to_end(lengths: Sequence[int]) -> Topology:
+    """Sequences one after the other, each of which sees itself alone."""
+    spans = list(pairwise(accumulate(lengths, initial=0)))
+    return Topology(tuple(Piece(*span, (span,)) for span in spans), tuple((span,) for span in spans))
+
+
+Inputs = dict[str, Tensor | int | Topology]
 """Keyword arguments of a backbone."""
 
 
@@ -28,9 +77,10 @@ class Batch:
 
     Attributes:
         inputs: keyword arguments of the backbone; `input_ids` and `position_ids` are `(B, T)` int64. What else there is
-            says which tokens see each other: `attention_mask` `(B, T)`, or the keywords that `attention` reads.
+            says which tokens see each other: `attention_mask` `(B, T)`, or `topology` and FlashAttention's keywords.
         read_at: `(R,)` int64, places in the flattened `(B * T)` hidden states whose logits are wanted.
-        lengths: `(R,)` int64, tokens of each sequence; it lies at `read_at - lengths + 1` to `read_at`.
+        lengths: `(R,)` int64, tokens of each sequence; unless some of them are shared, it lies at
+            `read_at - lengths + 1` to `read_at`.
         row_at: `(R,)` int64, index of the row in its table.
         order: `(R,)` int64, `task.AB` or `task.BA`.
     """
@@ -43,10 +93,17 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Real tokens, padding not counted."""
+        """Real tokens, padding not counted; those that sequences share count for each."""
         return int(self.lengths.sum())
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with the tensors that the model reads on `device`."""
-        inputs = {name: one.to(device) if isinstance(one, Tensor) else one for name, one in self.inputs.items()}
-        return Batch(inputs, self.read_at.to(device), self.lengths.to(device), self.row_at, self.order)
+        inputs = {name: _moved(one, device) if isinstance(one, Tensor) else one for name, one in self.inputs.items()}
+        return Batch(inputs, _moved(self.read_at, device), _moved(self.lengths, device), self.row_at, self.order)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """To a GPU from pinned memory: a copy from any other waits until the GPU is done with the batch before."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

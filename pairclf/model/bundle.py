@@ -3,11 +3,13 @@
 A bundle is a folder that holds all that a score needs but the base model's weights, and the proof that it scores as
 it did when it was validated:
 
-    bundle.json         manifest: hashes of every file, versions, base model, fold, metrics, probe rows with logits
+    bundle.json         manifest: hashes of every file, versions, base model, fold, metrics, the classes' prior, probe
+                        rows with logits
     config.yaml         the resolved config: task, class order, rendering recipe, quantisation, ...
     tokenizer/          as transformers saves it
     adapter/            as peft saves it: opens with plain `PeftModel.from_pretrained`
-    backbone/           instead of adapter/, where the whole model was trained
+    backbone/           instead of adapter/, where the whole model was trained, or adapters were merged into it; as its
+                        own config.json says it may hold quantised weights (`pairclf export`)
     head.safetensors    float32; linear: weight (C, H) and bias (C,); two_layer: inner.weight (H, H), inner.bias (H,),
                         outer.weight (C, H), outer.bias (C,)
     trained_on.parquet  hashes of the prompts that it was trained on (`prompt`, UInt64, sorted, each once)
@@ -18,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -33,15 +35,16 @@ from safetensors.torch import load_file, save_file
 
 from pairclf.config import Config, Data, dump_config, parse_yaml, resolve
 from pairclf.errors import BundleError
-from pairclf.files import sha256_tree, write_json
+from pairclf.files import sha256_file, sha256_tree, write_json
 from pairclf.inputs.render import InputBuilder
 from pairclf.model.backbone import fingerprint, load_tokenizer, resolve_base
 from pairclf.model.engine import Classifier, build_frozen
 from pairclf.task import Row
 
 MANIFEST = "bundle.json"
+CONFIG = "config.yaml"
 TRAINED_ON = "trained_on.parquet"
-FORMAT = 3
+FORMAT = 4
 _VERSIONS = ("pairclf", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
@@ -65,7 +68,11 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`bundle.json`. `seal` is the SHA-256 of all the other fields, so that a changed manifest shows."""
+    """`bundle.json`.
+
+    `prior` is the mean target `(C,)` of the training rows: what to say of a row that could not be scored. `seal` is
+    the SHA-256 of all the other fields, so that a changed manifest shows.
+    """
 
     format: int
     name: str
@@ -75,6 +82,7 @@ class Manifest:
     dtype: str
     classes: list[str]
     metrics: dict[str, float]
+    prior: list[float]
     versions: dict[str, str]
     files: dict[str, str]
     probes: list[Probe]
@@ -107,18 +115,21 @@ class Bundle:
         path = self.folder / TRAINED_ON
         return pl.read_parquet(path, glob=False)["prompt"] if path.is_file() else None
 
-    def load(self, device: torch.device, base: Path | None = None) -> Classifier:
+    def load(
+        self, device: torch.device, base: Path | None = None, *, others: Sequence[torch.device] = ()
+    ) -> Classifier:
         """The classifier on `device`, in evaluation mode, every weight of it read from the bundle or the base.
 
         Args:
             device: where it is to run; `model.dtype=auto` is decided for this device.
             base: folder of the base model on this machine, if it is not where `model.base` says.
+            others: GPUs that the layers are laid over besides `device`, where one does not hold them all.
 
         Raises:
             BundleError: the base is another model, or a weight of the adapter or the head is missing.
             ModelError: the base can't be loaded.
         """
-        classifier = _with_weights(self, device, base)
+        classifier = _with_weights(self, device, base, others)
         _load_head(classifier, self.folder / "head.safetensors")
         return classifier.eval()
 
@@ -138,19 +149,26 @@ def write(
     name: str,
     fold: int | None,
     metrics: dict[str, float],
+    prior: Sequence[float],
     probes: Sequence[Probe],
     trained_on: pl.Series | None = None,
+    stands_on: str | None = None,
 ) -> None:
     """Write a bundle into the empty folder `new`; the caller moves it to its place, once it has proven itself.
 
-    `trained_on`: `folds.prompt_hashes` of all rows that any of the weights was trained on. Without them the bundle
-    can't say what it has seen, and its scores are refused as a teacher's.
+    A folder `backbone` that stands in `new`, as a quantiser wrote it, is left as it is; only the head is the
+    classifier's then. `stands_on`: fingerprint of the base, where it need not be at hand.
+
+    `prior`: mean target `(C,)` of the training rows. `trained_on`: `folds.prompt_hashes` of all rows that any of the
+    weights was trained on. Without them the bundle can't say what it has seen, and its scores are refused as a
+    teacher's.
     """
     config = _portable(config)
     part = "adapter" if config.model.lora is not None else "backbone"
     # The embedding is never trained; without the word peft would look for the base on a hub to find out.
     options = {"save_embedding_layers": False} if part == "adapter" else {}
-    classifier.backbone.save_pretrained(new / part, **options)  # type: ignore[operator]
+    if not (new / part).exists():
+        classifier.backbone.save_pretrained(new / part, **options)  # type: ignore[operator]
     (new / part / "README.md").unlink(missing_ok=True)  # peft's empty model card names this machine's path
     _forget_path(new / part / "adapter_config.json", config.model.base)
     head = {name: tensor.detach().float().cpu().contiguous() for name, tensor in classifier.head.named_parameters()}
@@ -158,16 +176,17 @@ def write(
     tokenizer.save_pretrained(new / "tokenizer")
     if trained_on is not None:
         trained_on.unique().sort().to_frame("prompt").write_parquet(new / TRAINED_ON)
-    (new / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    (new / CONFIG).write_text(dump_config(config), encoding="utf-8")
     manifest = Manifest(
         format=FORMAT,
         name=name,
         fold=fold,
         base=config.model.base,
-        base_fingerprint=base_fingerprint(config),
+        base_fingerprint=base_fingerprint(config) if stands_on is None else stands_on,
         dtype=str(classifier.dtype).removeprefix("torch."),
         classes=list(config.task.classes),
         metrics=metrics,
+        prior=[float(one) for one in prior],
         versions={package: version(package) for package in _VERSIONS} | {"python": platform.python_version()},
         files=sha256_tree(new),
         probes=list(probes),
@@ -177,7 +196,7 @@ def write(
 
 def amend(folder: Path, *, metrics: dict[str, float], probes: Sequence[Probe]) -> None:
     """Let the manifest say how the bundle scores, where that was found out after it was written; the files stay."""
-    manifest = replace(_manifest(folder), metrics=metrics, probes=list(probes))
+    manifest = replace(read_manifest(folder), metrics=metrics, probes=list(probes))
     write_json(folder / MANIFEST, asdict(manifest) | {"seal": manifest.sealed()})
 
 
@@ -198,27 +217,42 @@ def _forget_path(adapter_config: Path, base: str) -> None:
         write_json(adapter_config, settings | {"base_model_name_or_path": base})
 
 
-def open_bundle(folder: Path) -> Bundle:
+def open_bundle(folder: Path, *, proven: bool = False) -> Bundle:
     """Read a bundle's manifest and config, and prove that no file of it was added, removed or changed.
+
+    `proven`: the caller knows it, as another process of this run compares the hashes, which takes minutes of 18 GB; the
+    manifest is proven by its seal, and the config by its hash, even so.
 
     Raises:
         BundleError: names the files that differ.
     """
-    manifest = _manifest(folder)
-    found = sha256_tree(folder, without=frozenset({MANIFEST}))
-    differing = sorted(name for name in found.keys() | manifest.files if found.get(name) != manifest.files.get(name))
+    manifest, path = read_manifest(folder), folder / CONFIG
+    if proven:
+        _compare(
+            folder, {CONFIG: manifest.files.get(CONFIG, "")}, {CONFIG: sha256_file(path)} if path.is_file() else {}
+        )
+    else:
+        _compare(folder, manifest.files, sha256_tree(folder, without=frozenset({MANIFEST})))
+    return Bundle(folder, manifest, resolve(parse_yaml(path.read_text(encoding="utf-8"), path), path))
+
+
+def _compare(folder: Path, saved: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Do nothing if the hashes of files are as they were saved."""
+    differing = sorted(name for name in found.keys() | saved.keys() if found.get(name) != saved.get(name))
     if differing:
         raise BundleError(
             f"{len(differing)} file(s) of the bundle are not as they were saved: {', '.join(differing[:5])}",
             where=folder,
             remedy="copy the bundle again from where it was trained",
         )
-    path = folder / "config.yaml"
-    config = resolve(parse_yaml(path.read_text(encoding="utf-8"), path), path)
-    return Bundle(folder, manifest, config)
 
 
-def _manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """A bundle's manifest, proven by its seal; its files are not looked at, so that it takes no time.
+
+    Raises:
+        BundleError: there is none, it was changed, or its format is another.
+    """
     path = folder / MANIFEST
     remedy = "give the folder that `pairclf train` or `pairclf cv` wrote, copied whole"
     if not path.is_file():
@@ -239,10 +273,12 @@ def _manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _with_weights(bundle: Bundle, device: torch.device, base: Path | None) -> Classifier:
+def _with_weights(
+    bundle: Bundle, device: torch.device, base: Path | None, others: Sequence[torch.device]
+) -> Classifier:
     config = bundle.config
     if config.model.lora is None:
-        return build_frozen(config, device, bundle.folder / "backbone", training=False)
+        return build_frozen(config, device, bundle.folder / "backbone", training=False, others=others)
     here, trained = base_fingerprint(config, base), bundle.manifest.base_fingerprint
     if here != trained and not trained.startswith("hub:"):
         raise BundleError(
@@ -250,7 +286,7 @@ def _with_weights(bundle: Bundle, device: torch.device, base: Path | None) -> Cl
             where=f"fingerprint {here[:16]}…, trained on {trained[:16]}…",
             remedy=f"attach {config.model.base} in the same version, or give its folder with --base",
         )
-    classifier = build_frozen(config, device, base, training=False)
+    classifier = build_frozen(config, device, base, training=False, others=others)
     folder = bundle.folder / "adapter"
     classifier.backbone = PeftModel.from_pretrained(classifier.backbone, str(folder))
     _assert_loaded(classifier.backbone, folder / "adapter_model.safetensors")

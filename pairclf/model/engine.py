@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pairclf.config import Config
 from pairclf.errors import ModelError
-from pairclf.model.attention import why_not_packed
+from pairclf.model.attention import NAME, why_not_packed
 from pairclf.model.backbone import add_adapters, lm_head_rows, load_base, pick_dtype, resolve_base
 from pairclf.model.batch import Batch, Inputs, Item
-from pairclf.model.layouts import packed, padded
+from pairclf.model.layouts import packed, padded, shared
+from pairclf.model.precision import in_float32
 from pairclf.model.readout import HEADS, POOLINGS, Head, LinearHead
+from pairclf.model.trim import reading_at, why_not_trimmed
 
 Layout = Callable[[Sequence[Item]], Batch]
 
 LAYOUTS: dict[tuple[str, str, str], Layout] = {
     ("decoder", "head", "padded"): padded,
     ("decoder", "head", "packed"): packed,
+    ("decoder", "head", "shared"): shared,
 }
 """Legal (backbone, readout, layout); what is not here is refused by `layout_of`."""
 
@@ -56,18 +61,75 @@ class Classifier(nn.Module):
         self.pooling = pooling
         self._why_not_packed = why_not_packed(backbone)
 
-    def forward(self, inputs: Inputs, read_at: Tensor, lengths: Tensor) -> Tensor:
-        if "cu_seq_lens_q" in inputs and self._why_not_packed:
+    def forward(self, inputs: Inputs, read_at: Tensor, lengths: Tensor, *, trim: bool = False) -> Tensor:
+        """Logits `(R, C)` of a batch.
+
+        Args:
+            inputs: `Batch.inputs`, and so on.
+            read_at: `(R,)`.
+            lengths: `(R,)`.
+            trim: compute the last layer at `read_at` alone; for evaluation, and where `why_not_trimmed` is None.
+        """
+        topology = inputs.get("topology")
+        if (topology is not None or "cu_seq_lens_q" in inputs) and self._why_not_packed:
             raise ModelError(
                 f"{type(self.backbone).__name__} {self._why_not_packed}: packed rows would see each other",
                 remedy="set train.layout=padded",
             )
+        told = inputs
+        if topology is not None and self.attention != NAME:
+            if "cu_seq_lens_q" not in inputs:
+                raise ModelError(f"layout shared: {self.why_not('shared')}", remedy="set model.attention=auto")
+            told = {name: one for name, one in inputs.items() if name != "topology"}
         # The same autocast in training, validation and the notebook, whoever calls. No cache is kept: nothing is
         # generated, and a cache would have to be told of every layout.
-        with torch.autocast(read_at.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
+        with (
+            torch.autocast(read_at.device.type, self.dtype, enabled=self.dtype != torch.float32),
+            reading_at(self.backbone, read_at) if trim else nullcontext(),
+        ):
+            hidden = self.backbone(**told, use_cache=False).last_hidden_state
+        if trim:
+            read_at = torch.arange(len(read_at), device=read_at.device)
         logits: Tensor = self.head(POOLINGS[self.pooling](hidden, read_at, lengths))
         return logits
+
+    @contextmanager
+    def computing_in_float32(self) -> Iterator[None]:
+        """Within, the backbone computes in float32, whatever its weights are stored in."""
+        dtype, self.dtype = self.dtype, torch.float32
+        try:
+            with in_float32(self.backbone):
+                yield
+        finally:
+            self.dtype = dtype
+
+    @property
+    def attention(self) -> str:
+        """The backbone's attention implementation, as transformers names it."""
+        config: Any = self.backbone.config
+        return str(config._attn_implementation)
+
+    def why_not(self, layout: str) -> str | None:
+        """Why sequences can't lie so in evaluation; None: they can."""
+        if layout == "padded":
+            return None
+        if self._why_not_packed:
+            return f"{type(self.backbone).__name__} {self._why_not_packed}"
+        if self.attention not in (NAME, "flash_attention_2"):
+            return f"model.attention={self.attention} would let packed rows see each other"
+        if layout == "shared" and self.attention != NAME:
+            return f"model.attention={self.attention} knows no tokens that several sequences see"
+        if layout == "shared" and self.pooling != "last":
+            return f"model.pooling={self.pooling} reads every token of a sequence by itself"
+        return None
+
+    def why_not_trim(self, layout: str) -> str | None:
+        """Why the last layer is computed for every token; None: it need not be."""
+        if layout == "padded":
+            return "rows are padded"
+        if self.pooling != "last":
+            return f"model.pooling={self.pooling} reads every token"
+        return why_not_trimmed(self.backbone)
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +144,11 @@ def build(config: Config, device: torch.device, base: Path | None = None) -> Cla
     """
     torch.manual_seed(config.seed)
     classifier = build_frozen(config, device, base, training=True)
+    if config.model.lora is None and not any(one.requires_grad for one in classifier.backbone.parameters()):
+        raise ModelError(
+            f"model.base={config.model.base} holds quantised weights: model.lora=null leaves only the head to train",
+            remedy="give model.lora, or a base whose weights are not quantised",
+        )
     if config.model.label_words and isinstance(classifier.head, LinearHead):  # the config allows no other head
         words = [config.model.label_words[name] for name in config.task.classes]
         source = resolve_base(config.model.base, base)
@@ -91,12 +158,14 @@ def build(config: Config, device: torch.device, base: Path | None = None) -> Cla
     return classifier
 
 
-def build_frozen(config: Config, device: torch.device, base: Path | None, *, training: bool) -> Classifier:
-    """The base with a head that a bundle or the training will fill; no adapters yet."""
+def build_frozen(
+    config: Config, device: torch.device, base: Path | None, *, training: bool, others: Sequence[torch.device] = ()
+) -> Classifier:
+    """The base with a head that a bundle or the training will fill; no adapters yet. `others`: see `load_base`."""
     dtype, _ = pick_dtype(config.model.dtype, device)
     # Full fine-tuning keeps its weights in float32 and computes under autocast: bf16 weights swallow small updates.
     stored = torch.float32 if training and config.model.lora is None else dtype
-    backbone = load_base(resolve_base(config.model.base, base), config.model, stored, device)
+    backbone = load_base(resolve_base(config.model.base, base), config.model, stored, device, others)
     hidden_size: int = backbone.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
     head = HEADS[config.model.head](hidden_size, len(config.task.classes)).to(device)
     return Classifier(backbone, head, dtype, config.model.pooling)

@@ -5,6 +5,9 @@ padded          read_at         packed                  read_at
 [b b b . . .]   8
 
 . = padding, masked; every sequence starts at position 0
+
+shared: a a b b b and a a c c, whose common start is there once
+[a a b b b c c]   read_at 4, 6; positions 0 1 2 3 4 2 3
 """
 
 from __future__ import annotations
@@ -15,8 +18,15 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from pairclf.model.batch import Batch, Item
+from pairclf.inputs.truncate import Ids
+from pairclf.model.batch import Batch, Item, Piece, Span, Topology, end_to_end
 
+WORTH = 16
+"""Tokens that a sequence must have in common with another for them to be computed once.
+
+On a CPU any number pays: attention over a sequence in two places costs no more than over one (`attention.QUERIES`). A
+template's few first tokens are left alone, so that rows which have nothing else in common stay in one place each.
+"""
 FILL = 0
 """Id at padded places. It is masked and never read, so that any id serves; no tokenizer needs a pad token."""
 
@@ -51,8 +61,8 @@ def packed(items: Sequence[Item]) -> Batch:
     """All sequences end to end in one row, without padding; each starts at position 0 and sees itself alone.
 
     `cu_seq_lens_q` and `_k` (where sequences start, and the end) and `max_length_q` and `_k` (the longest) are
-    FlashAttention's own words for it, which transformers passes through to attention functions: to ours, and to
-    `flash_attention_2`. There is no mask, and who sees whom (`#`) is never written out:
+    FlashAttention's own words for it, which transformers passes through to `flash_attention_2`; `topology` says the
+    same to our attention. There is no mask, and who sees whom (`#`) is never written out:
 
         a # . . . .
         a # # . . .
@@ -78,9 +88,87 @@ def packed(items: Sequence[Item]) -> Batch:
             "cu_seq_lens_k": starts,
             "max_length_q": longest,
             "max_length_k": longest,
+            "topology": end_to_end(lengths.tolist()),
         },
         read_at=ends - 1,
         lengths=lengths,
         row_at=torch.tensor([item.row for item in items]),
         order=torch.tensor([item.order for item in items]),
     )
+
+
+def shared(items: Sequence[Item]) -> Batch:
+    """Packed, and what sequences begin with is computed once: an instruction, a row's prompt, a prompt that recurs.
+
+    Sequences stand in the order of their ids, as in a dictionary. Then none before has more in common with one than
+    its neighbour has, and what it has in common lies where the neighbour's first tokens lie. It is found by comparing
+    ids, so that no template has to say where its prompt ends. The last token, which is read, is always a sequence's
+    own. Positions go on where the common ones end. Two sequences `a a b` and `a a c c`, who sees whom (`#`):
+
+        a # . . . .
+        a # # . . .
+        b # # # . .
+        c # # . # .
+        c # # . # #
+
+    >>> batch = shared([Item(0, 0, np.array([*range(16), 7])), Item(0, 1, np.array([*range(16), 8, 9]))])
+    >>> batch.inputs["input_ids"].tolist()[0][15:], batch.inputs["position_ids"].tolist()[0][15:]
+    ([15, 7, 8, 9], [15, 16, 16, 17])
+    >>> batch.inputs["topology"].paths, batch.read_at.tolist()
+    ((((0, 17),), ((0, 16), (17, 19))), [16, 18])
+    """
+    paths: list[tuple[Span, ...]] = [()] * len(items)
+    pieces, ids, positions = [], [], []
+    before: Item | None = None
+    path: tuple[Span, ...] = ()
+    stop = 0
+    for index in sorted(range(len(items)), key=lambda index: items[index].ids.astype(">u4").tobytes()):
+        item = items[index]
+        common = 0 if before is None else min(_common(before.ids, item.ids), len(item.ids) - 1)
+        common = common if common >= WORTH else 0
+        start, stop = stop, stop + len(item.ids) - common
+        path = paths[index] = _joined([*_first(path, common), (start, stop)])
+        pieces.append(Piece(start, stop, path))
+        ids.append(item.ids[common:])
+        positions.append(np.arange(common, len(item.ids)))
+        before = item
+    return Batch(
+        inputs={
+            "input_ids": torch.from_numpy(np.concatenate(ids)).long()[None],
+            "position_ids": torch.from_numpy(np.concatenate(positions))[None],
+            "topology": Topology(tuple(pieces), tuple(paths)),
+        },
+        read_at=torch.tensor([one[-1][1] - 1 for one in paths]),
+        lengths=torch.tensor([len(item.ids) for item in items]),
+        row_at=torch.tensor([item.row for item in items]),
+        order=torch.tensor([item.order for item in items]),
+    )
+
+
+def _common(one: Ids, other: Ids) -> int:
+    """Tokens that both begin with."""
+    least = min(len(one), len(other))
+    differ = one[:least] != other[:least]
+    return int(differ.argmax()) if differ.any() else least
+
+
+def _first(path: Sequence[Span], tokens: int) -> list[Span]:
+    """Where the first so many tokens of a path lie."""
+    kept = []
+    for start, stop in path:
+        if tokens <= 0:
+            break
+        kept.append((start, min(stop, start + tokens)))
+        tokens -= stop - start
+    return kept
+
+
+def _joined(path: Sequence[Span]) -> tuple[Span, ...]:
+    """The same places, with spans that meet as one."""
+    joined = [path[0]]
+    for start, stop in path[1:]:
+        if joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return tuple(joined)

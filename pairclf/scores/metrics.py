@@ -66,8 +66,19 @@ def entropy(probabilities: ArrayLike) -> float:
     Raises:
         DataError: as `log_loss`.
     """
+    return float(entropy_of(probabilities).mean())
+
+
+def entropy_of(probabilities: ArrayLike, *, multi_label: bool = False) -> Floats:
+    """`(N,)` nats: the entropy of each row; with `multi_label` the sum over its labels, each a yes or a no.
+
+    Raises:
+        DataError: as `log_loss`.
+    """
     given = _matrix(probabilities, "probabilities")
-    return float(-(given * _log_clipped(given)).sum(axis=1).mean())
+    given = np.concatenate([given, 1 - given], axis=1) if multi_label else given
+    nats: Floats = -(given * _log_clipped(given)).sum(axis=1)
+    return nats
 
 
 def expected_calibration_error(probabilities: ArrayLike, targets: ArrayLike, bins: int = BINS) -> float:

@@ -23,9 +23,10 @@ from pairclf.data.tables import read_scores, write_scores
 from pairclf.errors import BundleError, ConfigError, DataError
 from pairclf.jobs.cv import cross_validate
 from pairclf.jobs.fit import fit
-from pairclf.jobs.merge import Shift, check_alike, drift_of_factors, judge, mean_of_factors, mean_of_products, merge
+from pairclf.jobs.merge import check_alike, drift_of_factors, mean_of_factors, mean_of_products, merge
+from pairclf.jobs.proof import Shift, judge
 from pairclf.jobs.scoring import items_of, score, verify
-from pairclf.model.bundle import amend, open_bundle
+from pairclf.model.bundle import amend, open_bundle, read_manifest
 from pairclf.task import LMSYS
 
 CPU = torch.device("cpu")
@@ -265,6 +266,13 @@ def test_what_the_parts_were_trained_on_the_merged_one_was_too(nf4: Path, tmp_pa
     assert all(one is not None and set(one) < set(merged) for one in seen)
 
 
+def test_the_prior_of_a_merged_bundle_is_the_mean_of_its_parts(plain: Path, tmp_path: Path) -> None:
+    priors = [read_manifest(folder).prior for folder in folds_of(plain)]
+    assert all(sum(one) == pytest.approx(1) for one in priors)
+    merged = read_manifest(merge(config_of(plain), tmp_path / "out", max_shift=1.0, rows=4))
+    assert merged.prior == pytest.approx(np.mean(priors, axis=0))
+
+
 def test_a_bundle_of_all_rows_is_compared_with_itself(plain: Path, tmp_path: Path) -> None:
     config = copy_of(plain, tmp_path)
     for fold in folds_of(tmp_path):
@@ -359,7 +367,7 @@ def test_too_small_a_disk_is_found_before_the_writing(
 
 
 def shift_of(parts: int, merged: float) -> Shift:
-    return Shift(parts, 10, 1.0, merged, 0.5, 0.5, 0.0, 0.0, None, None)
+    return Shift(parts, 10, 1.0, merged, 0.5, 0.5, 0.0, 0.0, None, None, in_sample=False)
 
 
 def test_a_merge_may_not_move_and_a_mean_may_not_be_worse() -> None:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from pairclf.errors import ModelError
 from pairclf.model import attention
-from pairclf.model.attention import KERNELS, Scores, attend, mask, pick_kernel
+from pairclf.model.attention import KERNELS, Scores, _varlen, attend, mask, pick_kernel
+from pairclf.model.batch import Piece, Topology, end_to_end
 
 LENGTHS = [1, 40, 7]
 STARTS = torch.tensor([0, 1, 41, 48], dtype=torch.int32)
-PACKED = {"cu_seq_lens_q": STARTS, "max_length_q": 40}
+PACKED = {"cu_seq_lens_q": STARTS}
 
 
 def states(tokens: int = 48, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,8 +45,45 @@ def test_a_packed_row_is_its_sequences_from_the_definition(softcap: float | None
     found, _ = attend(nn.Module(), *whole, None, softcap=softcap, sliding_window=window, **PACKED)
     assert found.shape == (1, 48, 4, 16)
     assert (found - torch.cat(expected, dim=1)).abs().max() <= 1e-6
-    starts_alone, _ = attend(nn.Module(), *whole, None, softcap=softcap, sliding_window=window, cu_seq_lens_q=STARTS)
-    assert torch.equal(starts_alone, found)
+    told, _ = attend(nn.Module(), *whole, None, softcap=softcap, sliding_window=window, topology=end_to_end(LENGTHS))
+    assert torch.equal(told, found)
+
+
+# [a a a a ... | b ... | c ...]: b goes on behind 12 of a's 25 tokens, c behind those and 5 of b.
+TREE = Topology(
+    (Piece(0, 25, ((0, 25),)), Piece(25, 40, ((0, 12), (25, 40))), Piece(40, 48, ((0, 12), (25, 30), (40, 48)))),
+    (((0, 12), (25, 30), (40, 48)), ((0, 25),), ((0, 12), (25, 40))),
+)
+
+
+@pytest.mark.parametrize("block", [1, 4, 7, 128])
+@pytest.mark.parametrize("window", [None, 1, 6, 14, 100])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_shared_row_is_its_sequences_from_the_definition(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None, window: int | None, block: int
+) -> None:
+    monkeypatch.setattr(attention, "QUERIES_ON_CPU", block)
+    query, key, value = states()
+    paths = [[place for span in piece.sees for place in range(*span)] for piece in TREE.pieces]
+    told = {"softcap": softcap, "sliding_window": window}
+    whole = [plainly(*(one[:, :, path] for one in (query, key, value)), softcap, window) for path in paths]
+    own = [one[:, piece.start - piece.stop :] for one, piece in zip(whole, TREE.pieces, strict=True)]
+    found, _ = attend(nn.Module(), query, key, value, None, topology=TREE, **told)  # type: ignore[arg-type]
+    assert (found - torch.cat(own, dim=1)).abs().max() <= 1e-6
+    ends = query[:, :, [47, 24, 39]]
+    found, _ = attend(nn.Module(), ends, key, value, None, topology=TREE.at_ends(), **told)  # type: ignore[arg-type]
+    expected = torch.cat([whole[piece][:, -1:] for piece in (2, 0, 1)], dim=1)
+    assert (found - expected).abs().max() <= 1e-6
+
+
+def test_flash_attention_is_told_of_the_same_keys() -> None:
+    told = _varlen(TREE, torch.device("cpu"))
+    assert told.queries.tolist() == [0, 25, 40, 48]
+    assert told.keys.tolist() == [0, 25, 52, 77]
+    assert told.gather is not None
+    assert told.gather[52:].tolist() == [*range(12), *range(25, 30), *range(40, 48)]
+    assert told.longest == (25, 27)
+    assert _varlen(end_to_end([3, 2]), torch.device("cpu")).gather is None
 
 
 def test_no_mask_is_made_where_none_is_given() -> None:
@@ -112,15 +150,16 @@ def test_the_kernel_is_chosen_by_what_the_machine_has(
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_flash_attention_agrees_with_the_loop(softcap: float | None, window: int | None) -> None:
+@pytest.mark.parametrize("topology", [end_to_end(LENGTHS), TREE], ids=["packed", "shared"])
+def test_flash_attention_agrees_with_the_loop(topology: Topology, softcap: float | None, window: int | None) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     pytest.importorskip("flash_attn")
-    starts, scores = STARTS.cuda(), Scores(0.25, softcap, window, 0.0)
+    scores = Scores(0.25, softcap, window, 0.0)
     outputs, gradients = [], []
     for kernel in ("loop", "flash"):
         given = [one.requires_grad_() for one in states(device="cuda", dtype=torch.bfloat16)]
-        out = KERNELS[kernel](*given, scores, starts, 40)
+        out = KERNELS[kernel](*given, scores, topology)
         out.float().square().sum().backward()
         outputs.append(out.detach())
         gradients.append(torch.cat([one.grad.flatten() for one in given if one.grad is not None]))

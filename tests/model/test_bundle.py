@@ -25,7 +25,7 @@ from pairclf.jobs.fit import pick_probes
 from pairclf.jobs.scoring import by_order, items_of, score, verify
 from pairclf.model import bundle as bundles
 from pairclf.model.backbone import load_tokenizer
-from pairclf.model.bundle import MANIFEST, Bundle, open_bundle, write
+from pairclf.model.bundle import MANIFEST, Bundle, open_bundle, read_manifest, write
 from pairclf.model.engine import build
 
 CPU = torch.device("cpu")
@@ -42,7 +42,8 @@ def write_bundle(config: Config, folder: Path) -> None:
     orders = by_order(items, score(classifier, items, tokens_per_batch=1_000), len(rows))
     probes = pick_probes(rows, [len(item.ids) for item in items if item.order == 0], orders)
     with atomic_folder(folder, known_by=MANIFEST) as new:
-        write(new, classifier, config, tokenizer, name="test", fold=0, metrics={"log_loss": 1.0}, probes=probes)
+        figures = {"metrics": {"log_loss": 1.0}, "prior": [0.5, 0.3, 0.2]}
+        write(new, classifier, config, tokenizer, name="test", fold=0, probes=probes, **figures)
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +195,27 @@ def test_probes_span_the_lengths() -> None:
 
 def test_opening_reads_no_weights(saved: Path) -> None:
     assert isinstance(open_bundle(saved), Bundle)
+
+
+def test_the_manifest_alone_is_read_without_a_look_at_the_files(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / "head.safetensors").write_bytes(b"changed")
+    monkeypatch.setattr(bundles, "sha256_tree", lambda *_, **__: pytest.fail("hashed every file"))
+    assert read_manifest(copy).prior == [0.5, 0.3, 0.2]
+    assert open_bundle(copy, proven=True).manifest == read_manifest(copy)
+    monkeypatch.undo()
+    with pytest.raises(BundleError, match=r"head\.safetensors"):
+        open_bundle(copy)
+
+
+def test_what_is_proven_elsewhere_still_has_its_own_manifest_and_config(copy: Path) -> None:
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("max_length: 160", "max_length: 16"))
+    with pytest.raises(BundleError, match=r"1 file\(s\) .* config\.yaml"):
+        open_bundle(copy, proven=True)
+    (copy / "config.yaml").unlink()
+    with pytest.raises(BundleError, match=r"config\.yaml"):
+        open_bundle(copy, proven=True)
+    manifest = (copy / MANIFEST).read_text()
+    (copy / MANIFEST).write_text(manifest.replace("0.5", "0.6"))
+    with pytest.raises(BundleError, match="was changed"):
+        read_manifest(copy)

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models_support import (
+    as_built,
+    forget_what_went_before,
+    logits_of,
+    one_at_a_time,
+    related_items,
+    see_the_siblings,
+    topology_of,
+)
 from transformers import AutoConfig
 
 from pairclf.config import Config
 from pairclf.errors import ModelError
-from pairclf.jobs.scoring import score
-from pairclf.model import attention
+from pairclf.model import attention, layouts
 from pairclf.model.backbone import checkpoint_gradients
-from pairclf.model.batch import Batch, Item
-from pairclf.model.engine import LAYOUTS, Classifier, Layout, build, layout_of
-from pairclf.model.layouts import packed, padded
+from pairclf.model.batch import Batch, Item, end_to_end
+from pairclf.model.engine import LAYOUTS, Classifier, Layout, layout_of
+from pairclf.model.layouts import packed, padded, shared
 
-CPU = torch.device("cpu")
 BACKBONES = ["gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"]
 
 
@@ -29,16 +40,6 @@ def items() -> list[Item]:
     random = np.random.default_rng(0)
     lengths = [1, 2, 9, 31, 32, 33, 70, 5]
     return [Item(row, row % 2, random.integers(0, 260, length, dtype=np.int32)) for row, length in enumerate(lengths)]
-
-
-def as_built(config: Config) -> Classifier:
-    """The same weights for the same config, all of which have a say in the logits, which are of order one."""
-    made = build(config, CPU).eval()
-    torch.manual_seed(1)
-    for name, parameter in made.named_parameters():
-        if "lora_B" in name or name == "head.weight":
-            torch.nn.init.normal_(parameter, std=0.2 if name == "head.weight" else 0.02)
-    return made
 
 
 def with_attention(config_for: Callable[..., Config], kind: str, name: str, **model: object) -> Classifier:
@@ -50,20 +51,16 @@ def classifier(request: pytest.FixtureRequest, config_for: Callable[..., Config]
     return as_built(config_for(request.param))
 
 
-def logits_of(classifier: Classifier, batch: Batch) -> torch.Tensor:
-    with torch.inference_mode():
-        return classifier(batch.inputs, batch.read_at, batch.lengths)
-
-
+@pytest.mark.parametrize("made", [items, related_items])
 @pytest.mark.parametrize("key", list(LAYOUTS), ids=" + ".join)
-def test_every_layout_scores_as_one_row_at_a_time(classifier: Classifier, key: tuple[str, str, str]) -> None:
-    alone = torch.cat([logits_of(classifier, padded([item])) for item in items()])
-    batch = LAYOUTS[key](items())
-    together = torch.empty_like(alone)
-    together[batch.row_at] = logits_of(classifier, batch)
-    assert (together - alone).abs().max() <= 1e-5
-    assert batch.order.tolist() == [items()[row].order for row in batch.row_at.tolist()]
-    assert batch.tokens == sum(len(item.ids) for item in items())
+def test_every_layout_scores_as_one_row_at_a_time(
+    classifier: Classifier, key: tuple[str, str, str], made: Callable[[], list[Item]]
+) -> None:
+    batch = LAYOUTS[key](made())
+    assert (logits_of(classifier, batch) - one_at_a_time(classifier, made())).abs().max() <= 1e-5
+    told = zip(batch.row_at.tolist(), batch.order.tolist(), batch.lengths.tolist(), strict=True)
+    assert list(told) == [(item.row, item.order, len(item.ids)) for item in made()]
+    assert batch.tokens == sum(len(item.ids) for item in made())
 
 
 def _attend_to_padding(batch: Batch) -> Batch:
@@ -100,7 +97,15 @@ def _join_the_first_two(batch: Batch) -> Batch:
     starts = batch.inputs["cu_seq_lens_q"]
     assert isinstance(starts, torch.Tensor)
     joined = torch.cat([starts[:1], starts[2:]])
-    return replace(batch, inputs={**batch.inputs, "cu_seq_lens_q": joined, "cu_seq_lens_k": joined})
+    topology = end_to_end(joined.diff().tolist())
+    inputs = {**batch.inputs, "cu_seq_lens_q": joined, "cu_seq_lens_k": joined, "topology": topology}
+    return replace(batch, inputs=inputs)
+
+
+def _positions_restart(batch: Batch) -> Batch:
+    """In every piece, as if nothing went before it."""
+    positions = torch.cat([torch.arange(one.stop - one.start) for one in topology_of(batch).pieces])[None]
+    return replace(batch, inputs={**batch.inputs, "position_ids": positions})
 
 
 def _say_nothing_of_sequences(batch: Batch) -> Batch:
@@ -117,12 +122,18 @@ def _say_nothing_of_sequences(batch: Batch) -> Batch:
         (packed, _say_nothing_of_sequences),
         (packed, _read_one_too_early),
         (packed, _positions_from_the_end),
+        (shared, _positions_restart),
+        (shared, _positions_from_the_end),
+        (shared, forget_what_went_before),
+        (shared, see_the_siblings),
+        (shared, _say_nothing_of_sequences),
+        (shared, _read_one_too_early),
     ],
 )
 def test_a_wrong_mask_place_or_position_shows(
     classifier: Classifier, layout: Layout, spoil: Callable[[Batch], Batch]
 ) -> None:
-    batch = layout(items())
+    batch = layout(related_items() if layout is shared else items())
     right, wrong = logits_of(classifier, batch), logits_of(classifier, spoil(batch))
     assert (right - wrong).abs().max() > 1e-3
 
@@ -138,20 +149,64 @@ def test_stock_attention_finds_sequences_by_their_positions_and_ours_by_what_it_
     assert (logits_of(stock, _positions_run_on(batch)) - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("window", [31, 33, 10_000])
+@pytest.mark.parametrize("layout", [packed, shared])
+@pytest.mark.parametrize("window", [31, 33, None])
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "mistral", "qwen3"])
 def test_a_window_that_is_wrong_or_ignored_shows(
-    config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, kind: str, window: int
+    config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, kind: str, window: int | None, layout: Layout
 ) -> None:
     classifier = as_built(config_for(kind))
-    right = logits_of(classifier, packed(items()))
-    band = attention._band
+    right = logits_of(classifier, layout(related_items()))
+    sequence = attention._sequence
 
-    def wrong(tokens: int, asked: int, device: torch.device) -> torch.Tensor:
-        return band(tokens, window if asked == 32 else asked, device)
+    def wrong(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: attention.Scores) -> torch.Tensor:
+        return sequence(query, key, value, scores._replace(window=window) if scores.window == 32 else scores)
 
-    monkeypatch.setattr(attention, "_band", wrong)
-    assert (logits_of(classifier, packed(items())) - right).abs().max() > 1e-3
+    monkeypatch.setattr(attention, "_sequence", wrong)
+    assert (logits_of(classifier, layout(related_items())) - right).abs().max() > 1e-3
+
+
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=8)
+
+
+@given(SEQUENCES, st.integers(1, 4))
+def test_a_shared_row_holds_every_sequence_at_its_positions(texts: list[list[int]], worth: int) -> None:
+    made = [Item(row, 0, np.array(text, dtype=np.int32)) for row, text in enumerate(texts)]
+    with mock.patch.object(layouts, "WORTH", worth):
+        batch = shared(made)
+    ids, positions = (batch.inputs[name][0].tolist() for name in ("input_ids", "position_ids"))  # type: ignore[index]
+    topology = topology_of(batch)
+    for text, path, read_at in zip(texts, topology.paths, batch.read_at.tolist(), strict=True):
+        places = [place for span in path for place in range(*span)]
+        assert [ids[place] for place in places] == text
+        assert [positions[place] for place in places] == list(range(len(text)))
+        assert places[-1] == read_at
+    assert len(set(batch.read_at.tolist())) == len(texts)
+    assert {piece.sees for piece in topology.pieces} == set(topology.paths)
+    ends = [(piece.start, piece.stop) for piece in topology.pieces]
+    assert ends[0][0] == 0
+    assert ends[-1][1] == len(ids)
+    assert all(stop == start for (_, stop), (start, _) in pairwise(ends))
+    assert all(piece.sees[-1][0] <= piece.start < piece.stop == piece.sees[-1][1] for piece in topology.pieces)
+    if worth == 1:  # every beginning once, but for last tokens, which each has for itself
+        beginnings = {tuple(text[:length]) for text in texts for length in range(1, len(text) + 1)}
+        assert len(beginnings) <= len(ids) <= len(beginnings) + len(texts)
+
+
+def test_what_is_shared_is_computed_once_and_less_than_that_is_not_shared() -> None:
+    random = np.random.default_rng(0)
+    instruction, prompt = random.integers(0, 99, 150), random.integers(0, 99, 40)
+    rows = [np.concatenate([instruction, row + prompt]) for row in range(3)]
+    made = [Item(row, order, np.append(begin, [order] * 9)) for row, begin in enumerate(rows) for order in (0, 1)]
+    assert shared(made).inputs["input_ids"].numel() == 150 + 3 * (40 + 2 * 9)  # type: ignore[union-attr]
+    short = [Item(0, order, np.append(instruction[: layouts.WORTH - 1], [order])) for order in (0, 1)]
+    assert topology_of(shared(short)).pieces == topology_of(packed(short)).pieces
+
+
+def test_stock_attention_is_given_no_shared_batch(config_for: Callable[..., Config]) -> None:
+    stock = with_attention(config_for, "llama", "sdpa")
+    with pytest.raises(ModelError, match=r"shared: model\.attention=sdpa would let"):
+        logits_of(stock, shared(related_items()))
 
 
 def gradients(classifier: Classifier, batches: Sequence[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -210,12 +265,17 @@ def test_padded_attention_is_the_stock_one(config_for: Callable[..., Config], ki
     assert_same_training(ours, theirs, [padded(items())], [padded(items())])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("layout", [packed, shared])
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "lora"])
 @pytest.mark.parametrize("kind", ["gemma2", "llama"])
-def test_packed_in_bfloat16(config_for: Callable[..., Config], kind: str, lora: dict[str, object] | None) -> None:
-    classifier = as_built(config_for(kind, model={"dtype": "bfloat16", "lora": lora}))
-    alone = torch.cat([logits_of(classifier, padded([item])) for item in items()])
-    assert (logits_of(classifier, packed(items())) - alone).abs().max() <= 2e-2
+def test_packed_and_shared_in_half_precision(
+    config_for: Callable[..., Config], kind: str, lora: dict[str, object] | None, layout: Layout, dtype: str
+) -> None:
+    classifier = as_built(config_for(kind, model={"dtype": dtype, "lora": lora}))
+    alone = one_at_a_time(classifier, related_items())
+    for trim in (False, True):
+        assert (logits_of(classifier, layout(related_items()), trim=trim) - alone).abs().max() <= 2e-2
 
 
 def test_what_packing_would_mix_is_refused(config_for: Callable[..., Config]) -> None:
@@ -231,30 +291,6 @@ def test_what_packing_would_mix_is_refused(config_for: Callable[..., Config]) ->
     assert logits_of(classifier, padded(items())).shape == (8, 3)
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 40, 10_000])
-def test_scores_do_not_depend_on_the_batch_size(classifier: Classifier, tokens_per_batch: int) -> None:
-    alone = torch.cat([logits_of(classifier, padded([item])) for item in items()]).numpy()
-    assert np.abs(score(classifier, items(), tokens_per_batch=tokens_per_batch) - alone).max() <= 1e-5
-
-
-def test_scores_come_back_in_the_order_of_the_items(classifier: Classifier) -> None:
-    forwards = score(classifier, items(), tokens_per_batch=100)
-    backwards = score(classifier, items()[::-1], tokens_per_batch=100)
-    assert np.abs(forwards - backwards[::-1]).max() <= 1e-5
-
-
-def test_a_logit_that_is_not_finite_is_an_error_that_names_the_row(classifier: Classifier) -> None:
-    with torch.no_grad():
-        classifier.head.bias.fill_(float("nan"))
-    with pytest.raises(ModelError, match="not finite"):
-        score(classifier, items(), tokens_per_batch=100)
-
-
 def test_an_illegal_combination_is_refused_with_the_legal_ones() -> None:
     with pytest.raises(ModelError, match="decoder \\+ head \\+ padded"):
         layout_of("encoder", "head", "padded")
-
-
-def test_nothing_is_scored_without_items(classifier: Classifier) -> None:
-    nothing: Sequence[Item] = []
-    assert score(classifier, nothing, tokens_per_batch=100).shape == (0, 3)

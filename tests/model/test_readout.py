@@ -97,7 +97,7 @@ def test_a_bundle_gives_back_head_and_pooling_exactly(
     for parameter in classifier.head.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     tokenizer = load_tokenizer(config.model.base, config.model)
-    write(tmp_path, classifier, config, tokenizer, name="test", fold=None, metrics={}, probes=[])
+    write(tmp_path, classifier, config, tokenizer, name="test", fold=None, metrics={}, prior=[], probes=[])
     assert {name: tuple(one.shape) for name, one in load_file(tmp_path / "head.safetensors").items()} == SHAPES[head]
     loaded = open_bundle(tmp_path).load(CPU)
     assert torch.equal(logits_of(loaded, packed(items())), logits_of(classifier, packed(items())))
@@ -108,7 +108,7 @@ def test_a_head_of_another_kind_is_refused(config_for: Callable[..., Config], tm
     config = config_for("llama")
     tokenizer = load_tokenizer(config.model.base, config.model)
     other = build(config_for("llama", model={"head": "two_layer"}), CPU)
-    write(tmp_path, other, config, tokenizer, name="test", fold=None, metrics={}, probes=[])
+    write(tmp_path, other, config, tokenizer, name="test", fold=None, metrics={}, prior=[], probes=[])
     with pytest.raises(BundleError, match="head can't be loaded"):
         open_bundle(tmp_path).load(CPU)
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from tests_support import hollow_bundle
 
-from pairclf.config import Config, dump_config
-from pairclf.files import sha256_tree
-from pairclf.model.bundle import FORMAT, MANIFEST, Manifest
+from pairclf.config import Config
 from pairclf.packaging import build
 from pairclf.packaging.wheelhouse import repack
 
@@ -26,36 +23,12 @@ def config() -> Config:
 
 @pytest.fixture
 def bundle(tmp_path: Path, config: Config) -> Path:
-    return _write_bundle(tmp_path / "bundle", config, "fold0")
+    return hollow_bundle(tmp_path / "bundle", config, "fold0")
 
 
 @pytest.fixture
 def write_bundle() -> Callable[[Path, Config, str], Path]:
-    return _write_bundle
-
-
-def _write_bundle(folder: Path, config: Config, name: str) -> Path:
-    """A folder that `open_bundle` accepts; its weights are no weights."""
-    for part in ("adapter/adapter_model.safetensors", "head.safetensors", "tokenizer/tokenizer.json"):
-        (folder / part).parent.mkdir(parents=True, exist_ok=True)
-        (folder / part).write_text(f"{{}} {part}")
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    manifest = Manifest(
-        format=FORMAT,
-        name=name,
-        fold=0,
-        base=config.model.base,
-        base_fingerprint="f" * 64,
-        dtype="float32",
-        classes=list(config.task.classes),
-        metrics={"log_loss": 1.01},
-        versions={},
-        files=sha256_tree(folder),
-        probes=[],
-    )
-    sealed = replace(manifest, seal=manifest.sealed())
-    (folder / MANIFEST).write_text(json.dumps(asdict(sealed)), encoding="utf-8")
-    return folder
+    return hollow_bundle
 
 
 @pytest.fixture

@@ -1,0 +1,52 @@
+"""When prediction must be over: `8h30m` from now, or a time of day with its date."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+from pairclf.errors import ConfigError
+
+_UNITS = {"d": 86_400.0, "h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0}
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(d|h|min|m|s)", re.IGNORECASE)
+_EXAMPLES = "e.g. 8h30m, 45m, 90s, or 2026-01-31T18:00:00+00:00"
+
+
+def seconds_until(text: str, now: datetime) -> float:
+    """Seconds from `now` to the deadline; below zero where it has passed.
+
+    >>> seconds_until("8h30m", datetime.now(UTC))
+    30600.0
+
+    Args:
+        text: a duration (`8h30m`, `45m`, `90s`), or an absolute time in ISO 8601; without a zone it is UTC, as Kaggle's
+            machines are.
+        now: with its zone.
+
+    Raises:
+        ConfigError: it is neither, or a duration of nothing.
+    """
+    plain = text.strip()
+    if plain and not _PART.sub("", plain).strip():
+        seconds = sum(float(number) * _UNITS[unit.lower()] for number, unit in _PART.findall(plain))
+        if seconds <= 0:
+            raise ConfigError(f"--deadline {text} leaves no time", remedy=_EXAMPLES)
+        return seconds
+    try:
+        end = datetime.fromisoformat(plain)
+    except ValueError as error:
+        raise ConfigError(f"--deadline {text} is neither a duration nor a time", remedy=_EXAMPLES) from error
+    end = end if end.tzinfo else end.replace(tzinfo=UTC)
+    return (end - now).total_seconds()
+
+
+def spoken(seconds: float) -> str:
+    """`7 h 05 min`, `12 min` or `40 s`, for people.
+
+    >>> spoken(25_500), spoken(720), spoken(40.2)
+    ('7 h 05 min', '12 min', '40 s')
+    """
+    if seconds >= 3600:
+        minutes = round(seconds / 60)
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{seconds / 60:.0f} min" if seconds >= 300 else f"{seconds:.0f} s"

@@ -1,0 +1,99 @@
+"""What is known by now: logits by member, row and order; and the probabilities that follow from them at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from scipy.special import expit, softmax
+
+from pairclf.inference.backlog import Bools, Inputs
+from pairclf.inference.work import Floats
+from pairclf.scores.blend import unswap
+from pairclf.scores.metrics import entropy_of
+from pairclf.task import AB, BA, Task
+
+
+class Judge(Protocol):
+    """From members' probabilities to the blend (`members.Ensemble`)."""
+
+    @property
+    def temperatures(self) -> Sequence[float]: ...
+    def blended(self, per_member: Sequence[Floats]) -> Floats: ...
+
+
+ORDERS = ("AB", "BA")
+"""For people: names of `task.AB` and `task.BA`."""
+
+
+def orders_of(swap: str, member: int) -> tuple[int, ...]:
+    """The orders that `predict.swap` wants of a member, the first one first."""
+    if swap == "split":
+        return (AB,) if member % 2 == 0 else (BA,)
+    return (AB,) if swap == "off" else (AB, BA)
+
+
+class Standing:
+    """Logits as they come in.
+
+    Args:
+        inputs: of each member; equal sequences have one place.
+        task: for the swap.
+        judge: temperatures, weights and the prior.
+        swap: `predict.swap`; an order that it does not want does not count, though a twin may have been scored.
+    """
+
+    def __init__(self, inputs: Sequence[Inputs], task: Task, judge: Judge, swap: str) -> None:
+        self._inputs = inputs
+        self._wanted = [
+            np.isin(np.arange(one.twin.shape[1]), orders_of(swap, member)) for member, one in enumerate(inputs)
+        ]
+        self._task = task
+        self._judge = judge
+        self._logits = [np.full((one.twin.size, len(task.classes)), np.nan) for one in inputs]
+        self.failed: list[dict[tuple[int, int], str]] = [{} for _ in inputs]
+        """By member: `(row, order)` of sequences that can't be scored, and why."""
+
+    def add(self, member: int, sequences: Sequence[tuple[int, int]], logits: Floats) -> None:
+        """Logits `(R, C)` of these `(row, order)`, in the order's own columns."""
+        self._logits[member][self._places(member, sequences)] = logits
+
+    def fail(self, member: int, sequences: Sequence[tuple[int, int]], why: str) -> None:
+        self.failed[member] |= dict.fromkeys(sequences, why)
+
+    def _places(self, member: int, sequences: Sequence[tuple[int, int]]) -> list[int]:
+        orders = self._inputs[member].twin.shape[1]
+        return [row * orders + order for row, order in sequences]
+
+    def logits(self, member: int) -> Floats:
+        """`(N, O, C)`, each order in its own columns; NaN where nothing is known, or wanted."""
+        found = self._logits[member][self._inputs[member].twin]
+        return np.where(self._wanted[member][:, None], found, np.nan)
+
+    def known(self, member: int) -> Bools:
+        """`(N, O)`."""
+        return np.asarray(np.isfinite(self.logits(member)).all(axis=2))
+
+    def of_member(self, member: int) -> Floats:
+        """`(N, C)`: the mean of the orders that are known, un-swapped; NaN where none is."""
+        scaled = self.logits(member) / self._judge.temperatures[member]
+        known = np.isfinite(scaled).all(axis=2, keepdims=True)
+        finite = np.where(known, scaled, 0.0)
+        each = expit(finite) if self._task.multi_label else softmax(finite, axis=2)
+        if each.shape[1] > BA:
+            each[:, BA] = unswap(each[:, BA], self._task)
+        count = known.sum(axis=1)
+        mean: Floats = np.where(known, each, 0.0).sum(axis=1) / np.maximum(count, 1)
+        return np.where(count > 0, mean, np.nan)
+
+    def probabilities(self, members: int | None = None) -> Floats:
+        """`(N, C)`, every row finite: the blend of what is known; of the first `members` alone, if given."""
+        parts = [self.of_member(member) for member in range(len(self._inputs))]
+        if members is not None:
+            parts[members:] = [np.full_like(parts[0], np.nan)] * (len(parts) - members)
+        return self._judge.blended(parts)
+
+    def uncertainty(self, members: int | None = None) -> Floats:
+        """`(N,)` nats: the entropy of `probabilities`."""
+        return entropy_of(self.probabilities(members), multi_label=self._task.multi_label)

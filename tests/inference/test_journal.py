@@ -1,0 +1,200 @@
+"""What the journal returned from is kept, whatever happens next; what can't be kept does not end the run."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pairclf.errors import PairclfError
+from pairclf.inference.journal import NOT_FINITE, Journal
+
+IDENTITY = {"seals": ["a", "b"], "data": "c"}
+
+
+def scored(journal: Journal) -> dict[tuple[int, int, int], list[float]]:
+    return {(member, row, order): logits.tolist() for member, row, order, logits in journal.scored()}
+
+
+def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "out.journal"
+    journal = Journal.open(path, IDENTITY)
+    logits = np.random.default_rng(0).normal(size=(3, 3)) / 3  # digits that a shorter text would lose
+    journal.add(0, [(0, 0), (0, 1), (5, 0)], logits)
+    journal.add(1, [(0, 0)], logits[:1])
+    journal.add(1, [(0, 0)], logits[1:2])  # again: the later one counts
+    journal.fail(0, 7, 1, "out of memory by itself")
+    journal.note("tokens_per_batch", 512)
+    journal.note("tokens_per_batch", 256)
+    journal.close()
+    again = Journal.open(path, dict(reversed(IDENTITY.items())))
+    assert again.anew is None
+    wanted = {(0, 0, 0): logits[0], (0, 0, 1): logits[1], (0, 5, 0): logits[2], (1, 0, 0): logits[1]}
+    assert scored(again) == {key: values.tolist() for key, values in wanted.items()}
+    assert list(again.failed()) == [(0, 7, 1, "out of memory by itself")]
+    assert again.notes() == {"tokens_per_batch": 256}
+    again.remove()
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_failures_until_they_are(tmp_path: Path, value: float) -> None:
+    journal = Journal.open(tmp_path / "journal", IDENTITY)
+    journal.add(0, [(0, 0), (1, 0)], np.array([[0.0, value], [1.0, 2.0]]))
+    assert scored(journal) == {(0, 1, 0): [1.0, 2.0]}
+    assert list(journal.failed()) == [(0, 0, 0, NOT_FINITE)]
+    journal.add(0, [(0, 0)], np.zeros((1, 2)))
+    assert list(journal.failed()) == []
+    journal.close()
+
+
+def test_another_run_starts_anew_and_says_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "journal"
+    first = Journal.open(path, IDENTITY)
+    first.add(0, [(0, 0)], np.zeros((1, 3)))
+    first.close()
+    other = Journal.open(path, {"seals": ["b", "a"], "data": "c", "swap": "off"})
+    assert other.anew == "it is of another run: seals, swap differ"
+    assert other.anew in " ".join(capsys.readouterr().err.split())
+    assert scored(other) == {}
+    other.close()
+    again = Journal.open(path, {"seals": ["b", "a"], "data": "c", "swap": "off"})
+    assert again.anew is None
+    again.close()
+
+
+@pytest.mark.parametrize("place", [0, 60, 5000, "end"])
+def test_a_damaged_journal_is_started_anew(tmp_path: Path, place: int | str) -> None:
+    path = tmp_path / "journal"
+    journal = Journal.open(path, IDENTITY)
+    journal.add(0, [(row, 0) for row in range(1000)], np.zeros((1000, 3)))
+    journal.close()
+    content = bytearray(path.read_bytes())
+    if place == "end":
+        content = content[: len(content) // 2]
+    else:
+        content[int(place) : int(place) + 4000] = random.Random(0).randbytes(4000)
+    path.write_bytes(content)
+    again = Journal.open(path, IDENTITY)
+    assert (again.anew or "").startswith("it was damaged")
+    assert scored(again) == {}
+    again.add(0, [(0, 0)], np.zeros((1, 3)))
+    assert again.broken is None
+    again.close()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from pairclf.inference.journal import Journal
+journal = Journal.open(Path(sys.argv[1]), {"seals": ["a", "b"], "data": "c"})
+print("open", flush=True)
+input()
+"""
+
+
+def test_two_runs_do_not_share_a_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(PairclfError, match="another process is predicting"):
+            Journal.open(path, IDENTITY)
+        other.kill()  # a killed process holds nothing
+        other.wait()
+    journal = Journal.open(path, IDENTITY)
+    assert journal.broken is None
+    journal.close()
+
+
+WRITE = """
+import sys
+from pathlib import Path
+import numpy as np
+from pairclf.inference.journal import Journal
+journal = Journal.open(Path(sys.argv[1]), {"seals": ["a", "b"], "data": "c"})
+first = 1 + max((row for _, row, _, _ in journal.scored()), default=-1) // 4
+for batch in range(first, 1_000_000):
+    rows = [(4 * batch + number, 0) for number in range(4)]
+    journal.add(0, rows, np.array(rows, dtype=float))
+    sys.stdout.write(f"{batch}\\n")
+    sys.stdout.flush()
+"""
+
+
+def test_kills_at_random_moments_lose_no_batch(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    path = tmp_path / "journal"
+    said = -1
+    for _ in range(20):
+        with subprocess.Popen([sys.executable, "-c", WRITE, str(path)], stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            for _ in range(draw.randint(1, 60)):
+                said = int(writer.stdout.readline())
+            writer.send_signal(signal.SIGKILL)
+            left = writer.stdout.read().split("\n")  # what it said before it died; the last line may be cut
+            said = int(left[-2]) if len(left) > 1 else said
+        journal = Journal.open(path, IDENTITY)
+        assert journal.anew is None
+        found = scored(journal)
+        journal.close()
+        assert len(found) % 4 == 0  # a batch is in, or not
+        assert len(found) >= 4 * (said + 1)
+        assert found == {(0, row, 0): [row, 0.0] for row in range(len(found))}
+
+
+FILL = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from pairclf.inference.journal import Journal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+journal = Journal.open(Path(sys.argv[1]), {"seals": ["a", "b"], "data": "c"})
+for batch in range(2000):
+    journal.add(0, [(batch, 0)], np.zeros((1, 3)))
+assert journal.broken, "the limit was not reached"
+print(sum(1 for _ in journal.scored()))
+journal.close()
+"""
+
+
+def test_a_full_disk_is_said_once_and_keeps_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    run = subprocess.run([sys.executable, "-c", FILL, str(path)], capture_output=True, text=True, check=True)
+    assert run.stderr.count("can't be written") == 1
+    again = Journal.open(path, IDENTITY)
+    assert again.anew is None
+    assert 0 < len(scored(again)) < 2000
+    assert len(scored(again)) == int(run.stdout)
+    again.close()
+
+
+def test_a_folder_that_can_not_be_written_to_costs_the_journal_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:  # permissions would not stop root, whom tests may run as
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr(sqlite3, "connect", refuse)
+    journal = Journal.open(tmp_path / "journal", IDENTITY)
+    journal.add(0, [(0, 0)], np.zeros((1, 3)))
+    journal.fail(0, 1, 0, "x")
+    journal.note("a", 1)
+    assert journal.broken == "unable to open database file"
+    assert capsys.readouterr().err.count("can't be written") == 1
+    assert (scored(journal), list(journal.failed()), journal.notes()) == ({}, [], {})
+    journal.remove()
+
+
+def test_a_file_in_the_way_of_its_folder_costs_the_journal_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert Journal.open(tmp_path / "file" / "journal", IDENTITY).broken

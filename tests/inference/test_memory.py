@@ -1,0 +1,148 @@
+"""Memory foretold: the rehearsal against passes that are made, a process against its prediction, and the budget."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pairclf.config import Config, resolve
+from pairclf.inference import memory
+from pairclf.inference.memory import Largest, fitting_budget, footprint, predict_peak
+from pairclf.jobs.estimate import peak_memory
+from pairclf.jobs.scoring import Scorer
+from pairclf.model.batch import Item
+from pairclf.model.engine import build
+
+CPU = torch.device("cpu")
+LARGEST = Largest(longest=300, tokens_per_batch=700, orders=2)
+
+Configs = Callable[..., Config]
+
+
+def rehearsed(scorer: Scorer, largest: Largest) -> float:
+    items = memory._made_up(scorer.layout, largest)
+    return memory._go_through(scorer, items, FakeTensorMode(allow_non_fake_inputs=True)).live
+
+
+def made(scorer: Scorer, largest: Largest) -> float:
+    return memory._go_through(scorer, memory._made_up(scorer.layout, largest), nullcontext()).live
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("kind", ["gemma2", "llama", "qwen3"])
+@pytest.mark.parametrize("model", [{"lora": None}, {"quantization": "nf4"}], ids=["plain", "nf4+lora"])
+def test_the_rehearsal_has_alive_what_a_pass_has(config_for: Configs, kind: str, layout: str, model: Any) -> None:
+    scorer = Scorer(build(config_for(kind, model=model), CPU), layout)
+    alive = made(scorer, LARGEST)
+    assert rehearsed(scorer, LARGEST) == pytest.approx(alive, rel=0.01)
+    assert alive > 700 * (128 + 64) * 4  # one MLP's activations, and its input
+    assert rehearsed(scorer, LARGEST._replace(tokens_per_batch=1400)) > 1.5 * alive  # a wrong batch is told apart
+
+
+def test_a_padded_rehearsal_has_no_less_than_a_pass(config_for: Configs) -> None:
+    """A pass over rows that happen to be of one length spares itself the mask."""
+    scorer = Scorer(build(config_for("gemma2"), CPU), "padded")
+    assert made(scorer, LARGEST) <= rehearsed(scorer, LARGEST) <= 1.5 * made(scorer, LARGEST)
+
+
+def test_what_is_freed_no_longer_counts() -> None:
+    with memory._Counter() as counter:
+        for _ in range(3):
+            kept = torch.ones(1000) + 1  # two at once, the first of which goes, as does the one of the round before
+        view = kept[:10]
+        del kept
+        view.add_(1)
+    assert counter.peak == 3 * 4000
+    assert counter._now == 4000
+
+
+def test_operations_without_shapes_are_extrapolated(config_for: Configs) -> None:
+    scorer = Scorer(build(config_for("llama", model={"quantization": "int8"}), CPU), "packed")
+    largest = Largest(longest=640, tokens_per_batch=2048, orders=1)
+    with pytest.raises(memory._NOT_REHEARSED):
+        rehearsed(scorer, largest)
+    assert memory._tensors(scorer, largest).live == pytest.approx(made(scorer, largest), rel=0.1)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_a_made_up_pass_computes_what_was_asked(layout: str) -> None:
+    items = memory._made_up(layout, LARGEST)
+    assert max(len(item.ids) for item in items) == 300
+    total, common = sum(len(item.ids) for item in items), int(300 / 8)
+    assert total == {"padded": 600, "packed": 700, "shared": 700 + common}[layout]
+    alone = memory._made_up(layout, Largest(300, 100, 2))
+    assert [len(item.ids) for item in alone][:2] == [300, 300]  # a row goes alone, in both orders
+
+
+def test_a_prediction_leaves_the_model_as_it_was(config_for: Configs) -> None:
+    classifier = build(config_for("gemma2"), CPU).train()
+    scorer = Scorer(classifier, "shared")
+    items = [Item(0, 0, np.arange(5, 50, dtype=np.int32))]
+    before, _ = scorer(items)
+    assert predict_peak(scorer, LARGEST) > 100e6
+    assert classifier.training
+    assert np.array_equal(scorer(items)[0], before)
+
+
+def test_the_budget_is_halved_until_it_fits(config_for: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(build(config_for("llama"), CPU), "packed")
+    largest = Largest(longest=1000, tokens_per_batch=16_000, orders=2)
+    monkeypatch.setattr(memory, "peak_memory", lambda device: 0)  # of what ran before this test
+    monkeypatch.setattr(memory, "memory_now", lambda device: 10**9)
+
+    def budget_with(spare: float) -> int:
+        monkeypatch.setattr(memory, "memory_to_have", lambda device, processes: 10**9 + int(spare))
+        return fitting_budget(scorer, largest)
+
+    needed = footprint(scorer, largest)
+    needs = needed.live + needed.heap
+    assert budget_with(needs) == 16_000
+    assert budget_with(needs - 1) == 8_000
+    assert budget_with(needs / 3) in (4_000, 8_000)
+    assert budget_with(0) <= 2_000  # a row in both orders: no budget makes it smaller
+
+
+def test_people_read_what_is_there(config_for: Configs) -> None:
+    said = str(memory.Footprint(before=1, held=600_000_000, live=500_000_000, heap=100_000_000, available=21 * 10**9))
+    assert said == "1.20 GB of 21.00 GB (held 0.60, a pass 0.50, heap 0.10)"
+
+
+def _predict_and_score(folder: Path, layout: str, pipe: Connection) -> None:
+    """In a process of its own: what it foretells, and what it took."""
+    config = resolve({"model": {"base": str(folder), "quantization": "none", "lora": None}})
+    scorer = Scorer(build(config, CPU).eval(), layout)
+    random = np.random.default_rng(0)
+    largest = Largest(longest=600, tokens_per_batch=6000, orders=1)
+    found = footprint(scorer, largest)
+    for longest in (600, 500, 300):
+        ids = [random.integers(5, 300, longest).astype(np.int32) for _ in range(6000 // longest)]
+        scorer([Item(row, 0, one) for row, one in enumerate(ids)])
+    pipe.send((found.peak, peak_memory(CPU), found.held))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma2", "llama"])
+def test_a_process_peaks_where_it_was_foretold(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 2, "head_dim": 64, "vocab_size": 320}
+    config = AutoConfig.for_model(kind, **sizes, num_attention_heads=4, num_key_value_heads=2)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_predict_and_score, args=(tmp_path, "packed", theirs))
+    process.start()
+    theirs.close()
+    foretold, taken, held = ours.recv()
+    process.join()
+    assert foretold == pytest.approx(taken, rel=0.1)
+    assert foretold - held == pytest.approx(taken - held, rel=0.4)  # without what libraries take

@@ -1,0 +1,217 @@
+"""A worker gives the logits of its bundle, and lets a second batch go before it reads the first."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import Pipe
+from pathlib import Path
+from queue import SimpleQueue
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from tests_support import make_rows
+
+from pairclf.config import Config
+from pairclf.errors import BundleError, PairclfError, StopError
+from pairclf.inference import worker as module
+from pairclf.inference.crew import Model, ProcessCrew
+from pairclf.inference.memory import Largest
+from pairclf.inference.work import Event, Failed, Floats, Piece, Ready, Scored, Work
+from pairclf.jobs.scoring import Scorer, items_of
+from pairclf.model import bundle as bundles
+from pairclf.model.backbone import _placed, load_tokenizer
+from pairclf.model.batch import Item
+from pairclf.model.bundle import open_bundle
+from pairclf.model.engine import build
+
+CPU = torch.device("cpu")
+LARGEST = Largest(64, 256, 2)
+
+
+@pytest.fixture
+def saved(config_for: Callable[..., Config], tmp_path: Path) -> Path:
+    config = config_for("llama", model={"lora": {"rank": 2}})
+    classifier = build(config, CPU).eval()
+    torch.nn.init.normal_(classifier.head.weight, std=0.5)  # type: ignore[arg-type]
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    tokenizer = load_tokenizer(config.model.base, config.model)
+    figures = {"metrics": {}, "prior": [0.5, 0.3, 0.2]}
+    bundles.write(folder, classifier, config, tokenizer, name="test", fold=0, probes=[], **figures)  # type: ignore[arg-type]
+    return folder
+
+
+def collect(crew: ProcessCrew, count: int) -> list[Event]:
+    events: list[Event] = []
+    until = time.monotonic() + 120
+    while len(events) < count and time.monotonic() < until:
+        events += crew.wait(1.0)
+    assert len(events) == count, events
+    return events
+
+
+def test_a_worker_scores_as_the_bundle_does(saved: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(saved)
+    encoded = bundle.builder().encode(make_rows(6))
+    wanted, _ = Scorer(bundle.load(CPU), "packed")(items_of(encoded, orders=2))
+    missing = Model(saved, tmp_path / "nowhere", (), encoded, LARGEST)
+    crew = ProcessCrew([Model(saved, None, ("predict.layout=packed",), encoded, LARGEST), missing], [("cpu",)])
+    try:
+        crew.load(0)
+        crew.submit(Work(0, 0, tuple(Piece(row, (0, 1)) for row in range(6))))
+        ready, scored = collect(crew, 2)
+        assert isinstance(ready, Ready)
+        assert ready.layout == "packed"
+        assert ready.what.startswith("cpu, float32; packed")
+        assert isinstance(scored, Scored)
+        assert np.abs(scored.logits - wanted).max() <= 1e-6
+        assert scored.logits.dtype == np.float64
+        crew.load(1)
+        (failed,) = collect(crew, 1)
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, PairclfError)
+        assert failed.error.remedy == "give the folder of the model"
+    finally:
+        crew.close()
+
+
+def test_a_pipeline_is_given_to_transformers_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 + device.index, 200))
+    gpus = [torch.device("cuda", index) for index in range(3)]
+    for quantized in (False, True):
+        assert _placed(quantized, gpus[1], [gpus[2]]) == {"device_map": "balanced", "max_memory": {1: 101, 2: 102}}
+    assert _placed(False, CPU, []) == {}
+    assert _placed(True, CPU, []) == {"device_map": {"": CPU}}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_a_pipeline_scores_as_one_gpu_does(saved: Path, layout: str) -> None:
+    one, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    bundle = open_bundle(saved)
+    items = items_of(bundle.builder().encode(make_rows(6)), orders=2)
+    alone, _ = Scorer(bundle.load(one), layout)(items)
+    over_both = bundle.load(one, others=[other])
+    assert len(set(over_both.backbone.hf_device_map.values())) == 2  # type: ignore[union-attr, arg-type, operator]
+    piped = Scorer(over_both, layout)
+    first, second = piped.launch(items), piped.launch(items[::-1])
+    assert np.abs(piped.collect(items, first)[0] - alone).max() <= 2e-2
+    assert np.abs(piped.collect(items[::-1], second)[0][::-1] - alone).max() <= 2e-2
+
+
+class Told:
+    """A scorer that notes what it is asked, and fails where it is told to."""
+
+    def __init__(self, fails: Sequence[str] = ()) -> None:
+        self.calls: list[str] = []
+        self.fails = fails
+
+    def launch(self, items: Sequence[Item]) -> int:
+        return self._called(f"launch {items[0].row}", items[0].row)
+
+    def collect(self, items: Sequence[Item], launched: int) -> tuple[Floats, int]:
+        return np.zeros((1, 3)), self._called(f"collect {launched}", 0)
+
+    def _called(self, what: str, value: int) -> int:
+        self.calls.append(what)
+        if what in self.fails:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return value
+
+
+class Ended(BaseException):
+    """The queue is at its end."""
+
+
+class Finite(SimpleQueue):  # type: ignore[type-arg]
+    """A queue whose end is an exception, so that what serves for ever comes back."""
+
+    def get(self, *_: object) -> object:  # type: ignore[override]
+        if self.empty():
+            raise Ended
+        return super().get()
+
+
+def served(scorer: Told, devices: Sequence[str], count: int) -> Iterator[Event]:
+    ours, theirs = Pipe()
+    desk = module._Desk(3, theirs)
+    desk.work = Finite()
+    for number in range(count):
+        desk.work.put((Work(number, 0, (Piece(number, (0,)),)), [Item(number, 0, np.zeros(1, dtype=np.int32))]))
+    with pytest.raises(Ended):
+        desk.serve(scorer, devices)
+    while ours.poll():
+        yield cast(Event, ours.recv())
+
+
+def test_a_cpu_reads_a_batch_before_the_next() -> None:
+    scorer = Told()
+    events = list(served(scorer, ["cpu"], 3))
+    assert scorer.calls == ["launch 0", "collect 0", "launch 1", "collect 1", "launch 2", "collect 2"]
+    assert [event.work.number for event in events if isinstance(event, Scored)] == [0, 1, 2]
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def test_two_batches_are_under_way_on_a_gpu(no_cuda: None) -> None:
+    scorer = Told()
+    events = list(served(scorer, ["cuda:0", "cuda:1"], 3))
+    assert scorer.calls == ["launch 0", "launch 1", "collect 0", "launch 2", "collect 1", "collect 2"]
+    assert [event.work.number for event in events if isinstance(event, Scored)] == [0, 1, 2]
+
+
+def test_memory_that_runs_out_costs_one_batch(no_cuda: None) -> None:
+    scorer = Told(["launch 1", "collect 2"])
+    events = list(served(scorer, ["cuda:0"], 4))
+    kinds = {event.work.number: event.kind for event in events if isinstance(event, Failed) and event.work}
+    assert kinds == {1: "memory", 2: "memory"}
+    assert [event.work.number for event in events if isinstance(event, Scored)] == [0, 3]
+
+
+def test_a_gpu_that_is_lost_ends_the_worker(no_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(device: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(module.os, "_exit", end)
+    (died,) = served(Told(["launch 0"]), ["cuda:0"], 1)
+    assert isinstance(died, Failed)
+    assert (died.kind, died.work and died.work.number) == ("died", 0)
+    assert "device-side assert" in died.what
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PairclfError("what", where="where", rows=[1, 2], remedy="remedy"),
+        BundleError("what", where=Path("folder")),
+        StopError("what", signal=15, remedy="remedy"),
+    ],
+)
+def test_errors_go_from_process_to_process_whole(error: PairclfError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert (str(again), again.args, vars(again)) == (str(error), error.args, vars(error))
+    assert again.exit_code == error.exit_code
+
+
+def test_every_kind_of_full_memory_is_known() -> None:
+    errors = [
+        MemoryError(),
+        torch.OutOfMemoryError("x"),
+        RuntimeError("[...] DefaultCPUAllocator: can't allocate memory"),
+    ]
+    assert [module._failed(0, None, error).kind for error in errors] == ["memory"] * 3
+    assert module._failed(0, None, RuntimeError("shapes differ")).kind == "error"
