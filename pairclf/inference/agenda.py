@@ -71,6 +71,7 @@ class Agenda:
         self.parts = parts
         self.swap = swap
         self.budget = budget
+        """Tokens of a forward pass; lowered for a member whose memory does not suffice."""
         self.stop = stop
         self.hands = 1
         """Workers that share the work."""
@@ -78,10 +79,12 @@ class Agenda:
         """The member at work; -1: none yet."""
         self.dropped: set[int] = set()
         """Members that can't be used."""
-        self.backlogs = [Backlog(part.inputs, orders_of(swap, member)) for member, part in enumerate(parts)]
+        self._orders = [orders_of(swap, member, part.inputs) for member, part in enumerate(parts)]
+        self.backlogs = [Backlog(part.inputs, orders) for part, orders in zip(parts, self._orders, strict=True)]
         self.paces = [Pace(part.shape, part.speed) for part in parts]
         self.loads = [part.load for part in parts]
         self.stages: list[Stage] = []
+        self._asked = budget
         self._standing = standing
         self._clock = clock
         self._begun: set[int] = set()
@@ -109,6 +112,7 @@ class Agenda:
         Not by its own scores: a run that goes on after a kill asks for the same rows.
         """
         self.current, self._queue, self._again, self._news = member, [], [], REPLAN
+        self.budget = self._asked
         share, rows = self.parts[member].share, len(self.backlogs[member])
         if share < 1 and member not in self._begun:
             ranked = np.argsort(-self._standing.uncertainty(member), kind="stable")
@@ -153,7 +157,7 @@ class Agenda:
 
     def name(self, member: int, rank: int) -> str:
         """`fold0 BA`."""
-        return f"{self.parts[member].name} {ORDERS[orders_of(self.swap, member)[rank - 1]]}"
+        return f"{self.parts[member].name} {ORDERS[self._orders[member][rank - 1]]}"
 
     def told(self) -> str:
         """The plan for people: what is done, what in part, and what there is no time for."""
@@ -161,6 +165,15 @@ class Agenda:
         part = [f"{one.share:.0%} of {self.name(*one.of[:2])}" for one in self.stages if 0 < one.share < 1]
         none = [f"not {self.name(*one.of[:2])}" for one in self.stages if one.share == 0]
         return ", ".join([*whole, *part, *none])
+
+    def worth_a_return(self) -> set[int]:
+        """Members that something is planned for; of those left before, where it takes longer than to load them."""
+        planned: dict[int, float] = {}
+        for stage in self.stages:
+            if stage.share > 0:
+                planned[stage.of.member] = planned.get(stage.of.member, 0.0) + stage.share * stage.of.seconds
+        left = self._begun - {self.current}
+        return {member for member, seconds in planned.items() if member not in left or seconds > self.loads[member]}
 
     @property
     def gist(self) -> dict[tuple[int, int], int]:
@@ -182,8 +195,8 @@ class Agenda:
             return self._give(self._again.pop())
         if self.patient:
             return self._give(self._longest(None))
-        until = self.stop - reserved(self.stages, self.current)
         rank = 1 if self.backlog.rows(1).any() else 2
+        until = self.stop - reserved(self.stages, self.current, rank)
         share = self._planned(rank)
         if rank == 1 and self._both_in_time(until):
             return self._give(self._longest(None))
@@ -191,8 +204,9 @@ class Agenda:
             until = self.stop
         if share == 0:
             return ()
-        pieces = self._longest(rank) if self.current == 0 and rank == 1 and share == 1 else self._worthiest(rank)
-        return self._give(self._in_time(pieces, until - free_at))
+        if self.current == 0 and rank == 1 and share == 1:
+            return self._give(self._in_time(self._longest(rank), until - free_at))
+        return self._give(self._in_time(self._worthiest(rank), until - free_at))
 
     def _give(self, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
         self.backlog.give(pieces)
@@ -227,10 +241,7 @@ class Agenda:
         key = ("longest", rank, size := self._size())
         if self._queued != key or not self._queue:
             self._queue, self._queued = self.backlog.batches(size, rank)[::-1], key
-        while self._queue:
-            if pieces := self.backlog.pieces(self._queue.pop(), rank):
-                return tuple(pieces)
-        return ()
+        return self._from_queue(rank)
 
     def _worthiest(self, rank: int) -> tuple[Piece, ...]:
         """A pass over the most uncertain rows, for what they cost; with `swap=budget` whatever they cost."""
@@ -241,16 +252,22 @@ class Agenda:
             if self.swap != "budget" or rank == 1:
                 worth = worth / np.maximum(costs, 1)
             ranked = np.argsort(-worth, kind="stable")[: np.count_nonzero(worth)]
-            self._queue, self._queued = (
-                _cut(ranked.tolist(), costs.tolist(), size, REPLAN, padded=self.backlog.layout == "padded")[::-1],
-                key,
-            )
-        return tuple(self.backlog.pieces(self._queue.pop(), rank)) if self._queue else ()
+            padded = self.backlog.layout == "padded"
+            self._queue = _cut(ranked.tolist(), costs.tolist(), size, REPLAN, padded=padded)[::-1]
+            self._queued = key
+        return self._from_queue(rank)
+
+    def _from_queue(self, rank: int | None) -> tuple[Piece, ...]:
+        """The next pass of which anything is left."""
+        while self._queue:
+            if pieces := self.backlog.pieces(self._queue.pop(), rank):
+                return tuple(pieces)
+        return ()
 
     def _in_time(self, pieces: tuple[Piece, ...], seconds: float) -> tuple[Piece, ...]:
         """So many of them as one worker will do in these seconds."""
         while pieces and self.pace.known and self.seconds(pieces) * self.pace.margin > seconds:
-            pieces = pieces[(len(pieces) + 1) // 2 :]
+            pieces = pieces[: len(pieces) // 2]
         return pieces
 
     def seconds(self, pieces: Sequence[Piece]) -> float:

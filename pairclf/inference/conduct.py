@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pairclf.errors import PairclfError
+from pairclf.errors import ModelError
 from pairclf.inference.agenda import Agenda, Part
 from pairclf.inference.deadline import spoken
 from pairclf.inference.standing import Judge, Standing
@@ -27,6 +27,10 @@ from pairclf.task import Task
 DEATHS = 10
 """Times in a row that workers may die at work before a member is given up: a row that kills its worker is found within
 them. While loading, a worker that dies twice will do so again."""
+
+
+STALLED, PATIENCE = 20.0, 5.0
+"""Seconds, and times what is expected, after which a pass is given to a second worker that has nothing else to do."""
 
 
 class Journal(Protocol):
@@ -125,6 +129,9 @@ class Conductor:
         self._deaths = 0
         self._tries: Counter[tuple[Piece, ...]] = Counter()
         self._works = 0
+        self._resumed = 0
+        self._since: dict[int, float] = {}  # when each work was given; those that were given twice have none
+        self._said: set[str] = set()
         self._gist: dict[tuple[int, int], int] = {}
 
     def resume(self) -> int:
@@ -137,6 +144,9 @@ class Conductor:
         for member, row, order, what in self._journal.failed():
             self.standing.fail(member, [(row, order)], what)
             self.agenda.backlogs[member].give([Piece(row, (order,))])
+        self._resumed = count
+        if count:
+            self._sink.write(self.standing.probabilities())
         return count
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -149,7 +159,7 @@ class Conductor:
             tick: seconds after which `asked` is looked at again.
 
         Raises:
-            PairclfError: no member could be loaded; as the first one said it.
+            PairclfError: no member could be loaded; as the last one said it.
         """
         start = self._clock()
         try:
@@ -161,7 +171,7 @@ class Conductor:
                         break
                     for event in self._crew.wait(min(tick, max(0.0, self.agenda.stop - self._clock()))):
                         self._handle(event)
-                    if self._sink.due(self._clock()):
+                    if self.outcome.passes and self._sink.due(self._clock()):
                         self._sink.write(self.standing.probabilities())
                 self._put_down()
                 if asked():
@@ -182,7 +192,7 @@ class Conductor:
         through: set[int] = set()
         while not self._over():
             self.agenda.plan()
-            wanted = {stage.of.member for stage in self.agenda.stages if stage.share > 0} - through
+            wanted = self.agenda.worth_a_return() - through
             if not wanted:
                 return
             member = self.agenda.current if self.agenda.current in wanted else min(wanted)
@@ -193,7 +203,8 @@ class Conductor:
     def _turn_to(self, member: int) -> None:
         self.agenda.begin(member)
         self._warm = dict.fromkeys(self._crew.load(member), False)
-        self._ready, self._deaths = set(), 0
+        self._ready, self._deaths, self._tries, self._said = set(), 0, Counter(), set()
+        self._report.say(f"{self._name}: loading")
         self._free_at = self._clock()
         self.agenda.hands = len(self._warm)
 
@@ -203,19 +214,32 @@ class Conductor:
             pieces = self.agenda.next(max(self._free_at, self._clock()))
             self._tell_plan()
             if not pieces:
+                self._give_again()
                 return
             work = Work(self._works, self.agenda.current, pieces)
             self._works += 1
-            self._flying[work.number] = work
+            self._flying[work.number], self._since[work.number] = work, self._clock()
             self._free_at = max(self._free_at, self._clock()) + self.agenda.seconds(pieces) / self.agenda.hands
             self._crew.submit(work)
+
+    def _give_again(self) -> None:
+        """With nothing else to do, what a worker keeps for too long is asked of another; the first answer counts."""
+        for number, work in self._flying.items():
+            late = max(STALLED, PATIENCE * len(self._flying) * self.agenda.seconds(work.pieces))
+            if len(self._ready) > 1 and self._clock() - self._since.get(number, self._clock()) > late:
+                del self._since[number]
+                self._crew.submit(work)
 
     def _tell_plan(self) -> None:
         """The plan, where it is another one than was told."""
         agenda = self.agenda
-        if not agenda.patient and agenda.pace.known and (not self._gist or agenda.gist.items() - self._gist.items()):
-            self._gist = agenda.gist
-            self._report.say(f"plan for {spoken(agenda.stop - self._clock())}: {agenda.told()}")
+        if not agenda.pace.known or (self._gist and (agenda.patient or not agenda.gist.items() - self._gist.items())):
+            return
+        self._gist = agenda.gist
+        if agenda.patient:
+            self._report.say(f"all of it is expected to take {spoken(sum(one.seconds for one in agenda.stages))} more")
+        else:
+            self._report.say(f"plan for the {spoken(agenda.stop - self._clock())} of scoring left: {agenda.told()}")
 
     def _put_down(self) -> None:
         """Nobody will do what is still flying."""
@@ -236,6 +260,10 @@ class Conductor:
         if isinstance(event, Ready):
             self._on_ready(event)
             return
+        if event.work is not None and event.work.number not in self._flying:  # somebody else was asked, and faster
+            if isinstance(event, Scored) or event.kind != "died":
+                return
+            event = event._replace(work=None)
         if event.work is not None:
             self._land(event.work)
         if isinstance(event, Scored):
@@ -248,7 +276,8 @@ class Conductor:
             self._on_failed(event, event.work)
 
     def _land(self, work: Work) -> None:
-        self._flying.pop(work.number, None)
+        del self._flying[work.number]
+        self._since.pop(work.number, None)
         ahead = sum(self.agenda.seconds(one.pieces) for one in self._flying.values())
         self._free_at = self._clock() + ahead / self.agenda.hands
 
@@ -258,7 +287,9 @@ class Conductor:
         self.agenda.budget = min(self.agenda.budget, event.budget or self.agenda.budget)
         for backlog in self.agenda.backlogs:
             backlog.layout = event.layout
-        self._report.say(f"{self._name}: {event.what}")
+        if event.what not in self._said:  # several workers say the same
+            self._said.add(event.what)
+            self._report.say(f"{self._name}: {event.what}")
 
     @property
     def _name(self) -> str:
@@ -310,7 +341,7 @@ class Conductor:
         if event.work is not None:
             self._on_failed(event, event.work)
         self._deaths += 1 if event.work is not None else DEATHS // 2
-        if self._deaths <= DEATHS:
+        if self._deaths < DEATHS:
             self._warm[self._crew.restart(event.worker)] = False
         else:
             self._without(event)
@@ -327,5 +358,5 @@ class Conductor:
         self.agenda.dropped.add(self.agenda.current)
         self.outcome.lost[self._name] = event.what
         self._report.say(f"{self._name} is given up: {event.what}")
-        if len(self.agenda.dropped) == len(self.agenda.parts) and isinstance(event.error, PairclfError):
-            raise event.error
+        if len(self.agenda.dropped) == len(self.agenda.parts) and not self.outcome.passes and not self._resumed:
+            raise event.error or ModelError(f"{self._name} can't be loaded: {event.what}")

@@ -15,6 +15,8 @@ from multiprocessing import connection, forkserver, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 from pairclf.inference import worker as worker_module
 from pairclf.inference.memory import Largest
@@ -59,6 +61,7 @@ class _Worker:
     ready: bool = False
     excused: bool = False  # it has said itself why it ends
     held: deque[Work] = field(default_factory=deque)
+    outbox: SimpleQueue[object] = field(default_factory=SimpleQueue)
 
     @property
     def room(self) -> int:
@@ -168,7 +171,9 @@ class ProcessCrew:
         )
         process.start()
         theirs.close()  # so that ours ends when the worker does
-        self._workers[number] = _Worker(number, member, devices, process, ours, time.monotonic())
+        worker = _Worker(number, member, devices, process, ours, time.monotonic())
+        Thread(target=_post, args=(worker,), daemon=True).start()
+        self._workers[number] = worker
         self._former[number] = (member, devices)
         return number
 
@@ -232,7 +237,7 @@ class ProcessCrew:
         """Kill it: it holds nothing that would have to be saved."""
         self._workers.pop(worker.number, None)
         worker.process.kill()
-        worker.channel.close()
+        worker.outbox.put(None)
         self._leaving.append(worker.process)
 
     def _dismiss(self) -> None:
@@ -247,8 +252,15 @@ def _items(work: Work, encoded: Sequence[tuple[Encoded, ...]]) -> list[Item]:
 
 
 def _tell(worker: _Worker, message: object) -> None:
-    with suppress(OSError):  # it has just died, and its end of the channel says so next
-        worker.channel.send(message)
+    worker.outbox.put(message)
+
+
+def _post(worker: _Worker) -> None:
+    """Send what is told, in a thread: a worker that hangs does not listen, and no deadline is to wait for it."""
+    for message in iter(worker.outbox.get, None):
+        with suppress(OSError):  # it has died, and its end of the channel says so to whoever waits
+            worker.channel.send(message)
+    worker.channel.close()
 
 
 def _threads(workers: int) -> int:

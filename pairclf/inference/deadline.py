@@ -12,7 +12,7 @@ _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(d|h|min|m|s)", re.IGNORECASE)
 _EXAMPLES = "e.g. 8h30m, 45m, 90s, or 2026-01-31T18:00:00+00:00"
 
 
-def seconds_until(text: str, now: datetime) -> float:
+def seconds_until(text: str, now: datetime, spent: float = 0.0) -> float:
     """Seconds from `now` to the deadline; below zero where it has passed.
 
     >>> seconds_until("8h30m", datetime.now(UTC))
@@ -22,6 +22,7 @@ def seconds_until(text: str, now: datetime) -> float:
         text: a duration (`8h30m`, `45m`, `90s`), or an absolute time in ISO 8601; without a zone it is UTC, as Kaggle's
             machines are.
         now: with its zone.
+        spent: seconds of a duration that are gone already.
 
     Raises:
         ConfigError: it is neither, or a duration of nothing.
@@ -31,7 +32,7 @@ def seconds_until(text: str, now: datetime) -> float:
         seconds = sum(float(number) * _UNITS[unit.lower()] for number, unit in _PART.findall(plain))
         if seconds <= 0:
             raise ConfigError(f"--deadline {text} leaves no time", remedy=_EXAMPLES)
-        return seconds
+        return seconds - spent
     try:
         end = datetime.fromisoformat(plain)
     except ValueError as error:

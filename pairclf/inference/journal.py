@@ -60,6 +60,7 @@ class Journal:
             journal._continue(json.loads(json.dumps(identity)))
         except OSError as error:
             journal._break(error)
+            journal.close()
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
                 raise PairclfError(
@@ -67,6 +68,7 @@ class Journal:
                     remedy="wait for it, end it, or write to another --out",
                 ) from error
             journal._break(error)
+            journal.close()
         return journal
 
     def _continue(self, identity: dict[str, Any]) -> None:
@@ -153,8 +155,13 @@ class Journal:
 
     def _read(self, statement: str) -> Iterator[Any]:
         if self._file is not None:
-            with closing(self._file.execute(statement)) as rows:
-                yield from rows
+            try:
+                with closing(self._file.execute(statement)) as rows:
+                    yield from rows
+            except sqlite3.DatabaseError as error:
+                raise PairclfError(
+                    f"the journal is damaged: {error}", where=self.path, remedy="score anew: --no-resume"
+                ) from error
 
     def _break(self, error: Exception) -> None:
         self.broken = str(error)

@@ -36,7 +36,7 @@ GAIN_SWAP = 0.006
 """Nats a row that the second order brings where a bundle has not measured it: LMSYS' winner had .882 with one order and
 .876 with two on the public leaderboard."""
 
-GAIN_MEMBER = (0.15, 0.01, 0.005)
+GAIN_MEMBER = (0.15, 0.004, 0.002)
 """Nats a row that the first, the second and each later member is expected to bring on top of those before it.
 
 The first over the prior: log 3 = 1.099 against the .94 of a public Gemma-2-9b on LMSYS. Later ones: a team's second
@@ -203,7 +203,7 @@ def _open(given: MemberFile, place: int, base: Path | None, overrides: Sequence[
         temperature=config.predict.temperature if given.temperature is None else given.temperature,
         share=given.share,
         gain_member=usual if given.gain is None else given.gain,
-        gain_swap=_gain_swap(config, opened.manifest),
+        gain_swap=_gain_swap(config, opened.manifest) * (0.5 if place else 1.0),  # of a mean that has views already
     )
 
 

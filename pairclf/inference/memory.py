@@ -35,7 +35,7 @@ HEAP_LARGEST = 1 << 25
 """Bytes of the largest tensor that glibc takes from its heap, once it has freed one like it (M_MMAP_THRESHOLD's limit
 on 64 bits); larger ones are given back to the system when they are freed."""
 
-HEAP_HOLES = 5.0
+HEAP_HOLES = 4.5
 """What the heap keeps in holes at the peak, in tensors of the largest kind that lie in it: 3 to 7 were measured (30M
 Llama and Gemma-2, float32, packed and shared, 2,048 and 16,384 tokens)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 WORTH = 0.01
@@ -76,6 +77,7 @@ def _worth(one: Pass) -> float:
     return one.gain / max(one.load + one.seconds, 1e-9)
 
 
-def reserved(stages: Iterable[Stage], member: int) -> float:
-    """Seconds that the stages of other members are to have."""
-    return sum(stage.seconds for stage in stages if stage.of.member != member and stage.share > 0)
+def reserved(stages: Iterable[Stage], member: int, rank: int) -> float:
+    """Seconds that other members' stages are to have before this one, as they were chosen before it."""
+    before = takewhile(lambda stage: stage.of[:2] != (member, rank), stages)
+    return sum(stage.seconds for stage in before if stage.of.member != member and stage.share > 0)

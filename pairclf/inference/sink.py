@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from pairclf.console import console
 from pairclf.data.tables import Probabilities, sample_ids, scores_frame, write_submission
 from pairclf.errors import PairclfError
+from pairclf.files import atomic_file
 from pairclf.inference.work import Clock
 from pairclf.task import Task
 
@@ -69,6 +70,19 @@ class Sink:
         if ids is None:
             raise ValueError("without a sample submission the data's ids must be known")
         self._put(ids, np.tile(np.asarray(prior, dtype=np.float64), (len(ids), 1)))
+
+    def begin(self, prior: ArrayLike) -> None:
+        """Let there be a submission: the prior's, unless one is there already, which only something known replaces.
+
+        Raises:
+            DataError, PairclfError, OSError: as `write_prior`; also where the file that is there can't be replaced.
+        """
+        if not self.out.exists():
+            self.write_prior(prior)
+            return
+        with atomic_file(self.out) as temporary:
+            temporary.write_bytes(self.out.read_bytes())
+        self._tried = self._clock()
 
     def due(self, now: float) -> bool:
         """Whether it is time for a better file."""

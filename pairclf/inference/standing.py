@@ -27,11 +27,13 @@ ORDERS = ("AB", "BA")
 """For people: names of `task.AB` and `task.BA`."""
 
 
-def orders_of(swap: str, member: int) -> tuple[int, ...]:
-    """The orders that `predict.swap` wants of a member, the first one first."""
+def orders_of(swap: str, member: int, inputs: Inputs) -> tuple[int, ...]:
+    """The orders that `predict.swap` wants of a member, the first one first; a task that can't swap has one."""
+    if swap == "off" or inputs.lengths.shape[1] == 1:
+        return (AB,)
     if swap == "split":
         return (AB,) if member % 2 == 0 else (BA,)
-    return (AB,) if swap == "off" else (AB, BA)
+    return (AB, BA)
 
 
 class Standing:
@@ -47,7 +49,7 @@ class Standing:
     def __init__(self, inputs: Sequence[Inputs], task: Task, judge: Judge, swap: str) -> None:
         self._inputs = inputs
         self._wanted = [
-            np.isin(np.arange(one.twin.shape[1]), orders_of(swap, member)) for member, one in enumerate(inputs)
+            np.isin(np.arange(one.twin.shape[1]), orders_of(swap, member, one)) for member, one in enumerate(inputs)
         ]
         self._task = task
         self._judge = judge
@@ -60,7 +62,10 @@ class Standing:
         self._logits[member][self._places(member, sequences)] = logits
 
     def fail(self, member: int, sequences: Sequence[tuple[int, int]], why: str) -> None:
-        self.failed[member] |= dict.fromkeys(sequences, why)
+        """These, and the sequences that they stand for, can't be scored."""
+        twins = np.argwhere(np.isin(self._inputs[member].twin, self._places(member, sequences)))
+        for row, order in twins.tolist():
+            self.failed[member][row, order] = why
 
     def _places(self, member: int, sequences: Sequence[tuple[int, int]]) -> list[int]:
         orders = self._inputs[member].twin.shape[1]

@@ -98,7 +98,7 @@ def forecast(
         world = _measured(ensemble, prepared, overrides) if device == HERE else _profiled(ensemble, PROFILES[device])
         inputs = [_stretched(one.inputs, rows or len(one.inputs.shared)) for one in prepared]
     whole = _bought(ensemble, world, inputs, float("inf"))
-    limits = deadlines or [part * whole.used for part in PARTS]
+    limits = sorted(deadlines) or [part * whole.used for part in PARTS]
     bought = [_bought(ensemble, world, inputs, limit) for limit in limits]
     console.print(world.why)
     return [_by_pass(ensemble, world, inputs, whole), _by_deadline(whole, bought)]
@@ -277,7 +277,7 @@ def _scored(outcome: Outcome, parts: Sequence[Part], swap: str) -> dict[str, flo
     found = {}
     for member, part in enumerate(parts):
         known = outcome.standing.known(member)
-        for order in orders_of(swap, member)[: known.shape[1]]:
+        for order in orders_of(swap, member, part.inputs):
             found[f"{part.name} {ORDERS[order]}"] = float(known[:, order].mean())
     return found
 
@@ -285,7 +285,7 @@ def _scored(outcome: Outcome, parts: Sequence[Part], swap: str) -> dict[str, flo
 def _gain(parts: Sequence[Part], scored: dict[str, float], swap: str) -> float:
     total = 0.0
     for member, part in enumerate(parts):
-        names = [f"{part.name} {ORDERS[order]}" for order in orders_of(swap, member)]
+        names = [f"{part.name} {ORDERS[order]}" for order in orders_of(swap, member, part.inputs)]
         shares = [scored[name] for name in names if name in scored]
         total += (part.gain * shares[0] if member else 0.0) + (part.gain_swap * shares[1] if len(shares) > 1 else 0.0)
     return total
@@ -300,7 +300,7 @@ def _by_pass(ensemble: Ensemble, world: World, inputs: Sequence[tuple[Inputs, fl
     made.add_row("devices", world.placement.why)
     made.add_row("forward passes of", f"{world.budget:,} tokens, {world.layout}")
     for number, member in enumerate(ensemble.members):
-        name, orders = member.manifest.name, orders_of(swap, number)
+        name, orders = member.manifest.name, orders_of(swap, number, inputs[number][0])
         made.add_row(f"loading {name}", spoken(world.loads[number]))
         backlog = Backlog(inputs[number][0], orders)
         backlog.layout = world.layout
@@ -320,10 +320,13 @@ def _seconds(world: World, member: int, backlog: Backlog, rank: int | None, time
 
 
 def _by_deadline(whole: Bought, bought: Sequence[Bought]) -> Table:
-    made = table("What a deadline buys", "deadline", "used", *whole.scored, "nats gained")
+    made = table("What a deadline buys", "deadline", "used", *whole.scored, "log loss lower by")
     for one in (*bought, whole):
         limit = "none" if one.seconds == float("inf") else spoken(one.seconds)
         made.add_row(limit, spoken(one.used), *(f"{part:.0%}" for part in one.scored.values()), f"{one.gain:.4f}")
-    made.caption = "rows that have each pass; gained over the first model in one order, by what bundles or the file say"
+    made.caption = (
+        "rows that have each pass (AB: the order of the file, BA: sides exchanged); the log loss is a guess, over the "
+        "first model in one order, by what bundles measured or the ensemble's file says"
+    )
     made.caption_justify = "left"
     return made

@@ -39,7 +39,7 @@ from pairclf.inference.journal import Journal
 from pairclf.inference.members import Ensemble, Member, open_ensemble
 from pairclf.inference.memory import Largest
 from pairclf.inference.sink import Sink
-from pairclf.inference.standing import Standing
+from pairclf.inference.standing import ORDERS, Standing
 from pairclf.inputs.cache import EncodedRows, token_cache
 from pairclf.inputs.plan import token_budget
 from pairclf.inputs.render import Encoded
@@ -71,6 +71,7 @@ def predict(
     deadline: str | None = None,
     strict: bool = False,
     resume: bool = True,
+    spent: float = 0.0,
 ) -> pl.DataFrame:
     """Score `data` with every member, average, and write the submission.
 
@@ -86,8 +87,9 @@ def predict(
         base: folder of the base model on this machine.
         overrides: `key=value` for settings under `predict`, `model.dtype` and `model.attention`.
         deadline: when all must be over, as `deadline.seconds_until` reads it; None: when it is done.
-        strict: raise at the end, if a row or a member could not be scored.
-        resume: go on where a run of the same rows and members was killed.
+        strict: raise at the end, if a row or a model could not be scored, or time left a row without any score.
+        resume: go on where a run of the same rows and models was killed.
+        spent: seconds of a deadline that is a duration which are gone already.
 
     Returns:
         The scores.
@@ -97,49 +99,53 @@ def predict(
         IncompleteError: with `strict`; everything is written.
         StopError: a signal came; what was known by then is written.
     """
-    clock = time.monotonic
-    end = float("inf") if deadline is None else clock() + seconds_until(deadline, datetime.now(UTC))
-    _check_paths(out, scores, data, sample)
+    clock, work = time.monotonic, out.with_name(f"{out.stem}.work")
+    end = float("inf") if deadline is None else clock() + seconds_until(deadline, datetime.now(UTC), spent)
+    _check_paths(out, scores, data, sample, work)
     ensemble = open_ensemble(paths, base, overrides)
-    sink = Sink(out, ensemble.task, sample, None, clock=clock)
-    if sample is not None:
-        sink.write_prior(ensemble.prior)
-    rows = _read(ensemble.members[0].config, data)
-    check_ids(rows.ids, ensemble.task, sample)
-    sink.ids = rows.ids
-    if sample is None:
-        sink.write_prior(ensemble.prior)
-    bundles = _proven(ensemble.members)
-    work = out.with_name(f"{out.stem}.work")
-    identity = _identity(ensemble, data)
-    journal = Journal.open(work / JOURNAL, identity)
-    if not resume:
-        journal.remove()
-        journal = Journal.open(work / JOURNAL, identity)
-    try:
+    with closing(_journal(work / JOURNAL, _identity(ensemble, data), resume=resume)) as journal:
+        sink = Sink(out, ensemble.task, sample, None, clock=clock)
+        if sample is not None:
+            sink.begin(ensemble.prior)
+        rows = _read(ensemble.members[0].config, data)
+        check_ids(rows.ids, ensemble.task, sample)
+        sink.ids = rows.ids
+        if sample is None:
+            sink.begin(ensemble.prior)
+        bundles = _proven(ensemble.members)
         outcome = _conduct(ensemble, data, work, overrides, journal, sink, end)
-    finally:
-        journal.close()
-    found = _scores(ensemble, bundles, rows, outcome.standing)
-    sink.close(outcome.standing.probabilities())
-    if scores is not None:
-        write_scores(scores, found)
-    console.print(_account(found, outcome))
-    _conclude(outcome, found, out, work, strict)
+        found = _scores(ensemble, bundles, rows, outcome.standing)
+        sink.close(outcome.standing.probabilities())
+        if scores is not None:
+            write_scores(scores, found)
+        _tidy(work, journal, done=not (outcome.left or outcome.lost or outcome.stopped))
+    console.print(_account(ensemble, found, outcome))
+    _conclude(outcome, found, out, strict)
     return found
 
 
 # --- before --------------------------------------------------------------------------------------------------------
 
 
-def _check_paths(out: Path, scores: Path | None, data: Path, sample: Path | None) -> None:
+def _check_paths(out: Path, scores: Path | None, data: Path, sample: Path | None, work: Path) -> None:
     """Found out now, and not after hours of scoring."""
+    if out == work or (work.exists() and not work.is_dir()):
+        raise ConfigError(f"{work} must be free for the journal, and is no folder", remedy="give another --out")
     written = [path for path in (out, scores) if path is not None]
     named = [path.resolve() for path in (*written, data, sample) if path is not None]
     if len(set(named)) != len(named):
         raise ConfigError("two of the files to read and to write are the same", remedy="give each its own path")
     for path in written:
         check_file_target(path)
+
+
+def _journal(path: Path, identity: dict[str, object], *, resume: bool) -> Journal:
+    """That of this run, locked against other processes; without `resume` an empty one."""
+    journal = Journal.open(path, identity)
+    if resume:
+        return journal
+    journal.remove()
+    return Journal.open(path, identity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +185,7 @@ def _identity(ensemble: Ensemble, data: Path) -> dict[str, object]:
         "dtype": [one.model.dtype for one in settings],
         "attention": [one.model.attention for one in settings],
         "layout": [one.predict.layout for one in settings],
+        "backend": [one.predict.backend for one in settings],
     }
 
 
@@ -259,8 +266,18 @@ def _conduct(
         )
         if known := conductor.resume():
             console.print(f"{known:,} sequences were scored before (--no-resume scores them anew)")
-        console.print(f"{placement.why}" + ("" if left == float("inf") else f"; {spoken(left)} until the deadline"))
+        console.print(placement.why + ("" if left == float("inf") else f"; {spoken(max(0, left))} to the deadline"))
+        console.print(_counted(prepared))
         return conductor.run(asked=lambda: caught.received or 0, tick=TICK)
+
+
+def _counted(prepared: Sequence[Prepared]) -> str:
+    """How many sequences there are, and why they are fewer than rows times orders."""
+    inputs = prepared[0].inputs
+    rows, orders = inputs.lengths.shape
+    equal = inputs.twin.size - int(inputs.first.sum())
+    texts = f"{rows:,} rows in {orders} order(s) for {len(prepared)} model(s)"
+    return texts + (f"; {equal:,} of {rows * orders:,} inputs are equal to others, and scored once" if equal else "")
 
 
 def part_of(member: Member, inputs: Inputs, size: int, placement: Placement) -> Part:
@@ -338,40 +355,59 @@ def _seen(
     return total
 
 
-def _account(found: pl.DataFrame, outcome: Outcome) -> Table:
+def _account(ensemble: Ensemble, found: pl.DataFrame, outcome: Outcome) -> Table:
     """How many rows were scored how."""
-    made = table(f"Prediction of {len(found):,} rows in {spoken(outcome.seconds)}", "scored in", "by", "rows")
-    counts = found.group_by("orders", pl.col("models").list.len().alias("models")).len().sort("orders", "models")
-    for orders, models, rows in counts.sort("orders", "models", descending=True).iter_rows():
-        name = "the prior alone" if orders == 0 else f"{orders} order{'s' * (orders > 1)}"
-        made.add_row(name, f"{models} model{'s' * (models != 1)}" if orders else "", f"{rows:,}")
+    made = table(f"Prediction of {len(found):,} rows in {spoken(outcome.seconds)}", "scored by", "rows")
+    known = [outcome.standing.known(member) for member in range(len(ensemble.members))]
+    names = [
+        f"{member.manifest.name} {ORDERS[order]}"
+        for member, one in zip(ensemble.members, known, strict=True)
+        for order in range(one.shape[1])
+    ]
+    ways, counts = np.unique(np.concatenate(known, axis=1), axis=0, return_counts=True)
+    for place in np.argsort(-counts, kind="stable").tolist():
+        who = ", ".join(name for name, did in zip(names, ways[place], strict=True) if did)
+        made.add_row(who or "nobody: the prior alone", f"{counts[place]:,}")
     for what, rows in outcome.left.items():
-        made.add_row(f"not done: {what}", "", f"{rows:,}")
+        made.add_row(f"(not done: {what})", f"{rows:,}")
     if outcome.rescued:
-        made.add_row("in float32, as float16 overflowed", "", f"{outcome.rescued:,}")
+        made.add_row("(in float32, as float16 overflowed)", f"{outcome.rescued:,}")
+    made.caption, made.caption_justify = "AB: the order of the file; BA: sides exchanged", "left"
     return made
 
 
-def _conclude(outcome: Outcome, found: pl.DataFrame, out: Path, work: Path, strict: bool) -> None:
-    """Name what could not be scored, take the work folder away where nothing is left of it, and raise where asked."""
+def _tidy(work: Path, journal: Journal, *, done: bool) -> None:
+    """Take the tokens away, and the journal where nothing is left to go on with; what others put there stays."""
+    shutil.rmtree(work / TOKENS, ignore_errors=True)
+    if done:
+        journal.remove()
+        if work.is_dir() and not any(work.iterdir()):
+            work.rmdir()
+
+
+def _conclude(outcome: Outcome, found: pl.DataFrame, out: Path, strict: bool) -> None:
+    """Name what could not be scored, and raise where asked."""
     ids = found["id"].to_list()
     failed = {ids[row]: why for one in outcome.standing.failed for (row, _), why in one.items()}
     for row, why in list(failed.items())[:5]:
         console.print(f"row {row} could not be scored: {why}")
-    lost = [f"{name} ({why})" for name, why in outcome.lost.items()]
+    if len(failed) > 5:
+        console.print(f"and {len(failed) - 5:,} rows more")
     console.print(f"wrote {out}: {len(found):,} rows")
-    done = not (outcome.left or outcome.lost or outcome.stopped)
-    shutil.rmtree(work if done else work / TOKENS, ignore_errors=True)
+    alone = found.filter(pl.col("orders") == 0)["id"].to_list()
+    if alone:
+        console.print(f"WARNING: {len(alone):,} of {len(found):,} rows have nothing but the prior")
     if outcome.stopped:
         raise StopError(
             f"stopped by a signal; {out} holds what was known",
             signal=outcome.stopped,
             remedy="the same command goes on where it was",
         )
-    if strict and (failed or lost):
+    lost = [f"{name} ({why})" for name, why in outcome.lost.items()]
+    if strict and (failed or lost or alone):
         raise IncompleteError(
             "not all could be scored" + (f": without {', '.join(lost)}" if lost else ""),
             where=out,
-            rows=list(failed),
-            remedy="the submission has the other order, other members or the prior in their place",
+            rows=list(dict.fromkeys([*failed, *alone])),
+            remedy="the submission has the other order, other models or the prior in their place",
         )

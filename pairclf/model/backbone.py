@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -146,6 +147,8 @@ def load_base(
             remedy="set model.quantization=nf4 or none, or model.lora.dora=false, or use a GPU",
         )
     quantized = model.quantization != "none" or stored_as(config) is not None
+    # It says for every int8 product that float32 becomes float16, which is its design.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded = _load_strictly(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pairclf.errors import ModelError
 from pairclf.inference.agenda import Part
 from pairclf.inference.backlog import Inputs
 from pairclf.inference.conduct import Conductor, Outcome, Report
@@ -246,7 +247,7 @@ def test_first_orders_come_before_second_ones_when_time_is_short() -> None:
     assert known.any(axis=1).all()
     assert 0.02 < known.all(axis=1).mean() < 0.6
     assert run.outcome.left == {"a BA": run.outcome.left["a BA"]}
-    assert any("plan for" in line and "a BA" in line for line in run.said)
+    assert any("plan for the" in line and "a BA" in line for line in run.said)
 
 
 def test_the_most_uncertain_rows_get_their_second_order() -> None:
@@ -314,6 +315,46 @@ def test_a_model_without_finite_logits_leaves_the_prior() -> None:
     run = conduct([part(rows=30)], silent=set(range(30)))
     assert run.sink.last is not None
     np.testing.assert_allclose(run.sink.last, [[0.4, 0.35, 0.25]] * 30)
+
+
+def test_what_a_worker_keeps_for_too_long_is_done_by_another() -> None:
+    class Hanging(Crew):
+        """The worker that is given the second pass never comes back from it."""
+
+        hung: int | None = None
+
+        def do(self, worker: int, work: Work) -> tuple[float, Event]:
+            seconds, event = super().do(worker, work)
+            hangs = self.hung is None and work.number == 1
+            self.hung = worker if hangs else self.hung
+            return (1e9 if hangs else seconds), event
+
+    clock, one = SimulatedClock(), part(inputs=inputs(60, twins=0.0))
+    crew, journal = Hanging([one], clock), Memory()  # the journal refuses what is scored twice
+    conductor = Conductor(
+        [one], LMSYS, Judge([1.0]), crew=crew, clock=clock, journal=journal, sink=Written(clock), swap="full",
+        report=Report(lambda text: None, lambda name, done, total: None), budget=8192,
+    )  # fmt: skip
+    outcome = conductor.run(asked=lambda: 0, tick=1.0)
+    assert outcome.standing.known(0).all()
+    assert crew.hung is not None
+    assert clock.now < 3600
+
+
+def test_a_model_that_never_loads_is_an_error() -> None:
+    class Dead(Crew):
+        def _start(self) -> int:
+            self._numbers += 1
+            self._push(1.0, Failed(self._numbers, None, "died", "SIGKILL"))
+            return self._numbers
+
+    clock = SimulatedClock()
+    conductor = Conductor(
+        [part()], LMSYS, Judge([1.0]), crew=Dead([part()], clock), clock=clock, journal=Memory(), sink=Written(clock),
+        report=Report(lambda text: None, lambda name, done, total: None), swap="full", budget=8192,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="SIGKILL"):
+        conductor.run(asked=lambda: 0, tick=1.0)
 
 
 def test_the_submission_is_never_older_than_a_minute() -> None:

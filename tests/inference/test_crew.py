@@ -291,3 +291,19 @@ def test_a_parent_that_forgets_to_close_ends_all_the_same(monkeypatch: pytest.Mo
     (at_exit,) = asked
     at_exit()
     assert not alive(worker)
+
+
+def test_a_worker_that_is_stopped_keeps_nobody_waiting(crew_of: Make) -> None:
+    """Its channel fills up with work that it does not take; submit, wait and close return all the same."""
+    crew = crew_of(model("first", *[1] * 40), workers=1)
+    crew.load(0)
+    assert isinstance(collect(crew, 1)[0], Ready)
+    os.kill(pids(crew)[0], signal.SIGSTOP)
+    large = [tuple(Encoded(np.ones(1_000_000, dtype=np.int32), (), {}) for _ in (0, 1)) for _ in range(40)]
+    crew._models[0].encoded[:] = large  # type: ignore[index]
+    began = time.monotonic()
+    for row in range(4):
+        crew.submit(work(row, row))
+    assert crew.wait(0.2) == []
+    crew.close()
+    assert time.monotonic() - began < LONG / 2

@@ -60,7 +60,7 @@ def test_a_file_says_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (a.folder, a.base, b.base) == (folder / "a", folder / "bases/gemma", Path("given"))
     assert (a.weight, a.temperature, a.share, b.weight, b.temperature, b.share) == (0.75, 1.03, 1, 0.25, 1, 0.3)
     assert (a.gain_member, b.gain_member) == (GAIN_MEMBER[0], 0.004)
-    assert (a.gain_swap, b.gain_swap) == (pytest.approx(0.012), GAIN_SWAP)
+    assert (a.gain_swap, b.gain_swap) == (pytest.approx(0.012), GAIN_SWAP / 2)
     assert ensemble.temperature == 1.02
     assert ensemble.prior == pytest.approx([0.4, 0.3, 0.3])
     assert {one.config.model.dtype for one in ensemble.members} == {"float32"}

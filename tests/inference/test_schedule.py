@@ -50,5 +50,7 @@ def test_the_last_pass_is_in_part_and_those_after_it_are_not_begun() -> None:
 
 
 def test_time_is_kept_for_other_members() -> None:
-    stages = schedule([Pass(0, 1, 100, 0, 0.15), Pass(1, 1, 100, 50, 0.02)], 1000)
-    assert reserved(stages, 0) == 150
+    """For those that were chosen before: what comes after must not keep a pass from its end."""
+    passes = [Pass(0, 1, 100, 0, 0.15), Pass(0, 2, 100, 0, 0.006), Pass(1, 1, 100, 50, 0.02)]
+    stages = schedule(passes, 1000)
+    assert [reserved(stages, *one[:2]) for one in passes] == [0, 150, 100]

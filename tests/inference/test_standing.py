@@ -91,6 +91,16 @@ def test_members_that_know_a_row_are_blended_and_those_before_a_cascade_decide()
 
 
 def test_what_swap_wants_of_members() -> None:
-    assert [orders_of("split", member) for member in (0, 1, 2)] == [(0,), (1,), (0,)]
-    assert orders_of("off", 3) == (0,)
-    assert orders_of("full", 0) == orders_of("budget", 0) == (0, 1)
+    two = inputs(1)
+    one = Inputs(two.lengths[:, :1], two.shared, two.twin[:, :1])  # a task that can't swap
+    assert [orders_of("split", member, two) for member in (0, 1, 2)] == [(0,), (1,), (0,)]
+    assert orders_of("off", 3, two) == orders_of("split", 1, one) == orders_of("full", 0, one) == (0,)
+    assert orders_of("full", 0, two) == orders_of("budget", 0, two) == (0, 1)
+
+
+def test_twins_of_what_can_not_be_scored_are_listed_too() -> None:
+    one = inputs(3)
+    one.twin[2] = [1, 0]
+    standing = Standing([one], LMSYS, Judge([1.0]), "full")
+    standing.fail(0, [(0, 0)], "it is poisoned")
+    assert set(standing.failed[0]) == {(0, 0), (2, 1)}

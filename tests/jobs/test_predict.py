@@ -274,6 +274,22 @@ def test_a_submission_of_priors_is_there_before_the_rows_are_read(
     np.testing.assert_allclose(probabilities(tmp_path / "submission.csv"), np.tile(priors(run, 2), (ROWS, 1)))
 
 
+def test_a_submission_that_is_there_is_replaced_by_nothing_worse(run: Path, tmp_path: Path, inject: Inject) -> None:
+    """Neither by priors, nor by a run that is refused; and what others put into the work folder stays there."""
+    (tmp_path / "submission.work").mkdir()
+    (tmp_path / "submission.work" / "notes.txt").write_text("mine")
+    predict(bundles(run)[:1], **files(run, tmp_path))
+    before = (tmp_path / "submission.csv").read_bytes()
+    pl.read_csv(run / "sample_submission.csv", infer_schema=False)[1:].write_csv(tmp_path / "sample.csv")
+    with pytest.raises(DataError, match="that the sample"):
+        predict(bundles(run)[:1], **{**files(run, tmp_path), "sample": tmp_path / "sample.csv"})
+    inject("load")
+    with pytest.raises(BundleError):
+        predict(bundles(run)[1:], **files(run, tmp_path))
+    assert (tmp_path / "submission.csv").read_bytes() == before
+    assert (tmp_path / "submission.work" / "notes.txt").read_text() == "mine"
+
+
 def test_a_full_disk_in_the_middle_leaves_the_last_good_file_and_the_end_mends_it(
     run: Path, whole: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
