@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
+from tempfile import gettempdir
 from threading import Thread
 
 from pairclf.inference import worker as worker_module
@@ -24,6 +25,9 @@ from pairclf.inference.work import Event, Failed, Ready, Work
 from pairclf.inference.worker import Assignment, Loader, load_bundle, main, under_way
 from pairclf.inputs.render import Encoded
 from pairclf.model.batch import Item
+
+LONGEST = 107 - len("/pymp-12345678/listener-12345678")
+"""Characters of a temporary folder that a socket's path has room for."""
 
 _GRACE = 5.0  # seconds in which a worker that was killed, or whose channel closed, must have ended
 
@@ -72,13 +76,19 @@ class _Worker:
         return f"worker {self.number} on {' + '.join(self.devices)}"
 
 
-def warm_up() -> None:
+def warm_up() -> bool:
     """Start the server that forks workers on CPUs in milliseconds, once it has imported all that they need.
 
     It imports while the caller does other things; nothing happens if it is there.
+
+    Returns:
+        Whether it can be had: its socket lies in the temporary folder, and a socket's path is short (`man 7 unix`).
     """
+    if len(gettempdir()) > LONGEST:
+        return False
     get_context("forkserver").set_forkserver_preload([worker_module.__name__])
     forkserver.ensure_running()
+    return True
 
 
 class ProcessCrew:
@@ -107,9 +117,8 @@ class ProcessCrew:
         self._queue: deque[Work] = deque()
         # CUDA does not survive a fork, and a library may ask for it as it is imported.
         cuda = any(device.startswith("cuda") for group in groups for device in group)
-        self._context = get_context("spawn" if cuda else "forkserver")
-        if not cuda:
-            warm_up()
+        forks = not cuda and warm_up()
+        self._context = get_context("forkserver" if forks else "spawn")
         atexit.register(self.close)  # multiprocessing would wait at exit for workers that wait for work
 
     def load(self, member: int) -> Sequence[int]:

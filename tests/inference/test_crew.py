@@ -307,3 +307,14 @@ def test_a_worker_that_is_stopped_keeps_nobody_waiting(crew_of: Make) -> None:
     assert crew.wait(0.2) == []
     crew.close()
     assert time.monotonic() - began < LONG / 2
+
+
+def test_a_temporary_folder_with_a_long_path_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crew_of: Make
+) -> None:
+    """A socket's path has 107 characters at most; the workers are then started anew each time."""
+    monkeypatch.setattr("pairclf.inference.crew.gettempdir", lambda: str(tmp_path / ("x" * 90)))
+    crew = crew_of(model("first", 1))
+    assert crew._context.get_start_method() == "spawn"
+    crew.load(0)
+    assert isinstance(collect(crew, 1)[0], Ready)
