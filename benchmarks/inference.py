@@ -463,14 +463,14 @@ def measure(name: str, round_: int, options: argparse.Namespace, pipes: dict[str
 
 def remember(folder: Path, options: argparse.Namespace, layout: str, budget: int, pipe: Connection) -> None:
     """A process that foretells its peak, scores 4 rows, then 16; answers the three peaks in bytes."""
-    from pairclf.inference.memory import Largest, predict_peak
+    from pairclf.inference.memory import Largest, footprint
     from pairclf.jobs.estimate import peak_memory
 
     torch.set_num_threads(1)
     quiet()
     bench, scorer = open_bench("lmsys", 0, options.quick, 1), make_scorer(folder, layout)
     lengths = [len(one.ids) for row in bench.encoded[:16] for one in row]
-    peaks = [predict_peak(scorer, Largest(max(lengths), min(budget, sum(lengths)), orders=2))]
+    peaks = [footprint(scorer, Largest(max(lengths), min(budget, sum(lengths)), orders=2)).peak]
     for rows in (4, 16):  # the longest are the first
         score_all(scorer, bench.encoded[:rows], budget, once=True)
         peaks.append(peak_memory(torch.device("cpu")))

@@ -18,14 +18,13 @@ from pairclf.inference.work import Floats
 NOT_FINITE = "logits are not finite"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS note (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS scored (member INT, row INT, told INT, logits BLOB, PRIMARY KEY (member, row, told));
 CREATE TABLE IF NOT EXISTS failed (member INT, row INT, told INT, what TEXT, PRIMARY KEY (member, row, told));
 """
 
 
 class Journal:
-    """An sqlite file with the logits of every `(member, row, order)`, exactly as they were, and small facts of a run.
+    """An sqlite file with the logits of every `(member, row, order)`, exactly as they were.
 
     A kill at any moment loses no batch that `add` returned for: the file has a write-ahead log, and the system keeps
     what was handed to it. Where nothing can be written (the disk is full, the folder can't be written to), the journal
@@ -114,10 +113,6 @@ class Journal:
         """Note that a sequence can't be scored, and why: it is not tried again after a restart."""
         self._write(("INSERT OR REPLACE INTO failed VALUES (?, ?, ?, ?)", [(member, row, order, what)]))
 
-    def note(self, key: str, value: Any) -> None:
-        """Keep a JSON value under `key`: what was found out and need not be found out again."""
-        self._write(("INSERT OR REPLACE INTO note VALUES (?, ?)", [(key, json.dumps(value))]))
-
     def scored(self) -> Iterator[tuple[int, int, int, Floats]]:
         """`(member, row, order, logits (C,))` of all that was scored."""
         for member, row, order, logits in self._read("SELECT * FROM scored ORDER BY member, row, told"):
@@ -126,9 +121,6 @@ class Journal:
     def failed(self) -> Iterator[tuple[int, int, int, str]]:
         """`(member, row, order, what)` of all that could not be scored."""
         yield from self._read("SELECT * FROM failed ORDER BY member, row, told")
-
-    def notes(self) -> dict[str, Any]:
-        return {key: json.loads(value) for key, value in self._read("SELECT key, value FROM note")}
 
     def close(self) -> None:
         """Let go of the file, which stays."""

@@ -140,11 +140,6 @@ def footprint(scorer: Scorer, largest: Largest, *, processes: int = 1) -> Footpr
     return Footprint(peak_memory(device), memory_now(device), round(tensors.live), round(heap), round(at_once))
 
 
-def predict_peak(scorer: Scorer, largest: Largest) -> int:
-    """Bytes that `jobs.estimate.peak_memory` will say after a prediction."""
-    return footprint(scorer, largest).peak
-
-
 def fitting_budget(scorer: Scorer, largest: Largest, *, processes: int = 1) -> int:
     """The budget of tokens, halved until the prediction fits; as far as it makes passes smaller."""
     smaller = largest

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pairclf.console import console
-from pairclf.data.tables import Probabilities, sample_ids, scores_frame, write_submission
-from pairclf.errors import PairclfError
+from pairclf.data.tables import Probabilities, check_submission, sample_ids, scores_frame, write_submission
+from pairclf.errors import DataError, PairclfError
 from pairclf.files import atomic_file
 from pairclf.inference.work import Clock
 from pairclf.task import Task
@@ -72,17 +72,25 @@ class Sink:
         self._put(ids, np.tile(np.asarray(prior, dtype=np.float64), (len(ids), 1)))
 
     def begin(self, prior: ArrayLike) -> None:
-        """Let there be a submission: the prior's, unless one is there already, which only something known replaces.
+        """Let there be a submission: the prior's, unless a valid one of these ids is there, which may be a good one.
 
         Raises:
             DataError, PairclfError, OSError: as `write_prior`; also where the file that is there can't be replaced.
         """
-        if not self.out.exists():
+        if not self._is_valid():
             self.write_prior(prior)
             return
         with atomic_file(self.out) as temporary:
             temporary.write_bytes(self.out.read_bytes())
         self._tried = self._clock()
+
+    def _is_valid(self) -> bool:
+        """Whether the file that is there has the ids in their order, and numbers that can be scored."""
+        try:
+            check_submission(self.out, self._sample or self.out, self._task)
+            return self._sample is not None or sample_ids(self.out, self._task) == self._known()
+        except DataError:
+            return False
 
     def due(self, now: float) -> bool:
         """Whether it is time for a better file."""

@@ -105,12 +105,13 @@ def predict(
     ensemble = open_ensemble(paths, base, overrides)
     with closing(_journal(work / JOURNAL, _identity(ensemble, data), resume=resume)) as journal:
         sink = Sink(out, ensemble.task, sample, None, clock=clock)
-        if sample is not None:
-            sink.begin(ensemble.prior)
+        at_once = sample is not None and not out.exists()
+        if at_once:
+            sink.write_prior(ensemble.prior)
         rows = _read(ensemble.members[0].config, data)
         check_ids(rows.ids, ensemble.task, sample)
         sink.ids = rows.ids
-        if sample is None:
+        if not at_once:  # a file that is there may be a good one: it is looked at when the ids are known to be right
             sink.begin(ensemble.prior)
         bundles = _proven(ensemble.members)
         outcome = _conduct(ensemble, data, work, overrides, journal, sink, end)

@@ -31,15 +31,12 @@ def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
     journal.add(1, [(0, 0)], logits[:1])
     journal.add(1, [(0, 0)], logits[1:2])  # again: the later one counts
     journal.fail(0, 7, 1, "out of memory by itself")
-    journal.note("tokens_per_batch", 512)
-    journal.note("tokens_per_batch", 256)
     journal.close()
     again = Journal.open(path, dict(reversed(IDENTITY.items())))
     assert again.anew is None
     wanted = {(0, 0, 0): logits[0], (0, 0, 1): logits[1], (0, 5, 0): logits[2], (1, 0, 0): logits[1]}
     assert scored(again) == {key: values.tolist() for key, values in wanted.items()}
     assert list(again.failed()) == [(0, 7, 1, "out of memory by itself")]
-    assert again.notes() == {"tokens_per_batch": 256}
     again.remove()
     assert list(path.parent.iterdir()) == []
 
@@ -188,10 +185,9 @@ def test_a_folder_that_can_not_be_written_to_costs_the_journal_and_not_the_run(
     journal = Journal.open(tmp_path / "journal", IDENTITY)
     journal.add(0, [(0, 0)], np.zeros((1, 3)))
     journal.fail(0, 1, 0, "x")
-    journal.note("a", 1)
     assert journal.broken == "unable to open database file"
     assert capsys.readouterr().err.count("can't be written") == 1
-    assert (scored(journal), list(journal.failed()), journal.notes()) == ({}, [], {})
+    assert (scored(journal), list(journal.failed())) == ({}, [])
     journal.remove()
 
 

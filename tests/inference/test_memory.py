@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pairclf.config import Config, resolve
 from pairclf.inference import memory
-from pairclf.inference.memory import Largest, fitting_budget, footprint, predict_peak
+from pairclf.inference.memory import Largest, fitting_budget, footprint
 from pairclf.jobs.estimate import peak_memory
 from pairclf.jobs.scoring import Scorer
 from pairclf.model.batch import Item
@@ -88,7 +88,7 @@ def test_a_prediction_leaves_the_model_as_it_was(config_for: Configs) -> None:
     scorer = Scorer(classifier, "shared")
     items = [Item(0, 0, np.arange(5, 50, dtype=np.int32))]
     before, _ = scorer(items)
-    assert predict_peak(scorer, LARGEST) > 100e6
+    assert footprint(scorer, LARGEST).peak > 100e6
     assert classifier.training
     assert np.array_equal(scorer(items)[0], before)
 

@@ -290,6 +290,17 @@ def test_a_submission_that_is_there_is_replaced_by_nothing_worse(run: Path, tmp_
     assert (tmp_path / "submission.work" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("sample", [True, False])
+def test_a_file_of_other_rows_is_replaced_by_the_priors(
+    sample: bool, run: Path, tmp_path: Path, inject: Inject
+) -> None:
+    (tmp_path / "submission.csv").write_text("id,winner_model_a,winner_model_b,winner_tie\nelse,0.2,0.3,0.5\n")
+    inject("load")
+    with pytest.raises(BundleError):
+        predict(bundles(run)[1:], **{**files(run, tmp_path), **({} if sample else {"sample": None})})
+    assert len(probabilities(tmp_path / "submission.csv")) == ROWS
+
+
 def test_a_full_disk_in_the_middle_leaves_the_last_good_file_and_the_end_mends_it(
     run: Path, whole: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
