@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from typer.core import TyperCommand
 from pairclf import __version__
 from pairclf.config import Config, describe_config, load_config, override, resolve
 from pairclf.console import console, output
-from pairclf.errors import ConfigError, PairclfError
+from pairclf.errors import ConfigError, PackagingError, PairclfError
 from pairclf.task import PRESETS
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ Overrides = Annotated[
 ]
 Bundles = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="bundle folders")]
 BaseFolder = Annotated[Path | None, typer.Option("--base", help="folder of the base model on this machine")]
+PackageFolder = Annotated[Path, typer.Argument(metavar="PACKAGE", help="folder that `pairclf package` wrote")]
 
 
 Processes = Annotated[
@@ -451,48 +453,146 @@ def export(
     output.print(job(settings, out, to=to, fold=fold, bundle=bundle, max_shift=max_shift, rows=rows, base=base))
 
 
-@_example("pairclf package configs/lmsys/gemma2-9b-qlora.yaml package.owner=me --out kaggle/build/lmsys")
+@_example("pairclf package configs/kaggle/lmsys.yaml package.owner=me")
 def package(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    bundle: Annotated[list[Path] | None, typer.Option(help="bundle; none: all of the run's folds")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder to write; none: kaggle/build/NAME")] = None,
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG|BUNDLE... [KEY=VALUE]...",
+            help="a config: the bundles of its run; or folders of bundles; and settings to override",
+        ),
+    ],
+    competition: Annotated[str | None, typer.Option(help="slug of the competition; none: package.competition")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write; none: kaggle/build/ + the config's name")] = None,
 ) -> None:
-    """Build the folder to push to Kaggle: a notebook, the bundles' dataset, the wheels' dataset, their metadata."""
+    """Build the folder to push to Kaggle: a kernel, the bundles, the wheels, their metadata. See docs/kaggle.md."""
     from pairclf.jobs.run import bundles_of
+
+    _needs_kaggle()
     from pairclf.packaging.build import package as job
 
-    settings = _load(config, overrides)
-    target = out or Path("kaggle", "build", settings.package.name)
-    output.print(job(settings, bundle or bundles_of(settings), target))
+    config, bundles, name = _packaged(what, [] if competition is None else [f"package.competition={competition}"])
+    if not bundles and config.package.ensemble is None:
+        bundles = bundles_of(config)
+    output.print(job(config, bundles, out or Path("kaggle", "build", name)))
 
 
-@_example("pairclf rehearse kaggle/build/lmsys --test test.csv --sample sample_submission.csv")
+def _packaged(what: list[str], overrides: list[str]) -> tuple[Config, list[Path], str]:
+    """The settings, the folders of bundles that were named, and what the package is called where nothing says."""
+    paths = [Path(one) for one in what if "=" not in one or Path(one).exists()]
+    overrides = [one for one in what if Path(one) not in paths] + overrides
+    if not paths:
+        raise ConfigError("nothing to package was named", remedy="pairclf package CONFIG, or pairclf package BUNDLE...")
+    if paths[0].is_dir():
+        config = _load(paths[0] / "config.yaml", overrides)
+        return config, paths, config.package.name
+    return _load(paths[0], overrides), paths[1:], paths[0].stem
+
+
+def _needs_kaggle() -> None:
+    """Refuse to begin what would end in an ImportError: notebooks on Kaggle have none of these packages."""
+    missing = [name for name in ("hatchling", "ipykernel", "nbclient", "nbformat", "uv") if find_spec(name) is None]
+    if missing:
+        raise PackagingError(f"packaging needs {', '.join(missing)}", remedy="pip install 'pairclf[kaggle]'")
+
+
+@_example("pairclf rehearse kaggle/build/lmsys --rows 25000 --inject oom,kill")
 def rehearse(
-    folder: Annotated[Path, typer.Argument(metavar="PACKAGE", help="folder that `pairclf package` wrote")],
-    test: Annotated[Path, typer.Option(help="test file as the competition gives it")],
-    sample: Annotated[Path, typer.Option(help="its sample submission")],
-    out: Annotated[Path, typer.Option(help="where submission and report go")] = Path("rehearsal"),
+    folder: PackageFolder,
+    test: Annotated[Path | None, typer.Option(help="test file; none: the config's data.test")] = None,
+    sample: Annotated[Path | None, typer.Option(help="its sample submission; none: the config's")] = None,
     base: BaseFolder = None,
+    out: Annotated[Path | None, typer.Option(help="where report and submission go; none: PACKAGE/rehearsal")] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="rows of the hidden test: the file's, repeated with new ids; none: as it is"),
+    ] = None,
+    image: Annotated[
+        str,
+        typer.Option(help="here: this environment's versions; 3.12, 3.13: that Python with the image's own versions"),
+    ] = "here",
+    speed: Annotated[float, typer.Option(min=1, help="of the clock: 60 makes 8 hours of the deadline 8 minutes")] = 1.0,
+    inject: Annotated[str | None, typer.Option(help="faults, with commas between, each in a run of its own")] = None,
+    commit: Annotated[
+        bool, typer.Option("--commit", help="as when the notebook is saved, rather than the hidden rerun")
+    ] = False,
 ) -> None:
-    """Execute the packaged notebook offline, on an image like Kaggle's, and check its submission."""
+    """Execute the package offline, as the hidden rerun would: its mounts, limits, clock and faults; and judge it."""
+    _needs_kaggle()
+    from pairclf.packaging.rehearse import Options
     from pairclf.packaging.rehearse import rehearse as job
 
-    output.print(job(folder, test, sample, out, base=base).render())
+    faults = tuple(one.strip() for one in (inject or "").split(",") if one.strip())
+    options = Options(
+        test=test, sample=sample, base=base, out=out, rows=rows, image=image, speed=speed, inject=faults, commit=commit
+    )
+    output.print(job(folder, options).render())
+
+
+Go = Annotated[bool, typer.Option("--go", help="send the requests; without it they are printed")]
+LedgerFile = Annotated[Path, typer.Option("--ledger", help="table of all submissions")]
+LEDGER = Path("runs/ledger.jsonl")
+
+
+@_example("pairclf push kaggle/build/lmsys --go")
+def push(folder: PackageFolder, go: Go = False) -> None:
+    """Upload bundles and wheels, wait until they are ready, push the kernel and wait for its run.
+
+    Only what a rehearsal has passed. Without `--go` nothing is sent: every request is printed. It can be repeated after
+    any failure: what is there already is left alone.
+    """
+    _needs_kaggle()
+    from pairclf.packaging.push import push as job
+
+    job(folder, go=go)
+
+
+@_example('pairclf submit kaggle/build/lmsys -m "five folds, both orders" --go')
+def submit(
+    folder: PackageFolder,
+    message: Annotated[str, typer.Option("--message", "-m", help="shown beside the submission on Kaggle")],
+    go: Go = False,
+    again: Annotated[bool, typer.Option("--again", help="submit a version that was submitted before")] = False,
+    ledger: LedgerFile = LEDGER,
+) -> None:
+    """Submit the pushed kernel, wait for its score, and write it into the ledger. Without `--go` nothing is sent."""
+    _needs_kaggle()
+    from pairclf.packaging.submit import submit as job
+
+    job(folder, message, go=go, again=again, ledger=ledger)
+
+
+@app.command("ledger", epilog="**Example:** `pairclf ledger --refresh --plot ledger.html`")
+def show_ledger(
+    ledger: LedgerFile = LEDGER,
+    refresh: Annotated[bool, typer.Option("--refresh", help="ask Kaggle for scores that were missing")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="HTML file for a plot of leaderboard over out-of-fold scores")
+    ] = None,
+) -> None:
+    """Show what was submitted: folds, out-of-fold, leaderboard; and whether one foretells the other."""
+    from pairclf.packaging import ledger as table
+
+    if refresh:
+        table.refresh(ledger)
+    output.print(table.render(ledger))
+    if plot is not None:
+        table.plot(ledger, plot)
+        console.print(f"wrote {plot}")
 
 
 @_example("pairclf verify runs/lmsys/gemma2-9b-qlora/fold0/bundle")
-def verify(bundles: Bundles, base: BaseFolder = None) -> None:
+def verify(
+    bundles: Bundles,
+    base: BaseFolder = None,
+    out: Annotated[Path | None, typer.Option(help="write what was found as JSON too")] = None,
+) -> None:
     """Prove that bundles are what was saved: hashes of every file, and their probe rows scored again."""
-    from pairclf.jobs.scoring import verify as job
-    from pairclf.model.backbone import pick_device
-    from pairclf.model.bundle import open_bundle
+    from pairclf.jobs.verify import verify as job
 
-    for folder in bundles:
-        bundle = open_bundle(folder)
-        difference = job(bundle, bundle.load(pick_device(), base))
-        probes = len(bundle.manifest.probes)
-        output.print(f"verified {folder}: {probes} probe rows, logits differ by {difference:.1g}")
+    for folder, found in job(bundles, base, out):
+        difference = found["largest_difference"]
+        output.print(f"verified {folder}: {found['rows']} probe rows, logits differ by {difference:.1g}")
 
 
 @_example("pairclf config configs/demo/gemma2-tiny.yaml train.epochs=2")

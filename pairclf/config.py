@@ -418,16 +418,39 @@ class Predict(Section):
 
 class Package(Section):
     competition: str = Field("lmsys-chatbot-arena", description="slug of the competition whose input is attached")
-    owner: str = Field("your-kaggle-name", description="Kaggle user that owns the notebook and the datasets")
-    name: str = Field("pairclf-demo", description="slug of the notebook; datasets are NAME-bundle and NAME-wheels")
+    owner: str = Field("your-kaggle-name", description="Kaggle user that owns the notebook and what it attaches")
+    name: str = Field(
+        "pairclf-demo", description="slug of the notebook; what it attaches is NAME-bundle and NAME-wheels"
+    )
+    kernel: Literal["notebook", "script", "server"] = Field(
+        "notebook",
+        description="server: a notebook that answers batch by batch, through the competition's kaggle_evaluation",
+    )
+    ensemble: Path | None = Field(
+        None,
+        description="YAML of an ensemble (docs/export.md) whose members are packaged; null: the mean of the bundles",
+    )
+    bundles_as: Literal["dataset", "model"] = Field("dataset", description="what the bundles become on Kaggle")
     base_model_source: str | None = Field(
-        None, description="Kaggle model of the base: owner/model/framework/instance/version; null: inside the wheel"
+        None,
+        description="what holds the base model on Kaggle: owner/model/framework/instance/version of a model, or "
+        "owner/slug of a dataset; null: inside pairclf's wheel, or in the bundles",
     )
     machine_shape: str = Field("NvidiaTeslaT4", description="Kaggle's machine; NvidiaTeslaT4 is two T4s")
-    licence: str = Field("Apache 2.0", description="licence of the datasets, in Kaggle's words")
-    wheels: list[str] = Field(
-        ["bitsandbytes"], description="packages that Kaggle's image lacks; exact installed versions"
+    hours: float = Field(9, gt=0, description="that the competition gives a notebook, by the clock on the wall")
+    deadline: str = Field(
+        "8h30m", description="when the submission must be complete, from the notebook's first second on"
     )
+    pythons: list[Annotated[str, BeforeValidator(str), Field(pattern=r"^3\.\d+$")]] = Field(
+        ["3.12", "3.13"], min_length=1, description="versions of Python that the image may have"
+    )
+    images: Path | None = Field(
+        None, description="folder of what the images hold, python3.12.txt and so on: pip freezes; null: pairclf's own"
+    )
+    wheels: list[str] = Field(
+        [], description="further packages to carry; what pairclf needs and an image lacks comes along"
+    )
+    licence: str = Field("Apache 2.0", description="licence of what is uploaded, in Kaggle's words")
 
 
 def _derive_template(template: Template, task: Task) -> None:

@@ -109,6 +109,32 @@ def _tables(
                 return
 
 
+def in_memory(frame: Any) -> pl.DataFrame:
+    """A polars frame, or a pandas one made one without its index, with texts where these were categories.
+
+    Raises:
+        DataError: it is neither, or a column mixes types.
+    """
+    try:
+        given = frame if isinstance(frame, pl.DataFrame) else pl.from_pandas(frame)
+    except (TypeError, ValueError) as error:
+        what = f"rows can't be taken from a {type(frame).__name__}: {str(error).splitlines()[0]}"
+        raise DataError(what, remedy="hand over a polars or pandas DataFrame, one type a column") from error
+    return given.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
+
+
+def rows_in_memory(raw: pl.DataFrame, task: Task) -> pl.DataFrame:
+    """The canonical table of test rows that stand in no file, numbered from 1 whatever their own ids are.
+
+    Raises:
+        DataError: a column of the task's fields is missing.
+    """
+    where = Path("batch")
+    layout = _layout(Source(files=[where], columns={"id": None}, ignore_columns="all"), task, labelled=False)
+    _check_columns(raw.columns, where, task, layout, labelled=False)
+    return _canonical(raw, where, task, layout, 0, 0)
+
+
 def to_rows(frame: pl.DataFrame, task: Task) -> list[Row]:
     """The canonical table as `Row`s, in its order."""
     rows = []
@@ -494,11 +520,48 @@ def write_submission(path: Path, scores: pl.DataFrame, task: Task, sample: Path 
     refuse(problems, sample or path)
     if sample is not None:
         scores = wanted.select("id").join(scores, on="id", how="left", maintain_order="left")
+    with atomic_file(path) as temporary:
+        _filled(scores, task, columns).write_csv(temporary)
+
+
+def _filled(scores: pl.DataFrame, task: Task, columns: Sequence[str]) -> pl.DataFrame:
+    """A submission's columns from scores."""
     if task.label_column in columns:
         best = np.argmax(class_matrix(scores, task), axis=1)
-        scores = scores.select("id", pl.Series(task.label_column, [task.classes[index] for index in best]))
-    with atomic_file(path) as temporary:
-        scores.select(columns).write_csv(temporary)
+        names = [task.classes[index] for index in best]
+        scores = scores.select("id", pl.Series(task.label_column, names, dtype=pl.String))
+    return scores.select(columns)
+
+
+def answer(ids: pl.Series, probabilities: Probabilities, task: Task, sample: pl.DataFrame | None) -> pl.DataFrame:
+    """The rows of a submission as a table: what `write_submission` writes, with ids of the type that they came in.
+
+    Args:
+        ids: `(N,)` of the rows.
+        probabilities: `(N, C)`.
+        task: columns and classes.
+        sample: these rows of the sample submission, whose ids, order and columns the answer has; None: those of `ids`.
+
+    Raises:
+        DataError: the sample has other ids, or columns that the task can't fill; or a row is no distribution.
+    """
+    numbers = [str(row) for row in range(len(ids))]  # ids are the caller's: they may be missing or stand twice
+    scores = scores_frame(numbers, probabilities, task, orders=1, models=[])
+    if sample is None:
+        return _filled(scores, task, ["id", *_label_columns(task)]).with_columns(ids.alias("id"))
+    if not can_fill(sample.columns, task):
+        raise _unfillable(sample.columns, task, None)
+    given, wanted = as_text(ids).rename("id"), as_text(sample["id"])
+    if given.to_list() != wanted.to_list():
+        refuse([*_repeated(given, "the rows"), *_different_ids(given, wanted, "the rows")], "batch")
+        places = wanted.to_frame("id").join(given.to_frame().with_row_index("at"), on="id", maintain_order="left")
+        scores = scores[places["at"]]
+    return _filled(scores, task, sample.columns).with_columns(sample["id"])
+
+
+def can_fill(columns: Sequence[str], task: Task) -> bool:
+    """Whether these are a submission's columns, in any order."""
+    return set(columns) in ({"id", *task.classes}, {"id", *_label_columns(task)})
 
 
 def check_submission(path: Path, sample: Path, task: Task) -> dict[str, Any]:
@@ -550,17 +613,21 @@ def _no_classes(ids: pl.Series, names: pl.Series, task: Task) -> list[DataError]
 
 def _load_sample(sample: Path, task: Task) -> pl.DataFrame:
     wanted = load(sample)
-    allowed = [{"id", *task.classes}, {"id", *_label_columns(task)}]
-    if set(wanted.columns) not in allowed:
-        raise DataError(
-            f"the sample submission has columns {wanted.columns}; task {task.name!r} can fill "
-            + " or ".join(str(sorted(columns)) for columns in allowed[: 1 + (allowed[0] != allowed[1])]),
-            where=sample,
-            remedy="give the competition's sample_submission.csv, or the task that it belongs to",
-        )
+    if not can_fill(wanted.columns, task):
+        raise _unfillable(wanted.columns, task, sample)
     wanted = wanted.with_columns(as_text(wanted["id"]).fill_null("").alias("id"))
     refuse(_repeated(wanted["id"], "the sample"), sample)
     return wanted
+
+
+def _unfillable(columns: Sequence[str], task: Task, sample: Path | None) -> DataError:
+    allowed = [{"id", *task.classes}, {"id", *_label_columns(task)}]
+    return DataError(
+        f"the sample submission has columns {list(columns)}; task {task.name!r} can fill "
+        + " or ".join(str(sorted(one)) for one in allowed[: 1 + (allowed[0] != allowed[1])]),
+        where=sample,
+        remedy="give the competition's sample_submission.csv, or the task that it belongs to",
+    )
 
 
 def sample_ids(sample: Path, task: Task) -> list[str]:

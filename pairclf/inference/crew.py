@@ -115,6 +115,7 @@ class ProcessCrew:
         self._successor: dict[int, int] = {}
         self._former: dict[int, tuple[int, tuple[str, ...]]] = {}
         self._queue: deque[Work] = deque()
+        self._latest = self._forgotten = -1  # numbers of works
         # CUDA does not survive a fork, and a library may ask for it as it is imported.
         cuda = any(device.startswith("cuda") for group in groups for device in group)
         forks = not cuda and warm_up()
@@ -140,6 +141,7 @@ class ProcessCrew:
 
     def submit(self, work: Work) -> None:
         """Give work to whichever worker is free first."""
+        self._latest = max(self._latest, work.number)
         self._queue.append(work)
         self._hand_out()
 
@@ -162,6 +164,12 @@ class ProcessCrew:
             self._hand_out()
             if events or time.monotonic() >= until:
                 return events
+
+    def forget(self) -> None:
+        """Nobody wants the work that was submitted so far any more: what no worker holds is not done, nor after one
+        dies that held it. The numbers of works must count up."""
+        self._forgotten = self._latest
+        self._queue.clear()
 
     def close(self) -> None:
         """End all workers now, whatever they are doing."""
@@ -234,7 +242,7 @@ class ProcessCrew:
     def _bury(self, worker: _Worker) -> list[Event]:
         """Report what a worker that ended had begun; what it had not goes back to where it came from."""
         begun: list[Work | None] = [worker.held.popleft() for _ in range(under_way(worker.devices)) if worker.held]
-        self._queue.extendleft(reversed(worker.held))
+        self._queue.extendleft(work for work in reversed(worker.held) if work.number > self._forgotten)
         worker.process.join(_GRACE)
         what = f"{worker} {_how(worker.process.exitcode)}"
         self._end(worker)

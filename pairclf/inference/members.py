@@ -149,7 +149,7 @@ def open_ensemble(paths: Sequence[Path], base: Path | None, overrides: Sequence[
     """
     if refused := [one for one in overrides if not one.startswith(SETTABLE)]:
         raise ConfigError(f"{refused} can't be set for a trained bundle", remedy=f"settable: {', '.join(SETTABLE)}")
-    file = _read(paths)
+    file = read_ensemble(paths)
     tempered = [one.bundle for one in file.members if one.temperature is not None]
     if tempered and (set_too := [one for one in overrides if one.startswith("predict.temperature=")]):
         raise ConfigError(
@@ -169,8 +169,12 @@ def open_ensemble(paths: Sequence[Path], base: Path | None, overrides: Sequence[
     return Ensemble(members, file.temperature, task, prior)
 
 
-def _read(paths: Sequence[Path]) -> EnsembleFile:
-    """The file, its paths made relative to the current folder; folders alone are members with defaults."""
+def read_ensemble(paths: Sequence[Path]) -> EnsembleFile:
+    """The file, its paths made relative to the current folder; folders alone are members with defaults.
+
+    Raises:
+        ConfigError: nothing or a file among folders is given, or the file can't be used.
+    """
     if not paths:
         raise ConfigError("no bundle is given", remedy="pairclf predict BUNDLE [BUNDLE ...] --data test.csv")
     files = [path for path in paths if path.suffix in SUFFIXES and not path.is_dir()]

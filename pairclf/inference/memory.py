@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pairclf.inference.backlog import Inputs
 from pairclf.jobs.estimate import memory_now, memory_to_have, peak_memory
@@ -200,6 +201,12 @@ def _made_up(layout: str, largest: Largest) -> list[Item]:
     return items
 
 
+def _plain(parameter: Parameter) -> Tensor:
+    """The tensor in a parameter: torch 2.11 rehearses with no class of parameters but its own, as bitsandbytes' are."""
+    with torch._C.DisableTorchFunctionSubclass(), _disable_current_modes():
+        return parameter.data
+
+
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of storages from the operation that makes them to their end.
 
@@ -218,8 +225,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        args, kwargs = tree_map_only(Parameter, _plain, (args, kwargs or {}))
         given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         for one in tree_leaves(out):
             if isinstance(one, Tensor) and one.untyped_storage()._cdata not in given | self._known:
                 self._begin(one.untyped_storage())

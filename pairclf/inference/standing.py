@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from scipy.special import expit, softmax
 
-from pairclf.inference.backlog import Bools, Inputs
+from pairclf.inference.backlog import Bools, Inputs, Ints
 from pairclf.inference.work import Floats
 from pairclf.scores.blend import unswap
 from pairclf.scores.metrics import entropy_of
@@ -79,6 +79,12 @@ class Standing:
     def known(self, member: int) -> Bools:
         """`(N, O)`."""
         return np.asarray(np.isfinite(self.logits(member)).all(axis=2))
+
+    def orders(self) -> Ints:
+        """`(N,)`: how many orders stand behind each row: the fewest of a member that knows it; 0: nobody does."""
+        known = np.stack([self.known(member).sum(axis=1) for member in range(len(self._inputs))])  # (M, N)
+        fewest = np.where(known > 0, known, len(ORDERS)).min(axis=0)
+        return np.where(known.any(axis=0), fewest, 0)
 
     def of_member(self, member: int) -> Floats:
         """`(N, C)`: the mean of the orders that are known, un-swapped; NaN where none is."""

@@ -115,8 +115,10 @@ def _memory(scorer: Scorer, assignment: Assignment) -> tuple[str, int | None]:
         if expected.fits:
             return f"; memory {expected}", None
         fitting = fitting_budget(scorer, assignment.largest, processes=assignment.beside)
-    except torch.OutOfMemoryError:  # in the short pass that it begins with: the passes themselves will tell
-        return "", None
+    except Exception as error:  # noqa: BLE001
+        # Memory may run out in the short pass that it begins with, and it leans on torch's inner workings, which change
+        # from version to version: without a forecast the passes themselves will tell, and a model is not lost.
+        return f"; memory is not foretold ({type(error).__name__}: {error})", None
     return f"; memory {expected}: passes of {fitting:,} tokens", fitting
 
 

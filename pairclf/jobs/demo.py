@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
-from pairclf.config import Config, load_config
+from pairclf.config import Config, Package, load_config
 from pairclf.console import console, output, table
 from pairclf.data.arena import generate, write_lmsys
 from pairclf.data.audit import audit
@@ -23,7 +24,8 @@ from pairclf.jobs.cv import cross_validate
 from pairclf.jobs.evaluate import Evaluation, evaluate, render
 from pairclf.jobs.run import OOF, OOF_AB, folds_of, labelled_rows, output_of
 from pairclf.packaging.build import package
-from pairclf.packaging.rehearse import SUBMISSION, rehearse
+from pairclf.packaging.play import SUBMISSION
+from pairclf.packaging.rehearse import Options, rehearse
 from pairclf.packaging.sources import shipped
 from pairclf.scores.metrics import log_loss
 from pairclf.task import Task
@@ -40,7 +42,8 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
         The evaluation of the out-of-fold scores.
     """
     data, built, rehearsal = folder / "data", folder / "kaggle", folder / "rehearsal"
-    config = load_config(shipped(CONFIG), [f"data.folder={data}", f"output={folder / RUN}", *overrides])
+    own = [f"data.folder={data}", f"output={folder / RUN}", f"package.pythons=[{', '.join(pythons())}]"]
+    config = load_config(shipped(CONFIG), [*own, *overrides])
     clock = Stages()
     with clock.stage("rows: a synthetic arena, its audit, its folds"):
         write_lmsys(generate(ROWS, seed=config.seed), data, n_test=TEST_ROWS)
@@ -56,13 +59,18 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
     with clock.stage("packaging: notebook, bundles, wheels"):
         package(config, bundles, built)
     with clock.stage("rehearsal: the notebook, offline, on an image like Kaggle's"):
-        result = rehearse(built, data / "test.csv", data / "sample_submission.csv", rehearsal)
-        output.print(result.render())
+        output.print(rehearse(built, Options(out=rehearsal)).render())
     submission = rehearsal / SUBMISSION
     test_loss = expected_log_loss(submission, data / "truth.parquet", config.task)
     output.print(_summary(judged, test_loss, clock, folder))
     write_json(folder / "summary.json", judged.as_dict() | {"test_log_loss": test_loss, "seconds": clock.seconds})
     return judged
+
+
+def pythons() -> list[str]:
+    """Kaggle's, and this one, which the rehearsal runs on; in quotes, for 3.10 is no number."""
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return [f"'{one}'" for one in sorted({running, *Package().pythons})]
 
 
 class Stages:

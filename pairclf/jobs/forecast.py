@@ -104,6 +104,19 @@ def forecast(
     return [_by_pass(ensemble, world, inputs, whole), _by_deadline(whole, bought)]
 
 
+def whole(paths: Sequence[Path], data: Path, *, device: str, rows: int, base: Path | None = None) -> float:
+    """Seconds that `rows` rows like those of `data` take on a profile's device, every pass of them.
+
+    Raises:
+        ModelError: the model does not fit on the device.
+    """
+    ensemble = open_ensemble(paths, base, ())
+    with tempfile.TemporaryDirectory(prefix="pairclf-") as folder:
+        prepared = prepare(ensemble.members, data, Path(folder))
+        inputs = [_stretched(one.inputs, rows) for one in prepared]
+    return _bought(ensemble, _profiled(ensemble, PROFILES[device]), inputs, float("inf")).used
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """What a simulation runs on.

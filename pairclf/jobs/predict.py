@@ -42,8 +42,8 @@ from pairclf.inference.sink import Sink
 from pairclf.inference.standing import ORDERS, Standing
 from pairclf.inputs.cache import EncodedRows, token_cache
 from pairclf.inputs.plan import token_budget
-from pairclf.inputs.render import Encoded
-from pairclf.jobs.estimate import cost_of
+from pairclf.inputs.render import Encoded, InputBuilder
+from pairclf.jobs.estimate import Cost, cost_of
 from pairclf.jobs.inputs import unlabelled
 from pairclf.jobs.watch import signals
 from pairclf.model.bundle import Bundle, open_bundle
@@ -204,9 +204,7 @@ def prepare(members: Sequence[Member], data: Path, folder: Path) -> list[Prepare
     prepared = []
     for member in members:
         config = member.config
-        builder = Bundle(member.folder, member.manifest, config).builder()
-        inputs = config.inputs.model_dump(mode="json", exclude={"processes"})
-        key = json.dumps([builder.tokenizer.fingerprint, inputs, config.data.rules.model_dump(mode="json")])
+        builder, key = recipe(member)
         if key not in made:
             frames = unlabelled(config, data)
             fields, processes = config.task.fields, config.inputs.processes
@@ -215,6 +213,15 @@ def prepare(members: Sequence[Member], data: Path, folder: Path) -> list[Prepare
                 made[key] = Prepared(encoded, look_at(_watched(encoded, advance)))
         prepared.append(made[key])
     return prepared
+
+
+def recipe(member: Member) -> tuple[InputBuilder, str]:
+    """What makes a member's inputs, and a key that members have in common whose inputs are the same."""
+    config = member.config
+    builder = Bundle(member.folder, member.manifest, config).builder()
+    inputs = config.inputs.model_dump(mode="json", exclude={"processes"})
+    rules = config.data.rules.model_dump(mode="json")
+    return builder, json.dumps([builder.tokenizer.fingerprint, inputs, rules])
 
 
 def _watched(encoded: EncodedRows, advance: Advance) -> Iterator[tuple[Encoded, ...]]:
@@ -283,19 +290,24 @@ def _counted(prepared: Sequence[Prepared]) -> str:
 
 def part_of(member: Member, inputs: Inputs, size: int, placement: Placement) -> Part:
     """A member as it is planned before anything of it was seen."""
-    config = member.config
-    base = member.folder / "backbone" if config.model.lora is None else member.base
-    model = config.model if base is None else config.model.model_copy(update={"base": str(base)})
     return Part(
         name=member.manifest.name,
         inputs=inputs,
-        shape=cost_of(config.model_copy(update={"model": model})),
+        shape=shape_of(member),
         speed=SPEED["cuda" if placement.gpu else "cpu"],
         load=10.0 + size / READ,
         gain=member.gain_member,
         gain_swap=member.gain_swap,
         share=member.share,
     )
+
+
+def shape_of(member: Member) -> Cost:
+    """Operations of a sequence, from the config of the member's model."""
+    config = member.config
+    base = member.folder / "backbone" if config.model.lora is None else member.base
+    model = config.model if base is None else config.model.model_copy(update={"base": str(base)})
+    return cost_of(config.model_copy(update={"model": model}))
 
 
 READ = 3e8
@@ -328,17 +340,16 @@ class _Bars(ExitStack):
 
 def _scores(ensemble: Ensemble, bundles: Sequence[Bundle], rows: _Rows, standing: Standing) -> pl.DataFrame:
     """The blend, with what stands behind each row: the prior alone has no order and no model."""
-    known = np.stack([standing.known(member).sum(axis=1) for member in range(len(bundles))])  # (M, N) orders
-    fewest = np.where(known > 0, known, 99).min(axis=0)
+    known = np.stack([standing.known(member).any(axis=1) for member in range(len(bundles))])  # (M, N)
     names = [bundle.name for bundle in bundles]
-    behind = [[name for name, count in zip(names, column, strict=True) if count] for column in known.T]
+    behind = [[name for name, did in zip(names, column, strict=True) if did] for column in known.T]
     return scores_frame(
         rows.ids,
         standing.probabilities(),
         ensemble.task,
-        orders=np.where(known.any(axis=0), fewest, 0).tolist(),
+        orders=standing.orders().tolist(),
         models=pl.Series("models", behind, dtype=pl.List(pl.String)),
-        seen=_seen(bundles, rows.prompts, known > 0),
+        seen=_seen(bundles, rows.prompts, known),
         prompts=rows.prompts,
     )
 

@@ -199,12 +199,8 @@ def combine(orders: Sequence[Floats], task: Task) -> Floats:
     return orders[AB] if len(orders) == 1 else average_orders(orders[0], orders[1], task)
 
 
-def verify(bundle: Bundle, classifier: Classifier) -> float:
-    """Score the bundle's probe rows again, from their texts, and return the largest difference of a logit.
-
-    Raises:
-        BundleError: it exceeds the tolerance of the dtype computed in.
-    """
+def difference_of_probes(bundle: Bundle, classifier: Classifier) -> float:
+    """Score the bundle's probe rows again, from their texts, and return the largest difference of a logit."""
     probes = bundle.manifest.probes
     rows: list[Row] = [probe.row() for probe in probes]
     items = items_of(bundle.builder().encode(rows), orders=2)
@@ -213,14 +209,38 @@ def verify(bundle: Bundle, classifier: Classifier) -> float:
         classifier, items, tokens_per_batch=settings.tokens_per_batch, layout=settings.layout, title="probes"
     )
     saved = np.array([probes[item.row].logits[item.order] for item in items])
-    difference = float(np.abs(saved - logits).max())
-    here = str(classifier.dtype).removeprefix("torch.")
-    allowed = max(TOLERANCE[here], TOLERANCE[bundle.manifest.dtype])
-    if difference > allowed:
+    return float(np.abs(saved - logits).max())
+
+
+def tolerance_of(bundle: Bundle, classifier: Classifier) -> float:
+    """How far a logit may be off here: as much as the coarser of the two dtypes allows."""
+    return max(TOLERANCE[dtype_of(classifier)], TOLERANCE[bundle.manifest.dtype])
+
+
+def dtype_of(classifier: Classifier) -> str:
+    """`float16`, ..."""
+    return str(classifier.dtype).removeprefix("torch.")
+
+
+def verify(bundle: Bundle, classifier: Classifier) -> float:
+    """As `difference_of_probes`.
+
+    Raises:
+        BundleError: it exceeds the tolerance of the dtype computed in.
+    """
+    difference = difference_of_probes(bundle, classifier)
+    require_close(bundle, classifier, difference)
+    return difference
+
+
+def require_close(bundle: Bundle, classifier: Classifier, difference: float) -> None:
+    """Raises `BundleError` unless a difference of the probes' logits is within the tolerance."""
+    allowed = tolerance_of(bundle, classifier)
+    if not difference <= allowed:
         raise BundleError(
-            f"probe rows score differently here: a logit is off by {difference:.2g}; {here} allows {allowed:.2g}",
+            f"probe rows score differently here: a logit is off by {difference:.2g}; {dtype_of(classifier)} allows "
+            f"{allowed:.2g}",
             where=bundle.folder,
-            rows=[probe.id for probe in probes],
+            rows=[probe.id for probe in bundle.manifest.probes],
             remedy=f"use the versions that the bundle was made with: {bundle.manifest.versions}",
         )
-    return difference

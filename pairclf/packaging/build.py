@@ -1,38 +1,80 @@
-"""`package`: a folder that is ready to be pushed to Kaggle.
+"""`package`: a folder that is ready to be rehearsed and pushed to Kaggle.
 
-notebook/   NAME.ipynb, kernel-metadata.json
-bundle/     a dataset: each bundle in a folder of its own, the marker, dataset-metadata.json
-wheels/     a dataset: pairclf's wheel and what Kaggle's image lacks, the marker, dataset-metadata.json
+build.json      what it is made of, for the commands that come after; never uploaded
+kernel/         NAME.ipynb or NAME.py, kernel-metadata.json
+bundle/         a dataset or model: each bundle in a folder NAME-SEAL, the marker, metadata; bundle-2/ ... if need be
+wheels/         a dataset: pairclf's wheel and what Kaggle's images lack, the marker, metadata
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import yaml
 
 from pairclf import __version__
 from pairclf.config import Config, Package
+from pairclf.console import console
 from pairclf.errors import PackagingError
-from pairclf.files import atomic_folder, write_json, write_text
+from pairclf.files import atomic_folder, sha256_file, sha256_tree, write_json, write_text
+from pairclf.inference.members import Ensemble, EnsembleFile, open_ensemble, read_ensemble
 from pairclf.model.bundle import Bundle, open_bundle
-from pairclf.packaging.metadata import PAYLOADS, Payload, check_package, dataset_metadata, kernel_metadata
-from pairclf.packaging.notebook import Value, make_notebook
-from pairclf.packaging.payload import DATASET_METADATA, KERNEL_METADATA, refuse_own_paths, seal
+from pairclf.packaging.closure import prove_closure
+from pairclf.packaging.metadata import (
+    DATASET_METADATA,
+    KERNEL_METADATA,
+    MACHINES,
+    check_package,
+    dataset_metadata,
+    deadline_seconds,
+    kernel_metadata,
+    model_metadata,
+    source_of,
+)
+from pairclf.packaging.mounts import link_or_copy
+from pairclf.packaging.notebook import Value, make_notebook, make_script
+from pairclf.packaging.payload import seal, split
+from pairclf.packaging.record import BUILD, PAYLOADS, Build, PackedBundle, Part, Payload, write_build
+from pairclf.packaging.secrets import refuse_secrets
 from pairclf.packaging.sources import shipped
-from pairclf.packaging.wheelhouse import Wheel, fill_wheelhouse, supported_pythons
+from pairclf.packaging.wheelhouse import Wheelhouse, fill_wheelhouse
+from pairclf.task import Task
 
 TEMPLATE = "kaggle/notebook.py"
+KERNEL = "kernel"
 _EMBEDDED = "embedded:"
+
+
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """What predicts.
+
+    Attributes:
+        bundles: `{folder in the payload: bundle}`, in their order.
+        file: the ensemble's file, as it was given.
+        weighted: whether it was given, rather than bundles whose plain mean is taken.
+        ensemble: weights and prior.
+    """
+
+    bundles: Mapping[str, Bundle]
+    file: EnsembleFile
+    weighted: bool
+    ensemble: Ensemble
 
 
 def package(config: Config, bundles: Sequence[Path], out: Path) -> Path:
     """Build the folder `out`, whole or not at all; an older one is replaced.
 
     Args:
-        config: its `package` section names competition, owner, notebook, machine and wheels.
-        bundles: folders of trained bundles of one task; their scores are averaged in the notebook.
+        config: its `package` section names competition, owner, kernel, machine and wheels.
+        bundles: folders of trained bundles of one task, whose scores are averaged in the kernel; with
+            `package.ensemble`, that file's members are taken instead.
         out: the folder to make.
 
     Returns:
@@ -40,83 +82,239 @@ def package(config: Config, bundles: Sequence[Path], out: Path) -> Path:
 
     Raises:
         PackagingError: a setting breaks one of Kaggle's rules, the bundles do not go together, a wheel can't be had,
-            or a file names a path of this machine.
+            or a file holds a secret or a path of this machine.
         BundleError: a bundle is not as it was saved.
+        ConfigError: the ensemble's file can't be used.
         OSError: the disk is full or read-only; nothing half built is left.
     """
     settings = config.package
     check_package(settings)
-    opened = _open(bundles, settings)
-    with atomic_folder(out, known_by="notebook") as folder:
-        for name, bundle in opened.items():
-            shutil.copytree(bundle.folder, folder / "bundle" / name)
-        wheels = fill_wheelhouse(folder / "wheels", settings.wheels)
-        hashes = {payload: _dataset(folder / payload, settings, payload) for payload in PAYLOADS}
-        notebook = folder / "notebook" / f"{settings.name}.ipynb"
-        template = shipped(TEMPLATE).read_text(encoding="utf-8")
-        write_text(notebook, make_notebook(template, _values(settings, opened, wheels, hashes)))
-        write_json(notebook.with_name(KERNEL_METADATA), kernel_metadata(settings, notebook.name))
-        refuse_own_paths(folder)
+    models = _open(bundles, settings)
+    with atomic_folder(out, known_by=BUILD) as folder:
+        members = _fill_bundles(folder / "bundle", models)
+        house = _fill_wheels(folder / "wheels", settings)
+        wheelhouse = next((folder / "wheels").iterdir()).name
+        parts = [part for payload in PAYLOADS for part in _parts(folder, payload, settings)]
+        values = _values(config, models, members, parts, house, wheelhouse)
+        code = _write_kernel(folder / KERNEL, settings, values, parts)
+        refuse_secrets(folder, settings.owner)
+        write_build(folder, _record(config, models, parts, house, code))
     return out
 
 
-def _open(folders: Sequence[Path], settings: Package) -> dict[str, Bundle]:
-    """`{name of the folder in the dataset: bundle}`, in the order given; they must answer one question."""
-    opened: dict[str, Bundle] = {}
-    for folder in folders:
-        bundle = open_bundle(folder)
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", bundle.name)
-        if name in opened:
-            raise PackagingError(f"two bundles are named {name}: {opened[name].folder} and {folder}")
-        opened[name] = bundle
-    if not opened:
+# --- bundles ---------------------------------------------------------------------------------------------------------
+
+
+def _open(folders: Sequence[Path], settings: Package) -> _Models:
+    """The bundles, each proven by its hashes; they must answer one question, and find their base models."""
+    if not folders and settings.ensemble is None:
         raise PackagingError("a package needs at least one bundle", remedy="give a folder that `pairclf train` wrote")
-    tasks = {bundle.config.task.model_dump_json() for bundle in opened.values()}
-    bases = {bundle.manifest.base for bundle in opened.values()}
-    if len(tasks) > 1 or len(bases) > 1:
+    paths = [*folders] if settings.ensemble is None else [settings.ensemble]
+    file, ensemble = read_ensemble(paths), open_ensemble(paths, None, [])
+    opened = {_folder_of(bundle): bundle for bundle in (open_bundle(member.bundle) for member in file.members)}
+    _check_bases(list(opened.values()), settings)
+    return _Models(opened, file, settings.ensemble is not None, ensemble)
+
+
+def _folder_of(bundle: Bundle) -> str:
+    """NAME-SEAL: older builds of a run lie beside newer ones in a dataset, and have other names."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", bundle.name).strip("-.")
+    return f"{name}-{bundle.manifest.seal[:8]}"
+
+
+def _needs_base(bundle: Bundle) -> bool:
+    """A whole backbone needs none, and the embedded ones lie in pairclf's wheel."""
+    return bundle.config.model.lora is not None and not bundle.manifest.base.startswith(_EMBEDDED)
+
+
+def _check_bases(bundles: Sequence[Bundle], settings: Package) -> None:
+    bases = sorted({bundle.manifest.base for bundle in bundles if _needs_base(bundle)})
+    if len(bases) > 1:
         raise PackagingError(
-            f"the bundles {list(opened)} are for {len(tasks)} tasks and {len(bases)} base models; one package has one",
-            remedy="package them apart",
+            f"the bundles stand on {len(bases)} base models, {', '.join(bases)}; a package attaches one",
+            remedy="merge or export the bundles of the others whole (docs/export.md), or package them apart",
         )
-    base = bases.pop()
-    if not base.startswith(_EMBEDDED) and settings.base_model_source is None:
+    if bases and settings.base_model_source is None:
         raise PackagingError(
-            f"the bundles stand on {base}, and the notebook, which has no internet, would not find it",
+            f"the bundles stand on {bases[0]}, and the kernel, which has no internet, would not find it",
             where="package.base_model_source",
-            remedy="name the Kaggle model to attach: owner/model/framework/instance/version",
+            remedy="name what to attach: owner/model/framework/instance/version of a model, or owner/slug of a dataset",
         )
-    return opened
+    if settings.base_model_source is not None and not bases:
+        console.print(f"note: no bundle needs the base model {settings.base_model_source}; it is attached all the same")
 
 
-def _dataset(folder: Path, settings: Package, payload: Payload) -> str:
-    write_json(folder / DATASET_METADATA, dataset_metadata(settings, payload))
-    return seal(folder, payload)
+def _fill_bundles(folder: Path, models: _Models) -> list[str]:
+    """Lay the bundles into the payload; returns what predicts there: their folders, or the ensemble's file."""
+    for name, bundle in models.bundles.items():
+        shutil.copytree(bundle.folder, folder / name, copy_function=_link)
+    if not models.weighted:
+        return list(models.bundles)
+    members = [
+        one.model_copy(update={"bundle": Path(name), "base": None})  # what is attached is found as --base
+        for name, one in zip(models.bundles, models.file.members, strict=True)
+    ]
+    tree = models.file.model_copy(update={"members": members}).model_dump(mode="json", exclude_defaults=True)
+    text = yaml.safe_dump(tree, sort_keys=False)
+    name = f"ensemble-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+    write_text(folder / name, text)
+    return [name]
+
+
+def _link(source: str, target: str) -> None:
+    """Gigabytes of weights need no second place on the disk; bundles are never written to."""
+    link_or_copy(Path(source).resolve(), Path(target))
+
+
+# --- wheels ----------------------------------------------------------------------------------------------------------
+
+
+def _fill_wheels(folder: Path, settings: Package) -> Wheelhouse:
+    """Fill `folder/wheels-HASH` and prove that nothing else is needed: one version of pairclf has many builds."""
+    unnamed = folder / "wheels"
+    house = fill_wheelhouse(unnamed, settings.pythons, settings.images, settings.wheels)
+    for note in house.notes:
+        console.print(f"note: {note}")
+    for python, how in prove_closure(unnamed, house.requirements, settings.images).items():
+        console.print(f"Python {python}: the wheels install on its image ({how})")
+    content = "".join(f"{digest} {name}\n" for name, digest in sha256_tree(unnamed).items())
+    unnamed.rename(folder / f"wheels-{hashlib.sha256(content.encode()).hexdigest()[:8]}")
+    return house
+
+
+# --- parts and kernel ------------------------------------------------------------------------------------------------
+
+
+def _parts(folder: Path, payload: Payload, settings: Package) -> list[Part]:
+    """Divide a payload as Kaggle's limits ask, and give each part its marker and metadata."""
+    made = []
+    for number, part in enumerate(split(folder / payload, payload), 1):
+        source = source_of(settings, payload, number)
+        as_model = payload == "bundle" and settings.bundles_as == "model"
+        marker, digest = seal(part, payload, number)
+        size = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
+        metadata = (
+            model_metadata(settings, source)
+            if as_model
+            else {DATASET_METADATA: dataset_metadata(settings, payload, source)}
+        )
+        for name, tree in metadata.items():
+            write_json(part / name, tree)
+        made.append(
+            Part(
+                payload=payload,
+                kind="model" if as_model else "dataset",
+                folder=part.name,
+                source=source,
+                marker=marker.name,
+                sha256=digest,
+                bytes=size,
+            )
+        )
+    return made
+
+
+def _write_kernel(folder: Path, settings: Package, values: Mapping[str, Value], parts: Sequence[Part]) -> Path:
+    template = shipped(TEMPLATE).read_text(encoding="utf-8")
+    tag = "server" if settings.kernel == "server" else "submission"
+    is_script = settings.kernel == "script"
+    code = folder / f"{settings.name}.{'py' if is_script else 'ipynb'}"
+    write_text(code, (make_script if is_script else make_notebook)(template, values, tag))
+    write_json(folder / KERNEL_METADATA, kernel_metadata(settings, code.name, parts))
+    return code
 
 
 def _values(
-    settings: Package, bundles: Mapping[str, Bundle], wheels: Sequence[Wheel], hashes: Mapping[Payload, str]
+    config: Config,
+    models: _Models,
+    members: Sequence[str],
+    parts: Sequence[Part],
+    house: Wheelhouse,
+    wheelhouse: str,
 ) -> dict[str, Value]:
     """What the template's placeholders stand for."""
-    pythons = supported_pythons(wheels)
-    if not pythons:
-        raise PackagingError(f"no version of Python runs all of {[wheel.requirement for wheel in wheels]}")
+    settings = config.package
+    seconds = deadline_seconds(settings)
+    assert seconds is not None  # check_package
     return {
         "title": settings.name,
         "version": __version__,
         "competition": settings.competition,
-        "base": settings.base_model_source or next(iter(bundles.values())).manifest.base,
-        "base_model": settings.base_model_source or "",
-        "bundles": list(bundles),
-        "bundle_table": "\n".join(_line(name, bundle) for name, bundle in bundles.items()),
-        "pythons": pythons,
-        "requirements": [wheel.requirement for wheel in wheels],
-        "bundle_sha256": hashes["bundle"],
-        "wheels_sha256": hashes["wheels"],
+        "landmark": "kaggle_evaluation" if settings.kernel == "server" else "sample_submission.csv",
+        "base": settings.base_model_source or "",
+        "bundles": list(models.bundles),
+        "members": list(members),
+        "standalone": [name for name, bundle in models.bundles.items() if not _needs_base(bundle)],
+        "bundle_table": "\n".join(_line(name, bundle) for name, bundle in models.bundles.items()),
+        "pythons": settings.pythons,
+        "requirements": {python: list(pins) for python, pins in house.requirements.items()},
+        "wheelhouse": wheelhouse,
+        "parts": {
+            payload: {part.marker: part.sha256 for part in parts if part.payload == payload} for payload in PAYLOADS
+        },
+        "prior": _prior(models.ensemble),
+        "gpus": MACHINES[settings.machine_shape].gpus,
+        "deadline": seconds,
     }
+
+
+def _prior(ensemble: Ensemble) -> dict[str, str]:
+    """`{column: text}` of a row that could not be scored, for every column that a sample submission may have."""
+    task: Task = ensemble.task
+    made = {name: f"{share:.9f}" for name, share in zip(task.classes, ensemble.prior, strict=True)}
+    if task.label_column is not None:
+        made[task.label_column] = task.classes[int(np.argmax(ensemble.prior))]
+    return made
 
 
 def _line(folder: str, bundle: Bundle) -> str:
     figures = bundle.manifest.metrics.items()
     metrics = ", ".join(f"{name} {value:,.{0 if value.is_integer() else 4}f}" for name, value in figures)
     fold = "nothing" if bundle.manifest.fold is None else f"fold {bundle.manifest.fold}"
-    return f"| `{folder}` | {fold} | {metrics} | `{bundle.manifest.seal[:12]}` |"
+    return f"| `{folder}` | `{bundle.manifest.base}` | {fold} | {metrics} | `{bundle.manifest.seal[:12]}` |"
+
+
+# --- record ----------------------------------------------------------------------------------------------------------
+
+
+def _record(config: Config, models: _Models, parts: Sequence[Part], house: Wheelhouse, code: Path) -> Build:
+    settings, data = config.package, config.data
+    hashes = [sha256_file(code), sha256_file(code.with_name(KERNEL_METADATA)), *(part.sha256 for part in parts)]
+    return Build(
+        pairclf=__version__,
+        identity=hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
+        package=settings,
+        task=models.ensemble.task,
+        kernel=f"{settings.owner}/{settings.name}",
+        code_file=code.name,
+        parts=list(parts),
+        bundles=[_packed(name, bundle) for name, bundle in models.bundles.items()],
+        requirements={python: list(pins) for python, pins in house.requirements.items()},
+        config=_run_name(config, models),
+        out_of_fold=_out_of_fold(list(models.bundles.values())),
+        test=None if data.test is None else data.path(data.test).resolve(),
+        sample=None if data.sample_submission is None else data.path(data.sample_submission).resolve(),
+    )
+
+
+def _packed(folder: str, bundle: Bundle) -> PackedBundle:
+    said = bundle.manifest
+    return PackedBundle(
+        folder=folder, name=said.name, seal=said.seal, fold=said.fold, metrics=said.metrics, base=said.base
+    )
+
+
+def _run_name(config: Config, models: _Models) -> str:
+    if config.output is None or models.weighted:
+        return " ".join(models.bundles)
+    parts = config.output.parts
+    return "/".join(parts[parts.index("runs") + 1 :] if "runs" in parts else parts[-1:])
+
+
+def _out_of_fold(bundles: Sequence[Bundle]) -> float | None:
+    """Log loss over the rows of all folds, where each bundle held out a fold of its own."""
+    folds = [bundle.manifest.fold for bundle in bundles]
+    figures = [bundle.manifest.metrics for bundle in bundles]
+    if None in folds or len(set(folds)) < len(folds) or not all({"rows", "log_loss"} <= one.keys() for one in figures):
+        return None
+    return float(np.average([one["log_loss"] for one in figures], weights=[one["rows"] for one in figures]))

@@ -1,19 +1,34 @@
-"""A stand-in for Kaggle's image: an environment with all of this one's packages but those that Kaggle lacks."""
+"""Stand-ins for Kaggle's image: environments with its packages, or with this one's, and without what Kaggle lacks."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Collection, Iterator
-from importlib.metadata import Distribution, distributions
+from importlib.metadata import Distribution, distributions, requires
 from pathlib import Path
 
+import uv
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from pairclf.console import console
 from pairclf.errors import PackagingError
-from pairclf.packaging.wheelhouse import normalise
+from pairclf.files import locked, write_text
+from pairclf.packaging.closure import compile_pins, is_of_the_driver, tail
+from pairclf.packaging.interpreters import find_interpreter, full_version
+from pairclf.packaging.profiles import read_profile
 
 _FOR_COMPILERS = (".c", ".cuh", ".h", ".hpp", ".pyi")  # a third of the files, and no notebook reads them
+_RUNNER = ("ipykernel", "jupyter-client", "nbclient", "nbformat", "pip")  # what executes a notebook, and its `!pip`
+_PINS = "pins.txt"  # written last: an environment without it was not finished
+_SITES = (
+    "import sys; print(*(path for path in sys.path if path.endswith(('site-packages', 'dist-packages'))), sep='\\n')"
+)
 _PROBE = """
 import importlib.metadata, importlib.util, sys
 for name in sys.argv[1:]:
@@ -26,24 +41,26 @@ for name in sys.argv[1:]:
 """
 
 
-def make_image(folder: Path, hidden: Collection[str]) -> Path:
+def make_image(folder: Path, hidden: Collection[str], environment: Path | None = None) -> Path:
     """Make a virtual environment in `folder`, and return its interpreter.
 
-    Its files are links to this environment's, hard ones where the file system allows them: that takes seconds and no
-    room. Its folders are its own, so whatever pip removes or writes anew in there stays in there.
+    Its files are links to those of another environment, hard ones where the file system allows them: that takes
+    seconds and no room. Its folders are its own, so whatever pip removes or writes anew in there stays in there.
 
     Args:
         folder: does not exist yet.
         hidden: projects that must not be there, their files (an editable install's too) left out.
+        environment: interpreter of the environment to link, such as `image_environment` returns; None: this one.
 
     Raises:
-        PackagingError: a hidden project can still be imported.
+        PackagingError: a hidden project can still be imported, or the environment can't be had.
     """
-    venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
+    source = Path(sys.executable) if environment is None else environment
+    _run("venv", str(source), "-I", "-m", "venv", "--symlinks", "--without-pip", str(folder))
     python = folder / "bin" / "python"
     target = next(folder.glob("lib/python*/site-packages"))
-    left_out = {normalise(name) for name in hidden}
-    for site in _site_folders():
+    left_out = {canonicalize_name(name) for name in hidden}
+    for site in _site_folders(source):
         _link_tree(site, target, _files_of(left_out, site))
     command = [str(python), "-I", "-c", _PROBE, *sorted(left_out)]
     probe = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -55,16 +72,81 @@ def make_image(folder: Path, hidden: Collection[str]) -> Path:
     return python
 
 
-def _site_folders() -> Iterator[Path]:
-    """This interpreter's site-packages; the first on its path comes first and wins."""
-    for entry in map(Path, sys.path):
-        if entry.name in ("site-packages", "dist-packages") and entry.is_dir():
-            yield entry
+def image_environment(python: str, profile: Path, cache: Path) -> Path:
+    """An environment of that Python with the image's own versions, made once, and its interpreter.
+
+    It holds what pairclf asks for as far as the image has it, what that needs, and what executes a notebook; nothing
+    that a wheelhouse carries. Local labels are dropped: it is torch 2.11.0 as the registry has it, not +cu128.
+
+    Args:
+        python: 3.12
+        profile: what the image holds; see `profiles.py`.
+        cache: folder for such environments, gigabytes each; one of the same Python and profile is used again, so it
+            must not be changed: rehearse in a `make_image` of it.
+
+    Raises:
+        PackagingError: this machine has no such Python, or the packages can't be had.
+    """
+    interpreter = find_interpreter(python)
+    if interpreter is None:
+        raise PackagingError(
+            f"there is no Python {python} here to rehearse with",
+            remedy=f"`uv python install {python}`, or rehearse with the running one",
+        )
+    image = read_profile(python, profile)
+    names = sorted({*(_asked(python) & image.versions.keys()), *_RUNNER})
+    pins = {name: Version(version.public) for name, version in image.versions.items()}
+    known = [full_version(interpreter), str(interpreter), *names, *(f"{name}=={pins[name]}" for name in sorted(pins))]
+    key = hashlib.sha256("\n".join(known).encode()).hexdigest()[:12]
+    folder = cache.resolve() / f"python{python}-{key}"
+    with locked(folder.with_name(f"{folder.name}.lock")):
+        if not (folder / _PINS).is_file():
+            _install(folder, interpreter, python, names, pins)
+    return folder / "bin" / "python"
+
+
+def _asked(python: str) -> set[str]:
+    """Names of what pairclf asks for under that Python, without its extras."""
+    here = {"extra": "", "python_version": python}
+    lines = [Requirement(line) for line in requires("pairclf") or ()]
+    return {canonicalize_name(one.name) for one in lines if one.marker is None or one.marker.evaluate(here)}
+
+
+def _install(folder: Path, interpreter: Path, python: str, names: Collection[str], pins: dict[str, Version]) -> None:
+    """Make the environment anew; `pins.txt` in it says what it holds."""
+    if folder.exists():  # of a process that was killed
+        shutil.rmtree(folder)
+    chosen = compile_pins(python, sorted(names), pins)
+    for name, version in chosen.items():
+        if pins.get(name, version) != version and not is_of_the_driver(name):  # those come with the registry's torch
+            console.print(f"Python {python}: {name} {version} stands for the image's {pins[name]}, which can't be had")
+    text = "".join(f"{name}=={version}\n" for name, version in chosen.items())
+    _run("venv", uv.find_uv_bin(), "venv", "--quiet", "--python", str(interpreter), str(folder))
+    asked = folder / "asked.txt"
+    asked.write_text(text, encoding="utf-8")
+    install = ("pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:")
+    _run("install", uv.find_uv_bin(), *install, "--python", str(folder / "bin" / "python"), "-r", str(asked))
+    write_text(folder / _PINS, text)
+
+
+def _run(what: str, *command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise PackagingError(
+            f"the stand-in for Kaggle's image could not be made, at {what}:\n{tail(done.stdout + done.stderr, 12)}",
+            remedy="it needs room on the disk, and for another Python than the running one a package registry",
+        )
+    return done.stdout
+
+
+def _site_folders(python: Path) -> list[Path]:
+    """An environment's site-packages; the first on its path comes first and wins."""
+    return [Path(line) for line in _run("look", str(python), "-I", "-c", _SITES).splitlines() if Path(line).is_dir()]
 
 
 def _files_of(projects: Collection[str], site: Path) -> set[Path]:
     """Every file that the projects have below `site`, by their RECORD."""
-    found = (entry for entry in distributions(path=[str(site)]) if normalise(entry.name) in projects)
+    found = (entry for entry in distributions(path=[str(site)]) if canonicalize_name(entry.name) in projects)
     return {path for entry in found for path in _files(entry)}
 
 

@@ -1,29 +1,111 @@
-"""kernel-metadata.json and dataset-metadata.json, within Kaggle's limits.
+"""What Kaggle's client reads beside the files: metadata of the kernel, its datasets and models, within Kaggle's limits.
 
-Keys and limits are those of the `kaggle` client 2.2 (`kernels_push`, `dataset_create_new`) and what it leaves
-unchecked: internet off is always written, because the client takes a missing `enable_internet` for true, and a title
-always turns into the slug of its id, because Kaggle would rename the notebook otherwise.
+Keys and limits are those of the `kaggle` client 2.2 (`kernels_push`, `dataset_create_new`, `model_instance_create`) and
+what it leaves unchecked: internet off is always written, because the client takes a missing `enable_internet` for true,
+and a title always turns into the slug of its id, because Kaggle would name the thing by its title otherwise.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import Any
 
 from pairclf.config import Package
-from pairclf.errors import PackagingError
+from pairclf.errors import ConfigError, PackagingError
+from pairclf.inference.deadline import seconds_until
+from pairclf.packaging.record import Part, Payload
 
-Payload = Literal["bundle", "wheels"]
-"""The two datasets of a package: trained bundles, and what the notebook installs."""
+KERNEL_METADATA = "kernel-metadata.json"
+DATASET_METADATA = "dataset-metadata.json"
+MODEL_METADATA = "model-metadata.json"
+INSTANCE_METADATA = "model-instance-metadata.json"
 
-PAYLOADS: tuple[Payload, ...] = ("bundle", "wheels")
-"""In the order in which kernel-metadata.json attaches them."""
+FRAMEWORK = "other"
+"""Of our model instances, in the SDK's words (`ModelFramework`), of which the adapters' own, peft, is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One of Kaggle's: GB are 10^9 bytes, `disk_gb` is that of /kaggle/working."""
+
+    what: str
+    gpus: int
+    cores: int
+    memory_gb: float
+    disk_gb: float
+
+
+MACHINES = {
+    "NvidiaTeslaT4": Machine("two T4 with 16 GB each", 2, 4, 29, 20),
+    "NvidiaL4": Machine("four L4 with 24 GB each, in some competitions", 4, 48, 192, 20),
+    "NvidiaRtxPro6000": Machine("one RTX PRO 6000 with 96 GB, in some competitions", 1, 48, 180, 20),
+    "None": Machine("no accelerator", 0, 4, 29, 20),
+}
+"""`machine_shape`, in the client's words (`kernels push --accelerator`). TPUs are left out: nothing here runs on them.
+
+Cores and memory beside L4 and RTX PRO 6000 are those of the cloud's machines with these GPUs (g2-, g4-standard-48).
+"""
+
+RETIRED = {"NvidiaTeslaP100": "retired"}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one dataset or model instance may hold."""
+
+    size: int
+    """Bytes."""
+    top: int
+    """Entries at its top level; a folder is one, the marker another."""
+
+
+LIMITS = Limits(size=100 * 10**9, top=50)
+"""Kaggle's page on datasets ("Technical specifications"): 200 GB and 50 top-level files. The half of the bytes is for
+files of older builds, which `push` keeps in a dataset."""
+
+LICENCES: dict[str, str | None] = {
+    "apache-2.0": "Apache 2.0",
+    "CC0-1.0": "CC0: Public Domain",
+    "CC-BY-3.0": "Attribution 3.0 Unported (CC BY 3.0)",
+    "CC-BY-3.0-IGO": "Attribution 3.0 IGO (CC BY 3.0 IGO)",
+    "CC-BY-4.0": "Attribution 4.0 International (CC BY 4.0)",
+    "CC-BY-NC-4.0": "Attribution-NonCommercial 4.0 International (CC BY-NC 4.0)",
+    "CC-BY-NC-ND-4.0": "Attribution-NonCommercial-NoDerivatives 4.0 International (CC BY-NC-ND 4.0)",
+    "CC-BY-NC-SA-3.0-IGO": "Attribution-NonCommercial-ShareAlike 3.0 IGO (CC BY-NC-SA 3.0 IGO)",
+    "CC-BY-NC-SA-4.0": "CC BY-NC-SA 4.0",
+    "CC-BY-ND-4.0": "Attribution-NoDerivatives 4.0 International (CC BY-ND 4.0)",
+    "CC-BY-SA-3.0": "CC BY-SA 3.0",
+    "CC-BY-SA-4.0": "CC BY-SA 4.0",
+    "CDLA-Permissive-1.0": "Community Data License Agreement - Permissive - Version 1.0",
+    "CDLA-Sharing-1.0": "Community Data License Agreement - Sharing - Version 1.0",
+    "AGPL-3.0": "GNU Affero General Public License 3.0",
+    "FDL-1.3": "GNU Free Documentation License 1.3",
+    "LGPL-3.0": "GNU Lesser General Public License 3.0",
+    "GPL-2.0": "GPL 2",
+    "GPL-3.0": "GPL 3",
+    "ODC-BY-1.0": "ODC Attribution License (ODC-By)",
+    "PDDL": "ODC Public Domain Dedication and Licence (PDDL)",
+    "ODbL-1.0": None,
+    "DbCL-1.0": None,
+    "copyright-authors": None,
+    "other": None,
+    "unknown": None,
+}
+"""`{a dataset's word: a model's}`, of the lists in the client's docs; None: models have no such licence."""
+
+MARGIN = 300.0
+"""Seconds between deadline and the end of the competition's hours: what comes after the last row takes some."""
 
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PROJECT = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
-_MODEL_SOURCE = re.compile(r"[\w.-]+(/[\w.-]+){3}/[1-9]\d*")
-_NAME_LENGTHS = (5, 43)  # a notebook's slug has 5 to 50 characters, a dataset's 6 to 50, and `-bundle` takes 7
+_SOURCE = re.compile(r"[\w.-]+/[\w.-]+((/[\w.-]+){2}/[1-9]\d*)?")
+_NAME_LENGTHS = (5, 40)  # a notebook's slug has 5 to 50 characters, a dataset's 6 to 50, and `-bundle-99` takes 10
 
 
 def slugify(title: str) -> str:
@@ -31,9 +113,25 @@ def slugify(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def dataset_id(package: Package, payload: Payload) -> str:
-    """`owner/name-bundle` or `owner/name-wheels`."""
-    return f"{package.owner}/{package.name}-{payload}"
+def folder_of(payload: Payload, number: int) -> str:
+    """Of a payload's part in the package, and the end of its slug: `bundle`, `bundle-2`, ..."""
+    return payload if number == 1 else f"{payload}-{number}"
+
+
+def source_of(package: Package, payload: Payload, number: int) -> str:
+    """`owner/name-bundle` of a dataset; of a model `owner/name-bundle/other/part-1`, an instance a part."""
+    if payload == "bundle" and package.bundles_as == "model":
+        return f"{package.owner}/{package.name}-{payload}/{FRAMEWORK}/part-{number}"
+    return f"{package.owner}/{package.name}-{folder_of(payload, number)}"
+
+
+def deadline_seconds(package: Package) -> float | None:
+    """Of `package.deadline`; None: it is no duration."""
+    try:
+        today, tomorrow = (seconds_until(package.deadline, datetime(2020, 1, day, tzinfo=UTC)) for day in (1, 2))
+    except ConfigError:
+        return None
+    return today if today == tomorrow else None  # a time of day comes nearer
 
 
 def check_package(package: Package) -> None:
@@ -42,31 +140,9 @@ def check_package(package: Package) -> None:
     Raises:
         PackagingError: names each setting, its value and the rule that it breaks.
     """
-    short, long = _NAME_LENGTHS
-    source, torch = package.base_model_source, [name for name in package.wheels if slugify(name) == "torch"]
-    rules: list[tuple[str, Any, bool, str]] = [
-        ("owner", package.owner, bool(_OWNER.fullmatch(package.owner)), "is a Kaggle user's or organisation's slug"),
-        ("name", package.name, bool(_SLUG.fullmatch(package.name)), "is lower-case words joined by single hyphens"),
-        ("name", package.name, short <= len(package.name) <= long, f"has {short} to {long} characters"),
-        ("competition", package.competition, bool(_SLUG.fullmatch(package.competition)), "is a competition's slug"),
-        (
-            "base_model_source",
-            source,
-            source is None or bool(_MODEL_SOURCE.fullmatch(source)),
-            "has five parts, owner/model/framework/instance/version, and the version is a number",
-        ),
-        ("machine_shape", package.machine_shape, package.machine_shape.isalnum(), "is Kaggle's word for a machine"),
-        (
-            "machine_shape",
-            package.machine_shape,
-            package.machine_shape != "NvidiaTeslaP100",
-            "is not a retired machine",
-        ),
-        ("licence", package.licence, bool(package.licence.strip()), "names exactly one licence"),
-        ("wheels", package.wheels, all(map(_PROJECT.fullmatch, package.wheels)), "are names of packages"),
-        ("wheels", package.wheels, not torch, "leave out torch: the image's own fits its GPU driver"),
+    broken = [
+        f"package.{name}={getattr(package, name)!r}: it {rule}" for name, holds, rule in _rules(package) if not holds
     ]
-    broken = [f"package.{name}={value!r}: it {rule}" for name, value, holds, rule in rules if not holds]
     if broken:
         lines = "\n".join(f"  {line}" for line in broken)
         raise PackagingError(
@@ -74,52 +150,145 @@ def check_package(package: Package) -> None:
         )
 
 
-def kernel_metadata(package: Package, code_file: str) -> dict[str, Any]:
-    """kernel-metadata.json of the notebook `code_file`.
+def _rules(package: Package) -> Iterator[tuple[str, bool, str]]:
+    """`(setting, whether it holds, what the rule says)`."""
+    short, long = _NAME_LENGTHS
+    yield "owner", bool(_OWNER.fullmatch(package.owner)), "is a Kaggle user's or organisation's slug"
+    yield "name", bool(_SLUG.fullmatch(package.name)), "is lower-case words joined by single hyphens"
+    yield "name", short <= len(package.name) <= long, f"has {short} to {long} characters"
+    yield "competition", bool(_SLUG.fullmatch(package.competition)), "is a competition's slug"
+    yield (
+        "base_model_source",
+        package.base_model_source is None or bool(_SOURCE.fullmatch(package.base_model_source)),
+        "has five parts, owner/model/framework/instance/version, and the version is a number; or two, owner/slug",
+    )
+    shape = package.machine_shape
+    if shape in RETIRED:
+        yield "machine_shape", False, f"is {RETIRED[shape]}; there are {', '.join(MACHINES)}"
+    else:
+        yield "machine_shape", shape in MACHINES, f"is none of {', '.join(MACHINES)}{_nearest(shape, MACHINES)}"
+    as_model = package.bundles_as == "model"
+    names = [name for name, other in LICENCES.items() if other is not None or not as_model]
+    yield "licence", _licence(package) is not None, f"is none that Kaggle knows{_nearest(package.licence, names)}"
+    if as_model and (found := _licence(package)) is not None:
+        yield "licence", LICENCES[found] is not None, "is none that a model may have: choose bundles_as=dataset"
+    yield "wheels", all(map(_PROJECT.fullmatch, package.wheels)), "are names of packages"
+    torch = [name for name in package.wheels if slugify(name) == "torch"]
+    yield "wheels", not torch, "leave out torch: the image's own fits its GPU driver"
+    seconds = deadline_seconds(package)
+    yield "deadline", seconds is not None, "is a duration, from the notebook's first second on, such as 8h30m"
+    room = package.hours * 3600 - MARGIN
+    yield "deadline", seconds is None or seconds <= room, f"ends 5 minutes before hours={package.hours:g} at the latest"
+
+
+def _nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; the nearest is {found[0]}" if found else ""
+
+
+def _licence(package: Package) -> str | None:
+    """A dataset's word for the licence, which may be given in a model's; None: Kaggle knows none of this name."""
+    given = package.licence.strip().casefold()
+    return next(
+        (name for name, other in LICENCES.items() if given in (name.casefold(), (other or name).casefold())), None
+    )
+
+
+def kernel_metadata(package: Package, code_file: str, parts: Sequence[Part]) -> dict[str, Any]:
+    """kernel-metadata.json of the notebook or script `code_file`, which attaches `parts`.
+
+    Our model instances stand in version 1: `push`, which learns the version, writes it there.
 
     Raises:
         PackagingError: see `check_package`.
     """
     check_package(package)
+    base = [] if package.base_model_source is None else [package.base_model_source]
+    models = [f"{part.source}/1" for part in parts if part.kind == "model"]
+    has_machine = package.machine_shape != "None"
     return {
         "id": f"{package.owner}/{package.name}",
-        "title": _title(package.name),
+        "title": title_of(package.name),
         "code_file": code_file,
         "language": "python",
-        "kernel_type": "notebook",
+        "kernel_type": "script" if PurePosixPath(code_file).suffix == ".py" else "notebook",
         "is_private": True,
-        "enable_gpu": package.machine_shape.startswith("Nvidia"),
-        "enable_tpu": package.machine_shape.startswith("Tpu"),
+        "enable_gpu": MACHINES[package.machine_shape].gpus > 0,
+        "enable_tpu": False,
         "enable_internet": False,
-        "machine_shape": package.machine_shape,
+        "machine_shape": package.machine_shape if has_machine else "",
         "keywords": [],
-        "dataset_sources": [dataset_id(package, payload) for payload in PAYLOADS],
+        "dataset_sources": [*(part.source for part in parts if part.kind == "dataset"), *filter(_is_dataset, base)],
         "competition_sources": [package.competition],
         "kernel_sources": [],
-        "model_sources": [] if package.base_model_source is None else [package.base_model_source],
+        "model_sources": [*models, *(source for source in base if not _is_dataset(source))],
     }
 
 
-def dataset_metadata(package: Package, payload: Payload) -> dict[str, Any]:
-    """dataset-metadata.json of one of the two datasets.
+def _is_dataset(source: str) -> bool:
+    return source.count("/") == 1
+
+
+_SUBTITLES: dict[Payload, str] = {
+    "bundle": "Trained classifiers, to be scored by pairclf",
+    "wheels": "What the pairclf notebook installs without internet",
+}
+
+
+def dataset_metadata(package: Package, payload: Payload, source: str) -> dict[str, Any]:
+    """dataset-metadata.json of a part.
 
     Raises:
         PackagingError: see `check_package`.
     """
     check_package(package)
-    subtitles = {
-        "bundle": "Trained classifiers, to be scored by pairclf",
-        "wheels": "What the pairclf notebook installs without internet",
-    }
-    identity = dataset_id(package, payload)
     return {
-        "title": _title(identity.partition("/")[2]),
-        "id": identity,
-        "subtitle": subtitles[payload],
-        "licenses": [{"name": package.licence}],
+        "title": title_of(source.partition("/")[2]),
+        "id": source,
+        "subtitle": _SUBTITLES[payload],
+        "isPrivate": True,
+        "licenses": [{"name": _licence(package)}],
         "keywords": [],
     }
 
 
-def _title(slug: str) -> str:
+def model_metadata(package: Package, source: str) -> dict[str, dict[str, Any]]:
+    """`{file: content}` of model-metadata.json and model-instance-metadata.json of a part.
+
+    Raises:
+        PackagingError: see `check_package`.
+    """
+    check_package(package)
+    owner, model, framework, instance = source.split("/")
+    licence = _licence(package)
+    assert licence is not None
+    return {
+        MODEL_METADATA: {
+            "ownerSlug": owner,
+            "title": title_of(model),
+            "slug": model,
+            "subtitle": _SUBTITLES["bundle"],
+            "isPrivate": True,
+            "description": f"Bundles of pairclf for the competition {package.competition}.",
+            "publishTime": "",
+            "provenanceSources": "",
+        },
+        INSTANCE_METADATA: {
+            "ownerSlug": owner,
+            "modelSlug": model,
+            "instanceSlug": instance,
+            "framework": framework,
+            "overview": _SUBTITLES["bundle"],
+            "usage": "Attach it to the notebook of the same package, which finds it by its marker file.",
+            "licenseName": LICENCES[licence],
+            "fineTunable": False,
+            "trainingData": [],
+            "modelInstanceType": "Unspecified",
+            "baseModelInstance": "",
+            "externalBaseModelUrl": "",
+        },
+    }
+
+
+def title_of(slug: str) -> str:
     return slug.replace("-", " ").capitalize()

@@ -1,59 +1,89 @@
-"""What every payload carries: a marker file with hashes; and what none may carry: a path of this machine.
+"""Payloads: what is uploaded beside the kernel, in parts that Kaggle takes, each with a marker file.
 
-Kaggle mounts one dataset at `/kaggle/input/SLUG` today and `/kaggle/input/datasets/OWNER/SLUG` tomorrow, so the
-notebook knows no path. It searches its inputs for `pairclf-bundle.json` and `pairclf-wheels.json`, takes the one whose
-SHA-256 it was built with, and finds the files and their hashes in it.
+Kaggle mounts one dataset at `/kaggle/input/SLUG` today and `/kaggle/input/datasets/OWNER/SLUG` tomorrow, so the kernel
+knows no path. It searches its inputs for the markers by the names and hashes that it was built with, and finds every
+file of a part, and its hash, in the part's marker:
+
+    pairclf-bundle-0123456789ab.json    {"payload": "bundle", "part": 1, "files": {posix path: sha256}}
+
+A name holds the content's hash wherever one could clash: versions of a dataset only add files, and an older kernel
+still finds its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 
 from pairclf.errors import PackagingError
 from pairclf.files import sha256_file, sha256_tree, write_json
-from pairclf.packaging.metadata import Payload
-from pairclf.packaging.sources import checkout
-
-DATASET_METADATA, KERNEL_METADATA = "dataset-metadata.json", "kernel-metadata.json"
-_READ_BY_PEOPLE = (".ipynb", ".json", ".md", ".txt", ".yaml")
+from pairclf.packaging.metadata import LIMITS, Limits, folder_of
+from pairclf.packaging.record import Payload
 
 
-def marker_name(payload: Payload) -> str:
-    return f"pairclf-{payload}.json"
+def divide(sizes: Mapping[str, int], limits: Limits) -> list[list[str]]:
+    """Lay whole files into parts: each into the first one that has room, in the order of their names.
 
+    >>> divide({"a/1": 6, "a/2": 6, "b/1": 4}, Limits(size=10, top=9))
+    [['a/1', 'b/1'], ['a/2']]
 
-def seal(folder: Path, payload: Payload) -> str:
-    """Write the marker of a dataset folder that is otherwise complete, and return the marker's hex SHA-256.
-
-    dataset-metadata.json is left out of it: Kaggle's client reads that file and does not upload it.
-    """
-    marker = folder / marker_name(payload)
-    files = sha256_tree(folder, without=frozenset({DATASET_METADATA, marker.name}))
-    write_json(marker, {"payload": payload, "files": files})
-    return sha256_file(marker)
-
-
-def refuse_own_paths(folder: Path) -> None:
-    """Refuse a folder in which a text names a path of this machine.
-
-    A tokenizer's vocabulary is not read: its pieces may look like anything.
+    Args:
+        sizes: `{path in the payload: bytes}`.
+        limits: of a part; its marker takes a place at the top.
 
     Raises:
-        PackagingError: names the files and the path.
+        PackagingError: one file alone is too large.
     """
-    own = {str(path) for path in (Path.home(), Path.cwd(), checkout()) if path is not None and len(path.parts) > 1}
-    for text, name in _texts(folder):
-        for path in sorted(own):
-            if f"{path}/" in text or f'{path}"' in text:
-                raise PackagingError(
-                    f"{name} names {path}, a path of this machine, and would be published with it",
-                    where=folder,
-                    remedy="give data, output and base model by relative paths and train again",
-                )
+    parts: list[list[str]] = []
+    for name, size in sorted(sizes.items()):
+        if size > limits.size:
+            raise PackagingError(
+                f"{name} has {size:,} bytes, and one dataset takes {limits.size:,}",
+                remedy="save the model in shards, or export it quantised (docs/export.md)",
+            )
+        room = (part for part in parts if _fits(sizes, [*part, name], limits))
+        if (found := next(room, None)) is None:
+            parts.append([name])
+        else:
+            found.append(name)
+    return parts
 
 
-def _texts(folder: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in _READ_BY_PEOPLE and path.is_file() and path.parent.name != "tokenizer":
-            yield path.read_text(encoding="utf-8"), path.relative_to(folder).as_posix()
+def _fits(sizes: Mapping[str, int], names: Sequence[str], limits: Limits) -> bool:
+    tops = {PurePosixPath(name).parts[0] for name in names}
+    return sum(sizes[name] for name in names) <= limits.size and len(tops) < limits.top
+
+
+def split(folder: Path, payload: Payload, limits: Limits = LIMITS) -> list[Path]:
+    """Divide a payload's folder; what does not fit in there moves to folders beside it: `bundle-2`, `bundle-3`, ...
+
+    Returns:
+        The parts' folders.
+
+    Raises:
+        PackagingError: one file alone is too large.
+    """
+    files = (path for path in folder.rglob("*") if path.is_file())
+    parts = divide({path.relative_to(folder).as_posix(): path.stat().st_size for path in files}, limits)
+    folders = [folder.with_name(folder_of(payload, number)) for number in range(1, len(parts) + 1)]
+    for part, names in zip(folders[1:], parts[1:], strict=True):
+        _move(folder, part, names)
+    return folders
+
+
+def _move(source: Path, target: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(source / name, target / name)
+
+
+def seal(folder: Path, payload: Payload, number: int) -> tuple[Path, str]:
+    """Write the marker of a part that holds all its files, and no metadata yet; returns it and its hex SHA-256."""
+    unnamed = folder / "marker.json"
+    files = sha256_tree(folder)
+    write_json(unnamed, {"payload": payload, "part": number, "files": files})
+    digest = sha256_file(unnamed)
+    marker = folder / f"pairclf-{payload}-{digest[:12]}.json"
+    os.rename(unnamed, marker)
+    return marker, digest

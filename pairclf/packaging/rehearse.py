@@ -1,179 +1,364 @@
-"""`rehearse`: the packaged notebook, executed as Kaggle's hidden rerun would execute it."""
+"""`rehearse`: the package's kernel, executed as Kaggle's hidden rerun would execute it, and judged."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from rich.table import Table
+from pairclf import __version__
+from pairclf.config import Config, parse_yaml, resolve
+from pairclf.console import Advance, console, progress
+from pairclf.errors import ModelError, PackagingError
+from pairclf.files import atomic_file, sha256_file
+from pairclf.inference.deadline import seconds_until
+from pairclf.packaging import gateway
+from pairclf.packaging.build import KERNEL
+from pairclf.packaging.clock import link_bundles, project
+from pairclf.packaging.faults import FAULTS, Fault, spoil_file
+from pairclf.packaging.hidden import enlarge, read_raw
+from pairclf.packaging.judge import Judge
+from pairclf.packaging.metadata import MACHINES
+from pairclf.packaging.mounts import LAYOUTS, Mount, mounts_of
+from pairclf.packaging.play import SCORES, SUBMISSION, Play, play
+from pairclf.packaging.record import Build, read_build
+from pairclf.packaging.report import GB, REHEARSAL, Report, Reports, read_report, report_name, write_report
+from pairclf.packaging.runner import EXECUTED, HEAD
+from pairclf.packaging.stage import HERE, Scene, Stage, furnish, staged
 
-from pairclf.config import parse_yaml, resolve
-from pairclf.console import progress, table
-from pairclf.data.tables import check_submission
-from pairclf.errors import PackagingError
-from pairclf.files import atomic_file, write_json
-from pairclf.packaging import runner
-from pairclf.packaging.image import make_image
-from pairclf.packaging.metadata import PAYLOADS
-from pairclf.packaging.payload import DATASET_METADATA, KERNEL_METADATA, marker_name
-from pairclf.packaging.sandbox import Sandbox, guards, namespaces, release
-from pairclf.packaging.wheelhouse import Wheel
-from pairclf.task import Task
+SLOWNESS = 4.0
+"""With the fault `slow`, all rows take so many times what there is until the deadline."""
 
-SUBMISSION, EXECUTED = "submission.csv", "executed.ipynb"
-_TAIL = 25  # lines shown of a cell that failed
-_PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-
-
-@dataclass(slots=True)
-class Report:
-    """What a rehearsal found. Times in wall-clock seconds."""
-
-    notebook: str
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage: ours first, then the cells by their ids
-    peak_mb: float = 0.0  # resident memory of the largest process of the notebook
-    network: str = ""
-    input: str = ""
-    submission: dict[str, Any] = field(default_factory=dict)  # what check_submission returned
-
-    @property
-    def total_seconds(self) -> float:
-        return sum(self.seconds.values())
-
-    def render(self) -> Table:
-        made = table(f"Rehearsal of {self.notebook}", "stage", "result")
-        for stage, seconds in self.seconds.items():
-            made.add_row(stage, f"{seconds:.1f} s")
-        made.add_row("all", f"{self.total_seconds:.1f} s")
-        made.add_row("largest process", f"{self.peak_mb:,.0f} MB")
-        made.add_row("network", self.network)
-        made.add_row("input", self.input)
-        made.add_row("submission", f"{self.submission['rows']:,} rows, ids in the sample's order")
-        made.add_row("mean probabilities", ", ".join(f"{n} {p:.4f}" for n, p in self.submission["means"].items()))
-        return made
+FITTING = 0.75
+"""With the fault `oom`, a pass of so much of the longest sequence fits."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
-    """The folders of one rehearsal: what Kaggle calls input and working, and what it has besides."""
+class Options:
+    """How a package is rehearsed.
 
-    top: Path
+    Attributes:
+        test: the rows to predict; None: as the package's record says.
+        sample: the submission's ids, order and columns; None: likewise.
+        base: folder of the base model, where the package attaches one from Kaggle.
+        out: folder for the results; None: `rehearsal` in the package, where `push` looks.
+        rows: of the hidden test: the file's rows are repeated under new ids; None: as the file is.
+        image: `here`: the versions of this environment; `3.12`: that Python, with the image's own.
+        layouts: of the mounts; the first is run whole, the others up to the end of the first cell.
+        late: seconds of the kernel's clock from the first cell on, until the mounts that are empty at first are filled.
+        inject: names of faults, each in a run of its own.
+        speed: of the kernel's clock.
+        commit: as when the notebook is saved, rather than the hidden rerun.
+        memory_gb, disk_gb: of the machine; None: as Kaggle's.
+    """
+
+    test: Path | None = None
+    sample: Path | None = None
+    base: Path | None = None
+    out: Path | None = None
+    rows: int | None = None
+    image: str = HERE
+    layouts: tuple[str, ...] = ("flat", "typed")
+    late: float = 1.0
+    inject: tuple[str, ...] = ()
+    speed: float = 1.0
+    commit: bool = False
+    memory_gb: float | None = None
+    disk_gb: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rehearsal:
+    """What all runs of a call have in common."""
+
+    folder: Path
+    build: Build
+    options: Options
+    test: Path
+    sample: Path
+    out: Path
+    memory: int
+    disk: int
+    deadline: float
 
     @property
-    def image(self) -> Path:
-        return self.top / "image"
-
-    @property
-    def input(self) -> Path:
-        return self.top / "input"
-
-    @property
-    def working(self) -> Path:
-        return self.top / "working"
-
-    @property
-    def home(self) -> Path:
-        return self.top / "home"
-
-    def environment(self) -> dict[str, str]:
-        """Everything that the notebook sees of this machine's environment."""
-        kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        return kept | {
-            "PATH": f"{self.image / 'bin'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
-            "HOME": str(self.home),
-            "TMPDIR": str(self.home),
-            "LANG": "C.UTF-8",
-            "COLUMNS": "120",
-            "PIP_CONFIG_FILE": os.devnull,
-            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-            "HF_HUB_OFFLINE": "1",
-            "KAGGLE_KERNEL_RUN_TYPE": "Batch",
-            "KAGGLE_IS_COMPETITION_RERUN": "1",
-            "PAIRCLF_KAGGLE_INPUT": str(self.input),
-        }
+    def inputs(self) -> str:
+        """Identity of what is predicted."""
+        parts = (sha256_file(self.test), sha256_file(self.sample), str(self.options.rows))
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def rehearse(folder: Path, test: Path, sample: Path, out: Path, *, base: Path | None = None) -> Report:
-    """Execute a package's notebook offline, in a stand-in for Kaggle's image, and check what it writes.
+def rehearse(folder: Path, options: Options) -> Reports:
+    """Execute a package's kernel offline, in a stand-in for Kaggle's image, and judge how it ends.
 
-    In `out` it leaves `submission.csv`, `executed.ipynb` (after a failure too, up to the cell that failed) and
-    `report.json`.
+    In `out` it leaves `report.json`, `submission.csv`, `scores.parquet` and `executed.ipynb` (after a failure too, up
+    to the cell that failed); of a run with a fault `report-FAULT.json` and so on.
 
     Args:
         folder: what `package` made.
-        test: the rows to predict; shown to the notebook as `test` with this file's suffix.
-        sample: the submission's ids, order and columns.
-        out: folder for the results.
-        base: folder of the base model, where the package attaches one from Kaggle.
+        options: how.
+
+    Returns:
+        The report of each run: without faults one, else one for each fault, and before them an undisturbed one where
+        a fault's is compared with it and `out` has none.
 
     Raises:
-        PackagingError: the folder is no package, a cell failed, or the sandbox does not hold.
-        DataError: the submission is not what Kaggle would accept.
+        PackagingError: the folder is no package, an option can't be had, the sandbox does not hold, or a run did not
+            end as it must; its report is written then, and shown.
     """
-    metadata, task = _read_package(folder)
-    report = Report(notebook=str(metadata["code_file"]))
-    with _stage(out) as stage:
-        with _timed(report, "stand-in for the image"):
-            wheels = [Wheel.parse(path.name) for path in (folder / "wheels").glob("*.whl")]
-            python = make_image(stage.image, {wheel.project for wheel in wheels})
+    rehearsal = _construct(folder, options)
+    names: list[str | None] = [*options.inject] or [None]
+    if any(name and FAULTS[name].compares for name in names) and not _rehearsed(rehearsal):
+        names.insert(0, None)
+    reports = Reports([_run(rehearsal, name) for name in names])
+    if not reports.passed:
+        console.print(reports.render())
+        lines = [f"{one.fault or one.kernel}: {problem}" for one in reports.runs for problem in one.problems]
+        raise PackagingError(
+            "the rehearsal did not end as it must:\n" + "\n".join(f"  {line}" for line in lines),
+            where=rehearsal.out,
+            remedy=f"{EXECUTED} holds all that the cells printed",
+        )
+    return reports
+
+
+# --- construct -------------------------------------------------------------------------------------------------------
+
+
+def _construct(folder: Path, options: Options) -> _Rehearsal:
+    """Everything that can be refused before anything is run."""
+    build = read_build(folder)
+    _check_options(build, options)
+    test, sample = options.test or build.test, options.sample or build.sample
+    if test is None or sample is None:
+        raise PackagingError("there is nothing to predict", remedy="give --test and --sample")
+    for path in (test, sample):
+        if not path.is_file():
+            raise PackagingError(f"{path} is no file", remedy="give --test and --sample as Kaggle mounts them")
+    machine = MACHINES[build.package.machine_shape]
+    return _Rehearsal(
+        folder=folder,
+        build=build,
+        options=options,
+        test=test,
+        sample=sample,
+        out=options.out or folder / REHEARSAL,
+        memory=round(GB * (options.memory_gb or machine.memory_gb)),
+        disk=round(GB * (options.disk_gb or machine.disk_gb)),
+        deadline=seconds_until(build.package.deadline, datetime.now(UTC)),
+    )
+
+
+def _check_options(build: Build, options: Options) -> None:
+    if unknown := [name for name in options.inject if name not in FAULTS]:
+        raise PackagingError(f"--inject {','.join(unknown)}: no such fault", remedy=f"choose from {', '.join(FAULTS)}")
+    if not options.layouts or not LAYOUTS.keys() >= set(options.layouts):
+        raise PackagingError(f"layouts={options.layouts}: unknown", remedy=f"choose from {', '.join(LAYOUTS)}")
+    if options.inject and options.commit:
+        raise PackagingError(
+            "--inject and --commit: a notebook that is saved fails at every fault, to tell you of it",
+            remedy="leave --commit out: faults are for the hidden rerun",
+        )
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    python = running if options.image == HERE else options.image
+    if python not in build.package.pythons:
+        raise PackagingError(
+            f"--image {options.image} has Python {python}, and the package is for {', '.join(build.package.pythons)}",
+            remedy=f"--image {build.package.pythons[0]}, or package.pythons=[..., '{python}'] and package again",
+        )
+
+
+def _rehearsed(rehearsal: _Rehearsal) -> bool:
+    """Whether an undisturbed run of this build on these rows lies in `out`."""
+    path = rehearsal.out / report_name(None)
+    if not path.is_file() or not (rehearsal.out / SUBMISSION).is_file():
+        return False
+    report = read_report(path)
+    return report.passed and report.build == rehearsal.build.identity and report.inputs == rehearsal.inputs
+
+
+# --- set up and run --------------------------------------------------------------------------------------------------
+
+
+def _run(rehearsal: _Rehearsal, name: str | None) -> Report:
+    """One run of the kernel, and its report in `out`."""
+    fault, options = FAULTS[name] if name else None, rehearsal.options
+    report = _blank(rehearsal, name, fault)
+    with staged(rehearsal.out) as stage:
         with _timed(report, "input"):
-            _lay_out(stage.input, folder, metadata, {f"test{test.suffix}": test, "sample_submission.csv": sample}, base)
-        sandbox = namespaces(stage.input)
-        if sandbox is None:  # permissions belong to a file, not to its name: the guards must not meet linked originals
-            _unlink_originals(stage.input)
-            sandbox = guards(stage.input, next(stage.image.glob("lib/python*/site-packages")))
-        report.network, report.input = sandbox.network, sandbox.input
-        notebook = folder / "notebook" / report.notebook
-        try:
-            _execute(stage, sandbox, python, notebook, report)
-        finally:
-            _keep(stage.working / EXECUTED, out / EXECUTED)
-        with _timed(report, "check"):
-            submission = stage.working / SUBMISSION
-            if not submission.is_file():
-                raise PackagingError(f"the notebook ended without writing {SUBMISSION}", where=notebook)
-            report.submission = check_submission(submission, sample, task)
-            _keep(submission, out / SUBMISSION)
-    write_json(out / "report.json", asdict(report))
+            setting = _set_up(rehearsal, stage, fault)
+            report.rows = read_raw(setting.sample).height
+        with _timed(report, "stand-in for the image"):
+            wheels = [rehearsal.folder / part.folder for part in rehearsal.build.of("wheels")]
+            hook = _hook(rehearsal, fault, report)
+            furnish(stage, options.image, rehearsal.build.package.images, wheels, hook)
+        with progress(f"rehearsing {name or report.kernel}", _cells(rehearsal, report)) as advance:
+            for layout in report.layouts:
+                _play(rehearsal, setting, stage.scene(layout), fault, report, advance)
+                if report.failed:
+                    break
+        _conclude(rehearsal, stage, setting, fault, report)
     return report
 
 
-def _read_package(folder: Path) -> tuple[dict[str, Any], Task]:
-    """kernel-metadata.json, and the task of the bundles."""
-    metadata = folder / "notebook" / KERNEL_METADATA
-    configs = sorted((folder / "bundle").glob("*/config.yaml"))
-    if not metadata.is_file() or not configs:
-        raise PackagingError(f"{folder} is no package", remedy="give the folder that `pairclf package` made")
-    config = resolve(parse_yaml(configs[0].read_text(encoding="utf-8"), configs[0]), configs[0])
-    return json.loads(metadata.read_text(encoding="utf-8")), config.task
+def _blank(rehearsal: _Rehearsal, name: str | None, fault: Fault | None) -> Report:
+    build, options = rehearsal.build, rehearsal.options
+    whole, *others = options.layouts
+    return Report(
+        pairclf=__version__,
+        build=build.identity,
+        kernel=build.code_file,
+        fault=name,
+        inputs=rehearsal.inputs,
+        rows=0,
+        rerun=not options.commit,
+        image="versions of this environment" if options.image == HERE else f"the image's versions for {options.image}",
+        layouts=[*others, whole] if fault is None else [whole],
+        speed=_speed(rehearsal, fault),
+        hours=build.package.hours,
+        deadline=rehearsal.deadline,
+        memory_limit=rehearsal.memory,
+        disk_limit=rehearsal.disk,
+        **({} if fault is None else {"must": fault.must}),
+    )
 
 
-@contextmanager
-def _stage(out: Path) -> Iterator[_Stage]:
-    """The rehearsal's folders, below `out` so that files can be linked rather than copied; removed at the end."""
-    stage = _Stage(out.resolve() / ".tmp-rehearsal")
-    _clear(stage)
-    for folder in (stage.input, stage.working, stage.home):
-        folder.mkdir(parents=True)
+def _speed(rehearsal: _Rehearsal, fault: Fault | None) -> float:
+    """Of the kernel's clock: as asked for, or as the fault needs it."""
+    asked = rehearsal.options.speed
+    if fault is None or asked != 1:
+        return asked
+    if fault.patience is None:
+        return fault.speed
+    undisturbed = read_report(rehearsal.out / report_name(None))
+    return max(1.0, rehearsal.deadline / (fault.patience * undisturbed.notebook))
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What a run gets to see: its mounts, the sample submission among them, and what was spoiled."""
+
+    sample: Path
+    mounts: list[Mount]
+    spoiled: str
+
+
+def _set_up(rehearsal: _Rehearsal, stage: Stage, fault: Fault | None) -> _Setting:
+    """Make the competition's files and all mounts, spoiled as the fault has it."""
+    build, test, sample = rehearsal.build, rehearsal.test, rehearsal.sample
+    rows = rehearsal.options.rows
+    if rows is not None:
+        test, sample = enlarge(test, sample, rows, stage.props)
+    if fault and fault.spoil_rows:
+        spoiled_test = stage.props / f"spoiled{test.suffix}"
+        shutil.copyfile(test, spoiled_test)
+        spoil_file(spoiled_test, build.task.fields, fault.spoil_rows)
+        test = spoiled_test
+    competition = {f"test{test.suffix}": test.resolve(), f"sample_submission{sample.suffix}": sample.resolve()}
+    if build.package.kernel == "server":
+        competition |= _gateway(stage)
+    mounts = mounts_of(rehearsal.folder, build, competition, rehearsal.options.base)
+    if fault and fault.spoil_mounts:
+        return _Setting(sample, *fault.spoil_mounts(mounts, stage.props))
+    return _Setting(sample, mounts, "")
+
+
+def _gateway(stage: Stage) -> dict[str, Path]:
+    """A stand-in for the package through which a competition asks batch by batch."""
+    empty = stage.props / "__init__.py"
+    empty.touch()
+    top = "kaggle_evaluation"
+    return {f"{top}/__init__.py": empty, f"{top}/default_inference_server.py": Path(gateway.__file__)}
+
+
+def _hook(rehearsal: _Rehearsal, fault: Fault | None, report: Report) -> str:
+    """Text of the module that the fault needs in every process; empty: none."""
+    if fault is None or not fault.hook:
+        return ""
+    longest = max(_config_of(rehearsal, bundle.folder).inputs.max_length for bundle in rehearsal.build.bundles)
+    seconds = SLOWNESS * report.deadline / report.speed / report.rows
+    return fault.module(limit=round(FITTING * longest), seconds=seconds)
+
+
+def _config_of(rehearsal: _Rehearsal, bundle: str) -> Config:
+    """Settings of a packaged bundle, whichever part they lie in."""
+    for part in rehearsal.build.of("bundle"):
+        path = rehearsal.folder / part.folder / bundle / "config.yaml"
+        if path.is_file():
+            return resolve(parse_yaml(path.read_text(encoding="utf-8"), path), path)
+    raise PackagingError(f"{bundle}/config.yaml is in no part", where=rehearsal.folder, remedy="package again")
+
+
+def _cells(rehearsal: _Rehearsal, report: Report) -> int:
+    """How many cells will run in all layouts."""
+    text = (rehearsal.folder / KERNEL / report.kernel).read_text(encoding="utf-8")
+    if report.kernel.endswith(".py"):
+        count = len(HEAD.findall(text))
+    else:
+        count = sum(cell["cell_type"] == "code" for cell in json.loads(text)["cells"])
+    return count + len(report.layouts) - 1
+
+
+def _play(
+    rehearsal: _Rehearsal, setting: _Setting, scene: Scene, fault: Fault | None, report: Report, advance: Advance
+) -> None:
+    """Run the kernel in one layout: the last one whole with its first mount late, others with all mounts late."""
+    whole = scene.layout == report.layouts[-1]
+    sandbox = scene.sandbox(rehearsal.disk)
+    late = setting.mounts[:1] if whole else setting.mounts
+    scene.mount(setting.mounts, late, sandbox)
+    play(
+        Play(
+            code=rehearsal.folder / KERNEL / report.kernel,
+            prelude=fault.prelude if fault else "",
+            cells=None if whole else 1,
+            late=rehearsal.options.late / report.speed,
+            fill=lambda: scene.fill(late, sandbox),
+        ),
+        scene,
+        sandbox,
+        report,
+        advance,
+    )
+
+
+# --- judge -----------------------------------------------------------------------------------------------------------
+
+
+def _conclude(rehearsal: _Rehearsal, stage: Stage, setting: _Setting, fault: Fault | None, report: Report) -> None:
+    """Judge the run, and keep what it left."""
+    if fault is None and not report.failed:
+        with _timed(report, "forecast for Kaggle's machine"):
+            _project(rehearsal, stage, report)
+    with _timed(report, "check"):
+        judge = Judge(rehearsal.build, setting.sample, fault, setting.spoiled, rehearsal.out / SUBMISSION)
+        judge.judge(stage, report)
+    ending = "" if report.fault is None else f"-{report.fault}"
+    for name in (SUBMISSION, SCORES, EXECUTED):
+        target = rehearsal.out / f"{Path(name).stem}{ending}{Path(name).suffix}"
+        target.unlink(missing_ok=True)
+        if (stage.kept / name).is_file():
+            with atomic_file(target) as temporary:
+                shutil.copyfile(stage.kept / name, temporary)
+    write_report(rehearsal.out, report)
+
+
+def _project(rehearsal: _Rehearsal, stage: Stage, report: Report) -> None:
+    """What the hidden test would take, here and on Kaggle's machine; a model that does not fit there is a problem."""
+    build, options = rehearsal.build, rehearsal.options
+    bundles = link_bundles(rehearsal.folder, build, stage.props / "bundles")
     try:
-        yield stage
-    finally:
-        _clear(stage)
-
-
-def _clear(stage: _Stage) -> None:
-    if stage.top.exists():
-        release(stage.input)
-        shutil.rmtree(stage.top)
+        for one in project(report, build, bundles, rehearsal.test, options.rows, options.base):
+            report.projections.append(one)
+    except ModelError as error:
+        report.problems.append(f"on Kaggle's machine: {error}")
 
 
 @contextmanager
@@ -181,114 +366,3 @@ def _timed(report: Report, stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     report.seconds[stage] = time.perf_counter() - start
-
-
-def _lay_out(
-    inputs: Path, folder: Path, metadata: Mapping[str, Any], competition: Mapping[str, Path], base: Path | None
-) -> None:
-    """Mount everything that the metadata names, as Kaggle does: `SLUG/` for a dataset or competition."""
-    for name, source in competition.items():
-        if not source.is_file():
-            raise PackagingError(f"{source} is no file", remedy=f"give the competition's {name}")
-        _link_or_copy(source.resolve(), inputs / metadata["competition_sources"][0] / name)
-    for payload, identity in zip(PAYLOADS, metadata["dataset_sources"], strict=True):
-        if not (folder / payload / marker_name(payload)).is_file():
-            raise PackagingError(f"{payload}/{marker_name(payload)} is missing", where=folder, remedy="package again")
-        mounted = inputs / identity.partition("/")[2]
-        _link_folder(folder / payload, mounted)
-        (mounted / DATASET_METADATA).unlink(missing_ok=True)  # not uploaded: Kaggle's client reads it
-    for source in metadata["model_sources"]:
-        if base is None or not (base / "config.json").is_file():
-            raise PackagingError(
-                f"the notebook attaches the model {source}, and {base or 'no folder'} holds it here",
-                remedy="give the folder of the base model, with its config.json, as --base",
-            )
-        _link_folder(base, inputs.joinpath(*source.split("/")[1:]))
-
-
-def _link_folder(source: Path, target: Path) -> None:
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            _link_or_copy(path.resolve(), target / path.relative_to(source))
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy where there can be none. A symbolic link would lead out of the read-only mount."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _unlink_originals(inputs: Path) -> None:
-    for path in sorted(inputs.rglob("*")):
-        if path.is_file() and path.stat().st_nlink > 1:
-            copy = path.with_name(f"{path.name}.copy")
-            shutil.copy2(path, copy)
-            os.replace(copy, path)
-
-
-def _execute(stage: _Stage, sandbox: Sandbox, python: Path, notebook: Path, report: Report) -> None:
-    """Run the cells and fill in the report as they end.
-
-    Raises:
-        PackagingError: a cell failed (its last lines are shown), or the sandbox did not hold.
-    """
-    cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    executed = stage.working / EXECUTED
-    command = [*sandbox.prefix, str(python), "-I", str(Path(runner.__file__)), str(notebook.resolve()), str(executed)]
-    log = stage.home / "runner.log"
-    with log.open("w") as errors, progress("rehearsing", len(cells)) as advance:
-        process = subprocess.Popen(
-            [*command, str(stage.input)],
-            cwd=stage.working,
-            env=stage.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            start_new_session=True,
-        )
-        failures: list[str] = []
-        try:
-            for event in map(json.loads, process.stdout or ()):
-                failures += _note(event, report)
-                if "cell" in event:
-                    advance(note=event["cell"])
-            process.wait()
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if failures:
-        raise PackagingError(failures[0], where=notebook, remedy=f"{EXECUTED} holds all that the cells printed")
-    if process.returncode != 0:
-        raise PackagingError(f"the notebook could not be run:\n{_tail(log.read_text())}", where=notebook)
-
-
-def _note(event: Mapping[str, Any], report: Report) -> Iterator[str]:
-    """Take one line of the runner into the report; yield what it tells of failures."""
-    if "blocked" in event:
-        for what, reason in event["blocked"].items():
-            words = getattr(report, what)
-            setattr(report, what, f"{words} ({reason})")
-            if reason is None:
-                yield f"the sandbox does not hold: {what} is open in spite of: {words}"
-    elif "cell" in event:
-        report.seconds[f"cell {event['cell']}"] = event["seconds"]
-        if event["failed"]:
-            yield f"the notebook's cell {event['cell']!r} failed:\n{_tail(event['output'])}"
-    else:
-        report.peak_mb = event["peak_mb"]
-
-
-def _tail(text: str) -> str:
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    return "\n".join(f"  {line}" for line in lines[-_TAIL:])
-
-
-def _keep(source: Path, target: Path) -> None:
-    if source.is_file():
-        with atomic_file(target) as temporary:
-            shutil.copyfile(source, temporary)

@@ -1,25 +1,30 @@
-"""Runs a notebook inside the sandbox, cell by cell.
+"""Runs a kernel inside the sandbox, cell by cell.
 
-Started by path with the stand-in's interpreter, where pairclf is not installed: it imports nothing of ours. It first
-proves that the sandbox holds, and then prints one line of JSON for each thing that happens:
+Started by path with the stand-in's interpreter, where pairclf is not installed: it imports nothing of ours. It reads a
+plan (see `Plan`), proves that the sandbox holds, and prints one line of JSON for each thing that happens:
 
-    {"blocked": {"network": why, "input": why}}
+    {"python": "3.12.1", "blocked": {"network": why, "input": why}}
+    {"begun": id}
     {"cell": id, "seconds": 1.2, "failed": false, "output": text}
-    {"peak_mb": 512.0}
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
+import os
+import platform
 import re
-import resource
+import shutil
 import socket
 import struct
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import nbformat
 from jupyter_client.kernelspec import KernelSpecManager
@@ -27,9 +32,33 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
+EXECUTED = "executed.ipynb"
 _GET_FLAGS, _SET_FLAGS, _UP = 0x8913, 0x8914, 1  # ioctls and flag of Linux' netdevice(7)
+_ADOPT = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _OUTSIDE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))  # reserved for documentation, RFC 5737
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+HEAD = re.compile(r"^# %% ([a-z][a-z0-9-]*)$", re.MULTILINE)
+_SIGN = "\x1e"  # record separator: nothing else prints it
+
+
+class Plan(TypedDict):
+    """What is to be run.
+
+    Attributes:
+        code: the .ipynb, or the .py of a script in percent format.
+        inputs: folder that can't be written to.
+        kept: folder for what is to survive the working folder, which is where this starts.
+        results: names of files that are copied there after each cell.
+        prelude: code that runs before the first cell.
+        cells: how many are run; None: all.
+    """
+
+    code: str
+    inputs: str
+    kept: str
+    results: list[str]
+    prelude: str
+    cells: int | None
 
 
 def say(**event: Any) -> None:
@@ -73,50 +102,97 @@ def why_no_writing(inputs: Path) -> str | None:
     return reason
 
 
-def run(notebook: Any) -> bool:
+def run_notebook(plan: Plan) -> bool:
     """Execute the code cells in order; whether all went well."""
+    notebook = nbformat.read(plan["code"], as_version=4)
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     client = NotebookClient(notebook, km=manager, timeout=None)
+    cells = [(index, cell) for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     # The kernel echoes what its subprocesses print, and our standard output is for events.
     with client.setup_kernel(cleanup_kc=True, stdout=sys.stderr):
-        for index, cell in enumerate(notebook.cells):
-            if cell.cell_type != "code":
-                continue
+        if plan["prelude"]:
+            first = notebook.cells[0]
+            client.execute_cell(nbformat.v4.new_code_cell(plan["prelude"]), 0)
+            notebook.cells[0] = first  # the client puts what it executed there
+        for index, cell in cells[: plan["cells"]]:
+            say(begun=cell.id)
             start, failed = time.perf_counter(), False
             try:
                 client.execute_cell(cell, index)
             except (CellExecutionError, DeadKernelError) as error:
                 failed = True
                 cell.outputs = cell.outputs or [nbformat.v4.new_output("stream", name="stderr", text=str(error))]
-            say(cell=cell.id, seconds=time.perf_counter() - start, failed=failed, output=text_of(cell.outputs))
+            keep(plan)
+            nbformat.write(notebook, Path(plan["kept"], EXECUTED))
+            seconds = time.perf_counter() - start
+            say(cell=cell.id, seconds=seconds, failed=failed, output=text_of(cell.outputs))
             if failed:
                 return False
     return True
 
 
+def run_script(plan: Plan) -> bool:
+    """Execute a script as one process; its cells tell when they begin. Whether all went well.
+
+    The line that opens a cell is a comment: a statement in its place leaves all others where they are.
+    """
+    text = Path(plan["code"]).read_text(encoding="utf-8")
+    heads = list(HEAD.finditer(text))
+    if plan["cells"] is not None and len(heads) > plan["cells"]:
+        text = text[: heads[plan["cells"]].start()]
+    prelude = "".join(f"{line}; " for line in plan["prelude"].splitlines())
+    told = HEAD.sub(lambda head: f"{prelude * (head.start() == heads[0].start())}print('{_SIGN}{head[1]}')", text)
+    script = Path(os.environ["HOME"], Path(plan["code"]).name)
+    script.write_text(told, encoding="utf-8")
+    command = [sys.executable, "-u", str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        cell, start, printed = "", time.perf_counter(), ""
+        for line in process.stdout or ():
+            if not line.startswith(_SIGN):
+                printed += line
+                continue
+            if cell:
+                keep(plan)
+                say(cell=cell, seconds=time.perf_counter() - start, failed=False, output=_ANSI.sub("", printed))
+            cell, start, printed = line[1:].strip(), time.perf_counter(), ""
+            say(begun=cell)
+        failed = process.wait() != 0
+    keep(plan)
+    say(cell=cell, seconds=time.perf_counter() - start, failed=failed, output=_ANSI.sub("", printed))
+    return not failed
+
+
+def keep(plan: Plan) -> None:
+    """Copy what there is of the results: the working folder goes when the sandbox does."""
+    for name in plan["results"]:
+        if Path(name).is_file():
+            shutil.copyfile(name, Path(plan["kept"], name))
+
+
 def text_of(outputs: Any) -> str:
     """What a cell printed, as plain text; of an error its last line alone."""
-    texts = []
+    return _ANSI.sub("", "".join(_texts(outputs)))
+
+
+def _texts(outputs: Any) -> Iterator[str]:
     for output in outputs:
         if output.output_type == "stream":
-            texts.append(output.text)
+            yield output.text
         elif output.output_type == "error":
-            texts.append(f"\n{output.ename}: {output.evalue}\n")
+            yield f"\n{output.ename}: {output.evalue}\n"
         else:
-            texts.append(output.data.get("text/plain", "") + "\n")
-    return _ANSI.sub("", "".join(texts))
+            yield output.data.get("text/plain", "") + "\n"
 
 
-def main(source: str, executed: str, inputs: str) -> int:
+def main(source: str) -> int:
+    plan: Plan = json.loads(Path(source).read_text(encoding="utf-8"))
+    ctypes.CDLL(None).prctl(_ADOPT, 1)  # what outlives its parent is still found below this process
     raise_loopback()
-    blocked = {"network": why_no_network(), "input": why_no_writing(Path(inputs))}
-    say(blocked=blocked)
+    blocked = {"network": why_no_network(), "input": why_no_writing(Path(plan["inputs"]))}
+    say(python=platform.python_version(), blocked=blocked)
     if None in blocked.values():
         return 1
-    notebook = nbformat.read(source, as_version=4)
-    done = run(notebook)
-    nbformat.write(notebook, executed)
-    say(peak_mb=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+    done = run_script(plan) if plan["code"].endswith(".py") else run_notebook(plan)
     return 0 if done else 1
 
 

@@ -1,29 +1,32 @@
-"""The wheels that the notebook installs: pairclf's own, and what Kaggle's image lacks, in the versions in use here."""
+"""The wheels that the notebook installs: pairclf's own, and what Kaggle's image lacks, for each Python asked for."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import os
-import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
 
+from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
 from pairclf import __version__
 from pairclf.errors import PackagingError
+from pairclf.packaging.closure import is_of_the_driver, resolve, tail
+from pairclf.packaging.profiles import profile_path, read_profile
 from pairclf.packaging.sources import checkout
 
-PYTHONS = ("3.11", "3.12", "3.13")
-"""Versions of Python that pairclf is written for; Kaggle's image has one of the later two."""
+PLATFORMS = [f"manylinux_2_{glibc}_x86_64" for glibc in range(34, 4, -1)] + ["manylinux2014_x86_64", "linux_x86_64"]
+"""Of Kaggle's machines, all of them: pip does not expand a tag downwards, and with one alone takes an old version."""
 
 _EPOCH = 1_580_601_600  # 2020-02-02: the same source gives the same wheel, byte by byte
 _ZIP_DATE = (2020, 2, 2, 0, 0, 0)
-_PLATFORM = re.compile(r"any|(many)?linux[a-z0-9_]*_x86_64")  # of Kaggle's machines
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,52 +35,86 @@ class Wheel:
 
     project: str
     version: str
-    pythons: tuple[str, ...]
-    platforms: tuple[str, ...]
+    tags: frozenset[Tag]
 
     @classmethod
     def parse(cls, name: str) -> Wheel:
-        parts = name.removesuffix(".whl").split("-")
-        python, _, platform = parts[-3:]
-        return cls(normalise(parts[0]), parts[1], tuple(python.split(".")), tuple(platform.split(".")))
+        """Raises `packaging.utils.InvalidWheelFilename`."""
+        project, version, _, tags = parse_wheel_filename(name)
+        return cls(project, str(version), tags)
 
     @property
     def requirement(self) -> str:
         return f"{self.project}=={self.version}"
 
     def runs_on(self, python: str) -> bool:
-        return "py3" in self.pythons or f"cp{python.replace('.', '')}" in self.pythons
+        """Whether it installs on that Python on Kaggle's machines."""
+        return not self.tags.isdisjoint(kaggle_tags(python))
 
 
-def normalise(project: str) -> str:
-    """A project's name as indexes compare it: `Typing_Extensions` is `typing-extensions`."""
-    return re.sub(r"[-_.]+", "-", project).lower()
+@dataclass(frozen=True, slots=True)
+class Wheelhouse:
+    """A folder of wheels."""
+
+    wheels: Sequence[Wheel]
+    """Sorted by file name; what is compiled may be there for each Python."""
+    requirements: Mapping[str, Sequence[str]]
+    """`{python: [project==version]}`: what the notebook installs, sorted by project."""
+    notes: Sequence[str]
+    """What is carried in another version than the image's, or than the one that was validated here."""
 
 
-def fill_wheelhouse(folder: Path, projects: Sequence[str]) -> list[Wheel]:
-    """Put pairclf's wheel and one of each project, in its installed version, into `folder`.
+def kaggle_tags(python: str) -> set[Tag]:
+    """Every tag that pip accepts on Kaggle's machines under that Python."""
+    version, interpreter = tuple(map(int, python.split("."))), f"cp{python.replace('.', '')}"
+    return {
+        *cpython_tags(version, abis=[interpreter], platforms=PLATFORMS),
+        *compatible_tags(version, interpreter, PLATFORMS),
+    }
 
-    Returns:
-        The wheels that came, sorted by project.
+
+def fill_wheelhouse(folder: Path, pythons: Sequence[str], images: Path | None, extra: Sequence[str]) -> Wheelhouse:
+    """Put pairclf's wheel, and what pairclf needs and an image lacks, into `folder`.
+
+    Args:
+        pythons: versions of Python that the image may have.
+        images: folder of profiles; None: pairclf's own.
+        extra: further projects, carried in the version installed here even where an image has them.
 
     Raises:
-        PackagingError: a project is not installed here, or can't be had in its installed version as a wheel for Linux
-            on x86-64; or pip failed.
+        PackagingError: there is no profile, an extra project is not installed here, an image's torch will not do, a
+            wheel can't be had for Linux on x86-64, or pip or uv failed.
     """
-    wanted = {"pairclf": __version__} | {normalise(project): installed_version(project) for project in projects}
+    extra = sorted({canonicalize_name(project) for project in extra})
+    for project in extra:
+        if is_of_the_driver(project):
+            raise PackagingError(
+                f"package.wheels names {project}, which must be the image's: its own fits its GPU driver",
+                remedy="leave it out",
+            )
+        installed_version(project)
     folder.mkdir(parents=True, exist_ok=True)
-    _own_wheel(folder)
-    others = [f"{project}=={version}" for project, version in wanted.items() if project != "pairclf"]
-    if others:
-        _pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), *others)
-    wheels = sorted((Wheel.parse(path.name) for path in folder.glob("*.whl")), key=lambda wheel: wheel.project)
+    own = _own_wheel(folder)
+    wanted: dict[str, dict[str, str]] = {}
+    notes: list[str] = []
+    for python in pythons:
+        found = resolve(own, extra, read_profile(python, profile_path(python, images)))
+        pins = {name: str(version) for name, version in found.carried.items()}
+        if pins:
+            _download(folder, python, pins)
+        wanted[python] = dict(sorted({**pins, "pairclf": __version__}.items()))
+        notes += found.notes
+    wheels = [Wheel.parse(path.name) for path in sorted(folder.glob("*.whl"))]
     _check(wheels, wanted, folder)
-    return wheels
+    requirements = {python: [f"{name}=={pins[name]}" for name in pins] for python, pins in wanted.items()}
+    return Wheelhouse(wheels, requirements, notes)
 
 
-def supported_pythons(wheels: Sequence[Wheel]) -> list[str]:
-    """The versions of Python that every one of the wheels installs on."""
-    return [python for python in PYTHONS if all(wheel.runs_on(python) for wheel in wheels)]
+def _download(folder: Path, python: str, pins: Mapping[str, str]) -> None:
+    target = ["--python-version", python, "--implementation", "cp", "--abi", f"cp{python.replace('.', '')}"]
+    target += [f"--platform={platform}" for platform in PLATFORMS]
+    requirements = [f"{name}=={version}" for name, version in pins.items()]
+    _pip("download", "--no-deps", "--only-binary=:all:", *target, "--dest", str(folder), *requirements)
 
 
 def installed_version(project: str) -> str:
@@ -99,26 +136,37 @@ def _installed(project: str) -> Distribution:
         ) from error
 
 
-def _check(wheels: Sequence[Wheel], wanted: dict[str, str], folder: Path) -> None:
-    """What came is what was asked for: pip fetches old versions silently where no newer wheel fits its tags."""
-    came = {wheel.project: wheel.version for wheel in wheels}
-    if came != wanted:
-        raise PackagingError(f"the wheels that came are {came}; asked for were {wanted}", where=folder)
-    foreign = [wheel for wheel in wheels if not any(map(_PLATFORM.fullmatch, wheel.platforms))]
-    if foreign:
-        raise PackagingError(
-            f"{foreign[0].requirement} came for {'.'.join(foreign[0].platforms)}; Kaggle has Linux on x86-64",
-            remedy="package on such a machine",
-        )
+def _check(wheels: Sequence[Wheel], wanted: Mapping[str, Mapping[str, str]], folder: Path) -> None:
+    """What came is what was asked for, and runs where it must: pip fetches old versions without a word.
+
+    Raises:
+        PackagingError: names the project and the Python.
+    """
+    for python, pins in wanted.items():
+        for project, version in pins.items():
+            if not any(wheel.requirement == f"{project}=={version}" and wheel.runs_on(python) for wheel in wheels):
+                came = ", ".join(sorted(_words(wheel) for wheel in wheels if wheel.project == project)) or "nothing"
+                raise PackagingError(
+                    f"{project} {version} was asked for, for Python {python} on Linux on x86-64; what came is {came}",
+                    where=folder,
+                    remedy="package on such a machine, with a package registry that has it",
+                )
+    asked = {(name, version) for pins in wanted.values() for name, version in pins.items()}
+    if stray := [wheel for wheel in wheels if (wheel.project, wheel.version) not in asked]:
+        raise PackagingError(f"{stray[0].requirement} came, and nobody asked for it", where=folder)
 
 
-def _own_wheel(folder: Path) -> None:
+def _words(wheel: Wheel) -> str:
+    return f"{wheel.version} for {' or '.join(sorted(map(str, wheel.tags)))}"
+
+
+def _own_wheel(folder: Path) -> Path:
     """pairclf's wheel: built from the checkout, or put together again from the files that it was installed as."""
     top = checkout()
     if top is None:
-        repack("pairclf", folder)
-    else:
-        _pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(top))
+        return repack("pairclf", folder)
+    _pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(top))
+    return next(folder.glob(f"pairclf-{__version__}-*.whl"))
 
 
 def _pip(*arguments: str) -> None:
@@ -126,9 +174,8 @@ def _pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        tail = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).splitlines()[-12:])
         raise PackagingError(
-            f"pip {arguments[0]} failed:\n{tail}",
+            f"pip {arguments[0]} failed:\n{tail(done.stdout + done.stderr, 12)}",
             remedy="it needs pip and hatchling in this environment, a package registry, and room on the disk",
         )
 

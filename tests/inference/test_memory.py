@@ -7,12 +7,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pairclf.config import Config, resolve
 from pairclf.inference import memory
@@ -81,6 +82,24 @@ def test_a_made_up_pass_computes_what_was_asked(layout: str) -> None:
     assert total == {"padded": 600, "packed": 700, "shared": 700 + common}[layout]
     alone = memory._made_up(layout, Largest(300, 100, 2))
     assert [len(item.ids) for item in alone][:2] == [300, 300]  # a row goes alone, in both orders
+
+
+def test_parameters_of_other_classes_are_rehearsed_as_tensors() -> None:
+    """torch 2.11, which Kaggle's image has, does not rehearse with bitsandbytes' own class of them."""
+
+    class Packed(torch.nn.Parameter):
+        pass
+
+    class Below(TorchDispatchMode):
+        seen: ClassVar[list[type]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.extend(type(one) for one in args if isinstance(one, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Below(), memory._Counter():
+        Packed(torch.zeros(2, 2)).view(4)
+    assert set(Below.seen) == {torch.Tensor}
 
 
 def test_a_prediction_leaves_the_model_as_it_was(config_for: Configs) -> None:

@@ -215,3 +215,14 @@ def test_every_kind_of_full_memory_is_known() -> None:
     ]
     assert [module._failed(0, None, error).kind for error in errors] == ["memory"] * 3
     assert module._failed(0, None, RuntimeError("shapes differ")).kind == "error"
+
+
+def test_a_model_is_not_lost_for_want_of_a_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise TypeError("no fake of Params4bit")
+
+    monkeypatch.setattr(module, "footprint", refuse)
+    assignment = module.Assignment(Path(), None, (), ("cpu",), 0, LARGEST, 1)
+    words, budget = module._memory(cast(Scorer, None), assignment)
+    assert words == "; memory is not foretold (TypeError: no fake of Params4bit)"
+    assert budget is None

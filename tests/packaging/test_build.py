@@ -5,47 +5,97 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+import yaml
 
 from pairclf.config import Config
-from pairclf.errors import BundleError, PackagingError
+from pairclf.errors import BundleError, ConfigError, PackagingError
 from pairclf.files import sha256_file, sha256_tree
-from pairclf.packaging import build
+from pairclf.inference.members import open_ensemble
+from pairclf.packaging import build, payload
 from pairclf.packaging.build import package
+from pairclf.packaging.metadata import KERNEL_METADATA, Limits
+from pairclf.packaging.mounts import READ_BY_THE_CLIENT
+from pairclf.packaging.record import read_build
+from pairclf.packaging.wheelhouse import Wheel, Wheelhouse
+
+Write = Callable[..., Path]
+WHEEL = "pairclf-0.1.0-py3-none-any.whl"
 
 
 @pytest.fixture
 def wheels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wheelhouse at no cost."""
 
-    def fill(folder: Path, projects: list[str]) -> list[Any]:
+    def fill(folder: Path, pythons: list[str], images: Path | None, extra: list[str]) -> Wheelhouse:
         folder.mkdir(parents=True)
-        (folder / "pairclf-0.1.0-py3-none-any.whl").write_text("a wheel")
-        return [build.Wheel.parse("pairclf-0.1.0-py3-none-any.whl")]
+        (folder / WHEEL).write_text("a wheel")
+        return Wheelhouse([Wheel.parse(WHEEL)], {python: ["pairclf==0.1.0"] for python in pythons}, ["a note"])
 
     monkeypatch.setattr(build, "fill_wheelhouse", fill)
+    monkeypatch.setattr(build, "prove_closure", lambda folder, requirements, images: {"3.12": "by a test"})
 
 
-Write = Callable[..., Path]
+def changed(config: Config, **settings: object) -> Config:
+    return config.model_copy(update={"package": config.package.model_copy(update=settings)})
+
+
+def metadata_of(made: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((made / "kernel" / KERNEL_METADATA).read_text())
+    return found
 
 
 @pytest.mark.usefixtures("wheels")
-def test_folder_is_complete_and_the_same_each_time(config: Config, bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernel", ["notebook", "script", "server"])
+def test_folder_is_complete_and_the_same_each_time(config: Config, bundle: Path, tmp_path: Path, kernel: str) -> None:
+    config = changed(config, kernel=kernel)
     made = package(config, [bundle], tmp_path / "a")
     files = sha256_tree(made)
     assert files == sha256_tree(package(config, [bundle], tmp_path / "b"))
-    assert {name.rpartition("/")[2] for name in files} >= {"a-notebook.ipynb", "kernel-metadata.json", "bundle.json"}
-    copied = {name.removeprefix("bundle/fold0/"): digest for name, digest in files.items() if "/fold0/" in name}
-    assert copied == sha256_tree(bundle)
-    notebook = (made / "notebook" / "a-notebook.ipynb").read_text()
-    for payload in ("bundle", "wheels"):
-        marker = made / payload / f"pairclf-{payload}.json"
-        assert sha256_file(marker) in notebook
-        uploaded = sha256_tree(made / payload, without=frozenset({"dataset-metadata.json", marker.name}))
-        assert json.loads(marker.read_text())["files"] == uploaded
-    assert "1.0100" in notebook  # the fold's metric
+    record = read_build(made)
+    code = (made / "kernel" / record.code_file).read_text()
+    assert record.code_file == ("a-notebook.py" if kernel == "script" else "a-notebook.ipynb")
+    assert metadata_of(made)["code_file"] == record.code_file
+    (packed,) = record.bundles
+    assert packed.folder == f"fold0-{packed.seal[:8]}"
+    assert sha256_tree(made / "bundle" / packed.folder) == sha256_tree(bundle)
+    assert [part.folder for part in record.parts] == ["bundle", "wheels"]
+    for part in record.parts:
+        folder = made / part.folder
+        assert sha256_file(folder / part.marker) == part.sha256
+        assert part.sha256 in code
+        uploaded = sha256_tree(folder, without=frozenset({*READ_BY_THE_CLIENT, part.marker}))
+        assert json.loads((folder / part.marker).read_text())["files"] == uploaded
+    assert metadata_of(made)["dataset_sources"] == [part.source for part in record.parts]
+    assert "1.0100" in code  # the fold's metric
+
+
+@pytest.mark.usefixtures("wheels")
+def test_identity_is_that_of_what_is_uploaded(
+    config: Config, bundle: Path, tmp_path: Path, write_bundle: Write
+) -> None:
+    first = read_build(package(config, [bundle], tmp_path / "out"))
+    elsewhere = config.model_copy(update={"output": tmp_path / "runs" / "lmsys" / "x"})
+    again = read_build(package(elsewhere, [bundle], tmp_path / "out"))
+    assert again.identity == first.identity
+    assert again.config == "lmsys/x"
+    others = [
+        read_build(package(changed(config, deadline="8h"), [bundle], tmp_path / "other")),
+        read_build(package(config, [write_bundle(tmp_path / "new", config, "fold1")], tmp_path / "other")),
+    ]
+    assert len({first.identity, *(one.identity for one in others)}) == 3
+
+
+@pytest.mark.usefixtures("wheels")
+def test_out_of_fold_loss_is_over_the_rows_of_all_folds(config: Config, tmp_path: Path, write_bundle: Write) -> None:
+    def written(name: str, loss: float, rows: float) -> Path:
+        return write_bundle(tmp_path / name, config, name, metrics={"log_loss": loss, "rows": rows})
+
+    one = written("x", 1.0, 100.0)
+    assert read_build(package(config, [one], tmp_path / "out")).out_of_fold == 1.0
+    twice = package(config, [one, written("y", 2.0, 300.0)], tmp_path / "out")
+    assert read_build(twice).out_of_fold is None, "both held out fold 0"
 
 
 @pytest.mark.usefixtures("wheels")
@@ -58,14 +108,14 @@ def test_full_disk_leaves_the_older_package_and_nothing_half_built(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name in ("write_text", "write_json", "fill_wheelhouse", "seal"):
+    for where, name in (
+        *((build, name) for name in ("write_text", "write_json", "fill_wheelhouse", "seal", "write_build")),
+        (shutil, "copytree"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(build, name, full)
+            patch.setattr(where, name, full)
             with pytest.raises(OSError, match="No space left"):
                 package(config, [bundle], out)
-    monkeypatch.setattr(shutil, "copytree", full)
-    with pytest.raises(OSError, match="No space left"):
-        package(config, [bundle], out)
     assert sha256_tree(out) == before
     assert [path.name for path in out.parent.iterdir()] == ["package"]
 
@@ -77,7 +127,7 @@ def test_path_of_this_machine_is_not_published(
     monkeypatch.setenv("HOME", "/home/someone-private")
     told = config.model_copy(deep=True)
     told.data.folder = Path("/home/someone-private/data")
-    with pytest.raises(PackagingError, match=r"bundle/fold0/config\.yaml names /home/someone-private"):
+    with pytest.raises(PackagingError, match=r"bundle/fold0-\w+/config\.yaml, line \d+: a folder of this machine"):
         package(config, [write_bundle(tmp_path / "bundle", told, "fold0")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -85,16 +135,89 @@ def test_path_of_this_machine_is_not_published(
 @pytest.mark.usefixtures("wheels")
 def test_bundles_that_do_not_go_together(config: Config, bundle: Path, tmp_path: Path, write_bundle: Write) -> None:
     other = Config.model_validate({"task": "wsdm"})
-    with pytest.raises(PackagingError, match="2 tasks"):
+    with pytest.raises(BundleError, match="different tasks"):
         package(config, [bundle, write_bundle(tmp_path / "other", other, "fold1")], tmp_path / "out")
-    with pytest.raises(PackagingError, match="two bundles are named fold0"):
+    with pytest.raises(ConfigError, match="given twice"):
         package(config, [bundle, bundle], tmp_path / "out")
     with pytest.raises(PackagingError, match="at least one bundle"):
         package(config, [], tmp_path / "out")
-    hub = config.model_copy(deep=True)
-    hub.model.base = "google/gemma-2-9b-it"
+
+
+@pytest.mark.usefixtures("wheels")
+def test_base_models_are_asked_for_where_they_are_needed(
+    config: Config, bundle: Path, tmp_path: Path, write_bundle: Write
+) -> None:
+    def on(base: str, name: str, *, whole: bool = False) -> Path:
+        told = config.model_copy(deep=True)
+        told.model.base = base
+        if whole:
+            told.model.lora, told.model.quantization = None, "none"
+        return write_bundle(tmp_path / name, told, name)
+
+    gemma, llama = on("google/gemma-2-9b-it", "gemma"), on("meta-llama/Llama-3-8B", "llama")
+    whole = on("meta-llama/Llama-3-8B", "whole", whole=True)
     with pytest.raises(PackagingError, match=r"google/gemma-2-9b-it[\s\S]*package\.base_model_source"):
-        package(hub, [write_bundle(tmp_path / "hub", hub, "fold0")], tmp_path / "out")
+        package(config, [gemma], tmp_path / "out")
+    attached = changed(config, base_model_source="someone/gemma")
+    with pytest.raises(PackagingError, match=r"2 base models[\s\S]*docs/export\.md"):
+        package(attached, [gemma, llama], tmp_path / "out")
+    made = package(attached, [gemma, bundle, whole], tmp_path / "out")
+    assert metadata_of(made)["dataset_sources"] == [
+        *(f"someone/a-notebook-{name}" for name in ("bundle", "wheels")),
+        "someone/gemma",
+    ]
+    assert metadata_of(package(config, [whole], tmp_path / "out"))["model_sources"] == []
+
+
+@pytest.mark.usefixtures("wheels")
+def test_ensemble_keeps_its_weights_and_finds_its_members(config: Config, tmp_path: Path, write_bundle: Write) -> None:
+    priors = [0.6, 0.2, 0.2], [0.2, 0.6, 0.2]
+    for name, prior in zip(("one", "two"), priors, strict=True):
+        write_bundle(tmp_path / "runs" / name, config, name, prior=prior)
+    given = tmp_path / "given.yaml"
+    given.write_text(
+        "members:\n- {bundle: runs/one, weight: 3, base: somewhere}\n"
+        "- {bundle: runs/two, weight: 1, share: 0.3, temperature: 1.1}\ntemperature: 1.02\n"
+    )
+    made = package(changed(config, ensemble=given), [], tmp_path / "out")
+    (file,) = (made / "bundle").glob("ensemble-*.yaml")
+    tree = yaml.safe_load(file.read_text())
+    assert tree["temperature"] == 1.02
+    assert [(one.get("weight", 1.0), one.get("share"), "base" in one) for one in tree["members"]] == [
+        (3.0, None, False),
+        (1.0, 0.3, False),
+    ]
+    ensemble = open_ensemble([file], None, [])
+    assert [one.temperature for one in ensemble.members] == [1.0, 1.1]
+    code = (made / "kernel" / "a-notebook.ipynb").read_text()
+    assert f'MEMBERS = [\\"{file.name}\\"]' in code
+    assert '\\"winner_model_a\\": \\"0.500000000\\"' in code, "the prior is weighted as the blend is"
+
+
+@pytest.mark.usefixtures("wheels")
+def test_prior_of_labels_is_the_likeliest_class(tmp_path: Path, write_bundle: Write) -> None:
+    config = Config.model_validate({"task": "wsdm", "package": {"owner": "someone", "name": "a-notebook"}})
+    one = write_bundle(tmp_path / "one", config, "one", prior=[0.4, 0.6])
+    made = package(config, [one], tmp_path / "out")
+    assert '\\"winner\\": \\"model_b\\"' in (made / "kernel" / "a-notebook.ipynb").read_text()
+
+
+@pytest.mark.usefixtures("wheels")
+def test_parts_are_datasets_or_instances_of_their_own(
+    config: Config, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = max(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+    monkeypatch.setattr(build, "split", lambda folder, kind: payload.split(folder, kind, Limits(size, 50)))
+    record = read_build(package(config, [bundle], tmp_path / "out"))
+    assert [part.folder for part in record.of("bundle")] == ["bundle", "bundle-2"]
+    as_model = package(changed(config, bundles_as="model"), [bundle], tmp_path / "out")
+    assert metadata_of(as_model)["model_sources"] == [
+        f"someone/a-notebook-bundle/other/part-{number}/1" for number in (1, 2)
+    ]
+    for part in read_build(as_model).of("bundle"):
+        assert part.kind == "model"
+        told = json.loads((as_model / part.folder / "model-instance-metadata.json").read_text())
+        assert f"{told['ownerSlug']}/{told['modelSlug']}/{told['framework']}/{told['instanceSlug']}" == part.source
 
 
 @pytest.mark.usefixtures("wheels")

@@ -6,10 +6,13 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from wheels_support import fake_wheel, only_registry
 
 from pairclf.errors import PackagingError
 from pairclf.packaging import image
-from pairclf.packaging.image import make_image
+from pairclf.packaging.image import image_environment, make_image
+
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (site / path).write_text(text)
         record = [f"{path},,\n" for path in files if "__pycache__" not in path] + [f"{name}-1.0.dist-info/RECORD,,\n"]
         (site / f"{name}-1.0.dist-info" / "RECORD").write_text("".join(record))
-    monkeypatch.setattr(image, "_site_folders", lambda: iter([site]))
+    monkeypatch.setattr(image, "_site_folders", lambda python: [site])
     return site
 
 
@@ -79,5 +82,85 @@ def test_symbolic_links_where_hard_ones_can_not_be(site: Path, tmp_path: Path, m
 
 
 def test_running_environment_is_seen_through_its_own_paths() -> None:
-    assert Path(str(distribution("polars").locate_file(""))) in list(image._site_folders())
-    assert all(str(path) in sys.path for path in image._site_folders())
+    folders = image._site_folders(Path(sys.executable))
+    assert Path(str(distribution("polars").locate_file(""))) in folders
+    assert all(str(path) in sys.path for path in folders)
+
+
+@pytest.fixture
+def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small image, a registry that has its packages, and a pairclf that asks for some of them."""
+    for name, version, needs in (
+        ("alone", "1.0", ["below"]),
+        ("alone", "2.0", ["below"]),
+        ("below", "1.0", []),
+        ("below", "2.0", []),
+        ("gone", "2.0", []),
+        ("lacking", "1.0", []),
+        ("runner", "1.0", []),
+        ("unrelated", "1.0", []),
+    ):
+        fake_wheel(tmp_path / "registry", name, version, needs)
+    only_registry(tmp_path / "registry", monkeypatch)
+    monkeypatch.setattr(image, "_asked", lambda python: {"alone", "gone", "lacking"})
+    monkeypatch.setattr(image, "_RUNNER", ("runner",))
+    path = tmp_path / "python.txt"
+    path.write_text("alone==1.0+cu128\nbelow==1.0\ngone==1.0\nunrelated==1.0\n")
+    return path
+
+
+def test_environment_holds_the_images_own_versions(
+    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = image_environment(HERE, profile, tmp_path / "cache")
+    pins = (python.parents[1] / "pins.txt").read_text().split()
+    assert pins == ["alone==1.0", "below==1.0", "gone==2.0", "runner==1.0"]
+    assert all(imports(python, name) for name in ("alone", "below", "runner"))
+    assert not any(imports(python, name) for name in ("lacking", "unrelated", "pairclf", "polars"))
+    assert "gone 2.0 stands for the image's 1.0, which can't be had" in " ".join(capsys.readouterr().err.split())
+
+
+def test_environment_is_made_once(profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    first = image_environment(HERE, profile, cache)
+    (first.parents[1] / "pins.txt").unlink()  # as if killed: what there is may be half of it
+    (first.parents[1] / "debris").touch()
+    assert image_environment(HERE, profile, cache) == first
+    assert not (first.parents[1] / "debris").exists()
+    made: list[Path] = []
+    monkeypatch.setattr(image, "_install", lambda folder, *_: made.append(folder))
+    assert image_environment(HERE, profile, cache) == first
+    assert made == []
+    profile.write_text(profile.read_text().replace("below==1.0", "below==2.0"))
+    assert image_environment(HERE, profile, cache) == made[0] / "bin" / "python" != first
+
+
+def test_image_of_an_environment_leaves_it_as_it_was(profile: Path, tmp_path: Path) -> None:
+    environment = image_environment(HERE, profile, tmp_path / "cache")
+    python = make_image(tmp_path / "image", {"lacking"}, environment)
+    assert imports(python, "alone")
+    assert not imports(python, "polars")
+    next((tmp_path / "image").rglob("alone.py")).unlink()
+    assert not imports(python, "alone")
+    assert imports(environment, "alone")
+    next((tmp_path / "cache").rglob("alone.py")).with_name("by_hand.py").touch()
+    with pytest.raises(PackagingError, match="by-hand can still be imported"):
+        make_image(tmp_path / "other", {"by-hand"}, environment)
+
+
+def test_environment_of_a_python_that_is_not_here_is_refused(profile: Path, tmp_path: Path) -> None:
+    with pytest.raises(PackagingError, match=r"no Python 3\.99 here"):
+        image_environment("3.99", profile, tmp_path / "cache")
+
+
+def test_environment_that_can_not_be_had_is_told(profile: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "registry").glob("below-*"):
+        path.unlink()
+    with pytest.raises(PackagingError, match="below"):
+        image_environment(HERE, profile, tmp_path / "cache")
+
+
+def test_pairclf_asks_for_what_its_metadata_says() -> None:
+    asked = image._asked("3.12")
+    assert {"torch", "polars", "scikit-learn"} <= asked
+    assert not {"kaggle", "pytest", "wandb"} & asked

@@ -1,14 +1,44 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairclf.config import Package
+from pairclf.config import Package, load_config
 from pairclf.errors import PackagingError
-from pairclf.packaging.metadata import check_package, dataset_metadata, kernel_metadata, slugify
+from pairclf.packaging.metadata import (
+    LICENCES,
+    MACHINES,
+    check_package,
+    dataset_metadata,
+    deadline_seconds,
+    kernel_metadata,
+    model_metadata,
+    slugify,
+    source_of,
+)
+from pairclf.packaging.record import Part, Payload
 
 GOOD = {"owner": "someone", "name": "a-notebook"}
+
+
+def parts_of(package: Package, bundles: int = 1) -> list[Part]:
+    as_model = package.bundles_as == "model"
+    payloads: list[tuple[Payload, int]] = [*(("bundle", number + 1) for number in range(bundles)), ("wheels", 1)]
+    return [
+        Part(
+            payload=payload,
+            kind="model" if as_model and payload == "bundle" else "dataset",
+            folder="",
+            source=source_of(package, payload, number),
+            marker="",
+            sha256="",
+            bytes=0,
+        )
+        for payload, number in payloads
+    ]
 
 
 @pytest.mark.parametrize(
@@ -16,18 +46,24 @@ GOOD = {"owner": "someone", "name": "a-notebook"}
     [
         ("owner", "some one", "slug"),
         ("owner", "", "slug"),
-        ("name", "four", "5 to 43 characters"),
-        ("name", "n" * 44, "5 to 43 characters"),
+        ("name", "four", "5 to 40 characters"),
+        ("name", "n" * 41, "5 to 40 characters"),
         ("name", "A-Notebook", "lower-case"),
         ("name", "a--notebook", "single hyphens"),
         ("competition", "LMSYS - Chatbot Arena", "competition's slug"),
         ("base_model_source", "google/gemma-2/transformers/gemma-2-9b-it", "five parts"),
         ("base_model_source", "google/gemma-2/transformers/gemma-2-9b-it/latest", "version is a number"),
-        ("machine_shape", "", "Kaggle's word"),
+        ("base_model_source", "gemma-2-9b-it", "or two"),
+        ("machine_shape", "", "none of NvidiaTeslaT4"),
+        ("machine_shape", "NvidiaTeslaT4x2", "the nearest is NvidiaTeslaT4"),
         ("machine_shape", "NvidiaTeslaP100", "retired"),
-        ("licence", " ", "exactly one"),
+        ("licence", " ", "none that Kaggle knows"),
+        ("licence", "Apache-2", "the nearest is apache-2.0"),
         ("wheels", ["bitsandbytes==0.50"], "names of packages"),
         ("wheels", ["Torch"], "leave out torch"),
+        ("deadline", "2026-01-31T18:00:00+00:00", "a duration"),
+        ("deadline", "soon", "a duration"),
+        ("deadline", "8h56m", "5 minutes before hours=9"),
     ],
 )
 def test_setting_is_refused_by_name_value_and_rule(setting: str, value: object, rule: str) -> None:
@@ -39,29 +75,79 @@ def test_setting_is_refused_by_name_value_and_rule(setting: str, value: object, 
 
 def test_all_broken_rules_are_told_at_once() -> None:
     with pytest.raises(PackagingError, match="3 of Kaggle's rules") as caught:
-        kernel_metadata(Package(owner="?", name="a-notebook", competition="?", licence=""), "a.ipynb")
+        kernel_metadata(Package(owner="?", name="a-notebook", competition="?", licence=""), "a.ipynb", [])
     assert all(f"package.{name}" in str(caught.value) for name in ("owner", "competition", "licence"))
+
+
+def test_deadline_just_in_time_is_kept() -> None:
+    check_package(Package.model_validate(GOOD | {"hours": 9, "deadline": "8h55m"}))
+    assert deadline_seconds(Package(deadline="1h30m")) == 5400
+
+
+@pytest.mark.parametrize("name", ["lmsys", "wsdm"])
+def test_shipped_configs_need_an_owner_only(name: str) -> None:
+    config = load_config(Path("configs", "kaggle", f"{name}.yaml"), ["package.owner=someone"])
+    check_package(config.package)
+    assert config.output == Path("runs", name, "gemma2-9b-qlora")
+    assert config.task.name == name
 
 
 def test_kernel_has_no_internet_and_attaches_what_is_made_beside_it() -> None:
     source = "google/gemma-2/transformers/gemma-2-9b-it/2"
     package = Package.model_validate(GOOD | {"base_model_source": source})
-    made = kernel_metadata(package, "a-notebook.ipynb")
+    made = kernel_metadata(package, "a-notebook.ipynb", parts_of(package, bundles=2))
     assert made["enable_internet"] is False
     assert (made["enable_gpu"], made["machine_shape"]) == (True, "NvidiaTeslaT4")
     assert made["is_private"] is True
-    assert made["dataset_sources"] == [dataset_metadata(package, kind)["id"] for kind in ("bundle", "wheels")]
+    assert made["kernel_type"] == "notebook"
+    assert made["dataset_sources"] == [f"someone/a-notebook-{name}" for name in ("bundle", "bundle-2", "wheels")]
     assert made["model_sources"] == [source]
+
+
+def test_base_model_may_be_a_dataset_and_a_script_is_one() -> None:
+    package = Package.model_validate(GOOD | {"base_model_source": "someone/gemma", "machine_shape": "None"})
+    made = kernel_metadata(package, "a-notebook.py", parts_of(package))
+    assert made["kernel_type"] == "script"
+    assert made["dataset_sources"][-1] == "someone/gemma"
+    assert made["model_sources"] == []
+    assert (made["enable_gpu"], made["machine_shape"]) == (False, "")
+
+
+def test_bundles_become_instances_of_one_model() -> None:
+    package = Package.model_validate(GOOD | {"bundles_as": "model"})
+    made = kernel_metadata(package, "a-notebook.ipynb", parts_of(package, bundles=2))
+    instances = [f"someone/a-notebook-bundle/other/part-{number}" for number in (1, 2)]
+    assert made["model_sources"] == [f"{one}/1" for one in instances]
+    assert made["dataset_sources"] == ["someone/a-notebook-wheels"]
+    model, instance = model_metadata(package, instances[1]).values()
+    assert slugify(model["title"]) == model["slug"] == instance["modelSlug"] == "a-notebook-bundle"
+    assert model["isPrivate"] is True
+    assert (instance["instanceSlug"], instance["licenseName"]) == ("part-2", "Apache 2.0")
+
+
+@pytest.mark.parametrize("given_as", ["apache-2.0", "Apache 2.0", "APACHE 2.0"])
+def test_licence_is_known_in_the_words_of_datasets_and_of_models(given_as: str) -> None:
+    package = Package.model_validate(GOOD | {"licence": given_as})
+    assert dataset_metadata(package, "bundle", "someone/x-bundle")["licenses"] == [{"name": "apache-2.0"}]
+    assert LICENCES["apache-2.0"] == "Apache 2.0"
+    with pytest.raises(PackagingError, match="none that a model may have"):
+        check_package(Package.model_validate(GOOD | {"licence": "other", "bundles_as": "model"}))
+
+
+def test_machines_say_what_a_rehearsal_holds_them_to() -> None:
+    assert (MACHINES["NvidiaTeslaT4"].memory_gb, MACHINES["NvidiaTeslaT4"].disk_gb) == (29, 20)
+    assert all(machine.cores and machine.memory_gb and machine.disk_gb for machine in MACHINES.values())
 
 
 words = st.lists(st.text("abz019", min_size=1, max_size=8), min_size=1, max_size=6)
 
 
-@given(words.map("-".join).filter(lambda name: 5 <= len(name) <= 43))
-def test_titles_turn_into_the_slugs_of_their_ids_within_the_limits(name: str) -> None:
+@given(words.map("-".join).filter(lambda name: 5 <= len(name) <= 40), st.integers(1, 99))
+def test_titles_turn_into_the_slugs_of_their_ids_within_the_limits(name: str, number: int) -> None:
     package = Package(owner="someone", name=name)
-    kernel = kernel_metadata(package, f"{name}.ipynb")
-    datasets = [dataset_metadata(package, "bundle"), dataset_metadata(package, "wheels")]
+    kernel = kernel_metadata(package, f"{name}.ipynb", [])
+    payloads: tuple[Payload, ...] = ("bundle", "wheels")
+    datasets = [dataset_metadata(package, payload, source_of(package, payload, number)) for payload in payloads]
     for made, shortest in [(kernel, 5), *((dataset, 6) for dataset in datasets)]:
         slug = made["id"].removeprefix("someone/")
         assert slugify(made["title"]) == slug

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import ast
+import csv
 import hashlib
 import json
 import re
-import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,124 +16,345 @@ import nbformat
 import pytest
 
 from pairclf.errors import PackagingError
-from pairclf.packaging.notebook import make_notebook
+from pairclf.packaging.notebook import Value, make_notebook, make_script
 from pairclf.packaging.sources import shipped
 
-VALUES: dict[str, Any] = {
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
+BASE = "google/gemma-2/pyTorch/gemma-2-9b-it/2"
+VALUES: dict[str, Value] = {
     "title": "a-notebook",
     "version": "0.1.0",
     "competition": "lmsys-chatbot-arena",
-    "base": "google/gemma-2-9b-it",
-    "base_model": "google/gemma-2/Transformers/gemma-2-9b-it/2",
-    "bundles": ["fold0", "fold1"],
-    "bundle_table": "| `fold0` | fold 0 |",
-    "pythons": ["3.12"],
-    "requirements": ["pairclf==0.1.0"],
-    "bundle_sha256": "b" * 64,
-    "wheels_sha256": "w" * 64,
+    "landmark": "sample_submission.csv",
+    "base": "",
+    "bundles": ["fold0-01234567", "fold1-89abcdef"],
+    "members": ["ensemble-0123.yaml"],
+    "standalone": [],
+    "bundle_table": "| `fold0` | fold 0 |\n| `fold1` | fold 1 |",
+    "pythons": [HERE],
+    "requirements": {HERE: ["pairclf==0.1.0"]},
+    "parts": {"bundle": {}, "wheels": {}},
+    "wheelhouse": "wheels-0",
+    "prior": {"winner_model_a": "0.5", "winner_model_b": "0.3", "winner_tie": "0.2"},
+    "gpus": 2,
+    "deadline": 30600.0,
 }
+LMSYS = "id,winner_model_a,winner_model_b,winner_tie\n7,0.3,0.3,0.4\n3,0.3,0.3,0.4\n"
+TEMPLATE = shipped("kaggle/notebook.py").read_text(encoding="utf-8")
 
 
-def real(**changed: Any) -> str:
-    return make_notebook(shipped("kaggle/notebook.py").read_text(encoding="utf-8"), VALUES | changed)
+def real(tag: str = "submission", changed: Mapping[str, Value] | None = None) -> str:
+    return make_notebook(TEMPLATE, {**VALUES, **(changed or {})}, tag)
 
 
-def code(notebook: str, identity: str) -> str:
-    return next(str(cell.source) for cell in nbformat.reads(notebook, as_version=4).cells if cell.id == identity)
+def cells(notebook: str) -> dict[str, str]:
+    found = nbformat.reads(notebook, as_version=4).cells
+    return {str(cell.id): str(cell.source) for cell in found if cell.cell_type == "code"}
 
 
-def test_same_bytes_each_time_and_an_id_of_its_own_for_each_cell() -> None:
-    assert real() == real()
-    cells = json.loads(real())["cells"]
-    assert len({cell["id"] for cell in cells}) == len(cells) >= 12
-    assert not re.search(r"\{\{\w+\}\}", real())
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            ast.parse("".join(cell["source"]))
+# --- as text ---------------------------------------------------------------------------------------------------------
 
 
-def test_commands_are_run_so_that_their_failure_stops_the_notebook() -> None:
-    sources = "\n".join("".join(cell["source"]) for cell in json.loads(real())["cells"])
-    assert not re.search(r"^[!%]", sources, re.MULTILINE)
-    assert "--no-index" in sources
-    assert [line.partition(",")[0] for line in sources.splitlines() if line.startswith("run(")] == [
-        'run("pip"',
-        'run("pairclf"',
-        'run("pairclf"',
-    ]
+@pytest.mark.parametrize("tag", ["submission", "server"])
+@pytest.mark.parametrize("make", [make_notebook, make_script])
+def test_same_bytes_each_time_and_nothing_left_to_fill_in(make: Callable[..., str], tag: str) -> None:
+    made = make(TEMPLATE, VALUES, tag)
+    assert made == make(TEMPLATE, VALUES, tag)
+    assert not re.search(r"\{\{\w+\}\}", made)
+    assert ("DefaultInferenceServer" in made) == (tag == "server")
+    assert ('"predict"' in made.replace("\\", "")) == (tag == "submission")
 
 
-def test_failed_command_raises() -> None:
-    seen: dict[str, Any] = {}
-    exec(code(real(), "settings"), seen)
-    seen["run"]("json.tool", "--help")
-    with pytest.raises(subprocess.CalledProcessError):
-        seen["run"]("no_such_module")
+def test_each_cell_is_python_and_has_an_id_of_its_own() -> None:
+    every = nbformat.reads(real(), as_version=4).cells
+    assert len({cell.id for cell in every}) == len(every)
+    assert list(cells(real())) == ["check", "install", "verify", "predict", "look"]
+    assert list(cells(real("server"))) == ["check", "install", "verify", "serve"]
+    for source in cells(real()).values():
+        ast.parse(source)
+        assert not re.search(r"^[!%]", source, re.MULTILINE), "the failure of !pip does not stop a notebook"
+
+
+def test_script_is_the_notebook_with_its_words_as_comments() -> None:
+    script = make_script(TEMPLATE, VALUES, "submission")
+    assert re.findall(r"^# %% ([a-z][a-z-]*)$", script, re.MULTILINE) == list(cells(real()))
+    assert all(source in script for source in cells(real()).values())
+    ast.parse(script)
+    assert "# | `fold1` | fold 1 |" in script
 
 
 def test_values_arrive_in_code_as_python_whatever_they_hold() -> None:
-    settings: dict[str, Any] = {}
-    exec(code(real(title='"quoted"', bundles=['a"b', "c\\d"], base_model=""), "settings"), settings)
-    assert settings["BUNDLES"] == ['a"b', "c\\d"]
-    assert settings["BASE_MODEL"] == ""
-    assert settings["MARKERS"] == {"bundle": "b" * 64, "wheels": "w" * 64}
+    odd = ['a"b', "c\\d", "é\n"]
+    seen: dict[str, Any] = {}
+    exec(cells(make_notebook('# %% one\nX = "{{x}}"\nY = "{{y}}"\n', {"x": odd, "y": {"a": odd}}, ""))["one"], seen)
+    assert (seen["X"], seen["Y"]) == (odd, {"a": odd})
 
 
 def test_template_without_a_value_or_a_cell_is_refused() -> None:
     with pytest.raises(PackagingError, match="colour"):
-        make_notebook('# %% first\nprint("{{colour}}")\n', {})
+        make_notebook('# %% first\nprint("{{colour}}")\n', {}, "submission")
     with pytest.raises(PackagingError, match="no cell"):
-        make_notebook("print()\n", {})
+        make_notebook("print()\n", {}, "submission")
 
 
-@pytest.fixture
-def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the notebook's functions see, with an input folder in which each mount layout of Kaggle's occurs."""
-    root = tmp_path / "input"
-    competition = root / "competitions" / "lmsys-chatbot-arena"
-    other = root / "another-competition"
-    base = root / "models" / "google" / "gemma-2" / "transformers" / "gemma-2-9b-it" / "2"
-    for folder in (competition, other, base):
-        folder.mkdir(parents=True)
-    for folder in (competition, other):
-        (folder / "sample_submission.csv").write_text("id\n")
-        (folder / "test.parquet").write_text("")
-    (base / "config.json").write_text("{}")
-    hashes = {}
-    for kind, folder in (("bundle", root / "datasets" / "someone" / "a-bundle"), ("wheels", root / "a-wheels")):
-        (folder / "part").mkdir(parents=True)
-        (folder / "part" / "file").write_text(kind)
-        files = {"part/file": hashlib.sha256(kind.encode()).hexdigest()}
-        (folder / f"pairclf-{kind}.json").write_text(json.dumps({"files": files}))
-        hashes[f"{kind}_sha256"] = hashlib.sha256((folder / f"pairclf-{kind}.json").read_bytes()).hexdigest()
-    monkeypatch.setenv("PAIRCLF_KAGGLE_INPUT", str(root))
-    notebook = real(**hashes)
+# --- the first cell --------------------------------------------------------------------------------------------------
+
+
+class Inputs:
+    """Mounts that the first cell finds, and their hashes."""
+
+    def __init__(self, root: Path, layout: str, spread: bool = False) -> None:
+        self.root, self.layout = root, layout
+        self.competition = root / {"flat": "lmsys-chatbot-arena", "typed": "competitions/lmsys-chatbot-arena"}[layout]
+        self.base = root / {"flat": "", "typed": "models/google"}[layout] / "gemma-2/pytorch/gemma-2-9b-it/2"
+        self.parts: dict[str, dict[str, str]] = {"bundle": {}, "wheels": {}}
+        self.write(self.competition / "sample_submission.csv", LMSYS)
+        self.write(self.competition / "test.csv", "id\n7\n3\n")
+        self.write(root / "another-competition" / "sample_submission.csv", "id,x\n1,2\n")
+        self.dataset("wheels", "a-wheels", {"wheels-0/one.whl": "a wheel"})
+        files = {"fold0-01234567/config.yaml": "one", "fold1-89abcdef/config.yaml": "two"}
+        for number, (name, text) in enumerate(files.items() if spread else [("", "")], 1):
+            self.dataset("bundle", f"a-bundle-{number}", {name: text} if spread else files)
+
+    def write(self, path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def dataset(self, payload: str, slug: str, files: dict[str, str]) -> None:
+        folder = self.root / {"flat": slug, "typed": f"datasets/someone/{slug}"}[self.layout]
+        for name, text in files.items():
+            self.write(folder / name, text)
+        hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+        text = json.dumps({"payload": payload, "part": 1, "files": hashes})
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        self.write(folder / f"pairclf-{payload}-{digest[:12]}.json", text)
+        self.parts[payload][f"pairclf-{payload}-{digest[:12]}.json"] = digest
+
+    def one(self, name: str) -> Path:
+        return next(self.root.rglob(name))
+
+
+@pytest.fixture(params=["flat", "typed"])
+def inputs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inputs:
+    (tmp_path / "working").mkdir()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.chdir(tmp_path / "working")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("PAIRCLF_KAGGLE_INPUT", str(tmp_path / "input"))
+    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "3000")
+    monkeypatch.delenv("KAGGLE_IS_COMPETITION_RERUN", raising=False)
+    return Inputs(tmp_path / "input", request.param)
+
+
+def check(inputs: Inputs, **changed: Value) -> dict[str, Any]:
+    """Run the first cell; returns its names."""
     seen: dict[str, Any] = {}
-    exec(code(notebook, "settings"), seen)
-    seen["cell"] = code(notebook, "inputs")
+    source = cells(real(changed={**changed, "parts": inputs.parts}))["check"]
+    exec(compile(source, "check", "exec"), seen)
     return seen
 
 
-def test_inputs_are_found_wherever_they_are_mounted(names: dict[str, Any]) -> None:
-    exec(names["cell"], names)
-    root = names["INPUT"]
-    assert names["bundles"] == [root / "datasets/someone/a-bundle" / name for name in ("fold0", "fold1")]
-    assert names["wheels"] == root / "a-wheels"
-    assert names["test"] == root / "competitions/lmsys-chatbot-arena/test.parquet"
-    assert names["base"] == ["--base", root / "models/google/gemma-2/transformers/gemma-2-9b-it/2"]
+def test_inputs_are_found_in_each_layout_and_priors_written(inputs: Inputs) -> None:
+    inputs.write(inputs.base / "config.json", "{}")
+    seen = check(inputs, base=BASE)
+    assert (seen["bundles"] / "fold0-01234567" / "config.yaml").read_text() == "one"
+    assert (seen["wheels"] / "wheels-0" / "one.whl").read_text() == "a wheel"
+    assert seen["base"] == inputs.base
+    assert seen["competition"] == inputs.competition
+    assert seen["lacking"] == []
+    assert Path("submission.csv").read_text() == (
+        "id,winner_model_a,winner_model_b,winner_tie\n7,0.5,0.3,0.2\n3,0.5,0.3,0.2\n"
+    )
 
 
-@pytest.mark.parametrize(
-    ("spoil", "complaint"),
-    [
-        (lambda root: (root / "a-wheels/part/file").write_text("wheelz"), "was changed"),
-        (lambda root: (root / "a-wheels/part/file").unlink(), "is missing"),
-        (lambda root: (root / "a-wheels/pairclf-wheels.json").write_text("{}"), "no pairclf-wheels.json"),
-        (lambda root: (root / "competitions/lmsys-chatbot-arena/test.parquet").unlink(), "no lmsys-chatbot-arena"),
-        (lambda root: next(root.rglob("config.json")).unlink(), "attach the model"),
-    ],
-)
-def test_what_is_missing_or_changed_is_named(names: dict[str, Any], spoil: Any, complaint: str) -> None:
-    spoil(names["INPUT"])
-    with pytest.raises(AssertionError, match=complaint):
-        exec(names["cell"], names)
+def test_priors_of_a_task_with_labels(inputs: Inputs) -> None:
+    inputs.write(inputs.competition / "sample_submission.csv", "id,winner\nx,model_a\ny,model_a\n")
+    check(inputs, prior={"model_a": "0.4", "model_b": "0.6", "winner": "model_b"})
+    with open("submission.csv", newline="") as stream:
+        assert list(csv.DictReader(stream)) == [{"id": one, "winner": "model_b"} for one in "xy"]
+
+
+def test_parts_come_together_and_an_older_build_beside_them_is_no_harm(
+    tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAIRCLF_KAGGLE_INPUT", str(tmp_path / "other"))
+    spread = Inputs(tmp_path / "other", inputs.layout, spread=True)
+    marker = spread.one("pairclf-bundle-*.json")
+    spread.write(marker.with_name("pairclf-bundle-000000000000.json"), '{"files": {"old/config.yaml": "0"}}')
+    assert len(spread.parts["bundle"]) == 2
+    seen = check(spread)
+    assert sorted(path.name for path in seen["bundles"].iterdir()) == ["fold0-01234567", "fold1-89abcdef"]
+
+
+def test_base_model_may_be_a_dataset_and_is_waited_for_until_whole(inputs: Inputs) -> None:
+    folder = inputs.root / {"flat": "gemma", "typed": "datasets/someone/gemma"}[inputs.layout]
+    inputs.write(folder / "config.json", "{}")
+    inputs.write(folder / "model.safetensors.index.json", '{"weight_map": {"a": "one.safetensors"}}')
+    with pytest.raises(RuntimeError, match="base model someone/gemma"):
+        check(inputs, base="someone/gemma")
+    inputs.write(folder / "one.safetensors", "")
+    assert check(inputs, base="someone/gemma")["base"] == folder
+
+
+def test_mount_that_fills_late_is_waited_for(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "20")
+    late, hidden = inputs.one("fold1-*"), inputs.root.parent / "hidden"
+    late.rename(hidden)
+    thread = threading.Timer(0.4, lambda: hidden.rename(late))
+    thread.start()
+    seen = check(inputs)
+    thread.join()
+    assert seen["lacking"] == []
+    assert "waiting for the bundle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_changed_file_stops_every_run_and_is_named(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, rerun: bool
+) -> None:
+    if rerun:
+        monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    inputs.write(inputs.one("fold1-*") / "config.yaml", "twp")
+    with pytest.raises(RuntimeError, match=r"fold1-89abcdef/config\.yaml was changed"):
+        check(inputs)
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_other_python_stops_every_run(inputs: Inputs, monkeypatch: pytest.MonkeyPatch, rerun: bool) -> None:
+    if rerun:
+        monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    with pytest.raises(RuntimeError, match=rf"wheels are for Python \['3\.99'\], and this image has {HERE}"):
+        check(inputs, pythons=["3.99"])
+
+
+@pytest.mark.parametrize("missing", ["base", "bundle", "wheels", "marker"])
+def test_input_that_never_comes_stops_a_saved_run_and_leaves_the_rerun_its_priors(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    base = BASE if missing == "base" else ""
+    what = {"base": "base model", "bundle": "the bundle", "wheels": "the wheels", "marker": "the wheels"}[missing]
+    if missing == "marker":
+        inputs.one("pairclf-wheels-*.json").write_text("{}")  # another build's: its hash is another
+    elif missing != "base":
+        inputs.one({"bundle": "config.yaml", "wheels": "one.whl"}[missing]).unlink()
+    with pytest.raises(RuntimeError, match=what):
+        check(inputs, base=base)
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    seen = check(inputs, base=base)
+    assert len(seen["lacking"]) == 1
+    assert what in seen["lacking"][0]
+    assert "WARNING" in capsys.readouterr().out
+    assert Path("submission.csv").read_text().count("0.5,0.3,0.2") == 2
+
+
+def test_rerun_without_base_model_has_the_bundles_that_need_none(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    seen = check(inputs, base=BASE, standalone=["fold1-89abcdef"])
+    assert (seen["lacking"], seen["MEMBERS"]) == ([], ["fold1-89abcdef"])
+    inputs.write(inputs.base / "config.json", "{}")
+    assert check(inputs, base=BASE, standalone=["fold1-89abcdef"])["MEMBERS"] == ["ensemble-0123.yaml"]
+
+
+def test_without_the_competition_no_run_can_go_on(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    (inputs.competition / "sample_submission.csv").unlink()
+    with pytest.raises(RuntimeError, match="no input holds lmsys-chatbot-arena"):
+        check(inputs)
+
+
+# --- the others ------------------------------------------------------------------------------------------------------
+
+
+class Later:
+    """The cells after the first, with commands that end as they are told to."""
+
+    def __init__(self, folder: Path, rerun: bool) -> None:
+        self.calls: list[tuple[str, ...]] = []
+        self.codes: dict[str, list[int]] = {}
+        self.names = check_names(folder, rerun)
+        self.names["run"] = self.run
+
+    def run(self, *command: Any) -> int:
+        self.calls.append(tuple(map(str, command)))
+        codes = self.codes.get(str(command[1]), [])
+        return codes.pop(0) if codes else 0
+
+    def cell(self, name: str) -> None:
+        exec(cells(real())[name], self.names)
+
+    def count(self, name: str) -> int:
+        return sum(call[1] == name for call in self.calls)
+
+
+def check_names(folder: Path, rerun: bool) -> dict[str, Any]:
+    """What the first cell leaves."""
+    seen: dict[str, Any] = {}
+    head = cells(real())["check"].partition("python = check_machine()")[0]
+    exec(head, seen)
+    (folder / "test.csv").write_text("id\n")
+    places = {"competition": folder, "bundles": folder, "wheels": folder, "base": None, "sample": folder / "s.csv"}
+    seen.update(places, RERUN=rerun, python=HERE)
+    return seen
+
+
+@pytest.mark.parametrize("killed", [-9, 137])
+def test_killed_predict_is_started_again_and_goes_on(tmp_path: Path, killed: int) -> None:
+    later = Later(tmp_path, rerun=True)
+    later.codes["predict"] = [killed, killed]
+    later.cell("verify")
+    later.cell("predict")
+    assert later.count("predict") == 3
+    assert later.names["lacking"] == []
+    assert later.calls[-1][2] == str(tmp_path / "ensemble-0123.yaml")
+    assert "--resume" not in later.calls[-1], "it is what `predict` does by itself"
+
+
+def test_predict_is_not_started_for_ever_nor_after_the_deadline(tmp_path: Path) -> None:
+    later = Later(tmp_path, rerun=True)
+    later.codes["predict"] = [-9] * 99
+    later.cell("verify")
+    later.cell("predict")
+    assert later.count("predict") == 6
+    assert later.names["lacking"]
+    late = Later(tmp_path, rerun=True)
+    late.codes["predict"] = [-9] * 99
+    late.names["STARTED"] = time.time() - 40_000
+    late.cell("verify")
+    late.cell("predict")
+    assert late.count("predict") == 1
+
+
+def test_failures_stop_a_saved_run_and_are_warnings_in_the_rerun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("verify", "predict"):
+        saved, rerun = Later(tmp_path, rerun=False), Later(tmp_path, rerun=True)
+        for later in (saved, rerun):
+            later.codes[command] = [3]
+        rerun.cell("verify")
+        rerun.cell("predict")
+        assert rerun.count("predict") == 1, "a bundle that can't be loaded is left out by predict itself"
+        assert "WARNING" in capsys.readouterr().out
+        with pytest.raises(RuntimeError, match="says w"):
+            saved.cell("verify")
+            saved.cell("predict")
+
+
+def test_deadline_is_counted_from_the_first_second(tmp_path: Path) -> None:
+    later = Later(tmp_path, rerun=True)
+    later.names["STARTED"] = 0.0
+    later.cell("verify")
+    later.cell("predict")
+    assert later.calls[-1][later.calls[-1].index("--deadline") + 1] == "1970-01-01T08:30:00+00:00"
+
+
+def test_run_tells_the_exit_code() -> None:
+    seen: dict[str, Any] = {"lacking": ["all"]}
+    exec(cells(real())["check"].partition("STARTED")[0], seen)
+    exec(cells(real())["install"], seen)
+    assert seen["run"]("json.tool", "--help") == 0
+    assert seen["run"]("no_such_module") == 1

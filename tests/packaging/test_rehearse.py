@@ -1,51 +1,156 @@
+"""The rehearsal of small kernels that are made here: what they see, what they can't do, and how they are judged."""
+
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import sysconfig
+import venv
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import nbformat
+import polars as pl
 import pytest
+from rich.console import Console
 
-from pairclf.config import Config
-from pairclf.errors import DataError, PackagingError
-from pairclf.packaging import rehearse as module
-from pairclf.packaging.rehearse import rehearse
+from pairclf.config import Config, Package, dump_config
+from pairclf.errors import PackagingError
+from pairclf.packaging import clock, sandbox, stage
+from pairclf.packaging.record import Build, PackedBundle, Part, write_build
+from pairclf.packaging.rehearse import Options, rehearse
+from pairclf.packaging.report import Report, Reports, read_passed
+from pairclf.task import LMSYS
 
-Packager = Callable[..., Path]
-Competition = tuple[Path, Path]
+RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
+BUNDLE = "fold0-01234567"
+FIND = """
+import json, os, pathlib, subprocess, sys, time
+INPUT = pathlib.Path(os.environ["PAIRCLF_KAGGLE_INPUT"])
+def find(name):
+    until = time.time() + 20
+    while not (found := sorted(INPUT.rglob(name))):
+        assert time.time() < until, f"{name} never came"
+        time.sleep(0.05)
+    return found[0]
+marker, sample, test = find("pairclf-bundle-*.json"), find("sample_submission.csv"), find("test.csv")
+"""
+VERIFIED = [{"bundle": BUNDLE, "rows": 4, "largest_difference": 1e-7, "tolerance": 1e-5, "dtype": "float32"}]
+PREDICT = f"""
+import polars as pl
+wanted = pl.read_csv(sample)
+wanted.write_csv("submission.csv")
+wanted.with_columns(orders=2).write_parquet("scores.parquet")
+pathlib.Path("verify.json").write_text({json.dumps(json.dumps(VERIFIED))})
+"""
+
+
+@pytest.fixture(autouse=True)
+def _light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This environment itself for the image, and no simulation of Kaggle's machine: there is no model here."""
+
+    def make(folder: Path, hidden: Collection[str]) -> Path:
+        venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
+        site = next(folder.glob("lib/python*/site-packages"))
+        (site / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        return folder / "bin" / "python"
+
+    monkeypatch.setattr(stage, "make_image", make)
+    monkeypatch.setattr(clock, "PROFILE_OF", {})
 
 
 @pytest.fixture(params=["namespaces", "guards"])
 def isolation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """Both ways of keeping the notebook in; the first where this machine allows it."""
+    """Both ways of keeping the kernel in; the first where this machine allows it."""
     if request.param == "guards":
-        monkeypatch.setattr(module, "namespaces", lambda inputs: None)
-    else:
-        (tmp_path / "probe").mkdir()
-        if module.namespaces(tmp_path / "probe") is None:
-            pytest.skip("this machine allows no namespaces")
+        monkeypatch.setattr(stage, "namespaces", lambda inputs, working, disk: None)
+    elif sandbox.namespaces(tmp_path, tmp_path, 1 << 20) is None:
+        pytest.skip("this machine allows no namespaces")
     return str(request.param)
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This environment itself for the image: for notebooks that install nothing."""
-    monkeypatch.setattr(module, "make_image", lambda folder, hidden: Path(sys.executable))
+def competition(tmp_path: Path) -> tuple[Path, Path]:
+    test, sample = tmp_path / "rows.csv", tmp_path / "sample.csv"
+    test.write_text("id,prompt,response_a,response_b\n7,p,a,b\n3,q,c,d\n")
+    thirds = "0.3333333,0.3333333,0.3333334"
+    sample.write_text(f"id,winner_model_a,winner_model_b,winner_tie\n7,{thirds}\n3,{thirds}\n")
+    return test, sample
 
 
-def quickly(packaged: Packager, code: str) -> Path:
-    return packaged(code, after="inputs")
+Packager = Callable[..., Path]
+
+
+@pytest.fixture
+def packaged(tmp_path: Path, competition: tuple[Path, Path]) -> Packager:
+    """`packaged({id: code}, setting=...)`: a package whose kernel has these cells."""
+
+    def make(cells: Mapping[str, str], **settings: object) -> Path:
+        return make_package(tmp_path / "package", cells, competition, settings)
+
+    return make
+
+
+def make_package(
+    folder: Path, cells: Mapping[str, str], competition: tuple[Path, Path], settings: Mapping[str, object]
+) -> Path:
+    package = Package.model_validate({"owner": "someone", "name": "a-notebook", "pythons": [RUNNING], **settings})
+    parts = [_part(folder, "bundle", f"{BUNDLE}/config.yaml", dump_config(Config()))]
+    parts.append(_part(folder, "wheels", "iniconfig-2.0.0-py3-none-any.whl", "a wheel"))
+    (folder / "kernel").mkdir(exist_ok=True)
+    code = f"{package.name}.{'py' if package.kernel == 'script' else 'ipynb'}"
+    (folder / "kernel" / code).write_text(_code(cells, script=package.kernel == "script"))
+    identity = hashlib.sha256(repr(cells).encode()).hexdigest()
+    bundle = PackedBundle(folder=BUNDLE, name="fold0", seal="0" * 64, fold=0, metrics={}, base="embedded:x")
+    build = Build(
+        pairclf="0", identity=identity, package=package, task=LMSYS, kernel="someone/a-notebook", code_file=code,
+        parts=parts, bundles=[bundle], requirements={RUNNING: []}, config="demo", test=competition[0],
+        sample=competition[1], out_of_fold=None,
+    )  # fmt: skip
+    write_build(folder, build)
+    return folder
+
+
+def _part(folder: Path, payload: str, name: str, text: str) -> Part:
+    path = folder / payload / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    marker = f"pairclf-{payload}-0123456789ab.json"
+    (folder / payload / marker).write_text("{}")
+    (folder / payload / "dataset-metadata.json").write_text("{}")
+    return Part.model_validate(
+        {"payload": payload, "kind": "dataset", "folder": payload, "source": f"someone/a-notebook-{payload}",
+         "marker": marker, "sha256": "0" * 64, "bytes": len(text)}
+    )  # fmt: skip
+
+
+def _code(cells: Mapping[str, str], *, script: bool) -> str:
+    if script:
+        return "".join(f"# %% {name}\n{code}\n" for name, code in cells.items())
+    made = [nbformat.v4.new_code_cell(code, id=name) for name, code in cells.items()]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title", id="about"), *made])
+    return str(nbformat.writes(notebook))
+
+
+def run(folder: Path, **options: object) -> Report:
+    (report,) = rehearse(folder, Options(**options)).runs  # type: ignore[arg-type]
+    return report
+
+
+def render(report: Report) -> str:
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(Reports([report]).render())
+    return captured.get()
 
 
 PRY = """
-import importlib.util, socket
-assert importlib.util.find_spec("iniconfig"), "the wheel was not installed"
+import socket
 assert "someone" not in os.environ.get("HOME", "") and "SECRET_TOKEN" not in os.environ
 assert os.environ["KAGGLE_IS_COMPETITION_RERUN"]
-for path in (wheels / "new", test):
+for path in (marker.parent / "new", test):
     try:
         open(path, "a")
         raise SystemExit("the input can be written to")
@@ -58,156 +163,210 @@ except OSError as error:
     print("network:", error)
 child = subprocess.run([sys.executable, "-c", "import urllib.request as r; r.urlopen('http://192.0.2.1', timeout=5)"])
 assert child.returncode == 1
-Path("submission.csv").write_bytes(sample.read_bytes())
+assert "dataset-metadata.json" not in os.listdir(marker.parent)
 """
 
 
+@pytest.mark.parametrize("kernel", ["notebook", "script"])
 def test_submission_comes_out_and_nothing_else_gets_through(
-    packaged: Packager, competition: Competition, tmp_path: Path, isolation: str, monkeypatch: pytest.MonkeyPatch
+    packaged: Packager, isolation: str, kernel: str, competition: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "abc")
-    package = packaged(PRY)
+    package = packaged({"check": FIND, "pry": PRY, "predict": PREDICT}, kernel=kernel)
     before = {path: (path.read_bytes(), path.stat().st_mode) for path in package.rglob("*") if path.is_file()}
-    report = rehearse(package, *competition, tmp_path / "out")
+    report = run(package, late=0.5)
 
-    assert (tmp_path / "out" / "submission.csv").read_bytes() == competition[1].read_bytes()
-    assert report.submission["rows"] == 2
-    network, inputs = {
-        "namespaces": ("namespace of its own (Network is unreachable)", "read-only mount (Read-only file system)"),
-        "guards": ("guard on Python's sockets (no network", "no permission to write (Permission denied)"),
-    }[isolation]
+    out = package / "rehearsal"
+    assert pl.read_csv(out / "submission.csv").equals(pl.read_csv(competition[1]))
+    assert report.submission["rows"] == report.rows == 2
+    network, inputs, working = {
+        "namespaces": (
+            "namespace of its own (Network is unreachable)", "read-only mount (Read-only file system)",
+            "file system of its own",
+        ),
+        "guards": ("guard on Python's sockets (no network", "no permission to write (Permission denied)", "watched"),
+    }[isolation]  # fmt: skip
     assert report.network.startswith(network)
-    assert report.input == inputs
-    assert [stage for stage in report.seconds if stage.startswith("cell")] == [
-        f"cell {name}" for name in ("settings", "machine", "inputs", "install", "score")
-    ]
-    assert report.peak_mb > 10
-    written = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert written["submission"] == report.submission
-    executed = nbformat.read(tmp_path / "out" / "executed.ipynb", as_version=4)
-    assert "input:" in str(executed.cells[-1].outputs)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "executed.ipynb",
-        "report.json",
-        "submission.csv",
-    ]
-    assert before == {path: (path.read_bytes(), path.stat().st_mode) for path in package.rglob("*") if path.is_file()}
-    assert "a-notebook.ipynb" in render(report)
+    assert (report.input, report.working) == (inputs, working)
+    assert [name for name in report.seconds if name.startswith("cell")] == ["cell check", "cell pry", "cell predict"]
+    assert report.seconds["cell check"] >= 0.4, "the first mount was late, and nobody waited for it"
+    assert report.memory_peak > 10e6
+    assert report.disk_peak > 100
+    assert report.python.startswith(RUNNING)
+    assert report.layouts == ["typed", "flat"]
+    assert report.scored is not None
+    assert (report.scored.both, report.scored.prior) == (2, 0)
+    assert read_passed(package) == report
+    assert "passed" in render(report)
+    left = ["report.json", "scores.parquet", "submission.csv"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*left, *(["executed.ipynb"] if kernel == "notebook" else [])]
+    )
+    assert (
+        before.items()
+        <= {path: (path.read_bytes(), path.stat().st_mode) for path in package.rglob("*") if path.is_file()}.items()
+    )
 
 
-def render(report: module.Report) -> str:
-    from rich.console import Console
+def failing(package: Path, **options: object) -> tuple[str, Report]:
+    with pytest.raises(PackagingError, match="did not end as it must") as caught:
+        run(package, layouts=("flat",), late=0.1, **options)
+    out = options.get("out", package / "rehearsal")
+    assert isinstance(out, Path)
+    with pytest.raises(PackagingError, match=r"did not pass|never rehearsed"):
+        read_passed(package)
+    return str(caught.value), Report.model_validate_json((out / "report.json").read_text())
 
-    console = Console(width=200)
-    with console.capture() as captured:
-        console.print(report.render())
-    return captured.get()
 
-
-@pytest.mark.usefixtures("quick")
-def test_failing_command_is_told_with_its_own_words(
-    packaged: Packager, competition: Competition, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kernel", ["notebook", "script"])
+def test_failing_cell_is_told_with_its_own_words(packaged: Packager, kernel: str) -> None:
     code = "subprocess.check_call([sys.executable, '-c', 'import sys; sys.exit(\"the head has 5 classes\")'])"
-    with pytest.raises(PackagingError, match=r"cell 'score' failed:[\s\S]*the head has 5 classes") as caught:
-        rehearse(quickly(packaged, code), *competition, tmp_path / "out")
-    assert "Traceback" not in str(caught.value)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["executed.ipynb"]
+    said, report = failing(packaged({"check": FIND, "score": code, "never": "1"}, kernel=kernel))
+    assert "the cell score failed" in said
+    assert "the head has 5 classes" in said
+    assert report.failed == "score"
+    assert "cell never" not in report.seconds
 
 
-@pytest.mark.usefixtures("quick")
-def test_dead_kernel_is_a_failed_cell(packaged: Packager, competition: Competition, tmp_path: Path) -> None:
-    with pytest.raises(PackagingError, match="cell 'score' failed"):
-        rehearse(quickly(packaged, "os._exit(9)"), *competition, tmp_path / "out")
+def test_dead_kernel_is_a_failed_cell(packaged: Packager) -> None:
+    assert "the cell score failed" in failing(packaged({"check": FIND, "score": "os._exit(9)"}))[0]
 
 
-@pytest.mark.usefixtures("quick")
-def test_wrong_submission_is_refused_and_an_older_one_stays(
-    packaged: Packager, competition: Competition, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "submission.csv").write_text("older")
-    code = "Path('submission.csv').write_text(sample.read_text().replace('0.3333334', 'nan'))"
-    with pytest.raises(DataError):
-        rehearse(quickly(packaged, code), *competition, out)
-    assert (out / "submission.csv").read_text() == "older"
+WRITE = 'wanted.write_csv("submission.csv")'
 
 
-@pytest.mark.usefixtures("quick")
-def test_missing_submission_and_what_a_killed_rehearsal_left(
-    packaged: Packager, competition: Competition, tmp_path: Path
-) -> None:
-    left = tmp_path / "out" / ".tmp-rehearsal" / "input"
-    left.mkdir(parents=True)
-    left.chmod(0o555)
-    with pytest.raises(PackagingError, match=r"without writing submission\.csv"):
-        rehearse(quickly(packaged, "pass"), *competition, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["executed.ipynb"]
+@pytest.mark.parametrize(
+    ("predict", "says"),
+    [
+        (PREDICT.replace(WRITE, ""), "there is no submission"),
+        (
+            PREDICT + "pathlib.Path('submission.csv').write_text(sample.read_text().replace('0.3333334', 'nan'))",
+            "Kaggle would refuse the submission",
+        ),
+        (PREDICT.replace("orders=2", "orders=0"), "2 of 2 rows have nothing but the prior"),
+        (PREDICT + "pathlib.Path('verify.json').unlink()", f"did not score the probe rows of {BUNDLE}"),
+        (PREDICT.replace("1e-07", "0.5"), f"logits of {BUNDLE} differ by 0.5, where 1e-05 is allowed"),
+    ],
+)
+def test_what_does_not_pass(packaged: Packager, predict: str, says: str) -> None:
+    assert says in failing(packaged({"check": FIND, "predict": predict}))[0]
 
 
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("payload", ["bundle/fold0/head.safetensors", "wheels/pairclf-wheels.json"])
-def test_changed_byte_is_refused_before_anything_is_installed(
-    packaged: Packager, competition: Competition, tmp_path: Path, payload: str
-) -> None:
-    package = quickly(packaged, "pass")
-    content = bytearray((package / payload).read_bytes())
-    content[-2] ^= 1
-    (package / payload).write_bytes(content)
-    with pytest.raises(PackagingError, match=r"cell 'inputs' failed:[\s\S]*(was changed|no pairclf-wheels)"):
-        rehearse(package, *competition, tmp_path / "out")
+def test_what_takes_too_long_does_not_pass(packaged: Packager) -> None:
+    said, _ = failing(packaged({"check": FIND, "predict": PREDICT + "time.sleep(1.5)"}, hours=1 / 3600))
+    assert "the kernel took" in said
+    assert "the competition gives 1 s" in said
 
 
-@pytest.mark.usefixtures("quick")
-def test_sandbox_that_does_not_hold_is_refused(
-    packaged: Packager, competition: Competition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "namespaces", lambda inputs: module.Sandbox((), "nothing", "nothing"))
+def test_deadline_that_the_hidden_rows_would_miss_does_not_pass(packaged: Packager) -> None:
+    said, report = failing(packaged({"check": FIND, "predict": PREDICT + "time.sleep(1)"}, deadline="1h"))
+    assert "25,000 rows take" in said
+    assert report.projections[0].judged
+    assert report.projections[0].predict >= 12_500
+
+
+def test_memory_limit_ends_the_largest_process(packaged: Packager) -> None:
+    child = "import time; held = bytearray([1]) * 700_000_000; time.sleep(60)"
+    code = f"subprocess.check_call([sys.executable, '-c', '{child}'])"
+    said, report = failing(packaged({"check": FIND, "predict": code}), memory_gb=0.6)
+    assert "in a memory of 0.60 GB: the largest process" in said
+    assert report.failed == "predict", "the kernel itself went on, and saw its child die"
+    assert report.memory_peak > 0.6e9
+
+
+def test_working_folder_has_the_limit(packaged: Packager, isolation: str) -> None:
+    code = "open('big', 'wb').write(bytes(30_000_000))\ntime.sleep(2)"
+    said, report = failing(packaged({"check": FIND, "predict": code}), disk_gb=0.01)
+    assert report.failed == "predict"
+    assert ("No space left on device" if isolation == "namespaces" else "in a working folder of 0.01 GB") in said
+
+
+def test_sandbox_that_does_not_hold_is_refused(packaged: Packager, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = sandbox.Sandbox((), "nothing", "nothing", "nothing", guarded=False)
+    monkeypatch.setattr(stage, "namespaces", lambda inputs, working, disk: nothing)
     with pytest.raises(PackagingError, match="does not hold"):
-        rehearse(quickly(packaged, "pass"), *competition, tmp_path / "out")
+        run(packaged({"check": FIND, "predict": PREDICT}))
 
 
-def test_folder_that_is_no_package(competition: Competition, tmp_path: Path) -> None:
+def test_older_results_of_another_outcome_do_not_stay(packaged: Packager) -> None:
+    package = packaged({"check": FIND, "predict": PREDICT})
+    out = package / "rehearsal"
+    (out / ".tmp-rehearsal" / "flat" / "input").mkdir(parents=True)
+    (out / ".tmp-rehearsal" / "flat" / "input").chmod(0o555)
+    run(package, layouts=("flat",), late=0.1)
+    failing(packaged({"check": FIND, "score": "1"}))
+    assert sorted(path.name for path in out.iterdir()) == ["executed.ipynb", "report.json"]
+
+
+def test_folder_that_is_no_package(tmp_path: Path) -> None:
     with pytest.raises(PackagingError, match="is no package"):
-        rehearse(tmp_path, *competition, tmp_path / "out")
+        rehearse(tmp_path, Options())
 
 
-@pytest.mark.usefixtures("quick")
-def test_input_that_is_not_there_is_named(
-    packaged: Packager, competition: Competition, tmp_path: Path, config: Config
-) -> None:
-    test, sample = competition
-    package = quickly(packaged, "pass")
-    with pytest.raises(PackagingError, match=r"nowhere\.csv is no file"):
-        rehearse(package, tmp_path / "nowhere.csv", sample, tmp_path / "out")
-    config.package.base_model_source = "google/gemma-2/transformers/gemma-2-9b-it/2"
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"test": Path("nowhere.csv")}, r"nowhere\.csv"),
+        ({"inject": ("flood",)}, r"--inject flood: no such fault[\s\S]*oom"),
+        ({"inject": ("oom",), "commit": True}, "--inject and --commit"),
+        ({"layouts": ("round",)}, "layouts="),
+        ({"image": "3.99"}, r"has Python 3\.99, and the package is for"),
+    ],
+)
+def test_options_that_can_not_be_had(packaged: Packager, options: dict[str, object], says: str) -> None:
+    with pytest.raises(PackagingError, match=says):
+        run(packaged({"check": FIND}), **options)
+
+
+def test_attached_base_model_is_found_in_every_layout(packaged: Packager, tmp_path: Path) -> None:
+    cells = {"check": FIND + "find('config.json')\nprint([*INPUT.rglob('config.json')])", "predict": PREDICT}
+    package = packaged(cells, base_model_source="google/gemma-2/transformers/gemma-2-9b-it/2")
     with pytest.raises(PackagingError, match=r"gemma-2-9b-it/2, and no folder holds it here[\s\S]*--base"):
-        rehearse(quickly(packaged, "pass"), test, sample, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-@pytest.mark.usefixtures("quick")
-def test_attached_base_model_is_found(
-    packaged: Packager, competition: Competition, tmp_path: Path, config: Config
-) -> None:
+        run(package)
     base = tmp_path / "some" / "model"
     base.mkdir(parents=True)
     (base / "config.json").write_text("{}")
-    config.package.base_model_source = "google/gemma-2/Transformers/gemma-2-9b-it/2"
-    code = 'Path("submission.csv").write_bytes(sample.read_bytes())\nassert Path(base[1], "config.json").is_file()'
-    report = rehearse(quickly(packaged, code), *competition, tmp_path / "out", base=base)
-    assert report.submission["rows"] == 2
+    assert run(package, base=base, late=0.1).passed
 
 
-def test_guard_lets_loopback_through(tmp_path: Path) -> None:
-    from pairclf.packaging.sandbox import _GUARD
+def test_saved_notebook_is_no_rerun(packaged: Packager) -> None:
+    code = FIND + "assert 'KAGGLE_IS_COMPETITION_RERUN' not in os.environ"
+    report = run(packaged({"check": code, "predict": PREDICT}), commit=True, layouts=("flat",), late=0.1)
+    assert not report.rerun
 
-    code = _GUARD + (
+
+def test_hidden_size_under_an_accelerated_clock(packaged: Packager) -> None:
+    code = FIND + "print(os.environ['PAIRCLF_CLOCK_SPEED'])\nassert os.environ['PAIRCLF_CLOCK_SPEED'] == '60'"
+    report = run(packaged({"check": code, "predict": PREDICT}), rows=500, speed=60, layouts=("flat",), late=0.1)
+    assert report.rows == report.submission["rows"] == 500
+    assert "by a clock 60 times as fast" in render(report)
+
+
+def test_server_gets_a_gateway_to_ask_it(packaged: Packager) -> None:
+    code = FIND + "print(find('default_inference_server.py').parent.name)\nfind('__init__.py')"
+    cells = {
+        "check": code,
+        "serve": PREDICT.replace("wanted.with_columns(orders=2).write_parquet('scores.parquet')", ""),
+    }
+    assert run(packaged(cells, kernel="server"), layouts=("flat",), late=0.1).passed
+
+
+def test_fault_that_never_strikes_or_does_no_harm_does_not_pass(packaged: Packager) -> None:
+    package = packaged({"check": FIND, "predict": PREDICT})
+    with pytest.raises(PackagingError, match="did not end as it must") as caught:
+        run(package, inject=("oom", "wrong-python"), layouts=("flat",), late=0.1)
+    assert "oom: the fault never struck" in str(caught.value)
+    assert "wrong-python: the cell predict failed, and the first one saw nothing" in str(caught.value)
+    assert not (package / "rehearsal" / "report.json").exists()
+    assert (package / "rehearsal" / "report-oom.json").is_file()
+
+
+def test_guard_lets_loopback_through() -> None:
+    code = sandbox._GUARD + (
         "\nimport socket\nserver = socket.create_server(('127.0.0.1', 0))\n"
         "socket.create_connection(server.getsockname()).close()\nsocket.create_connection(('localhost', "
         "server.getsockname()[1])).close()\n"
         "try:\n    socket.getaddrinfo('example.org', 80)\nexcept PermissionError:\n    print('refused')\n"
     )
-    done = subprocess.run(["python3", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "refused\n"

@@ -1,0 +1,515 @@
+"""Kaggle, through its own client: what `push`, `submit` and the ledger ask of it.
+
+The one module that imports `kaggle` and `kagglesdk`. Metadata go through that client's validators and requests; ours is
+what it leaves out: a limit on every wait, uploads that go on where they stopped, and answers that say "error" with
+status 200. Credentials are those that the client finds; they are neither stored nor printed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pairclf.console import console
+from pairclf.errors import PackagingError
+
+if TYPE_CHECKING:
+    import requests
+
+T = TypeVar("T")
+Upload = Callable[[Path], str]
+"""Brings a file there, and returns the token that stands for it in a request."""
+
+ATTEMPTS = 6
+"""Tries of a request that was lost on its way, or held back by a limit on their number."""
+
+FAILED_KERNEL = ("ERROR", "CANCEL_REQUESTED", "CANCEL_ACKNOWLEDGED")
+_TIMEOUT = (30.0, 300.0)  # seconds to connect, and between two bytes of an answer
+_LONGEST_PAUSE = 900.0  # seconds, whatever Retry-After says
+_PAGE = 200  # entries
+_REPEATABLE = ("Get", "List", "Download", "Start", "Introspect")  # requests that change nothing when sent twice
+_IMPORT = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Seconds: how waiting is done and measured. Tests have one that does not wait."""
+
+    sleep: Callable[[float], None] = time.sleep
+    now: Callable[[], float] = time.monotonic
+
+
+class KaggleError(PackagingError):
+    """Kaggle refused a request (`status` is HTTP's), or could not be reached (`None`)."""
+
+    def __init__(self, what: str, *, status: int | None, remedy: str | None = None) -> None:
+        self.status = status
+        super().__init__(what, remedy=remedy)
+
+    @property
+    def passing(self) -> bool:
+        """Whether the request may have been carried out, or may be the next time: look, and ask again."""
+        return self.status is None or self.status >= 500
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel as Kaggle has it: its newest version's source and what is attached."""
+
+    version: int
+    source: str
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a kernel's last run left: names of files, and the log's text."""
+
+    files: list[str]
+    log: str
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The log, line by line: `time` in seconds since the start, `data` the text. Empty where it is no JSON."""
+        try:
+            events = json.loads(self.log)
+        except ValueError:
+            return []
+        return [event for event in events if isinstance(event, dict)] if isinstance(events, list) else []
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it ran, by the log's last line."""
+        times = [float(event["time"]) for event in self.events if "time" in event]
+        return max(times, default=None)
+
+    def tail(self, lines: int) -> str:
+        text = "".join(str(event.get("data", "")) for event in self.events) or self.log
+        return "\n".join(f"  {line}" for line in text.splitlines()[-lines:])
+
+
+class Kaggle:
+    """Requests to Kaggle, in the words of this package.
+
+    Every method raises `KaggleError` where Kaggle refuses or is not reached, and `PackagingError` where its client
+    finds the metadata wrong.
+
+    Args:
+        clock: for waits.
+        pretend: answers instead of Kaggle, and nothing is sent: a dry run; `None`: requests are sent.
+    """
+
+    def __init__(
+        self, clock: Clock, pretend: Callable[[requests.PreparedRequest], requests.Response] | None = None
+    ) -> None:
+        self.clock = clock
+        self.dry = pretend is not None
+        self._pretend = pretend
+        self._extended = _import_client()
+        self._api = self._extended.KaggleApi()
+        self._connect = self._api.build_kaggle_client
+        # Its methods look these up on the object: connections with limits, and one place where requests are repeated.
+        self._api.build_kaggle_client = self._client
+        self._api.with_retry = lambda function: function
+        self._sign_in()
+
+    def _sign_in(self) -> None:
+        if self.dry:
+            self._api.config_values = {"username": "", "key": ""}
+            return
+        said = io.StringIO()  # the client's own help, of which the remedy below is the short form
+        try:
+            with _IMPORT, redirect_stdout(said), _told("signing in"):
+                self._api.authenticate()
+        except SystemExit as error:
+            raise PackagingError(
+                "Kaggle's client finds no valid credentials",
+                remedy="`kaggle auth login`, or a token from kaggle.com/settings in KAGGLE_API_TOKEN",
+            ) from error
+
+    @property
+    def user(self) -> str:
+        return str(self._api.config_values.get("username", ""))
+
+    def say(self, text: str) -> None:
+        """Print what was done or found; in a dry run nothing was."""
+        if not self.dry:
+            console.print(text)
+
+    # --- on the wire -------------------------------------------------------------------------------------------------
+
+    def _client(self) -> Any:
+        client = self._connect()
+        http = client.http_client()
+        http._init_session()
+        http._session.send = partial(self.send, http._session.send)
+        return client
+
+    def send(
+        self, send: Callable[..., requests.Response], request: requests.PreparedRequest, **settings: Any
+    ) -> requests.Response:
+        """Send one request; again where that is safe and may help: after 429, and a lost one that changes nothing."""
+        if self._pretend is not None:
+            return self._pretend(request)
+        settings["timeout"] = _TIMEOUT
+        name = "Upload" if request.method == "PUT" else str(request.url).rpartition("/")[2]
+        for attempt in range(1, ATTEMPTS + 1):
+            response, lost = _try(partial(send, request, **settings))
+            limited = response is not None and response.status_code == 429
+            broken = response is None or response.status_code >= 500
+            if attempt == ATTEMPTS or not (limited or (broken and name.startswith(_REPEATABLE))):
+                break
+            pause = (_retry_after(response) if limited else None) or 2.0**attempt
+            reason = "too many requests" if limited else "no answer"
+            console.print(f"{name}: {reason}; again in {pause:.0f} s ({attempt} of {ATTEMPTS - 1})")
+            self.clock.sleep(pause)
+        if response is None:
+            assert lost is not None
+            raise lost
+        return response
+
+    def wait(self, what: str, limit: float, look: Callable[[], T | None]) -> T:
+        """What `look` returns once it is no longer `None`.
+
+        Args:
+            what: is waited for, for people.
+            limit: seconds.
+            look: asks; called after 5 s, 8 s, ... and at last once a minute.
+
+        Raises:
+            PackagingError: it did not come in time.
+        """
+        start, pause = self.clock.now(), 5.0
+        while (found := look()) is None:
+            waited = self.clock.now() - start
+            if pause == 5.0:
+                console.print(f"waiting for {what}, at most {limit / 60:,.0f} min")
+            if waited > limit:
+                raise PackagingError(
+                    f"waited {waited / 60:,.0f} min for {what}, and it did not come",
+                    remedy="look at its page on Kaggle, then run the same command again: it goes on from there",
+                )
+            self.clock.sleep(pause)
+            pause = min(60.0, pause * 1.6)
+        return found
+
+    def again(self, what: str, step: Callable[[], T]) -> T:
+        """`step`, which looks at what is there before it changes anything, again where its request was lost."""
+        for attempt in range(1, ATTEMPTS):
+            try:
+                return step()
+            except KaggleError as error:
+                if not error.passing:
+                    raise
+                console.print(f"{what}: {error.what}; looking again in {2**attempt} s")
+                self.clock.sleep(2.0**attempt)
+        return step()
+
+    # --- datasets ----------------------------------------------------------------------------------------------------
+
+    def dataset_status(self, source: str) -> str | None:
+        """`ready`, `failed`, or a stage between; `None`: there is none. Kaggle says 403 where it has no such thing."""
+        return _or_none((403, 404), f"the status of {source}", lambda: str(self._api.dataset_status(source)))
+
+    def dataset_files(self, source: str) -> dict[str, int]:
+        """`{path: bytes}`, of the newest version."""
+
+        def page(token: str) -> tuple[list[Any], str]:
+            answer = self._api.dataset_list_files(source, page_token=token, page_size=_PAGE)
+            _refuse(answer.error_message, f"the files of {source}")
+            return answer.files, answer.next_page_token
+
+        with _told(f"the files of {source}"):
+            return {file.name: file.total_bytes for file in _pages(page)}
+
+    def download(self, source: str, name: str, target: Path) -> None:
+        """One file of the dataset's newest version."""
+        from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetRequest
+
+        request = ApiDownloadDatasetRequest()
+        request.owner_slug, _, request.dataset_slug = source.partition("/")
+        request.file_name = name
+        with _told(f"downloading {name} of {source}"), self._client() as client:
+            response = client.datasets.dataset_api_client.download_dataset(request)
+            self._api.download_file(response, str(target), client.http_client(), quiet=True)
+
+    def create_dataset(self, folder: Path, upload: Upload) -> None:
+        """A private dataset of the files in `folder`, which holds no folders, by its dataset-metadata.json."""
+        with _told(f"creating the dataset of {folder.name}"), self._uploads(upload):
+            answer = self._api.dataset_create_new(str(folder), public=False, quiet=True, dir_mode="zip")
+            _refuse(answer.error, "creating the dataset", answer.status)
+
+    def create_version(self, folder: Path, notes: str, upload: Upload) -> None:
+        """A new version of the dataset that dataset-metadata.json names; the older ones stay."""
+        with _told(f"a new version of {folder.name}"), self._uploads(upload):
+            answer = self._api.dataset_create_version(str(folder), notes, quiet=True, dir_mode="zip")
+            _refuse(answer.error, "a new version of the dataset", answer.status)
+
+    @contextmanager
+    def _uploads(self, upload: Upload) -> Iterator[None]:
+        """While it lasts, the client's files go up through `upload`: its own upload begins a lost file from scratch,
+        and leaves out one that failed."""
+
+        def blob(path: str, quiet: bool, kind: Any, context: Any, content_type: str | None = None) -> str:
+            return upload(Path(path))
+
+        self._api._upload_blob = blob
+        try:
+            yield
+        finally:
+            del self._api._upload_blob
+
+    def start_upload(self, path: Path, *, model: bool) -> tuple[str, str]:
+        """Where a file's bytes go, and the token that will stand for it."""
+        from kagglesdk.blobs.types.blob_api_service import ApiBlobType, ApiStartBlobUploadRequest
+
+        request = ApiStartBlobUploadRequest()
+        request.type = ApiBlobType.MODEL if model else ApiBlobType.DATASET
+        request.name = path.name
+        request.content_length = path.stat().st_size
+        request.last_modified_epoch_seconds = int(path.stat().st_mtime)
+        with _told(f"uploading {path.name}"), self._client() as client:
+            answer = client.blobs.blob_api_client.start_blob_upload(request)
+        return answer.create_url, answer.token
+
+    # --- models ------------------------------------------------------------------------------------------------------
+
+    def has_model(self, model: str) -> bool:
+        """Whether there is `owner/model`."""
+        asked = _or_none((403, 404), f"the model {model}", lambda: self._api.model_get(model))
+        return asked is not None
+
+    def instance_version(self, instance: str) -> int | None:
+        """Newest version of `owner/model/framework/instance`; `None`: there is no such instance."""
+        what = f"the model instance {instance}"
+        found = _or_none((403, 404), what, lambda: self._api.model_instance_get(instance))
+        return None if found is None else int(found.version_number)
+
+    def instance_files(self, instance: str) -> set[str]:
+        """Paths in its newest version; none while there is none that could be listed."""
+
+        def page(token: str) -> tuple[list[Any], str]:
+            answer = self._api.model_instance_files(instance, page_token=token, page_size=_PAGE)
+            return answer.files, answer.nextPageToken
+
+        what = f"the files of {instance}"
+        return _or_none((404,), what, lambda: {file.name for file in _pages(page)}) or set()
+
+    def create_model(self, folder: Path) -> None:
+        """By model-metadata.json in `folder`."""
+        with _told(f"creating the model of {folder.name}"):
+            _refuse(self._api.model_create_new(str(folder)).error, "creating the model")
+
+    def create_instance(self, folder: Path, upload: Upload) -> None:
+        """By model-instance-metadata.json in `folder`."""
+        with _told(f"creating the model instance of {folder.name}"), self._uploads(upload):
+            answer = self._api.model_instance_create(str(folder), quiet=True, dir_mode="zip")
+            _refuse(answer.error, "creating the model instance")
+
+    def create_instance_version(self, instance: str, folder: Path, notes: str, upload: Upload) -> None:
+        with _told(f"a new version of {instance}"), self._uploads(upload):
+            answer = self._api.model_instance_version_create(instance, str(folder), notes, quiet=True, dir_mode="zip")
+            _refuse(answer.error, f"a new version of {instance}")
+
+    # --- kernels -----------------------------------------------------------------------------------------------------
+
+    def push_kernel(self, folder: Path) -> tuple[int, str]:
+        """Save the kernel of `folder` as a new version, which starts its run.
+
+        Returns:
+            The version, and the address of its page.
+
+        Raises:
+            KaggleError: also where the answer, of status 200, names an error or sources that are not attached.
+        """
+        with _told("pushing the kernel"):
+            answer = self._api.kernels_push(str(folder))
+            _refuse(answer.error, "pushing the kernel")
+            kinds = ("dataset", "competition", "kernel", "model")
+            invalid = {kind: getattr(answer, f"invalid_{kind}_sources") or [] for kind in kinds}
+            named = [f"{kind} {source}" for kind, sources in invalid.items() for source in sources]
+            if named:
+                raise KaggleError(
+                    f"Kaggle did not attach {', '.join(named)}",
+                    status=200,
+                    remedy="check the slugs, accept rules and licences on the site, and push again",
+                )
+        return int(answer.version_number), str(answer.url)
+
+    def kernel(self, source: str) -> Kernel | None:
+        """The newest version of `owner/slug`; `None`: there is none."""
+        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
+
+        request = ApiGetKernelRequest()
+        request.user_name, _, request.kernel_slug = source.partition("/")
+
+        def ask() -> Any:
+            with self._client() as client:
+                return client.kernels.kernels_api_client.get_kernel(request)
+
+        answer = _or_none((403, 404), f"the kernel {source}", ask)
+        if answer is None or answer.metadata is None or answer.blob is None:
+            return None
+        metadata = answer.metadata.to_dict()
+        return Kernel(int(metadata.get("currentVersionNumber", 0)), answer.blob.source, metadata)
+
+    def kernel_status(self, source: str) -> tuple[str, str]:
+        """`QUEUED`, `RUNNING`, `COMPLETE` or one of `FAILED_KERNEL`, and what Kaggle says of a failure."""
+        with _told(f"the status of {source}"):
+            answer = self._api.kernels_status(source)
+        return answer.status.name, answer.failure_message or ""
+
+    def kernel_output(self, source: str) -> Output:
+        from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
+
+        logs: list[str] = []
+
+        def page(token: str) -> tuple[list[Any], str]:
+            request = ApiListKernelSessionOutputRequest()
+            request.user_name, _, request.kernel_slug = source.partition("/")
+            request.page_size, request.page_token = _PAGE, token
+            with self._client() as client:
+                answer = client.kernels.kernels_api_client.list_kernel_session_output(request)
+            logs.append(answer.log or "")
+            return answer.files, answer.next_page_token
+
+        with _told(f"the output of {source}"):
+            files = [file.file_name for file in _pages(page)]
+        return Output(files, logs[0])
+
+    # --- competitions ------------------------------------------------------------------------------------------------
+
+    def submit(self, competition: str, kernel: str, version: int, file: str, description: str) -> int:
+        """Submit one version of a kernel to a code competition; returns the submission's number."""
+        with _told(f"submitting {kernel}, version {version}, to {competition}"):
+            answer = self._api.competition_submit_code(
+                file, description, competition=competition, kernel=kernel, kernel_version=version, quiet=True
+            )
+            if not answer.ref:
+                _refuse(answer.message or "no submission was made", "submitting")
+        return int(answer.ref)
+
+    def submissions(self, competition: str) -> list[Mapping[str, Any]]:
+        """The user's newest submissions, newest first: `ref`, `status`, `publicScore`, `description`, ..."""
+        with _told(f"the submissions to {competition}"):
+            found = self._api.competition_submissions(competition, page_size=_PAGE) or []
+        return [one.to_dict(ignore_defaults=False) for one in found]
+
+
+def _import_client() -> Any:
+    """The client's module. Its import signs in, which may ask the network: that is put off until it is wanted."""
+    try:
+        from kagglesdk.kaggle_http_client import KaggleHttpClient
+    except ImportError as error:
+        raise PackagingError("the package kaggle is not installed", remedy="pip install 'pairclf[kaggle]'") from error
+    with _IMPORT, redirect_stdout(io.StringIO()):
+        call = KaggleHttpClient.call
+        KaggleHttpClient.call = _not_yet
+        try:
+            from kaggle.api import kaggle_api_extended
+        except (ImportError, OSError) as error:
+            raise PackagingError(
+                f"Kaggle's client can't be imported: {error}",
+                remedy="pip install 'pairclf[kaggle]'; KAGGLE_CONFIG_DIR names a folder that it may write to",
+            ) from error
+        finally:
+            KaggleHttpClient.call = call
+    return kaggle_api_extended
+
+
+def _not_yet(*_: object, **__: object) -> None:
+    raise RuntimeError("nothing is sent for an import")
+
+
+def _try(send: Callable[[], requests.Response]) -> tuple[requests.Response | None, Exception | None]:
+    from requests import exceptions
+
+    try:
+        return send(), None
+    except (exceptions.ConnectionError, exceptions.Timeout, exceptions.ChunkedEncodingError) as error:
+        return None, error
+
+
+def _retry_after(response: requests.Response | None) -> float | None:
+    text = "" if response is None else response.headers.get("Retry-After", "")
+    return min(_LONGEST_PAUSE, float(text)) if text.isdecimal() else None
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Raise what goes wrong inside as one of ours, in Kaggle's own words."""
+    from requests import exceptions
+
+    try:
+        yield
+    except exceptions.HTTPError as error:
+        status = None if error.response is None else error.response.status_code
+        refused = f"Kaggle refused {what}: {status}, {_message(error)}"
+        raise KaggleError(refused, status=status, remedy=_REMEDIES.get(status or 0)) from error
+    except exceptions.RequestException as error:
+        raise KaggleError(
+            f"Kaggle was not reached for {what}: {type(error).__name__}",
+            status=None,
+            remedy="run the same command again: it goes on from what is there",
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise PackagingError(
+            f"Kaggle's client refused {what}: {error}", remedy="change it and package again"
+        ) from error
+
+
+_REMEDIES = {
+    401: "the credentials are not valid: get a new token from kaggle.com/settings",
+    403: "are they the owner's credentials, and were the competition's rules and the licences accepted on the site?",
+    404: "check the slug",
+    429: "wait some minutes, and run the same command again: it goes on from what is there",
+}
+
+
+def _message(error: requests.HTTPError) -> str:
+    """What the answer says, without the address that requests puts beside it."""
+    if error.response is None:
+        return "no answer"
+    try:
+        return str(error.response.json()["message"])
+    except (ValueError, KeyError, TypeError):
+        return str(error.response.reason)
+
+
+def _refuse(said: str | None, what: str, status: str | None = "ok") -> None:
+    """An answer of HTTP status 200 may hold an error.
+
+    Raises:
+        KaggleError: it does.
+    """
+    if said or (status or "ok").lower() == "error":
+        raise KaggleError(f"Kaggle refused {what}: {said or status}", status=200)
+
+
+def _or_none(missing: tuple[int, ...], what: str, ask: Callable[[], T]) -> T | None:
+    """`None` where Kaggle answers that there is no such thing."""
+    try:
+        with _told(what):
+            return ask()
+    except KaggleError as error:
+        if error.status in missing:
+            return None
+        raise
+
+
+def _pages(page: Callable[[str], tuple[list[Any], str]]) -> Iterator[Any]:
+    """The entries of all pages; `page` takes a token and returns its entries and the next token."""
+    token = ""
+    while True:
+        entries, token = page(token)
+        yield from entries or []
+        if not token:
+            return

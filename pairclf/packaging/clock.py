@@ -1,0 +1,74 @@
+"""What a rehearsed kernel would take for the hidden test, on Kaggle's machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pairclf.inference.profiles import PROFILES
+from pairclf.jobs.forecast import whole
+from pairclf.packaging.mounts import READ_BY_THE_CLIENT
+from pairclf.packaging.record import Build
+from pairclf.packaging.report import Projection, Report
+
+HIDDEN = 25_000
+"""Rows of a hidden test where nothing else is said: LMSYS had about as many."""
+
+PROFILE_OF = {"NvidiaTeslaT4": "t4x2", "NvidiaL4": "l4x4"}
+"""Of Kaggle's machines those whose pace is known, and what we call them."""
+
+PREDICTING = ("cell predict", "cell serve")
+"""Stages whose seconds grow with the rows."""
+
+
+def project(
+    report: Report, build: Build, bundles: Sequence[Path], test: Path, rows: int | None, base: Path | None
+) -> Iterator[Projection]:
+    """First as measured here, then as `pairclf forecast` simulates Kaggle's machine, where that is known; it judges.
+
+    Args:
+        report: of the run.
+        build: what was run.
+        bundles: their folders, or the ensemble's file.
+        test: whose rows stand for the hidden ones.
+        rows: how many there will be; None: `HIDDEN`.
+        base: folder of the base model, where the package attaches one.
+
+    Raises:
+        ModelError: the model does not fit on Kaggle's machine.
+    """
+    rows = max(rows or HIDDEN, report.rows)
+    predict = sum(report.seconds.get(stage, 0.0) for stage in PREDICTING)
+    rest, profile = report.notebook - predict, PROFILE_OF.get(build.package.machine_shape)
+    yield Projection(
+        machine="a machine like this one",
+        rows=rows,
+        predict=predict * rows / report.rows,
+        rest=rest,
+        source=f"{report.rows:,} rows took {predict:.1f} s; loading grows along, though it does not",
+        judged=profile is None,
+    )
+    if profile is not None:
+        yield Projection(
+            machine=f"{PROFILES[profile].count} x {PROFILES[profile].name}",
+            rows=rows,
+            predict=whole(bundles, test, device=profile, rows=rows, base=base),
+            rest=rest,
+            source=f"simulated: {PROFILES[profile].source}",
+            judged=True,
+        )
+
+
+def link_bundles(folder: Path, build: Build, target: Path) -> list[Path]:
+    """Put the bundles together from the parts of the payload, as the kernel does it.
+
+    Returns:
+        The ensemble's file, or the bundles' folders.
+    """
+    for part in build.of("bundle"):
+        for path in sorted((folder / part.folder).rglob("*")):
+            if path.is_file() and path.name not in READ_BY_THE_CLIENT:
+                link = target / path.relative_to(folder / part.folder)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+    return sorted(target.glob("*.yaml")) or [target / bundle.folder for bundle in build.bundles]

@@ -1,0 +1,271 @@
+"""What may go wrong on Kaggle, by name: how a rehearsal brings it about, and what must come of it.
+
+Nothing of this is in the product: a fault changes the stage. It spoils an input, leaves a mount empty, runs a line in
+the kernel before its first cell, or puts a module into the stand-in's environment, which every Python process there
+imports as it starts, and which changes one of pairclf's modules once that is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from pairclf.packaging.hidden import read_raw, write_raw
+from pairclf.packaging.mounts import Mount
+
+STRUCK = "struck-"
+"""What the names of files begin with that a hook leaves in the stage's home when it has done something."""
+
+HOOK = "pairclf_fault"
+
+_AFTER_IMPORT = f'''
+import importlib.abc
+import importlib.machinery
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def strike(what="fault"):
+    """Note it; whether it is the first time."""
+    try:
+        Path(os.environ["HOME"], "{STRUCK}" + what).open("x").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+class AfterImport(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name not in CHANGES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is not None:
+            run, change = spec.loader.exec_module, CHANGES[name]
+            spec.loader.exec_module = lambda module: (run(module), change(module))
+        return spec
+
+
+sys.meta_path.insert(0, AfterImport())
+'''
+
+_OOM = """
+def limit(worker):
+    import torch
+
+    launch = worker.Scorer.launch
+
+    def limited(self, items):
+        tokens = sum(len(item.ids) for item in items)
+        if tokens > LIMIT:
+            strike()
+            raise torch.OutOfMemoryError(f"a pass of {tokens} tokens, where {LIMIT} are rehearsed to fit")
+        return launch(self, items)
+
+    worker.Scorer.launch = limited
+
+
+CHANGES = {"pairclf.inference.worker": limit}
+"""
+
+_KILL = """
+def kill_worker(worker):
+    collect = worker.Scorer.collect
+
+    def killed(self, items, launched):
+        if strike("worker"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return collect(self, items, launched)
+
+    worker.Scorer.collect = killed
+
+
+def kill_parent(journal):
+    add = journal.Journal.add
+
+    def killed(self, *arguments):
+        add(self, *arguments)
+        if strike("predict"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    journal.Journal.add = killed
+
+
+CHANGES = {"pairclf.inference.worker": kill_worker, "pairclf.inference.journal": kill_parent}
+"""
+
+_SLOW = """
+def slow_down(worker):
+    launch = worker.Scorer.launch
+
+    def slow(self, items):
+        strike()
+        time.sleep(SECONDS * len(items))
+        return launch(self, items)
+
+    worker.Scorer.launch = slow
+
+
+CHANGES = {"pairclf.inference.worker": slow_down}
+"""
+
+# What prints a traceback in a notebook looks at the version as it is imported.
+_OTHER_PYTHON = """import collections, importlib.util, sys
+importlib.util.find_spec("stack_data") and __import__("stack_data")
+names = "major minor micro releaselevel serial"
+sys.version_info = collections.namedtuple("version_info", names)(3, 99, 0, "final", 0)
+"""
+
+
+SpoilRows = Callable[[pl.DataFrame, Sequence[str]], pl.DataFrame]
+SpoilMounts = Callable[[Sequence[Mount], Path], tuple[list[Mount], str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that goes wrong.
+
+    Attributes:
+        what: it is, for people.
+        says: what the first cell's failure must say, as a regular expression with `{spoiled}` for what was spoiled;
+            empty: a valid submission must come.
+        scored: which rows of it must have been scored; `some`: one at least; `any`: however many.
+        same: the submission must be the undisturbed one.
+        hook: code for every Python process of the kernel.
+        strikes: names that the hook must have left.
+        prelude: code that the kernel runs before its first cell.
+        speed: of the clock, where none is asked for.
+        patience: where none is asked for, the clock makes the deadline so many times what the undisturbed kernel took.
+        spoil_rows: changes the test file's rows; gets the task's fields.
+        spoil_mounts: changes the mounts, with a folder for changed files; returns what was spoiled too.
+    """
+
+    what: str
+    says: str = ""
+    scored: Literal["all", "some", "any", "none"] = "all"
+    same: bool = False
+    hook: str = ""
+    strikes: tuple[str, ...] = ()
+    prelude: str = ""
+    speed: float = 1.0
+    patience: float | None = None
+    spoil_rows: SpoilRows | None = None
+    spoil_mounts: SpoilMounts | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether there must be an undisturbed run to hold it against."""
+        return self.same or self.patience is not None
+
+    @property
+    def must(self) -> str:
+        """What must come of it, for people."""
+        if self.says:
+            return "the first cell fails and says why"
+        how = {
+            "all": "with all rows scored",
+            "some": "with what could be scored",
+            "any": "in time",
+            "none": "of priors",
+        }
+        return f"a valid submission {how[self.scored]}" + (", the undisturbed one" if self.same else "")
+
+    def module(self, limit: int, seconds: float) -> str:
+        """Text of the hook's module.
+
+        Args:
+            limit: tokens of a pass that fit, for `oom`.
+            seconds: that a sequence takes longer, for `slow`.
+        """
+        return f"{_AFTER_IMPORT}\n\nLIMIT, SECONDS = {limit!r}, {seconds!r}\n{self.hook}"
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+CELLS = (None, "", "[]", "[null]", "null", '["cut', '{"a": 1}', '[""]')
+LISTS: tuple[list[str | None] | None, ...] = (None, [], [None], [""])
+EVERY = 3
+"""One row in so many is spoiled, each field of it in another way."""
+
+
+def _empty_cells(frame: pl.DataFrame, fields: Sequence[str]) -> pl.DataFrame:
+    for place, name in enumerate(field for field in fields if field in frame.columns):
+        cells, column = frame[name].to_list(), frame[name]
+        ways: Sequence[object] = LISTS if column.dtype == pl.List(pl.String) else CELLS
+        for row in range(0, len(cells), EVERY):
+            cells[row] = ways[(row // EVERY + place) % len(ways)]
+        frame = frame.with_columns(pl.Series(name, cells, dtype=column.dtype))
+    return frame
+
+
+def _more_columns(frame: pl.DataFrame, fields: Sequence[str]) -> pl.DataFrame:
+    """An index that pandas left, a column of nothing, one with commas and quotes."""
+    stray = pl.Series("Unnamed: 0", [str(row) for row in range(len(frame))])
+    return frame.insert_column(0, stray).with_columns(
+        pl.lit(None, dtype=pl.String).alias("model_c"), pl.lit('a, "b"\nc').alias("remark")
+    )
+
+
+def spoil_file(test: Path, fields: Sequence[str], change: SpoilRows) -> None:
+    """Change a test file in place."""
+    write_raw(test, change(read_raw(test), fields))
+
+
+# --- mounts ----------------------------------------------------------------------------------------------------------
+
+
+def _leave_empty(mounts: Sequence[Mount], folder: Path) -> tuple[list[Mount], str]:
+    """The base model, or the bundles where that lies in them."""
+    roles = {mount.role for mount in mounts}
+    role = "base" if "base" in roles else "bundle"
+    return [replace(mount, files={}) if mount.role == role else mount for mount in mounts], role
+
+
+def _flip_byte(mounts: Sequence[Mount], folder: Path) -> tuple[list[Mount], str]:
+    """In the middle of the largest file of the bundles."""
+    sizes = {
+        (at, name): path.stat().st_size
+        for at, mount in enumerate(mounts)
+        if mount.role == "bundle"
+        for name, path in mount.files.items()
+    }
+    at, name = max(sizes, key=lambda key: sizes[key])
+    content = bytearray(mounts[at].files[name].read_bytes())
+    content[len(content) // 2] ^= 1
+    spoiled = folder / Path(name).name
+    spoiled.write_bytes(content)
+    changed = replace(mounts[at], files={**mounts[at].files, name: spoiled})
+    return [*mounts[:at], changed, *mounts[at + 1 :]], name
+
+
+FAULTS = {
+    "oom": Fault("passes over a size run out of memory", scored="some", hook=_OOM, strikes=("fault",)),
+    "kill": Fault(
+        "a worker is killed, and predict after its first batch",
+        same=True,
+        hook=_KILL,
+        strikes=("worker", "predict"),
+    ),
+    "slow": Fault(
+        "forward passes take longer than there is time for", scored="any", hook=_SLOW, strikes=("fault",), patience=1.5
+    ),
+    "null-rows": Fault("every third row has empty and broken cells", spoil_rows=_empty_cells),
+    "missing-model": Fault(
+        "the base model, or the bundles that hold it, never comes",
+        scored="none",
+        speed=200.0,
+        spoil_mounts=_leave_empty,
+    ),
+    "corrupt-bundle": Fault(
+        "a byte of a bundle is another", says=r"{spoiled}[\s\S]*changed", scored="none", spoil_mounts=_flip_byte
+    ),
+    "wrong-python": Fault("the image has Python 3.99", says=r"3\.99", scored="none", prelude=_OTHER_PYTHON),
+    "extra-columns": Fault("the test file has columns that nobody knows", same=True, spoil_rows=_more_columns),
+}
+"""`rehearse --inject`."""

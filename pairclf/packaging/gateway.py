@@ -1,0 +1,178 @@
+"""Stands for `kaggle_evaluation.default_inference_server` in rehearsals, which mount it in the competition's folder.
+
+    server = DefaultInferenceServer(predict)
+    server.serve()                                # in the hidden rerun
+    server.run_local_gateway((FOLDER,))           # otherwise
+
+It does to `predict` what Kaggle's gateway does: calls it batch by batch from another thread, with copies of the rows
+that went through Arrow; refuses an answer of another type, length or order, with ids of another dtype or with other
+columns; ends where an answer takes too long; and writes the submission.
+
+What the real one has and this one lacks: gRPC, so no port and no limit of a message; a container of its own, so the
+hidden rows lie where the notebook could read them; a `result.json` for Kaggle; and batches as a host makes them (a day,
+a problem) instead of so many rows. The real one writes submission.parquet in most competitions.
+
+It is copied by itself, so it imports nothing of pairclf.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any
+
+import polars as pl
+
+ROWS = 64
+"""Rows of a batch."""
+
+STARTUP_SECONDS = 60.0 * 15
+"""From the notebook's start to `serve()` (`core/relay.py`: STARTUP_LIMIT_SECONDS)."""
+
+BATCH_SECONDS = 60.0 * 5
+"""For an answer (the gateways: set_response_timeout_seconds)."""
+
+FIRST_SECONDS = 60.0 * 60
+"""For the first answer, which may wait for models (`core/relay.py`: DEFAULT_DEADLINE_SECONDS)."""
+
+
+class GatewayError(RuntimeError):
+    """What would end the rerun on Kaggle: the server came too late, raised, or gave an answer that can't be used."""
+
+
+class DefaultInferenceServer:
+    """As Kaggle's: functions that answer, the first of which is `predict`."""
+
+    def __init__(self, *endpoint_listeners: Callable[..., Any]) -> None:
+        listeners = {listener.__name__: listener for listener in endpoint_listeners}
+        if "predict" not in listeners:
+            raise GatewayError(f"no listener for predict was registered, but {sorted(listeners)}")
+        self._predict = listeners["predict"]
+
+    def serve(self) -> None:
+        """In the hidden rerun, answer until all rows are done; otherwise return at once, as Kaggle's does."""
+        took = seconds_since_start()
+        if took > STARTUP_SECONDS / _speed():
+            raise GatewayError(
+                f"serve() came {took:.0f} s after the start; {STARTUP_SECONDS / _speed():.0f} are allowed"
+            )
+        if "KAGGLE_IS_COMPETITION_RERUN" in os.environ:
+            run(self._predict, None)
+
+    def run_local_gateway(self, data_paths: Sequence[str | Path] | None = None) -> None:
+        """Answer for the visible rows.
+
+        Args:
+            data_paths: the competition's folder; or the test file and the sample submission.
+        """
+        if seconds_since_start() > STARTUP_SECONDS / _speed():
+            warnings.warn("the rerun would end here: the server starts too late", RuntimeWarning, stacklevel=2)
+        run(self._predict, data_paths)
+
+
+def run(predict: Callable[..., Any], data_paths: Sequence[str | Path] | None) -> None:
+    """Ask for all rows, and write `submission.csv`.
+
+    Raises:
+        GatewayError: the first thing that Kaggle's gateway would have ended the rerun for.
+    """
+    test, sample = read(data_paths)
+    answers = []
+    for number, (rows, wanted) in enumerate(batches(test, sample)):
+        limit = (BATCH_SECONDS if number else FIRST_SECONDS) / _speed()
+        given = _called(predict, (_sent(rows), _sent(wanted)), limit)
+        answers.append(checked(given, wanted))
+    pl.concat(answers, how="vertical_relaxed").write_csv("submission.csv")
+
+
+def read(data_paths: Sequence[str | Path] | None) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Test rows and sample submission, the sample in the order of the rows."""
+    paths = [Path(__file__).parents[1]] if data_paths is None else [Path(path) for path in data_paths]
+    if paths[0].is_dir():
+        tests = sorted(path for path in paths[0].glob("test.*") if path.suffix in (".csv", ".parquet"))
+        if not tests:
+            raise GatewayError(f"there is no test.csv or test.parquet in {paths[0]}")
+        paths = [tests[0], paths[0] / "sample_submission.csv"]
+    test, sample = (
+        pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema_length=None)
+        for path in paths
+    )
+    identifier = sample.columns[0]
+    if sorted(test[identifier]) != sorted(sample[identifier]):
+        raise GatewayError(f"{paths[1].name} and {paths[0].name} have different rows")
+    ordered = test.select(identifier).join(sample, on=identifier, how="left", maintain_order="left")
+    return test, ordered.select(sample.columns)
+
+
+def batches(test: pl.DataFrame, sample: pl.DataFrame) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+    """Rows, and what the sample has for them."""
+    return zip(test.iter_slices(ROWS), sample.iter_slices(ROWS), strict=True)
+
+
+def checked(given: Any, wanted: pl.DataFrame) -> pl.DataFrame:
+    """The answer as a polars frame, if it is one for these rows.
+
+    Raises:
+        GatewayError: it is not.
+    """
+    if given is None:
+        raise GatewayError("no prediction received")
+    if type(given).__module__.partition(".")[0] == "pandas":
+        given = pl.from_pandas(given)
+    if not isinstance(given, pl.DataFrame):
+        raise GatewayError(f"a prediction must be a DataFrame, and is a {type(given).__name__}")
+    if len(given) != len(wanted):
+        raise GatewayError(f"expected {len(wanted)} rows, and received {len(given)}")
+    if given.columns != wanted.columns:
+        raise GatewayError(f"a prediction has columns {given.columns}, the sample {wanted.columns}")
+    identifier = wanted.columns[0]
+    if not given[identifier].equals(wanted[identifier]):
+        raise GatewayError(f"the values of {identifier!r} are not those of the batch, in its order and type")
+    return _sent(given)
+
+
+def _called(predict: Callable[..., Any], arguments: tuple[pl.DataFrame, ...], limit: float) -> Any:
+    """What it returns, from a thread of its own: Kaggle's server has one for the calls."""
+    answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+
+    def call() -> None:
+        try:
+            answers.put((predict(*arguments), None))
+        except Exception as error:  # noqa: BLE001 - it is raised below
+            answers.put((None, error))
+
+    Thread(target=call, daemon=True).start()
+    try:
+        given, error = answers.get(timeout=limit)
+    except Empty:
+        raise GatewayError(f"no answer to a batch within {limit:.0f} s") from None
+    if error is not None:
+        raise GatewayError(f"predict raised {type(error).__name__}: {error}") from error
+    return given
+
+
+def _sent(frame: pl.DataFrame) -> pl.DataFrame:
+    """A copy that went through Arrow's format, as all that is sent does."""
+    stream = io.BytesIO()
+    frame.write_ipc_stream(stream)
+    stream.seek(0)
+    return pl.read_ipc_stream(stream)
+
+
+def seconds_since_start() -> float:
+    """Since this process began, which in a notebook is its kernel."""
+    after_name = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    ticks = int(after_name[19])  # starttime, proc_pid_stat(5)
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return now - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _speed() -> float:
+    """Of the rehearsal's clock: all limits are divided by it."""
+    return float(os.environ.get("PAIRCLF_CLOCK_SPEED", "1"))

@@ -1,0 +1,84 @@
+"""A stand-in for the hidden test: the rows of the public one, as many as there will be, each under an id of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+from pairclf.errors import PackagingError
+from pairclf.files import atomic_file
+
+
+def read_raw(path: Path) -> pl.DataFrame:
+    """A CSV's cells as the texts that they are, or a parquet file.
+
+    Raises:
+        PackagingError: it is neither.
+    """
+    if path.suffix == ".csv":
+        return pl.read_csv(path, infer_schema=False)
+    if path.suffix == ".parquet":
+        return pl.read_parquet(path)
+    raise PackagingError(f"{path} is neither .csv nor .parquet", remedy="give the file as Kaggle mounts it")
+
+
+def write_raw(path: Path, frame: pl.DataFrame) -> None:
+    """In the format that the suffix names."""
+    with atomic_file(path) as temporary:
+        if path.suffix == ".csv":
+            frame.write_csv(temporary)
+        else:
+            frame.write_parquet(temporary)
+
+
+def enlarge(test: Path, sample: Path, rows: int, folder: Path) -> tuple[Path, Path]:
+    """Write test and sample submission with `rows` rows into `folder`, in the formats that they have.
+
+    Row `n` is row `n % N` of the file; from the second time on its id is a new one: numbers go on above the largest,
+    other ids get an ending.
+
+    Returns:
+        The two files.
+
+    Raises:
+        PackagingError: a file has no column `id`, or the two have different ids.
+    """
+    shown, wanted = read_raw(test), read_raw(sample)
+    for path, frame in ((test, shown), (sample, wanted)):
+        if "id" not in frame.columns:
+            raise PackagingError(f"{path} has no column 'id', but {frame.columns}", remedy="leave --rows out")
+    if sorted(shown["id"].cast(pl.String)) != sorted(wanted["id"].cast(pl.String)):
+        raise PackagingError(f"{test} and {sample} have different ids", remedy="give the sample of this very test")
+    places = {str(one): place for place, one in enumerate(shown["id"])}
+    order = [places[str(one)] for one in wanted["id"]]
+    written = []
+    for path, frame, where in ((test, shown, range(len(shown))), (sample, wanted, order)):
+        target = folder / path.name
+        write_raw(target, _repeated(frame, list(where), rows))
+        written.append(target)
+    return written[0], written[1]
+
+
+def _repeated(frame: pl.DataFrame, places: list[int], rows: int) -> pl.DataFrame:
+    """`rows` rows; `places`: of each row of the frame in the test file, so that both files leave out the same rows."""
+    pieces = []
+    for turn in range(-(-rows // len(frame))):
+        kept = [at for at, place in enumerate(places) if turn * len(frame) + place < rows]
+        pieces.append(frame.with_columns(_ids(frame["id"], turn))[kept])
+    return pl.concat(pieces)
+
+
+def _ids(ids: pl.Series, turn: int) -> pl.Series:
+    """The ids of a repetition: none is one of another."""
+    if turn == 0:
+        return ids
+    texts, numbers = ids.cast(pl.String), ids.cast(pl.Int64, strict=False)
+    if numbers.cast(pl.String).equals(texts):
+        span = max(numbers.to_list()) - min(numbers.to_list()) + 1
+        shifted: pl.Series = (numbers + turn * span).cast(ids.dtype)
+        return shifted
+    ending = "-again"
+    while texts.str.contains(ending, literal=True).any():
+        ending += "-"
+    return texts + f"{ending}{turn}"

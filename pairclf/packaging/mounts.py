@@ -1,0 +1,122 @@
+"""What Kaggle mounts for a kernel, and where: the layouts that have been seen below /kaggle/input.
+
+flat    SLUG/                       MODEL/FRAMEWORK/INSTANCE/VERSION/
+typed   datasets/OWNER/SLUG/        competitions/SLUG/       models/OWNER/MODEL/FRAMEWORK/INSTANCE/VERSION/
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from pairclf.errors import PackagingError
+from pairclf.packaging.metadata import DATASET_METADATA, INSTANCE_METADATA, MODEL_METADATA
+from pairclf.packaging.record import Build
+
+Kind = Literal["dataset", "competition", "model"]
+
+READ_BY_THE_CLIENT = (DATASET_METADATA, MODEL_METADATA, INSTANCE_METADATA)
+"""Files that Kaggle's client reads and does not upload."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One thing that a kernel attaches.
+
+    Attributes:
+        kind: of it.
+        source: `owner/slug` of a dataset, `slug` of a competition, `owner/model/framework/instance/version`.
+        files: `{path in it: file here}`.
+        role: what it is to the kernel: `bundle`, `wheels`, `base` or `competition`.
+    """
+
+    kind: Kind
+    source: str
+    files: Mapping[str, Path]
+    role: str
+
+
+def _flat(mount: Mount) -> str:
+    return mount.source if mount.kind == "competition" else mount.source.partition("/")[2]
+
+
+def _typed(mount: Mount) -> str:
+    return f"{mount.kind}s/{mount.source}"
+
+
+LAYOUTS: dict[str, Callable[[Mount], str]] = {"flat": _flat, "typed": _typed}
+"""Where a mount lies below the input."""
+
+
+def mounts_of(folder: Path, build: Build, competition: Mapping[str, Path], base: Path | None) -> list[Mount]:
+    """All that the kernel of a package attaches: payloads, competition, base model, in this order.
+
+    Args:
+        folder: the package.
+        build: its record.
+        competition: `{name: file}` of the competition's data.
+        base: folder of the base model, where one is attached.
+
+    Raises:
+        PackagingError: something of it is not there.
+    """
+    mounts = []
+    for part in build.parts:
+        if not (folder / part.folder / part.marker).is_file():
+            raise PackagingError(f"{part.folder}/{part.marker} is missing", where=folder, remedy="package again")
+        files = {name: path for name, path in _files(folder / part.folder) if name not in READ_BY_THE_CLIENT}
+        source = part.source if part.kind == "dataset" else f"{part.source}/1"
+        mounts.append(Mount(part.kind, source, files, part.payload))
+    mounts.append(Mount("competition", build.package.competition, competition, "competition"))
+    if attached := build.package.base_model_source:
+        if base is None or not (base / "config.json").is_file():
+            raise PackagingError(
+                f"the kernel attaches the model {attached}, and {base or 'no folder'} holds it here",
+                remedy="give the folder of the base model, with its config.json, as --base",
+            )
+        kind: Kind = "model" if attached.count("/") == 4 else "dataset"
+        mounts.append(Mount(kind, attached, dict(_files(base)), "base"))
+    return mounts
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), path.resolve()
+
+
+def lay_out(inputs: Path, mounts: Sequence[Mount], layout: str) -> None:
+    """Make the mounts' folders, which are empty."""
+    for mount in mounts:
+        (inputs / LAYOUTS[layout](mount)).mkdir(parents=True, exist_ok=True)
+
+
+def fill(inputs: Path, mount: Mount, layout: str, *, copies: bool) -> None:
+    """Put a mount's files into its folder.
+
+    Args:
+        inputs: the folder of all mounts.
+        mount: whose.
+        layout: key of `LAYOUTS`.
+        copies: no hard links: a file's permissions, which belong to it and not to its name, are to be changed.
+    """
+    top = inputs / LAYOUTS[layout](mount)
+    for name, source in mount.files.items():
+        target = top / PurePosixPath(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if copies:
+            shutil.copyfile(source, target)
+        else:
+            link_or_copy(source, target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy where there can be none. A symbolic link would lead out of the read-only mount."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or another owner
+        shutil.copyfile(source, target)

@@ -1,0 +1,189 @@
+"""What Kaggle's images hold: a freeze for each version of Python, and stubs that stand for what it lists.
+
+A profile is a text file such as `kaggle/images/python3.12.txt`, as `pip freeze` prints it, with `-r` to take another
+one's lines; a later line wins. Kaggle publishes none: `kaggle/images/freeze.ipynb`, run there, writes one.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import (
+    InvalidSdistFilename,
+    InvalidWheelFilename,
+    canonicalize_name,
+    parse_sdist_filename,
+    parse_wheel_filename,
+)
+from packaging.version import InvalidVersion, Version
+
+from pairclf.errors import PackagingError
+from pairclf.packaging.sources import shipped
+
+IMAGES = "kaggle/images"
+IMAGE_LABEL = "image"
+"""Local label of a stub's version: no registry has it, so that a resolver's answer says what is the image's."""
+
+_EDITABLE = re.compile(r"# Editable .*\((?P<pin>\S+==\S+)\)")  # pip's line before `-e PATH`
+_EGG = re.compile(r"#egg=(?P<name>[A-Za-z0-9._-]+)")
+_REFRESH = "run kaggle/images/freeze.ipynb on Kaggle, and name the folder with what it wrote in package.images"
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What one image holds."""
+
+    python: str
+    """Its Python: 3.12."""
+    versions: Mapping[str, Version]
+    """By project, the name normalised; local labels such as `+cu128` are kept."""
+    unknown: frozenset[str]
+    """Projects that it holds in a version which the freeze does not tell."""
+
+    def without(self, projects: Collection[str]) -> Profile:
+        """The image as if it lacked these: what is carried replaces what is there."""
+        left = {name: version for name, version in self.versions.items() if name not in projects}
+        return Profile(self.python, left, self.unknown - set(projects))
+
+
+def profile_path(python: str, images: Path | None) -> Path:
+    """The profile of the image with this Python, in `images` or, where that is None, among pairclf's own.
+
+    Raises:
+        PackagingError: there is none.
+    """
+    folder = shipped(IMAGES) if images is None else images
+    path = folder / f"python{python}.txt"
+    if not path.is_file():
+        have = ", ".join(sorted(entry.stem.removeprefix("python") for entry in folder.glob("python3.*.txt"))) or "none"
+        raise PackagingError(
+            f"package.pythons has {python}, and {folder} no {path.name} that says what an image with it holds",
+            where=f"profiles are there for Python: {have}",
+            remedy=f"leave {python} out, or {_REFRESH}",
+        )
+    return path
+
+
+def read_profile(python: str, path: Path) -> Profile:
+    """Read a freeze.
+
+    Raises:
+        PackagingError: a line is none that `pip freeze` writes; names file, line and text.
+    """
+    versions: dict[str, Version] = {}
+    unknown: set[str] = set()
+    for name, version in _entries(path, frozenset()):
+        versions.pop(name, None)
+        unknown.discard(name)
+        if version is None:
+            unknown.add(name)
+        else:
+            versions[name] = version
+    if not versions:
+        raise PackagingError(f"{path} lists no package", remedy=_REFRESH)
+    return Profile(python, versions, frozenset(unknown))
+
+
+def _entries(path: Path, including: frozenset[Path]) -> Iterator[tuple[str, Version | None]]:
+    """`(project, version)` of each line; the version is None where the line does not tell it."""
+    if path in including or not path.is_file():
+        raise PackagingError(f"{path} is {'included by itself' if path in including else 'no file'}", remedy=_REFRESH)
+    editable: str | None = None
+    for number, raw in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        line = raw.strip()
+        if line.startswith(("-r ", "--requirement ")):
+            yield from _entries(path.parent / line.split(maxsplit=1)[1], including | {path})
+        elif line.startswith(("-e ", "--editable ")):
+            yield from _editable(line, editable)
+        elif line and not line.startswith("#"):
+            yield _entry(line, f"{path}, line {number}")
+        editable = line
+
+
+def _editable(line: str, before: str | None) -> Iterator[tuple[str, Version | None]]:
+    """An editable install is named in its address or in the comment before; one that is not is passed over."""
+    if found := _EDITABLE.match(before or ""):
+        name, _, version = found["pin"].partition("==")
+        yield canonicalize_name(name), parse_version(version)
+    elif found := _EGG.search(line):
+        yield canonicalize_name(found["name"]), None
+
+
+def _entry(line: str, where: str) -> tuple[str, Version | None]:
+    """`name==version`, or `name @ address`, the file name of which may tell the version."""
+    name, exact, version = line.partition("===" if "===" in line else "==")
+    if exact and "@" not in name:
+        return canonicalize_name(name.strip()), parse_version(version.partition(" ")[0].partition(";")[0])
+    try:
+        requirement = Requirement(line)
+    except InvalidRequirement as error:
+        raise PackagingError(f"{line!r} is no line of a freeze: {error}", where=where, remedy=_REFRESH) from error
+    if requirement.url is None:
+        raise PackagingError(f"{line!r} pins no version", where=where, remedy=_REFRESH)
+    return canonicalize_name(requirement.name), _version_in(requirement.url)
+
+
+def parse_version(text: str) -> Version | None:
+    """None where it is of before PEP 440, as old distributions still have them."""
+    try:
+        return Version(text.strip())
+    except InvalidVersion:
+        return None
+
+
+def _version_in(address: str) -> Version | None:
+    name = PurePosixPath(unquote(urlsplit(address).path)).name
+    for parse in (parse_wheel_filename, parse_sdist_filename):
+        try:
+            return parse(name)[1]
+        except (InvalidWheelFilename, InvalidSdistFilename):
+            continue
+    return None
+
+
+def write_stubs(profile: Profile, folder: Path) -> None:
+    """Write an empty wheel without dependencies for everything that the image holds, its version labelled `+image`.
+
+    Without dependencies, because an image's packages need not agree with each other, and are there all the same.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for project, version in profile.versions.items():
+        write_stub(folder, project, stub_version(version))
+
+
+def stub_version(version: Version) -> Version:
+    """The version under which a stub stands for `version`: 2.11.0+cu128 becomes 2.11.0+cu128.image."""
+    local = IMAGE_LABEL if version.local is None else f"{version.local}.{IMAGE_LABEL}"
+    return Version(f"{version.public}+{local}")
+
+
+def is_stub(version: Version) -> bool:
+    return version.local is not None and version.local.split(".")[-1] == IMAGE_LABEL
+
+
+def write_stub(folder: Path, project: str, version: Version) -> Path:
+    """A wheel that holds its own name and nothing else."""
+    stem = f"{project.replace('-', '_')}-{version}"
+    files = {
+        f"{stem}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n",
+        f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: pairclf\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = [f"{name},sha256={_digest(text)},{len(text)}\n" for name, text in files.items()]
+    path = folder / f"{stem}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+        archive.writestr(f"{stem}.dist-info/RECORD", "".join(record) + f"{stem}.dist-info/RECORD,,\n")
+    return path
+
+
+def _digest(text: str) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()

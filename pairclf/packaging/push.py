@@ -1,0 +1,310 @@
+"""`push`: what a rehearsal has passed, brought to Kaggle and run there.
+
+Each step looks at what is there before it changes anything, so that it can be repeated after any failure: a part whose
+marker is listed is left alone, an upload goes on where it stopped, a kernel whose newest version is this one is not
+pushed again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pairclf.config import Section, checked
+from pairclf.console import console
+from pairclf.errors import PackagingError
+from pairclf.files import locked, write_json, write_text
+from pairclf.packaging.client import FAILED_KERNEL, Clock, Kaggle, KaggleError, Kernel, Output
+from pairclf.packaging.dry import Pretend
+from pairclf.packaging.metadata import KERNEL_METADATA, LIMITS
+from pairclf.packaging.record import Build, Part, parse_json, read_build
+from pairclf.packaging.report import read_passed
+from pairclf.packaging.uploads import UPLOAD, Shipment
+
+PUSHED = "push.json"
+SUBMISSIONS = ("submission.csv", "submission.parquet")
+DATASET_BYTES = 2 * LIMITS.size
+"""Of one dataset, older builds included: a part has at most the half of it."""
+
+_PROCESSING = 3600.0  # seconds in which Kaggle unpacks an upload
+_QUEUE = 7200.0  # seconds in which a kernel gets a machine, beside the competition's hours
+_TAIL = 25  # lines of a failed kernel's log
+_TRIES = 10  # of a version that is refused although the dataset says that it is ready
+
+
+class Pushed(Section):
+    """`push.json`: the kernel's version that holds this build."""
+
+    build: str = Field(description="the build's identity")
+    kernel: str = Field(description="owner/slug")
+    version: int = Field(description="of the kernel")
+    url: str = Field(description="of its page")
+    when: str = Field(description="UTC")
+    output: str | None = Field(None, description="name of the submission that its run left; null: not complete")
+    seconds: float | None = Field(None, description="of that run, by its log")
+
+
+def push(folder: Path, *, go: bool, clock: Clock | None = None) -> None:
+    """Bring a package to Kaggle: its parts, then its kernel; and wait until the kernel's run is complete.
+
+    Args:
+        folder: what `package` made and `rehearse` passed.
+        go: false: print the requests that a first push sends, and send none.
+        clock: for waits.
+
+    Raises:
+        PackagingError: no rehearsal of this very build passed; Kaggle refused something; a wait was too long; the
+            kernel's run failed, with the end of its log.
+    """
+    read_passed(folder)
+    build = read_build(folder)
+    kaggle = Kaggle(clock or Clock()) if go else Kaggle(Clock(sleep=lambda seconds: None), Pretend())
+    with locked(folder / ".push.lock"):
+        _check_owner(build, kaggle)
+        versions: dict[str, int] = {}
+        for part in build.parts:
+            version = _bring(Shipment(folder, part, kaggle), kaggle)
+            if version is not None:
+                versions[part.source] = version
+        kernel = _stage_kernel(folder, build, versions)
+        pushed = kaggle.again(build.kernel, lambda: _kernel(folder, build, kernel, kaggle))
+        _complete(folder, build, pushed, kaggle)
+        shutil.rmtree(folder / UPLOAD)
+    if not go:
+        console.print("nothing was sent: these are the requests of a first push, which --go sends")
+
+
+def read_pushed(folder: Path, build: Build) -> Pushed:
+    """What `push` left of this very build.
+
+    Raises:
+        PackagingError: nothing, or of another build, or its run is not complete.
+    """
+    path = folder / PUSHED
+    remedy = f"pairclf push {folder} --go"
+    if not path.is_file():
+        raise PackagingError(f"{folder} was not pushed: it has no {PUSHED}", remedy=remedy)
+    pushed = checked(Pushed, parse_json(path), path, remedy)
+    if pushed.build != build.identity:
+        raise PackagingError(f"another build than the one in {folder} was pushed from there", remedy=remedy)
+    if pushed.output is None:
+        raise PackagingError(f"version {pushed.version} of {pushed.kernel} has not run to its end", remedy=remedy)
+    return pushed
+
+
+def _check_owner(build: Build, kaggle: Kaggle) -> None:
+    if not kaggle.dry and kaggle.user.lower() != build.package.owner.lower():
+        kaggle.say(f"note: signed in as {kaggle.user}; the package is {build.package.owner}'s")
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _bring(shipment: Shipment, kaggle: Kaggle) -> int | None:
+    """See to it that a part is there; returns the version of a model instance."""
+    step = _model if shipment.part.kind == "model" else _dataset
+    version = kaggle.again(shipment.part.source, partial(step, shipment, kaggle))
+    shipment.clear()
+    return version
+
+
+def _dataset(shipment: Shipment, kaggle: Kaggle) -> None:
+    """See to it that the dataset's newest version holds the part."""
+    part = shipment.part
+    if kaggle.dataset_status(part.source) is None:
+        shipment.pack({})
+        kaggle.create_dataset(shipment.folder, shipment.upload)
+        shipment.mark_sent()
+    elif not shipment.sent:
+        earlier = f"the last version of {part.source} to be ready"
+        listed = kaggle.wait(earlier, _PROCESSING, lambda: _ready(part, kaggle))
+        if _holds(part, listed):
+            kaggle.say(f"{part.source} holds {part.marker} already")
+            return
+        shipment.pack(shipment.old_builds(listed, DATASET_BYTES, LIMITS.top))
+        _version(shipment, kaggle)
+        shipment.mark_sent()
+    kaggle.wait(f"{part.source} to be ready", _PROCESSING, lambda: _arrived(part, kaggle))
+
+
+def _ready(part: Part, kaggle: Kaggle) -> dict[str, int] | None:
+    """The files of a dataset that is ready; `None` while it is processed.
+
+    Raises:
+        PackagingError: it can't be processed.
+    """
+    status = kaggle.dataset_status(part.source)
+    if status in ("failed", "deleted"):
+        raise PackagingError(
+            f"Kaggle says that {part.source} is {status}",
+            remedy="delete it on its page, and push again",
+        )
+    return kaggle.dataset_files(part.source) if status == "ready" else None
+
+
+def _arrived(part: Part, kaggle: Kaggle) -> bool | None:
+    return True if _holds(part, _ready(part, kaggle) or ()) else None
+
+
+def _holds(part: Part, listed: Iterable[str]) -> bool:
+    """Whether a dataset or model holds this very part, of the newest build or, in a folder below, of an older one."""
+    return part.marker in {path.rpartition("/")[2] for path in listed}
+
+
+def _version(shipment: Shipment, kaggle: Kaggle) -> None:
+    """Send a new version. While the last one is processed Kaggle answers 403, and its status may not say so yet."""
+    part, refused = shipment.part, 0
+
+    def send() -> bool | None:
+        nonlocal refused
+        try:
+            kaggle.create_version(shipment.folder, _notes(part), shipment.upload)
+        except KaggleError as error:
+            refused += error.status == 403
+            if error.status != 403 or refused > _TRIES:
+                raise
+            return None
+        return True
+
+    kaggle.wait(f"{part.source} to take a new version", _PROCESSING, send)
+
+
+def _model(shipment: Shipment, kaggle: Kaggle) -> int:
+    """See to it that the model instance's newest version holds the part; returns that version.
+
+    A version, once made, stays as it is and a kernel names the one that it uses: nothing old has to go along.
+    """
+    part = shipment.part
+    version = kaggle.instance_version(part.source)
+    if version is not None and _holds(part, kaggle.instance_files(part.source)):
+        kaggle.say(f"{part.source}/{version} holds {part.marker} already")
+        return version
+    if not shipment.sent:
+        shipment.pack({})
+        if version is None:
+            if not kaggle.has_model(part.source.rsplit("/", 2)[0]):
+                kaggle.create_model(shipment.folder)
+            kaggle.create_instance(shipment.folder, shipment.upload)
+        else:
+            kaggle.create_instance_version(part.source, shipment.folder, _notes(part), shipment.upload)
+        shipment.mark_sent()
+
+    def arrived() -> int | None:
+        return kaggle.instance_version(part.source) if _holds(part, kaggle.instance_files(part.source)) else None
+
+    return kaggle.wait(f"{part.source} to be ready", _PROCESSING, arrived)
+
+
+def _notes(part: Part) -> str:
+    return part.marker.removesuffix(".json")
+
+
+# --- the kernel ------------------------------------------------------------------------------------------------------
+
+
+def _stage_kernel(folder: Path, build: Build, versions: Mapping[str, int]) -> Path:
+    """The kernel's folder with the versions of our model instances in its metadata, which only now are known."""
+    staged = folder / UPLOAD / "kernel"
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(folder / "kernel", staged)
+    metadata = _metadata(staged)
+    others = [source for source in metadata["model_sources"] if source.rpartition("/")[0] not in versions]
+    metadata["model_sources"] = [*(f"{source}/{version}" for source, version in versions.items()), *others]
+    write_json(staged / KERNEL_METADATA, metadata)
+    return staged
+
+
+def _metadata(kernel: Path) -> dict[str, Any]:
+    tree = parse_json(kernel / KERNEL_METADATA)
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _kernel(folder: Path, build: Build, staged: Path, kaggle: Kaggle) -> Pushed:
+    """See to it that the kernel's newest version is this one, and that it runs, ran, or waits for a machine."""
+    there = kaggle.kernel(build.kernel)
+    if there is not None and _same(there, staged, build):
+        state, _ = kaggle.kernel_status(build.kernel)
+        if state not in FAILED_KERNEL:
+            kaggle.say(f"{build.kernel}, version {there.version}, is this build already")
+            return _record(folder, build, there.version, f"https://www.kaggle.com/code/{build.kernel}", kaggle)
+    version, url = kaggle.push_kernel(staged)
+    kaggle.say(f"pushed {build.kernel}, version {version}: {url}")
+    kaggle.clock.sleep(10.0)  # until its page shows the new run's status, and no longer the last one's
+    return _record(folder, build, version, url, kaggle)
+
+
+def _same(there: Kernel, staged: Path, build: Build) -> bool:
+    """Whether Kaggle's newest version has our source and our inputs."""
+    ours = _metadata(staged)
+    keys = {f"{kind}_sources": f"{kind}DataSources" for kind in ("dataset", "model", "competition")}
+    machine = there.metadata.get("machineShape", "") in ("", ours["machine_shape"])  # not every answer names it
+    inputs = all(_slugs(ours[key]) == _slugs(there.metadata.get(name, [])) for key, name in keys.items())
+    online = there.metadata.get("enableInternet", False)
+    code = (staged / build.code_file).read_text(encoding="utf-8")
+    return inputs and machine and not online and _code(there.source) == _code(code)
+
+
+def _slugs(sources: list[str]) -> set[str]:
+    """Kaggle writes a framework now as `pyTorch`, now as `pytorch` or `py_torch`."""
+    return {source.lower().replace("_", "") for source in sources}
+
+
+def _code(source: str) -> list[tuple[str, str]]:
+    """Kind and text of every cell: Kaggle writes a notebook's JSON anew. A script is one cell."""
+    try:
+        cells = json.loads(source)["cells"]
+    except (ValueError, KeyError, TypeError):
+        return [("code", source.strip())]
+    return [(cell["cell_type"], "".join(cell["source"]).strip()) for cell in cells]
+
+
+def _record(folder: Path, build: Build, version: int, url: str, kaggle: Kaggle) -> Pushed:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    pushed = Pushed(build=build.identity, kernel=build.kernel, version=version, url=url, when=now)
+    _write(folder, pushed, kaggle)
+    return pushed
+
+
+def _write(folder: Path, pushed: Pushed, kaggle: Kaggle) -> None:
+    if not kaggle.dry:
+        write_text(folder / PUSHED, pushed.model_dump_json(indent=2) + "\n")
+
+
+def _complete(folder: Path, build: Build, pushed: Pushed, kaggle: Kaggle) -> None:
+    """Wait for the run, and see that it left a submission.
+
+    Raises:
+        PackagingError: it failed, or left none; with the end of its log.
+    """
+
+    def ended() -> str | None:
+        state, said = kaggle.kernel_status(build.kernel)
+        if state in FAILED_KERNEL:
+            how = f"ended as {state.lower()}{': ' * bool(said)}{said}"
+            raise _failed(how, build, pushed, kaggle.kernel_output(build.kernel))
+        return state if state == "COMPLETE" else None
+
+    kaggle.wait(f"the run of {build.kernel}", build.package.hours * 3600 + _QUEUE, ended)
+    output = kaggle.kernel_output(build.kernel)
+    found = [name for name in SUBMISSIONS if name in output.files]
+    if not found:
+        raise _failed(f"left no {' or '.join(SUBMISSIONS)}, but {output.files}", build, pushed, output)
+    pushed.output, pushed.seconds = found[0], output.seconds
+    _write(folder, pushed, kaggle)
+    kaggle.say(f"{build.kernel}, version {pushed.version}, is complete and left {found[0]}")
+
+
+def _failed(what: str, build: Build, pushed: Pushed, output: Output) -> PackagingError:
+    return PackagingError(
+        f"the run of {build.kernel}, version {pushed.version}, {what}; its log ends:\n{output.tail(_TAIL)}",
+        where=pushed.url,
+        remedy="docs/kaggle.md lists what stops a notebook; after a change: package, rehearse, push",
+    )

@@ -1,0 +1,314 @@
+"""A part on its way to Kaggle: folders as archives, what older versions held, bytes that go on where they stopped.
+
+PACKAGE/upload/PART/        what goes up, no folders in it: FOLDER.zip, files, metadata
+PACKAGE/upload/PART.json    how far each file has come
+PACKAGE/upload/PART-old/    files of older versions, which a new version would drop
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import Field
+
+from pairclf.config import Section, checked
+from pairclf.console import Advance, console, progress
+from pairclf.errors import PackagingError
+from pairclf.files import atomic_file, sha256_file, write_text
+from pairclf.packaging.client import ATTEMPTS, Kaggle, KaggleError
+from pairclf.packaging.metadata import DATASET_METADATA, INSTANCE_METADATA, MODEL_METADATA
+from pairclf.packaging.record import Part, parse_json
+
+UPLOAD = "upload"
+_METADATA = (DATASET_METADATA, MODEL_METADATA, INSTANCE_METADATA)
+_ZIP_DATE = (2020, 2, 2, 0, 0, 0)
+_EPOCH = 1_580_601_600  # 2020-02-02: the same files give the same archive, and an upload of it can be gone on with
+_COMPLETE = (200, 201)  # and 308 is: go on
+_EXPIRED = 6 * 24 * 3600.0  # seconds; the store forgets an unfinished upload after a week
+
+
+class Blob(Section):
+    """One file's way up."""
+
+    sha256: str = Field(description="of its bytes, in hex")
+    url: str = Field(description="where its bytes go")
+    token: str = Field(description="stands for it in the request that makes the dataset or the model")
+    since: float = Field(description="seconds since 1970")
+
+
+class State(Section):
+    """What is known of a part's upload; without it, it begins again."""
+
+    marker: str = Field(description="of the part; another one begins again")
+    sent: bool = Field(False, description="whether Kaggle took the request that makes the version")
+    blobs: dict[str, Blob] = Field({}, description="by file name")
+
+
+class Shipment:
+    """One part, and how far it is.
+
+    Args:
+        package: the package's folder.
+        part: one of its parts.
+        kaggle: takes it.
+    """
+
+    def __init__(self, package: Path, part: Part, kaggle: Kaggle) -> None:
+        self.part, self._kaggle = part, kaggle
+        self.source = package / part.folder
+        self.folder = package / UPLOAD / part.folder
+        self._old = package / UPLOAD / f"{part.folder}-old"
+        self._path = package / UPLOAD / f"{part.folder}{'.dry' * kaggle.dry}.json"
+        self._state = self._read()
+
+    @property
+    def sent(self) -> bool:
+        return self._state.sent
+
+    def _read(self) -> State:
+        if self._path.is_file():
+            state = checked(State, parse_json(self._path), self._path, "remove it: the upload begins again")
+            if state.marker == self.part.marker:
+                return state
+        return State(marker=self.part.marker)
+
+    def _write(self) -> None:
+        write_text(self._path, self._state.model_dump_json(indent=2) + "\n")
+
+    def mark_sent(self) -> None:
+        self._state.sent = True
+        self._write()
+
+    def clear(self) -> None:
+        """Remove what was packed; the part is there."""
+        for folder in (self.folder, self._old):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._path.unlink(missing_ok=True)
+
+    # --- what goes up ------------------------------------------------------------------------------------------------
+
+    def pack(self, old: Mapping[str, Path]) -> None:
+        """Fill `folder`: every folder of the part becomes an archive, which Kaggle unpacks again.
+
+        The client does the same with `-r zip`, under another name and time each run, so that no upload of it could be
+        gone on with.
+
+        Args:
+            old: `{posix path: file}` to send along.
+        """
+        own = {path.relative_to(self.source).as_posix(): path for path in self.source.rglob("*") if path.is_file()}
+        groups: dict[str, dict[str, Path]] = {}
+        for name, path in sorted({**old, **own}.items()):
+            top, _, below = name.partition("/")
+            groups.setdefault(top, {})[below] = path
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        for top, files in groups.items():
+            target = self.folder / (top if "" in files else f"{top}.zip")
+            if "" in files:
+                shutil.copyfile(files[""], target)
+            else:
+                _zip(files, target)
+            os.utime(target, (_EPOCH, _EPOCH))
+
+    def old_builds(self, listed: Mapping[str, int], size: int, top: int) -> dict[str, Path]:
+        """Files of earlier builds that a new version must hold as well: their kernels look for them, and a version
+        holds what is sent with it and nothing else.
+
+        Each earlier build moves into a folder of its own, named like its marker, so that no file of two builds can
+        clash. A kernel finds it there: it looks for its marker at any depth, and for the files beside it.
+
+        Args:
+            listed: `{path: bytes}` of the newest version.
+            size: bytes that the whole dataset may have.
+            top: entries that it may have at its top.
+
+        Returns:
+            `{posix path: file}`, each compared with the hash in its marker.
+
+        Raises:
+            PackagingError: old and new together are over a limit; a file is not what its marker says.
+        """
+        wanted: dict[str, tuple[str, str]] = {}  # new path: old path, hash
+        got: dict[str, Path] = {}
+        for marker in sorted(name for name in listed if self._is_marker(name)):
+            root, _, name = marker.rpartition("/")
+            home = name.removesuffix(".json")
+            got[f"{home}/{name}"] = self._fetch(marker, f"{home}/{name}", None)
+            for path, digest in _marked(got[f"{home}/{name}"]).items():
+                wanted[f"{home}/{path}"] = (f"{root}/{path}".lstrip("/"), digest)
+        self._check_room(listed, wanted, len(got), size, top)
+        for path, (there, digest) in wanted.items():
+            got[path] = self._fetch(there, path, digest)
+        return got
+
+    def _is_marker(self, path: str) -> bool:
+        name = path.rpartition("/")[2]
+        return name.startswith(f"pairclf-{self.part.payload}-") and name.endswith(".json")
+
+    def _check_room(
+        self, listed: Mapping[str, int], wanted: Mapping[str, tuple[str, str]], builds: int, size: int, top: int
+    ) -> None:
+        theirs = {there for there, _ in wanted.values()}
+        if unknown := [name for name in listed if name not in theirs and not self._is_marker(name)]:
+            console.print(f"note: {len(unknown)} files of {self.part.source} are in no marker and are left behind")
+        old = sum(listed.get(name, 0) for name in theirs)
+        entries = builds + sum(path.name not in _METADATA for path in self.source.iterdir())
+        if self.part.bytes + old > size or entries > top:
+            raise PackagingError(
+                f"{self.part.source} would have {(self.part.bytes + old) / 1e9:,.1f} GB in {entries} entries with its "
+                f"{builds} older builds; a dataset has at most {size / 1e9:,.1f} GB in {top}",
+                remedy="change package.name; or delete the dataset on Kaggle, which older kernels will miss",
+            )
+        if old:
+            console.print(f"{self.part.source}: {old / 1e9:,.2f} GB of {builds} older builds go along")
+
+    def _fetch(self, name: str, path: str, digest: str | None) -> Path:
+        """A file of the dataset's newest version, below `PART-old`; what an earlier run fetched is taken as it is."""
+        target = self._old / path
+        if not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(target) as temporary:
+                self._kaggle.download(self.part.source, name, temporary)
+                _unwrap(temporary, digest)
+        if digest is not None and sha256_file(target) != digest:
+            target.unlink()
+            raise PackagingError(f"{name} of {self.part.source} is not what its marker says", remedy="run push again")
+        return target
+
+    # --- and how -----------------------------------------------------------------------------------------------------
+
+    def upload(self, path: Path) -> str:
+        """Bring a file's bytes there, from where an earlier run stopped; returns its token.
+
+        Raises:
+            KaggleError: the store was not reached, or refused them, several times.
+        """
+        digest, blob = sha256_file(path), self._state.blobs.get(path.name)
+        for attempt in range(1, ATTEMPTS + 1):
+            fresh = blob is None or blob.sha256 != digest or time.time() - blob.since > _EXPIRED
+            if blob is None or fresh:
+                url, token = self._kaggle.start_upload(path, model=self.part.kind == "model")
+                blob = Blob(sha256=digest, url=url, token=token, since=time.time())
+                self._state.blobs[path.name] = blob
+                self._write()
+            done = self._put(path, blob.url, fresh=fresh)
+            if done:
+                return blob.token
+            if done is None:  # the store knows nothing of it
+                blob = None
+            if attempt < ATTEMPTS:
+                console.print(f"{path.name}: the upload broke off; going on in {2**attempt} s")
+                self._kaggle.clock.sleep(2.0**attempt)
+        raise KaggleError(
+            f"{path.name} could not be uploaded in {ATTEMPTS} tries",
+            status=None,
+            remedy="run the same command again: it goes on where it stopped",
+        )
+
+    def _put(self, path: Path, url: str, *, fresh: bool) -> bool | None:
+        """Send what the store lacks. True: it has all; false: it broke off; `None`: it has forgotten the upload."""
+        import requests
+
+        size, start = path.stat().st_size, 0
+        with requests.Session() as session:
+            put = partial(self._request, session, url)
+            if not fresh:
+                found = put({"Content-Range": f"bytes */{size}", "Content-Length": "0"}, b"")
+                if found is None or found.status_code >= 500:
+                    return False
+                if found.status_code in _COMPLETE:
+                    return True
+                if found.status_code != 308:
+                    return None
+                start = _received(found)
+            headers = {"Content-Range": f"bytes {start}-{size - 1}/{size}"} if start else {}
+            with path.open("rb") as stream, _bar(path, start, self._kaggle) as advance:
+                stream.seek(start)
+                sent = put(headers, _Reader(stream, size - start, advance))
+        if sent is None or sent.status_code >= 500 or sent.status_code == 308:
+            return False
+        return True if sent.status_code in _COMPLETE else None
+
+    def _request(self, session: Any, url: str, headers: Mapping[str, str], data: Any) -> Any:
+        import requests
+
+        request = session.prepare_request(requests.Request("PUT", url, headers=dict(headers), data=data))
+        try:
+            return self._kaggle.send(session.send, request)
+        except requests.RequestException:  # what arrived is asked of the store
+            return None
+
+
+def _bar(path: Path, start: int, kaggle: Kaggle) -> AbstractContextManager[Advance]:
+    return progress(f"uploading {path.name}", total=path.stat().st_size, done=start, visible=not kaggle.dry)
+
+
+class _Reader:
+    """A file from where it stands, as a body of known length that says how much of it was read."""
+
+    def __init__(self, stream: BufferedReader, size: int, advance: Advance) -> None:
+        self._stream, self._size, self._advance = stream, size, advance
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, size: int = -1) -> bytes:
+        chunk = self._stream.read(size)
+        self._advance(len(chunk))
+        return chunk
+
+    def __iter__(self) -> Iterator[bytes]:
+        while chunk := self.read(1 << 20):
+            yield chunk
+
+
+def _received(response: Any) -> int:
+    """Bytes that the store has, by its `Range: bytes=0-1023`."""
+    last = response.headers.get("Range", "").rpartition("-")[2]
+    return int(last) + 1 if last.isdecimal() else 0
+
+
+def _zip(files: Mapping[str, Path], target: Path) -> None:
+    """An archive without compression, which weights do not yield to; the same files give the same bytes."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for name, path in sorted(files.items()):
+            member = zipfile.ZipInfo(name, date_time=_ZIP_DATE)
+            member.external_attr = 0o644 << 16
+            member.file_size = path.stat().st_size
+            with path.open("rb") as source, archive.open(member, "w") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+
+
+def _marked(marker: Path) -> dict[str, str]:
+    """`{posix path: SHA-256}` of a marker; paths that lead out of the folder are refused."""
+    tree = parse_json(marker)
+    files = tree.get("files") if isinstance(tree, dict) else None
+    if not isinstance(files, dict) or any(
+        PurePosixPath(name).is_absolute() or ".." in name.split("/") for name in files
+    ):
+        raise PackagingError(f"{marker.name} is no marker of a package", remedy="package again")
+    return {str(name): str(digest) for name, digest in files.items()}
+
+
+def _unwrap(path: Path, digest: str | None) -> None:
+    """Kaggle sends some files in an archive of their own."""
+    if not zipfile.is_zipfile(path) or (digest is not None and sha256_file(path) == digest):
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(members) == 1:
+            content = archive.open(members[0])
+            inner = path.with_name(f"{path.name}.inner")
+            with content, inner.open("wb") as sink:
+                shutil.copyfileobj(content, sink)
+            os.replace(inner, path)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import polars as pl
+import pytest
+from rich.console import Console
+
+from pairclf.errors import ConfigError, PackagingError
+from pairclf.packaging.ledger import Row, plot, record, render, rows, update
+
+BOARD = "lmsys-chatbot-arena"
+
+
+def row(
+    submission: int,
+    *,
+    oof: float | None = 0.95,
+    public: float | None = None,
+    private: float | None = None,
+    competition: str = BOARD,
+) -> Row:
+    return Row(
+        when="2026-01-02T03:04:05+00:00",
+        build="b" * 64,
+        config="demo/gemma2-tiny",
+        competition=competition,
+        metric="log_loss",
+        folds={str(fold): 0.9 + fold / 100 for fold in range(submission % 3)},
+        out_of_fold=oof,
+        public=public,
+        private=private,
+        seconds=600.0,
+        bundles=["5ea1" * 16],
+        message=f"run {submission}",
+        kernel="someone/a-notebook/1",
+        submission=submission,
+    )
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "ledger.jsonl"
+
+
+def shown(path: Path) -> str:
+    console = Console(width=200, record=True, file=(path.parent / "shown.txt").open("w"))
+    console.print(render(path))
+    return console.export_text()
+
+
+def test_lines_come_back_as_they_went_and_open_with_polars(ledger: Path) -> None:
+    written = [row(0, public=0.98), row(1, oof=None), row(2, private=1.0)]
+    for one in written:
+        record(ledger, one)
+    assert rows(ledger) == written
+    frame = pl.read_ndjson(ledger)
+    assert frame["submission"].to_list() == [0, 1, 2]
+    assert frame["out_of_fold"].to_list() == [0.95, None, 0.95]
+    assert frame["folds"].struct.field("1").to_list() == [None, None, 0.91]
+    record(ledger, written[0])
+    assert len(rows(ledger)) == 3
+
+
+def test_lines_of_many_threads_all_stand(ledger: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: record(ledger, row(number)), range(40)))
+    assert sorted(one.submission for one in rows(ledger)) == list(range(40))
+
+
+def test_score_is_written_once_it_is_known_and_not_lost_again(ledger: Path) -> None:
+    record(ledger, row(1))
+    update(ledger, 1, {"status": "COMPLETE", "publicScore": "0.97", "privateScore": ""})
+    update(ledger, 1, {"status": "COMPLETE", "publicScore": "", "privateScore": "0.98"})
+    update(ledger, 9, {"status": "COMPLETE", "publicScore": "0.1"})
+    assert [(one.status, one.public, one.private) for one in rows(ledger)] == [("COMPLETE", 0.97, 0.98)]
+
+
+def test_broken_line_is_named(ledger: Path) -> None:
+    record(ledger, row(1))
+    with ledger.open("a", encoding="utf-8") as stream:
+        stream.write("{half a li")
+    with pytest.raises(PackagingError, match="line 2"):
+        rows(ledger)
+    ledger.write_text('{"when": "today"}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="line 1"):
+        rows(ledger)
+
+
+def test_table_says_how_out_of_fold_and_leaderboard_go_together(ledger: Path) -> None:
+    ledger.parent.mkdir()
+    assert "not enough" not in shown(ledger)
+    for number, (oof, public) in enumerate([(0.90, 0.94), (0.92, 0.95), (0.95, 0.99), (0.93, 0.96)]):
+        record(ledger, row(number, oof=oof, public=public))
+        if number == 1:
+            assert shown(ledger).count("not enough") == 4
+    text = shown(ledger)
+    line = next(line for line in text.splitlines() if line.startswith(f"{BOARD}, public"))
+    assert line.split()[1:] == ["public", "4", "0.964", "1.000", "+0.03500"]
+    line = next(line for line in text.splitlines() if line.startswith(f"{BOARD}, private"))
+    assert line.split()[2:5] == ["0", "not", "enough"]
+    assert "run 3" in text
+    assert "5ea15ea1" in text
+
+
+def test_order_that_turns_around_is_seen(ledger: Path) -> None:
+    for number, (oof, public) in enumerate([(0.90, 0.99), (0.92, 0.97), (0.95, 0.90)]):
+        record(ledger, row(number, oof=oof, public=public))
+    line = next(line for line in shown(ledger).splitlines() if line.startswith(f"{BOARD}, public"))
+    assert line.split()[4] == "-1.000"
+
+
+def test_competitions_are_not_mixed(ledger: Path) -> None:
+    for number, (oof, public) in enumerate([(0.90, 0.94), (0.92, 0.95), (0.95, 0.99)]):
+        record(ledger, row(number, oof=oof, public=public))
+        record(ledger, row(10 + number, oof=1 - oof, public=0.7, competition="wsdm-cup"))
+    lines = [line.split() for line in shown(ledger).splitlines()]
+    assert ["lmsys-chatbot-arena,", "public", "3", "0.976", "1.000", "+0.03667"] in lines
+    assert any(line[:3] == ["wsdm-cup,", "public", "3"] and line[3:5] == ["all", "equal"] for line in lines)
+
+
+def test_equal_scores_have_no_correlation(ledger: Path) -> None:
+    for number in range(3):
+        record(ledger, row(number, public=0.9))
+    assert shown(ledger).count("all equal") == 2
+
+
+def test_plot_needs_no_network(ledger: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        record(ledger, row(number, oof=0.9 + number / 100, public=0.95 + number / 100, private=0.96))
+    plot(ledger, tmp_path / "ledger.html")
+    page = (tmp_path / "ledger.html").read_text(encoding="utf-8")
+    assert "gemma2-tiny: run 2" in page
+    assert '<script src="http' not in page
+    plot(tmp_path / "none.jsonl", tmp_path / "empty.html")

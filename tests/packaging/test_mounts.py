@@ -1,0 +1,136 @@
+"""Mounts in the layouts that Kaggle has had, a hidden test made of the public one, and the meter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pairclf.errors import PackagingError
+from pairclf.packaging.hidden import enlarge, read_raw, write_raw
+from pairclf.packaging.meter import Meter, descendants, held_by
+from pairclf.packaging.mounts import LAYOUTS, Mount, fill, lay_out
+
+MOUNTS = [
+    Mount("dataset", "someone/a-notebook-bundle", {}, "bundle"),
+    Mount("competition", "lmsys-chatbot-arena", {}, "competition"),
+    Mount("model", "google/gemma-2/transformers/gemma-2-9b-it/2", {}, "base"),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "places"),
+    [
+        ("flat", ["a-notebook-bundle", "lmsys-chatbot-arena", "gemma-2/transformers/gemma-2-9b-it/2"]),
+        (
+            "typed",
+            [
+                "datasets/someone/a-notebook-bundle",
+                "competitions/lmsys-chatbot-arena",
+                "models/google/gemma-2/transformers/gemma-2-9b-it/2",
+            ],
+        ),
+    ],
+)
+def test_layouts(layout: str, places: list[str], tmp_path: Path) -> None:
+    assert [LAYOUTS[layout](mount) for mount in MOUNTS] == places
+    lay_out(tmp_path, MOUNTS, layout)
+    assert all((tmp_path / place).is_dir() for place in places)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "mounts are empty until they are filled"
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_files_are_linked_or_copied(tmp_path: Path, copies: bool) -> None:
+    source = tmp_path / "here.bin"
+    source.write_bytes(b"1")
+    mount = Mount("dataset", "someone/thing", {"deep/there.bin": source}, "bundle")
+    lay_out(tmp_path / "input", [mount], "flat")
+    fill(tmp_path / "input", mount, "flat", copies=copies)
+    target = tmp_path / "input" / "thing" / "deep" / "there.bin"
+    assert target.read_bytes() == b"1"
+    assert target.samefile(source) is not copies, "a copy's permissions may be changed, a link's are the original's"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ids=st.one_of(
+        st.lists(st.integers(-5, 50), min_size=1, max_size=6, unique=True),
+        st.lists(st.text("a-01", min_size=1, max_size=4), min_size=1, max_size=6, unique=True),
+    ),
+    rows=st.integers(1, 20),
+    parquet=st.booleans(),
+    data=st.data(),
+)
+def test_hidden_test_has_the_rows_asked_for_under_ids_of_their_own(
+    tmp_path_factory: pytest.TempPathFactory, ids: list[object], rows: int, parquet: bool, data: st.DataObject
+) -> None:
+    folder, suffix = tmp_path_factory.mktemp("hidden"), ".parquet" if parquet else ".csv"
+    order = data.draw(st.permutations(range(len(ids))))
+    test, sample = folder / f"test{suffix}", folder / f"sample{suffix}"
+    texts = [f'text {number}, "{number}"\n' for number in range(len(ids))]
+    write_raw(test, pl.DataFrame({"id": ids, "prompt": texts}))
+    write_raw(
+        sample, pl.DataFrame({"id": [ids[place] for place in order], "p": [str(texts[place]) for place in order]})
+    )
+    (folder / "made").mkdir()
+    made_test, made_sample = (read_raw(path) for path in enlarge(test, sample, rows, folder / "made"))
+
+    assert len(made_test) == len(made_sample) == rows
+    assert made_test["id"].n_unique() == rows
+    assert made_test.schema == read_raw(test).schema, "a column's type is Kaggle's, not ours"
+    assert made_test["prompt"].to_list() == [texts[row % len(ids)] for row in range(rows)]
+    joined = made_test.join(made_sample, on="id")
+    assert len(joined) == rows, "both files have the same ids"
+    assert joined["prompt"].to_list() == joined["p"].to_list(), "an id stands for the same row in both"
+    if rows <= len(ids):
+        assert made_test["id"].cast(pl.String).to_list() == [str(one) for one in ids[:rows]]
+
+
+def test_ids_that_look_like_ours_stay_apart(tmp_path: Path) -> None:
+    for ids in (["a", "a-again1"], ["1", "01"]):
+        pl.DataFrame({"id": ids}).write_csv(tmp_path / "test.csv")
+        pl.DataFrame({"id": ids}).write_csv(tmp_path / "sample.csv")
+        (tmp_path / "made").mkdir(exist_ok=True)
+        made, _ = enlarge(tmp_path / "test.csv", tmp_path / "sample.csv", 9, tmp_path / "made")
+        assert read_raw(made)["id"].n_unique() == 9
+
+
+def test_hidden_test_of_files_that_do_not_belong_together_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("id,prompt\n1,a\n")
+    (tmp_path / "sample.csv").write_text("id,p\n2,0.5\n")
+    with pytest.raises(PackagingError, match="different ids"):
+        enlarge(tmp_path / "test.csv", tmp_path / "sample.csv", 5, tmp_path)
+    (tmp_path / "sample.csv").write_text("row,p\n2,0.5\n")
+    with pytest.raises(PackagingError, match="no column 'id'"):
+        enlarge(tmp_path / "test.csv", tmp_path / "sample.csv", 5, tmp_path)
+
+
+HOLD = "import subprocess, sys, time; held = bytearray([1]) * {}; {}; time.sleep(30)"
+NESTED = HOLD.format(10_000_000, f"subprocess.Popen([sys.executable, '-c', {HOLD.format(150_000_000, '0')!r}])")
+
+
+def test_meter_sees_children_and_kills_the_largest(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", NESTED]) as process:
+        try:
+            with Meter(process.pid, 1, 120e6, tmp_path, 1e9, enforced=True) as meter:
+                until = time.monotonic() + 20
+                while not meter.killed and time.monotonic() < until:
+                    time.sleep(0.05)
+            assert "the largest process, with 0.1" in meter.killed[0]
+            assert meter.peak > 120e6
+            assert process.poll() is None, "it is ours, and smaller"
+        finally:
+            process.kill()
+
+
+def test_meter_of_what_has_ended(tmp_path: Path) -> None:
+    assert os.getpid() in descendants(os.getppid())
+    assert held_by(os.getpid()) > 10e6
+    assert held_by(2**22 + 1) == 0

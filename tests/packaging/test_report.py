@@ -1,0 +1,126 @@
+"""The report: what it says, what it lets through, and what `push` must refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pairclf.config import Package
+from pairclf.errors import PackagingError
+from pairclf.packaging.record import Build, PackedBundle, write_build
+from pairclf.packaging.report import (
+    Parity,
+    Projection,
+    Report,
+    Reports,
+    Scored,
+    read_passed,
+    read_report,
+    report_name,
+    write_report,
+)
+from pairclf.task import LMSYS
+
+
+def make_report(**changes: object) -> Report:
+    fields: dict[str, object] = {
+        "pairclf": "0.1.0", "build": "a" * 64, "kernel": "a-notebook.ipynb", "inputs": "b" * 64, "rows": 40,
+        "rerun": True, "image": "versions of this environment", "layouts": ["typed", "flat"], "speed": 1.0,
+        "hours": 9.0, "deadline": 30_600.0, "memory_limit": 29_000_000_000, "memory_peak": 2_900_000_000,
+        "disk_limit": 20_000_000_000,
+        "seconds": {"input": 1.0, "cell check": 4.0, "cell predict": 320.0},
+        "parity": [Parity(bundle="fold0-01234567", rows=4, difference=1e-7, tolerance=1e-5)],
+        "scored": Scored(both=39, one=1, prior=0), "passed": True,
+        "submission": {"rows": 40, "means": {"winner_model_a": 0.5, "winner_model_b": 0.25, "winner_tie": 0.25}},
+        "projections": [
+            Projection(machine="2 x Tesla T4", rows=25_000, predict=15_000.0, rest=300.0, source="", judged=True)
+        ],
+    }  # fmt: skip
+    return Report.model_validate(fields | changes)
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Path:
+    bundle = PackedBundle(folder="fold0-01234567", name="fold0", seal="0" * 64, fold=0, metrics={}, base="embedded:x")
+    record = Build(
+        pairclf="0.1.0", identity="a" * 64, package=Package(), task=LMSYS, kernel="someone/a-notebook",
+        code_file="a-notebook.ipynb", parts=[], bundles=[bundle], requirements={}, config="demo", out_of_fold=None,
+        test=None, sample=None,
+    )  # fmt: skip
+    write_build(tmp_path, record)
+    return tmp_path
+
+
+def render(reports: Reports) -> str:
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(reports.render())
+    return captured.get()
+
+
+def test_table_shows_limits_and_shares() -> None:
+    lines = {line.split("  ")[0]: line for line in render(Reports([make_report()])).splitlines()}
+    assert "324.0 s of 9 h 00 min" in lines["the kernel"]
+    assert lines["the kernel"].endswith("1.0%")
+    assert "4 h 15 min of 8 h 30 min" in lines["25,000 rows on 2 x Tesla T4"]
+    assert lines["25,000 rows on 2 x Tesla T4"].endswith("50.0%")
+    assert lines["memory"].endswith("10.0%")
+    assert "39 in full, 1 in one order, 0 by the prior" in lines["rows scored"]
+    assert "passed" in lines["verdict"]
+
+
+def test_several_runs_have_a_line_each() -> None:
+    bad = make_report(fault="corrupt-bundle", must="the first cell fails", passed=False, problems=["it went on"])
+    shown = render(Reports([make_report(fault="kill", must="a valid submission"), bad]))
+    assert shown.index("Rehearsal of a-notebook.ipynb: corrupt-bundle") < shown.index("Faults")
+    assert "Rehearsal of a-notebook.ipynb: kill" not in shown, "of what passed a line is enough"
+    assert not Reports([make_report(), bad]).passed
+
+
+def test_report_is_read_as_it_was_written(build: Path) -> None:
+    report = make_report()
+    write_report(build / "rehearsal", report)
+    assert read_passed(build) == report
+    assert read_report(build / "rehearsal" / report_name(None)) == report
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"build": "c" * 64}, r"another build \(cccccccccccc\) than this one \(aaaaaaaaaaaa\)"),
+        ({"passed": False, "problems": ["no row was scored"]}, r"did not pass:\n  no row was scored"),
+        ({"parity": []}, r"did not prove the logits of \['fold0-01234567'\]"),
+        (
+            {"parity": [Parity(bundle="fold0-01234567", rows=4, difference=0.5, tolerance=1e-5)]},
+            "did not prove the logits",
+        ),
+        ({"parity": [Parity(bundle="another", rows=4, difference=0.0, tolerance=1e-5)]}, "did not prove the logits"),
+    ],
+)
+def test_nothing_else_is_let_through(build: Path, changes: dict[str, object], says: str) -> None:
+    write_report(build / "rehearsal", make_report(**changes))
+    with pytest.raises(PackagingError, match=says):
+        read_passed(build)
+
+
+def test_build_that_was_rehearsed_with_faults_alone_is_not_let_through(build: Path) -> None:
+    write_report(build / "rehearsal", make_report(fault="kill"))
+    with pytest.raises(PackagingError, match="was never rehearsed"):
+        read_passed(build)
+    (build / "rehearsal" / "report-kill.json").rename(build / "rehearsal" / "report.json")
+    with pytest.raises(PackagingError, match="did not pass"):
+        read_passed(build)
+
+
+def test_changed_report_is_refused(build: Path) -> None:
+    write_report(build / "rehearsal", make_report())
+    path = build / "rehearsal" / "report.json"
+    path.write_text(path.read_text()[:-10])
+    with pytest.raises(PackagingError, match="is not JSON"):
+        read_passed(build)
+    path.write_text(json.dumps({"passed": True}))
+    with pytest.raises(Exception, match="settings can't be used"):
+        read_passed(build)
