@@ -519,8 +519,8 @@ def rehearse(
 ) -> None:
     """Execute the package offline, as the hidden rerun would: its mounts, limits, clock and faults; and judge it."""
     _needs_kaggle()
-    from pairclf.packaging.rehearse import Options
-    from pairclf.packaging.rehearse import rehearse as job
+    from pairclf.rehearsal.rehearse import Options
+    from pairclf.rehearsal.rehearse import rehearse as job
 
     faults = tuple(one.strip() for one in (inject or "").split(",") if one.strip())
     options = Options(
@@ -542,7 +542,7 @@ def push(folder: PackageFolder, go: Go = False) -> None:
     any failure: what is there already is left alone.
     """
     _needs_kaggle()
-    from pairclf.packaging.push import push as job
+    from pairclf.publish.push import push as job
 
     job(folder, go=go)
 
@@ -557,7 +557,7 @@ def submit(
 ) -> None:
     """Submit the pushed kernel, wait for its score, and write it into the ledger. Without `--go` nothing is sent."""
     _needs_kaggle()
-    from pairclf.packaging.submit import submit as job
+    from pairclf.publish.submit import submit as job
 
     job(folder, message, go=go, again=again, ledger=ledger)
 
@@ -571,7 +571,7 @@ def show_ledger(
     ] = None,
 ) -> None:
     """Show what was submitted: folds, out-of-fold, leaderboard; and whether one foretells the other."""
-    from pairclf.packaging import ledger as table
+    from pairclf.publish import ledger as table
 
     if refresh:
         table.refresh(ledger)

@@ -136,6 +136,14 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy where there can be none; never a symbolic link, which names where it leads."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or another owner
+        shutil.copyfile(source, target)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_file(path) as temporary:

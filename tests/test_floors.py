@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "pairclf"
 
 FLOORS = {
     "pairclf": 0, "errors": 0, "task": 0, "config": 0, "files": 0, "console": 0,
-    "data": 1, "scores": 1, "inputs": 2, "model": 3, "jobs": 4, "inference": 4, "packaging": 4, "cli": 5, "__main__": 5,
+    "data": 1, "scores": 1, "inputs": 2, "model": 3, "jobs": 4, "inference": 4, "packaging": 4, "rehearsal": 4,
+    "publish": 4, "cli": 5, "__main__": 5,
 }  # fmt: skip
 ROOMS = {
     "words": ["errors", "console", "files", "task", "config"],
@@ -22,6 +23,9 @@ ROOMS = {
     "inputs": ["truncate", "tokenise", "render", "plan", "cache"],
     "model": ["batch", "layouts", "attention", "trim", "precision", "readout", "backbone", "engine", "bundle"],
 }
+TO_KAGGLE = ["packaging", "rehearsal", "publish"]
+"""Rooms of one floor, each of which builds on those before it."""
+
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "deepspeed"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "_shipped" not in path.parts)
 
@@ -52,7 +56,12 @@ def wrong_arrows(name: str, imported: set[str]) -> list[str]:
     floor = FLOORS[room_of(name)]
     upwards = [other for other in imported if other.startswith("pairclf.") and FLOORS[room_of(other)] > floor]
     heavy = [other for other in imported if other.split(".")[0] in HEAVY - {"datasets"}] if floor <= 2 else []
-    return sorted([*upwards, *heavy, *backwards(name, imported)])
+    back = [other for other in imported if other.startswith("pairclf.") and _is_later(room_of(name), room_of(other))]
+    return sorted([*upwards, *heavy, *back, *backwards(name, imported)])
+
+
+def _is_later(room: str, other: str) -> bool:
+    return room in TO_KAGGLE and other in TO_KAGGLE[TO_KAGGLE.index(room) + 1 :]
 
 
 def backwards(name: str, imported: set[str]) -> list[str]:
@@ -77,6 +86,7 @@ def test_a_wrong_arrow_is_found() -> None:
         "torch",
     ]
     assert wrong_arrows("pairclf.inputs.truncate", {"pairclf.inputs.render"}) == ["pairclf.inputs.render"]
+    assert wrong_arrows("pairclf.packaging.build", {"pairclf.rehearsal.mounts"}) == ["pairclf.rehearsal.mounts"]
 
 
 @pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["rehearse", "--help"], ["config", "x.yaml"]])

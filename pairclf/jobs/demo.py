@@ -24,9 +24,9 @@ from pairclf.jobs.cv import cross_validate
 from pairclf.jobs.evaluate import Evaluation, evaluate, render
 from pairclf.jobs.run import OOF, OOF_AB, folds_of, labelled_rows, output_of
 from pairclf.packaging.build import package
-from pairclf.packaging.play import SUBMISSION
-from pairclf.packaging.rehearse import Options, rehearse
 from pairclf.packaging.sources import shipped
+from pairclf.rehearsal.play import SUBMISSION
+from pairclf.rehearsal.rehearse import Options, rehearse
 from pairclf.scores.metrics import log_loss
 from pairclf.task import Task
 

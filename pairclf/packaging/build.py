@@ -22,7 +22,7 @@ from pairclf import __version__
 from pairclf.config import Config, Package
 from pairclf.console import console
 from pairclf.errors import PackagingError
-from pairclf.files import atomic_folder, sha256_file, sha256_tree, write_json, write_text
+from pairclf.files import atomic_folder, link_or_copy, sha256_file, sha256_tree, write_json, write_text
 from pairclf.inference.members import Ensemble, EnsembleFile, open_ensemble, read_ensemble
 from pairclf.model.bundle import Bundle, open_bundle
 from pairclf.packaging.closure import prove_closure
@@ -37,7 +37,6 @@ from pairclf.packaging.metadata import (
     model_metadata,
     source_of,
 )
-from pairclf.packaging.mounts import link_or_copy
 from pairclf.packaging.notebook import Value, make_notebook, make_script
 from pairclf.packaging.payload import seal, split
 from pairclf.packaging.record import BUILD, PAYLOADS, Build, PackedBundle, Part, Payload, write_build

@@ -16,9 +16,9 @@ from pairclf.inference.members import open_ensemble
 from pairclf.packaging import build, payload
 from pairclf.packaging.build import package
 from pairclf.packaging.metadata import KERNEL_METADATA, Limits
-from pairclf.packaging.mounts import READ_BY_THE_CLIENT
 from pairclf.packaging.record import read_build
 from pairclf.packaging.wheelhouse import Wheel, Wheelhouse
+from pairclf.rehearsal.mounts import READ_BY_THE_CLIENT
 
 Write = Callable[..., Path]
 WHEEL = "pairclf-0.1.0-py3-none-any.whl"

@@ -9,8 +9,8 @@ import pytest
 from wheels_support import fake_wheel, only_registry
 
 from pairclf.errors import PackagingError
-from pairclf.packaging import image
-from pairclf.packaging.image import image_environment, make_image
+from pairclf.rehearsal import image
+from pairclf.rehearsal.image import image_environment, make_image
 
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 

@@ -14,13 +14,13 @@ import pytest
 from rehearsal_support import TEST_ROWS, alike, files_of, tiny_package
 
 from pairclf.errors import PackagingError
-from pairclf.packaging import faults, stage
-from pairclf.packaging.faults import CELLS, FAULTS, Fault
-from pairclf.packaging.image import make_image
-from pairclf.packaging.mounts import Mount
 from pairclf.packaging.record import read_build
-from pairclf.packaging.rehearse import Options, rehearse
-from pairclf.packaging.report import Report
+from pairclf.rehearsal import faults, stage
+from pairclf.rehearsal.faults import CELLS, FAULTS, Fault
+from pairclf.rehearsal.image import make_image
+from pairclf.rehearsal.mounts import Mount
+from pairclf.rehearsal.rehearse import Options, rehearse
+from pairclf.rehearsal.report import Report
 from pairclf.task import LMSYS
 
 

@@ -9,12 +9,12 @@ from typing import Any
 from pairclf.console import console
 from pairclf.errors import PackagingError
 from pairclf.files import locked
-from pairclf.packaging import ledger as table
-from pairclf.packaging.client import Clock, Kaggle
-from pairclf.packaging.dry import Pretend
-from pairclf.packaging.push import Pushed, read_pushed
 from pairclf.packaging.record import Build, PackedBundle, read_build
-from pairclf.packaging.report import read_passed
+from pairclf.publish import ledger as table
+from pairclf.publish.client import Clock, Kaggle
+from pairclf.publish.dry import Pretend
+from pairclf.publish.push import Pushed, read_pushed
+from pairclf.rehearsal.report import read_passed
 
 _QUEUE = 7200.0  # seconds in which the rerun gets a machine, beside the competition's hours
 

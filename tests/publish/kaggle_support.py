@@ -10,8 +10,8 @@ from pathlib import Path
 from fake_kaggle import USER
 
 from pairclf.config import Package
-from pairclf.packaging.client import Clock
 from pairclf.packaging.record import Build, PackedBundle, Part, write_build
+from pairclf.publish.client import Clock
 from pairclf.task import LMSYS
 
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairclf.errors import PackagingError
-from pairclf.packaging.hidden import enlarge, read_raw, write_raw
-from pairclf.packaging.meter import Meter, descendants, held_by
-from pairclf.packaging.mounts import LAYOUTS, Mount, fill, lay_out
+from pairclf.rehearsal.hidden import enlarge, read_raw, write_raw
+from pairclf.rehearsal.meter import Meter, descendants, held_by
+from pairclf.rehearsal.mounts import LAYOUTS, Mount, fill, lay_out
 
 MOUNTS = [
     Mount("dataset", "someone/a-notebook-bundle", {}, "bundle"),

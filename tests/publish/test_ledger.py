@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pairclf.errors import ConfigError, PackagingError
-from pairclf.packaging.ledger import Row, plot, record, render, rows, update
+from pairclf.publish.ledger import Row, plot, record, render, rows, update
 
 BOARD = "lmsys-chatbot-arena"
 

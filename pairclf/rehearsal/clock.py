@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pairclf.inference.profiles import PROFILES
 from pairclf.jobs.forecast import whole
-from pairclf.packaging.mounts import READ_BY_THE_CLIENT
 from pairclf.packaging.record import Build
-from pairclf.packaging.report import Projection, Report
+from pairclf.rehearsal.mounts import READ_BY_THE_CLIENT
+from pairclf.rehearsal.report import Projection, Report
 
 HIDDEN = 25_000
 """Rows of a hidden test where nothing else is said: LMSYS had about as many."""

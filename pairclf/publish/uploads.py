@@ -24,9 +24,9 @@ from pairclf.config import Section, checked
 from pairclf.console import Advance, console, progress
 from pairclf.errors import PackagingError
 from pairclf.files import atomic_file, sha256_file, write_text
-from pairclf.packaging.client import ATTEMPTS, Kaggle, KaggleError
 from pairclf.packaging.metadata import DATASET_METADATA, INSTANCE_METADATA, MODEL_METADATA
 from pairclf.packaging.record import Part, parse_json
+from pairclf.publish.client import ATTEMPTS, Kaggle, KaggleError
 
 UPLOAD = "upload"
 _METADATA = (DATASET_METADATA, MODEL_METADATA, INSTANCE_METADATA)

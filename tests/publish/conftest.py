@@ -1,4 +1,4 @@
-"""Kaggle's client turned to a fake Kaggle on loopback. A plugin of the tests that ask for it, by `pytest_plugins`."""
+"""Kaggle's client turned to a fake Kaggle on loopback."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from fake_kaggle import KEY, USER, FakeKaggle, serve
 from kaggle_support import Ticks
 
-from pairclf.packaging import push as push_module
-from pairclf.packaging import submit as submit_module
+from pairclf.publish import push as push_module
+from pairclf.publish import submit as submit_module
 
 
 @pytest.fixture

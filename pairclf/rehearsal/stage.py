@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pairclf.packaging.faults import HOOK
-from pairclf.packaging.image import image_environment, make_image
-from pairclf.packaging.mounts import Mount, fill, lay_out
 from pairclf.packaging.profiles import profile_path
-from pairclf.packaging.sandbox import Sandbox, guards, namespaces, protect, release
 from pairclf.packaging.wheelhouse import Wheel
+from pairclf.rehearsal.faults import HOOK
+from pairclf.rehearsal.image import image_environment, make_image
+from pairclf.rehearsal.mounts import Mount, fill, lay_out
+from pairclf.rehearsal.sandbox import Sandbox, guards, namespaces, protect, release
 
 HERE = "here"
 _PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")

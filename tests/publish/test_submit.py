@@ -7,13 +7,12 @@ from fake_kaggle import KEY, FakeKaggle, Fault
 from kaggle_support import Ticks, small_package
 
 from pairclf.errors import PackagingError
-from pairclf.packaging import ledger as table
-from pairclf.packaging.client import KaggleError
-from pairclf.packaging.push import push
 from pairclf.packaging.record import read_build
-from pairclf.packaging.submit import submit
+from pairclf.publish import ledger as table
+from pairclf.publish.client import KaggleError
+from pairclf.publish.push import push
+from pairclf.publish.submit import submit
 
-pytest_plugins = ["kaggle_fixtures"]
 pytestmark = pytest.mark.usefixtures("rehearsed")
 
 

@@ -6,7 +6,6 @@ typed   datasets/OWNER/SLUG/        competitions/SLUG/       models/OWNER/MODEL/
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from pairclf.errors import PackagingError
+from pairclf.files import link_or_copy
 from pairclf.packaging.metadata import DATASET_METADATA, INSTANCE_METADATA, MODEL_METADATA
 from pairclf.packaging.record import Build
 
@@ -112,11 +112,3 @@ def fill(inputs: Path, mount: Mount, layout: str, *, copies: bool) -> None:
             shutil.copyfile(source, target)
         else:
             link_or_copy(source, target)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy where there can be none. A symbolic link would lead out of the read-only mount."""
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or another owner
-        shutil.copyfile(source, target)

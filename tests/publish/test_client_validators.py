@@ -13,7 +13,6 @@ import pytest
 from requests import HTTPError, Response
 
 from pairclf.config import Package
-from pairclf.packaging.client import _import_client
 from pairclf.packaging.metadata import (
     DATASET_METADATA,
     KERNEL_METADATA,
@@ -25,6 +24,7 @@ from pairclf.packaging.metadata import (
     source_of,
 )
 from pairclf.packaging.record import Part, Payload
+from pairclf.publish.client import _import_client
 
 GOOD = {"owner": "someone", "name": "a-notebook"}
 BASE = "google/gemma-2/transformers/gemma-2-9b-it/2"

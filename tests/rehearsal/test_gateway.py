@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from pairclf.packaging import gateway
-from pairclf.packaging.gateway import DefaultInferenceServer, GatewayError
+from pairclf.rehearsal import gateway
+from pairclf.rehearsal.gateway import DefaultInferenceServer, GatewayError
 
 CLASSES = ["winner_model_a", "winner_model_b", "winner_tie"]
 

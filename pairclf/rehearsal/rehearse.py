@@ -19,19 +19,19 @@ from pairclf.console import Advance, console, progress
 from pairclf.errors import ModelError, PackagingError
 from pairclf.files import atomic_file, sha256_file
 from pairclf.inference.deadline import seconds_until
-from pairclf.packaging import gateway
 from pairclf.packaging.build import KERNEL
-from pairclf.packaging.clock import link_bundles, project
-from pairclf.packaging.faults import FAULTS, Fault, spoil_file
-from pairclf.packaging.hidden import enlarge, read_raw
-from pairclf.packaging.judge import Judge
 from pairclf.packaging.metadata import MACHINES
-from pairclf.packaging.mounts import LAYOUTS, Mount, mounts_of
-from pairclf.packaging.play import SCORES, SUBMISSION, Play, play
 from pairclf.packaging.record import Build, read_build
-from pairclf.packaging.report import GB, REHEARSAL, Report, Reports, read_report, report_name, write_report
-from pairclf.packaging.runner import EXECUTED, HEAD
-from pairclf.packaging.stage import HERE, Scene, Stage, furnish, staged
+from pairclf.rehearsal import gateway
+from pairclf.rehearsal.clock import link_bundles, project
+from pairclf.rehearsal.faults import FAULTS, Fault, spoil_file
+from pairclf.rehearsal.hidden import enlarge, read_raw
+from pairclf.rehearsal.judge import Judge
+from pairclf.rehearsal.mounts import LAYOUTS, Mount, mounts_of
+from pairclf.rehearsal.play import SCORES, SUBMISSION, Play, play
+from pairclf.rehearsal.report import GB, REHEARSAL, Report, Reports, read_report, report_name, write_report
+from pairclf.rehearsal.runner import EXECUTED, HEAD
+from pairclf.rehearsal.stage import HERE, Scene, Stage, furnish, staged
 
 SLOWNESS = 4.0
 """With the fault `slow`, all rows take so many times what there is until the deadline."""

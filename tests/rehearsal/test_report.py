@@ -11,7 +11,7 @@ from rich.console import Console
 from pairclf.config import Package
 from pairclf.errors import PackagingError
 from pairclf.packaging.record import Build, PackedBundle, write_build
-from pairclf.packaging.report import (
+from pairclf.rehearsal.report import (
     Parity,
     Projection,
     Report,

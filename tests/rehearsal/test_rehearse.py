@@ -18,10 +18,10 @@ from rich.console import Console
 
 from pairclf.config import Config, Package, dump_config
 from pairclf.errors import PackagingError
-from pairclf.packaging import clock, sandbox, stage
 from pairclf.packaging.record import Build, PackedBundle, Part, write_build
-from pairclf.packaging.rehearse import Options, rehearse
-from pairclf.packaging.report import Report, Reports, read_passed
+from pairclf.rehearsal import clock, sandbox, stage
+from pairclf.rehearsal.rehearse import Options, rehearse
+from pairclf.rehearsal.report import Report, Reports, read_passed
 from pairclf.task import LMSYS
 
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"

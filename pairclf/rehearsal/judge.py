@@ -13,12 +13,12 @@ import polars as pl
 
 from pairclf.data.tables import check_submission
 from pairclf.errors import DataError, PackagingError
-from pairclf.packaging.faults import STRUCK, Fault
-from pairclf.packaging.hidden import read_raw
-from pairclf.packaging.play import SCORES, SUBMISSION, VERIFIED
 from pairclf.packaging.record import Build
-from pairclf.packaging.report import GB, Parity, Report, Scored
-from pairclf.packaging.stage import Stage
+from pairclf.rehearsal.faults import STRUCK, Fault
+from pairclf.rehearsal.hidden import read_raw
+from pairclf.rehearsal.play import SCORES, SUBMISSION, VERIFIED
+from pairclf.rehearsal.report import GB, Parity, Report, Scored
+from pairclf.rehearsal.stage import Stage
 from pairclf.task import Task
 
 CHECK = "check"

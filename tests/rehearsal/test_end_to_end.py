@@ -12,8 +12,8 @@ from pairclf.files import sha256_tree
 from pairclf.jobs.fit import fit
 from pairclf.jobs.predict import predict
 from pairclf.packaging.build import package
-from pairclf.packaging.rehearse import Options, rehearse
-from pairclf.packaging.report import Report, read_passed
+from pairclf.rehearsal.rehearse import Options, rehearse
+from pairclf.rehearsal.report import Report, read_passed
 
 HERE = "here.csv"
 """What `predict` gives in this process."""

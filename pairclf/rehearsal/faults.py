@@ -14,8 +14,8 @@ from typing import Literal
 
 import polars as pl
 
-from pairclf.packaging.hidden import read_raw, write_raw
-from pairclf.packaging.mounts import Mount
+from pairclf.rehearsal.hidden import read_raw, write_raw
+from pairclf.rehearsal.mounts import Mount
 
 STRUCK = "struck-"
 """What the names of files begin with that a hook leaves in the stage's home when it has done something."""

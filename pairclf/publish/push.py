@@ -21,12 +21,12 @@ from pairclf.config import Section, checked
 from pairclf.console import console
 from pairclf.errors import PackagingError
 from pairclf.files import locked, write_json, write_text
-from pairclf.packaging.client import FAILED_KERNEL, Clock, Kaggle, KaggleError, Kernel, Output
-from pairclf.packaging.dry import Pretend
 from pairclf.packaging.metadata import KERNEL_METADATA, LIMITS
 from pairclf.packaging.record import Build, Part, parse_json, read_build
-from pairclf.packaging.report import read_passed
-from pairclf.packaging.uploads import UPLOAD, Shipment
+from pairclf.publish.client import FAILED_KERNEL, Clock, Kaggle, KaggleError, Kernel, Output
+from pairclf.publish.dry import Pretend
+from pairclf.publish.uploads import UPLOAD, Shipment
+from pairclf.rehearsal.report import read_passed
 
 PUSHED = "push.json"
 SUBMISSIONS = ("submission.csv", "submission.parquet")

@@ -21,7 +21,7 @@ from pairclf.config import Section, checked
 from pairclf.console import console, table
 from pairclf.errors import PackagingError
 from pairclf.files import atomic_file, locked, write_text
-from pairclf.packaging.client import Clock, Kaggle
+from pairclf.publish.client import Clock, Kaggle
 
 _FEWEST = 3  # runs; of two, any correlation is 1
 

@@ -14,11 +14,11 @@ from typing import IO, Any
 
 from pairclf.console import Advance
 from pairclf.errors import PackagingError
-from pairclf.packaging import runner
-from pairclf.packaging.meter import Meter, size_of
-from pairclf.packaging.report import Report
-from pairclf.packaging.sandbox import Sandbox
-from pairclf.packaging.stage import Scene
+from pairclf.rehearsal import runner
+from pairclf.rehearsal.meter import Meter, size_of
+from pairclf.rehearsal.report import Report
+from pairclf.rehearsal.sandbox import Sandbox
+from pairclf.rehearsal.stage import Scene
 
 SUBMISSION, SCORES, VERIFIED = "submission.csv", "scores.parquet", "verify.json"
 

@@ -15,14 +15,13 @@ from fake_kaggle import KEY, TOKEN, FakeKaggle, Fault, Run
 from kaggle_support import Ticks, small_package
 
 from pairclf.errors import PackagingError
-from pairclf.packaging import push as push_module
-from pairclf.packaging.client import Kaggle, KaggleError
-from pairclf.packaging.push import PUSHED, push, read_pushed
 from pairclf.packaging.record import read_build
+from pairclf.publish import push as push_module
+from pairclf.publish.client import Kaggle, KaggleError
+from pairclf.publish.push import PUSHED, push, read_pushed
 
 DROPPED = Fault()
 LOST = Fault(after=True)
-pytest_plugins = ["kaggle_fixtures"]
 pytestmark = pytest.mark.usefixtures("rehearsed")
 
 
@@ -135,7 +134,7 @@ def test_import_of_the_client_asks_nobody(tmp_path: Path, code: str, asked: int)
     """Its own import signs in, over the network where there is a token: the second case."""
     script = f"""
 import socket
-from pairclf.packaging.client import _import_client
+from pairclf.publish.client import _import_client
 asked = []
 def refuse(*arguments, **_):
     asked.append(arguments)
@@ -161,7 +160,7 @@ def test_another_machine_is_another_kernel(package: Path, kaggle: FakeKaggle, ti
 def test_without_a_passed_rehearsal_nothing_is_sent(
     package: Path, kaggle: FakeKaggle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pairclf.packaging.report import read_passed
+    from pairclf.rehearsal.report import read_passed
 
     monkeypatch.setattr(push_module, "read_passed", read_passed)
     with pytest.raises(PackagingError, match="never rehearsed"):

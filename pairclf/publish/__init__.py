@@ -1,0 +1,1 @@
+"""Publishing: a package that was rehearsed to Kaggle, its submission, and the ledger."""
