@@ -49,6 +49,23 @@ class Sink(Protocol):
     def write(self, probabilities: Floats) -> None: ...
 
 
+class Nowhere:
+    """A journal and a submission that nobody wants."""
+
+    def add(self, member: int, sequences: Sequence[tuple[int, int]], logits: Floats) -> None: ...
+    def fail(self, member: int, row: int, order: int, what: str) -> None: ...
+    def scored(self) -> list[tuple[int, int, int, Floats]]:
+        return []
+
+    def failed(self) -> list[tuple[int, int, int, str]]:
+        return []
+
+    def due(self, now: float) -> bool:
+        return False
+
+    def write(self, probabilities: Floats) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """Who is told: `say` a line for people; `advance` a member's name, its sequences scored, and all of them."""

@@ -20,7 +20,7 @@ from pairclf.console import console, table
 from pairclf.errors import ConfigError
 from pairclf.inference.agenda import Part
 from pairclf.inference.backlog import Backlog, Inputs, Load
-from pairclf.inference.conduct import Conductor, Outcome, Report
+from pairclf.inference.conduct import Conductor, Nowhere, Outcome, Report
 from pairclf.inference.crew import Model, ProcessCrew
 from pairclf.inference.deadline import spoken
 from pairclf.inference.devices import Gpu, Placement, choose, model_bytes, place
@@ -29,7 +29,6 @@ from pairclf.inference.memory import Largest
 from pairclf.inference.profiles import PROFILES, Profile
 from pairclf.inference.simulate import SimulatedClock, SimulatedCrew
 from pairclf.inference.standing import ORDERS, orders_of
-from pairclf.inference.work import Floats
 from pairclf.inputs.plan import token_budget
 from pairclf.jobs.predict import Prepared, part_of, prepare
 from pairclf.model.bundle import Bundle
@@ -186,7 +185,7 @@ def _measured(ensemble: Ensemble, prepared: Sequence[Prepared], overrides: Seque
     with closing(ProcessCrew(models, placement.groups)) as crew:
         conductor = Conductor(
             [replace(part, share=1.0) for part in parts], ensemble.task, ensemble, crew=crew, clock=time.monotonic,
-            journal=_Nowhere(), sink=_Nowhere(), report=report, swap=settings.swap, budget=budget,
+            journal=Nowhere(), sink=Nowhere(), report=report, swap=settings.swap, budget=budget,
         )  # fmt: skip
         conductor.run(asked=lambda: 0, tick=1.0)
     agenda = conductor.agenda
@@ -203,23 +202,6 @@ def _measured(ensemble: Ensemble, prepared: Sequence[Prepared], overrides: Seque
 
 def _size(member: Member) -> int:
     return model_bytes(Bundle(member.folder, member.manifest, member.config), member.base)
-
-
-class _Nowhere:
-    """A journal and a submission that nobody wants."""
-
-    def add(self, member: int, sequences: Sequence[tuple[int, int]], logits: Floats) -> None: ...
-    def fail(self, member: int, row: int, order: int, what: str) -> None: ...
-    def scored(self) -> list[tuple[int, int, int, Floats]]:
-        return []
-
-    def failed(self) -> list[tuple[int, int, int, str]]:
-        return []
-
-    def due(self, now: float) -> bool:
-        return False
-
-    def write(self, probabilities: Floats) -> None: ...
 
 
 def _nothing() -> Inputs:
@@ -277,7 +259,7 @@ def _bought(ensemble: Ensemble, world: World, inputs: Sequence[tuple[Inputs, flo
     crew = _Crew(world, times, parts, clock, len(ensemble.task.classes))
     swap = ensemble.members[0].config.predict.swap
     conductor = Conductor(
-        parts, ensemble.task, ensemble, crew=crew, clock=clock, journal=_Nowhere(), sink=_Nowhere(), swap=swap,
+        parts, ensemble.task, ensemble, crew=crew, clock=clock, journal=Nowhere(), sink=Nowhere(), swap=swap,
         report=Report(lambda text: None, lambda name, done, total: None), budget=world.budget, stop=limit,
     )  # fmt: skip
     outcome = conductor.run(asked=lambda: 0, tick=600.0)

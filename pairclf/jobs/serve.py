@@ -28,7 +28,7 @@ from pairclf.data.tables import answer, can_fill, in_memory, rows_in_memory, to_
 from pairclf.errors import ConfigError, DataError, ModelError, PairclfError
 from pairclf.inference.agenda import Part
 from pairclf.inference.backlog import Backlog, Inputs, Ints, Load, look_at
-from pairclf.inference.conduct import DEATHS, Conductor, Outcome, Report
+from pairclf.inference.conduct import DEATHS, Conductor, Nowhere, Outcome, Report
 from pairclf.inference.crew import Model, ProcessCrew, warm_up
 from pairclf.inference.deadline import spoken
 from pairclf.inference.devices import HEADROOM, Placement, choose, model_bytes
@@ -63,6 +63,10 @@ TICK = 0.1
 
 SAID = 5
 """Rows that could not be scored that are named."""
+
+
+_SILENT = Report(lambda line: None, lambda name, done, total: None)
+"""A plan for each of thousands of batches would bury the log."""
 
 
 class Server:
@@ -237,7 +241,7 @@ class Server:
 
     def _conduct(self, inputs: Sequence[Inputs], stop: float, swap: str) -> Outcome:
         parts = [station.part(mine) for station, mine in zip(self._stations, inputs, strict=True)]
-        crew, nowhere = _BatchCrew(self._stations, self._works), _Nowhere()
+        crew, nowhere = _BatchCrew(self._stations, self._works), Nowhere()
         conductor = Conductor(
             parts,
             self._ensemble.task,
@@ -246,7 +250,7 @@ class Server:
             clock=self._clock,
             journal=nowhere,
             sink=nowhere,
-            report=Report(nowhere.say, nowhere.advance),
+            report=_SILENT,
             swap=swap,
             budget=self._budget,
             stop=stop,
@@ -454,23 +458,3 @@ class _BatchCrew:
     def close(self) -> None:
         for station in self._stations:
             station.crew.forget()
-
-
-class _Nowhere:
-    """Journal, submission and report of a batch: a kill ends the whole notebook, the answer is all there is, and a plan
-    for each of thousands of batches would bury the log."""
-
-    def add(self, member: int, sequences: Sequence[tuple[int, int]], logits: Floats) -> None: ...
-    def fail(self, member: int, row: int, order: int, what: str) -> None: ...
-    def scored(self) -> list[tuple[int, int, int, Floats]]:
-        return []
-
-    def failed(self) -> list[tuple[int, int, int, str]]:
-        return []
-
-    def due(self, now: float) -> bool:
-        return False
-
-    def write(self, probabilities: Floats) -> None: ...
-    def say(self, line: str) -> None: ...
-    def advance(self, name: str, done: int, total: int) -> None: ...

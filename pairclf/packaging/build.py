@@ -290,7 +290,7 @@ def _record(config: Config, models: _Models, parts: Sequence[Part], house: Wheel
         bundles=[_packed(name, bundle) for name, bundle in models.bundles.items()],
         requirements={python: list(pins) for python, pins in house.requirements.items()},
         config=_run_name(config, models),
-        out_of_fold=_out_of_fold(list(models.bundles.values())),
+        out_of_fold=_out_of_fold(list(models.bundles.values()), models.ensemble.task.metric),
         test=None if data.test is None else data.path(data.test).resolve(),
         sample=None if data.sample_submission is None else data.path(data.sample_submission).resolve(),
     )
@@ -310,10 +310,10 @@ def _run_name(config: Config, models: _Models) -> str:
     return "/".join(parts[parts.index("runs") + 1 :] if "runs" in parts else parts[-1:])
 
 
-def _out_of_fold(bundles: Sequence[Bundle]) -> float | None:
-    """Log loss over the rows of all folds, where each bundle held out a fold of its own."""
+def _out_of_fold(bundles: Sequence[Bundle], metric: str) -> float | None:
+    """The metric over the rows of all folds, where each bundle held out a fold of its own."""
     folds = [bundle.manifest.fold for bundle in bundles]
     figures = [bundle.manifest.metrics for bundle in bundles]
-    if None in folds or len(set(folds)) < len(folds) or not all({"rows", "log_loss"} <= one.keys() for one in figures):
+    if None in folds or len(set(folds)) < len(folds) or not all({"rows", metric} <= one.keys() for one in figures):
         return None
-    return float(np.average([one["log_loss"] for one in figures], weights=[one["rows"] for one in figures]))
+    return float(np.average([one[metric] for one in figures], weights=[one["rows"] for one in figures]))

@@ -62,7 +62,7 @@ class Build(Section):
     bundles: list[PackedBundle] = Field(description="in the order of the ensemble")
     requirements: dict[str, list[str]] = Field(description="project==version that is installed, by Python")
     config: str = Field(description="name of the run: its folder below runs/; or of the bundles' folders")
-    out_of_fold: float | None = Field(None, description="log loss of the run's out-of-fold scores; null: not known")
+    out_of_fold: float | None = Field(None, description="the task's metric over the rows of all folds; null: not known")
     test: Path | None = Field(None, description="test file to rehearse with; null: not known")
     sample: Path | None = Field(None, description="its sample submission")
 

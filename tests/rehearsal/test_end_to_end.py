@@ -1,53 +1,84 @@
-"""The real chain: classifiers trained here, packaged, and scored by their kernel as they are scored here."""
+"""The real chain: a classifier trained here, packaged, and scored by its kernel as it is scored here, whatever happens.
+
+Each fault against the real kernel with a real bundle; kernels that lack a precaution must be found out.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+import venv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import nbformat
 import polars as pl
 import pytest
-from rehearsal_support import TEST_ROWS, alike, files_of, tiny_config
+from rehearsal_support import TEST_ROWS, alike, files_of, tiny_package
 
+from pairclf.errors import PackagingError
 from pairclf.files import sha256_tree
-from pairclf.jobs.fit import fit
 from pairclf.jobs.predict import predict
-from pairclf.packaging.build import package
+from pairclf.packaging.record import read_build
+from pairclf.rehearsal import stage
+from pairclf.rehearsal.image import make_image
 from pairclf.rehearsal.rehearse import Options, rehearse
 from pairclf.rehearsal.report import Report, read_passed
 
-HERE = "here.csv"
-"""What `predict` gives in this process."""
-
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with rows, two bundles of a run, and their submission."""
-    folder = tmp_path_factory.mktemp("end-to-end")
-    config = tiny_config(folder)
-    test, sample = files_of(folder)
-    predict([fit(config, fold) for fold in (0, 1)], test, folder / HERE, sample=sample)
-    return folder
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A package, rehearsed without faults."""
+    folder = tmp_path_factory.mktemp("faults")
+    with pytest.MonkeyPatch.context() as patch:
+        linked = make_image(folder / "image", {"pairclf"})
+        patch.setattr(stage, "make_image", lambda target, hidden: beside(target, linked))
+        package = tiny_package(folder, folds=(0, 1))
+        before = sha256_tree(package)
+        test, sample = files_of(folder)
+        rehearse(package, Options(test=test, sample=sample))
+        assert before.items() <= sha256_tree(package).items(), "a package is not changed by its rehearsal"
+        yield package
 
 
-def rehearsed(trained: Path, made: Path, kernel: str) -> Report:
-    """Package and rehearse; its submission must be that of `predict`, whose batches follow another pace."""
-    config = tiny_config(trained, kernel=kernel)
-    package(config, [trained / "run" / f"fold{fold}" / "bundle" for fold in (0, 1)], made)
-    before = sha256_tree(made)
-    test, sample = files_of(trained)
-    (report,) = rehearse(made, Options(test=test, sample=sample)).runs
-    submission = made / "rehearsal" / "submission.csv"
-    assert alike(trained / HERE, submission, tolerance=1e-5)
-    assert pl.read_csv(submission)["id"].to_list() == pl.read_csv(sample)["id"].to_list()
+def beside(folder: Path, linked: Path) -> Path:
+    """An environment that looks into another one: linking that one's files again takes seconds each time."""
+    venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
+    site = next(linked.parents[1].glob("lib/python*/site-packages"))
+    next(folder.glob("lib/python*/site-packages")).joinpath("image.pth").write_text(f"{site}\n")
+    return folder / "bin" / "python"
+
+
+def inject(package: Path, *names: str) -> Sequence[Report]:
+    test, sample = files_of(package.parent)
+    return rehearse(package, Options(test=test, sample=sample, layouts=("flat",), late=0.2, inject=names)).runs
+
+
+def run(package: Path, name: str) -> Report:
+    (report,) = inject(package, name)
+    assert report.fault == name
     assert report.passed
-    assert len(report.parity) == 2
-    assert before.items() <= sha256_tree(made).items(), "a package is not changed by its rehearsal"
+    assert json.loads((package / "rehearsal" / f"report-{name}.json").read_text())["passed"]
     return report
 
 
+def scores(package: Path, name: str) -> pl.DataFrame:
+    return pl.read_parquet(package / "rehearsal" / f"scores-{name}.parquet")
+
+
+def submission(package: Path, name: str | None = None) -> Path:
+    return package / "rehearsal" / ("submission.csv" if name is None else f"submission-{name}.csv")
+
+
 @pytest.mark.slow
-def test_kernel_gives_the_submission_that_predict_gives_here(trained: Path, tmp_path: Path) -> None:
-    report = rehearsed(trained, tmp_path / "package", "notebook")
+def test_kernel_gives_the_submission_that_predict_gives_here(made: Path, tmp_path: Path) -> None:
+    """Its batches follow another pace, under its deadline."""
+    test, sample = files_of(made.parent)
+    bundles = [made.parent / "run" / f"fold{fold}" / "bundle" for fold in (0, 1)]
+    predict(bundles, test, tmp_path / "here.csv", sample=sample)
+    assert alike(tmp_path / "here.csv", submission(made), tolerance=1e-5)
+    report = read_passed(made)
+    assert len(report.parity) == 2
     assert report.scored is not None
     assert report.scored.both == report.rows == TEST_ROWS
     assert {"cell check", "cell install", "cell verify", "cell predict"} <= report.seconds.keys()
@@ -58,11 +89,91 @@ def test_kernel_gives_the_submission_that_predict_gives_here(trained: Path, tmp_
     assert there.rows == 25_000
     assert 0 < there.predict < 3600, "a model of a million parameters"
     assert here.predict > report.seconds["cell predict"]
-    assert read_passed(tmp_path / "package") == report
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["script", "server"])
-def test_other_kinds_of_kernel_give_the_same(trained: Path, tmp_path: Path, kernel: str) -> None:
-    report = rehearsed(trained, tmp_path / "package", kernel)
-    assert (report.scored is None) is (kernel == "server"), "a server answers, and writes no scores"
+def test_oom(made: Path) -> None:
+    report = run(made, "oom")
+    assert report.scored is not None
+    assert report.scored.both + report.scored.one > TEST_ROWS / 2, "what fits is scored"
+
+
+@pytest.mark.slow
+def test_kill(made: Path) -> None:
+    report = run(made, "kill")
+    assert report.scored is not None
+    assert report.scored.both == TEST_ROWS
+    assert "predict was killed" in str((made / "rehearsal" / "executed-kill.ipynb").read_text())
+    assert alike(submission(made), submission(made, "kill"), tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_slow(made: Path) -> None:
+    report = run(made, "slow")
+    assert report.notebook < report.deadline / report.speed + 5
+    assert report.scored is not None
+    assert report.scored.prior > 0, "there was no time for all"
+    prior = pl.read_csv(submission(made, "slow")).filter(pl.Series(scores(made, "slow")["orders"] == 0))
+    assert prior.drop("id").unique().height == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["null-rows", "extra-columns"])
+def test_strange_test_files(made: Path, name: str) -> None:
+    report = run(made, name)
+    assert report.scored is not None
+    assert report.scored.both == TEST_ROWS
+    assert alike(submission(made), submission(made, name)) is (name == "extra-columns")
+
+
+@pytest.mark.slow
+def test_missing_model(made: Path) -> None:
+    report = run(made, "missing-model")
+    assert report.scored is None
+    assert report.submission["rows"] == TEST_ROWS
+    assert pl.read_csv(submission(made, "missing-model")).drop("id").unique().height == 1
+    assert not alike(submission(made), submission(made, "missing-model"))
+
+
+@pytest.mark.slow
+def test_corrupt_bundle_and_wrong_python_fail_in_the_first_cell(made: Path) -> None:
+    corrupt, python = inject(made, "corrupt-bundle", "wrong-python")
+    assert (corrupt.failed, python.failed) == ("check", "check")
+    assert [name for name in corrupt.seconds if name.startswith("cell")] == ["cell check"]
+    assert read_build(made).bundles[0].folder in corrupt.said
+    assert f"and this image has {'3.99'}" in python.said
+    assert sys.version_info < (3, 99)
+
+
+# --- kernels without a precaution ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "old", "new", "says"),
+    [
+        (
+            "corrupt-bundle",
+            "return sha256(path) == expected",
+            "return True",
+            "the kernel went on as if nothing was wrong",
+        ),
+        ("wrong-python", "if here not in PYTHONS", "if False", "the kernel went on as if nothing was wrong"),
+        ("missing-model", "if not RERUN:", "if True:", "the cell check failed"),
+    ],
+)
+def test_kernel_that_lacks_a_precaution_does_not_pass(made: Path, name: str, old: str, new: str, says: str) -> None:
+    kernel = made / "kernel" / read_build(made).code_file
+    before = kernel.read_text()
+    notebook = nbformat.reads(before, as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace(old, new)
+    changed = [cell.source for cell in notebook.cells] != [cell.source for cell in nbformat.reads(before, 4).cells]
+    assert changed, "the kernel has other words for it now"
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:1]
+    kernel.write_text(nbformat.writes(notebook))
+    try:
+        with pytest.raises(PackagingError, match=says):
+            inject(made, name)
+    finally:
+        kernel.write_text(before)

@@ -1,169 +1,22 @@
-"""Each fault against the real kernel with a real bundle; kernels that lack a precaution must be found out."""
+"""What the faults do to rows, mounts and processes; test_end_to_end.py has them against the real kernel."""
 
 from __future__ import annotations
 
-import json
-import sys
-import venv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import nbformat
 import polars as pl
 import pytest
-from rehearsal_support import TEST_ROWS, alike, files_of, tiny_package
 
-from pairclf.errors import PackagingError
-from pairclf.packaging.record import read_build
-from pairclf.rehearsal import faults, stage
+from pairclf.rehearsal import faults
 from pairclf.rehearsal.faults import CELLS, FAULTS, Fault
-from pairclf.rehearsal.image import make_image
 from pairclf.rehearsal.mounts import Mount
-from pairclf.rehearsal.rehearse import Options, rehearse
-from pairclf.rehearsal.report import Report
 from pairclf.task import LMSYS
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A package, rehearsed without faults."""
-    folder = tmp_path_factory.mktemp("faults")
-    with pytest.MonkeyPatch.context() as patch:
-        linked = make_image(folder / "image", {"pairclf"})
-        patch.setattr(stage, "make_image", lambda target, hidden: beside(target, linked))
-        package = tiny_package(folder)
-        inject(package)
-        yield package
-
-
-def beside(folder: Path, linked: Path) -> Path:
-    """An environment that looks into another one: linking that one's files again takes seconds each time."""
-    venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
-    site = next(linked.parents[1].glob("lib/python*/site-packages"))
-    next(folder.glob("lib/python*/site-packages")).joinpath("image.pth").write_text(f"{site}\n")
-    return folder / "bin" / "python"
-
-
-def inject(package: Path, *names: str) -> Sequence[Report]:
-    test, sample = files_of(package.parent)
-    return rehearse(package, Options(test=test, sample=sample, layouts=("flat",), late=0.2, inject=names)).runs
-
-
-def run(package: Path, name: str) -> Report:
-    (report,) = inject(package, name)
-    assert report.fault == name
-    assert report.passed
-    assert json.loads((package / "rehearsal" / f"report-{name}.json").read_text())["passed"]
-    return report
-
-
-def scores(package: Path, name: str) -> pl.DataFrame:
-    return pl.read_parquet(package / "rehearsal" / f"scores-{name}.parquet")
-
-
-def submission(package: Path, name: str | None = None) -> Path:
-    return package / "rehearsal" / ("submission.csv" if name is None else f"submission-{name}.csv")
-
-
-def test_every_fault_of_the_issue_is_there() -> None:
+def test_every_fault_of_the_guide_is_there() -> None:
     asked = "oom,kill,slow,null-rows,missing-model,corrupt-bundle,wrong-python,extra-columns"
     assert ",".join(FAULTS) == asked
-
-
-@pytest.mark.slow
-def test_oom(made: Path) -> None:
-    report = run(made, "oom")
-    assert report.scored is not None
-    assert report.scored.both + report.scored.one > TEST_ROWS / 2, "what fits is scored"
-
-
-@pytest.mark.slow
-def test_kill(made: Path) -> None:
-    report = run(made, "kill")
-    assert report.scored is not None
-    assert report.scored.both == TEST_ROWS
-    assert "predict was killed" in str((made / "rehearsal" / "executed-kill.ipynb").read_text())
-    assert alike(submission(made), submission(made, "kill"), tolerance=1e-5)
-
-
-@pytest.mark.slow
-def test_slow(made: Path) -> None:
-    report = run(made, "slow")
-    assert report.notebook < report.deadline / report.speed + 5
-    assert report.scored is not None
-    assert report.scored.prior > 0, "there was no time for all"
-    prior = pl.read_csv(submission(made, "slow")).filter(pl.Series(scores(made, "slow")["orders"] == 0))
-    assert prior.drop("id").unique().height == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["null-rows", "extra-columns"])
-def test_strange_test_files(made: Path, name: str) -> None:
-    report = run(made, name)
-    assert report.scored is not None
-    assert report.scored.both == TEST_ROWS
-    assert alike(submission(made), submission(made, name)) is (name == "extra-columns")
-
-
-@pytest.mark.slow
-def test_missing_model(made: Path) -> None:
-    report = run(made, "missing-model")
-    assert report.scored is None
-    assert report.submission["rows"] == TEST_ROWS
-    assert pl.read_csv(submission(made, "missing-model")).drop("id").unique().height == 1
-    assert not alike(submission(made), submission(made, "missing-model"))
-
-
-@pytest.mark.slow
-def test_corrupt_bundle_and_wrong_python_fail_in_the_first_cell(made: Path) -> None:
-    corrupt, python = inject(made, "corrupt-bundle", "wrong-python")
-    assert (corrupt.failed, python.failed) == ("check", "check")
-    assert [name for name in corrupt.seconds if name.startswith("cell")] == ["cell check"]
-    assert read_build(made).bundles[0].folder in corrupt.said
-    assert f"and this image has {'3.99'}" in python.said
-    assert sys.version_info < (3, 99)
-
-
-# --- kernels without a precaution ------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "old", "new", "cells", "says"),
-    [
-        ("kill", "code < 0 or code == 137", "False", None, "kill: "),
-        (
-            "corrupt-bundle",
-            "return sha256(path) == expected",
-            "return True",
-            1,
-            "the kernel went on as if nothing was wrong",
-        ),
-        ("wrong-python", "if here not in PYTHONS", "if False", 1, "the kernel went on as if nothing was wrong"),
-        ("missing-model", "if not RERUN:", "if True:", 1, "the cell check failed"),
-    ],
-)
-def test_kernel_that_lacks_a_precaution_does_not_pass(
-    made: Path, name: str, old: str, new: str, cells: int | None, says: str
-) -> None:
-    kernel = made / "kernel" / read_build(made).code_file
-    before = kernel.read_text()
-    notebook = nbformat.reads(before, as_version=4)
-    for cell in notebook.cells:
-        cell.source = cell.source.replace(old, new)
-    changed = [cell.source for cell in notebook.cells] != [cell.source for cell in nbformat.reads(before, 4).cells]
-    assert changed, "the kernel has other words for it now"
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    notebook.cells = code[:cells]
-    kernel.write_text(nbformat.writes(notebook))
-    try:
-        with pytest.raises(PackagingError, match=says):
-            inject(made, name)
-    finally:
-        kernel.write_text(before)
-
-
-# --- what is spoiled -------------------------------------------------------------------------------------------------
 
 
 def test_every_third_row_is_spoiled_in_every_field_and_ids_stay(tmp_path: Path) -> None:

@@ -361,6 +361,13 @@ def test_fault_that_never_strikes_or_does_no_harm_does_not_pass(packaged: Packag
     assert (package / "rehearsal" / "report-oom.json").is_file()
 
 
+def test_kernel_whom_a_stray_column_leads_astray_does_not_pass(packaged: Packager) -> None:
+    other = "wanted = wanted.with_columns(winner_model_a=0.4, winner_tie=0.2666667)"
+    code = PREDICT.replace("wanted.write_csv", f"if pl.read_csv(test).width > 4:\n    {other}\nwanted.write_csv")
+    with pytest.raises(PackagingError, match=r"extra-columns: winner_model_a differs by 0\.066"):
+        run(packaged({"check": FIND, "predict": code}), inject=("extra-columns",), layouts=("flat",), late=0.1)
+
+
 def test_guard_lets_loopback_through() -> None:
     code = sandbox._GUARD + (
         "\nimport socket\nserver = socket.create_server(('127.0.0.1', 0))\n"
