@@ -463,7 +463,9 @@ def package(
         ),
     ],
     competition: Annotated[str | None, typer.Option(help="slug of the competition; none: package.competition")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder to write; none: kaggle/build/ + the config's name")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder; none: kaggle/build/ + the config's file name, or package.name")
+    ] = None,
 ) -> None:
     """Build the folder to push to Kaggle: a kernel, the bundles, the wheels, their metadata. See docs/kaggle.md."""
     from pairclf.jobs.run import bundles_of
@@ -502,15 +504,20 @@ def rehearse(
     test: Annotated[Path | None, typer.Option(help="test file; none: the config's data.test")] = None,
     sample: Annotated[Path | None, typer.Option(help="its sample submission; none: the config's")] = None,
     base: BaseFolder = None,
-    out: Annotated[Path | None, typer.Option(help="where report and submission go; none: PACKAGE/rehearsal")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="where report and submission go; none: PACKAGE/rehearsal, where push looks")
+    ] = None,
     rows: Annotated[
         int | None,
         typer.Option(min=1, help="rows of the hidden test: the file's, repeated with new ids; none: as it is"),
     ] = None,
     image: Annotated[
-        str,
-        typer.Option(help="here: this environment's versions; 3.12, 3.13: that Python with the image's own versions"),
-    ] = "here",
+        str | None,
+        typer.Option(
+            help="here: this environment's versions; 3.12, 3.13: that Python with the image's own versions; "
+            "none: here, if the package is for this Python, else its first"
+        ),
+    ] = None,
     speed: Annotated[float, typer.Option(min=1, help="of the clock: 60 makes 8 hours of the deadline 8 minutes")] = 1.0,
     inject: Annotated[str | None, typer.Option(help="faults, with commas between, each in a run of its own")] = None,
     commit: Annotated[

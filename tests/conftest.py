@@ -21,7 +21,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--notebooks", type=int, default=100, help="simulated in tests/inference/test_conduct.py")
-    parser.addoption("--kills", type=int, default=2, help="kills at random moments in tests/jobs/test_predict.py")
+    parser.addoption("--kills", type=int, default=1, help="kills at random moments in tests/jobs/test_predict.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -42,8 +42,9 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
         The evaluation of the out-of-fold scores.
     """
     data, built, rehearsal = folder / "data", folder / "kaggle", folder / "rehearsal"
-    own = [f"data.folder={data}", f"output={folder / RUN}", f"package.pythons=[{', '.join(pythons())}]"]
-    config = load_config(shipped(CONFIG), [*own, *overrides])
+    own = [f"data.folder={data}", f"output={folder / RUN}"]
+    kaggle = ["package.owner=somebody", f"package.pythons=[{', '.join(pythons())}]"]
+    config = load_config(shipped(CONFIG), [*own, *kaggle, *overrides])
     clock = Stages()
     with clock.stage("rows: a synthetic arena, its audit, its folds"):
         write_lmsys(generate(ROWS, seed=config.seed), data, n_test=TEST_ROWS)

@@ -19,6 +19,8 @@ class Verified(TypedDict):
 
     bundle: str
     """Name of its folder."""
+    folder: str
+    """Its path, as it was given."""
     rows: int
     largest_difference: float | None
     """Of a logit to the one that was saved; None: it is no number."""
@@ -65,6 +67,7 @@ def _look_at(folder: Path, base: Path | None) -> tuple[Verified, BundleError | N
     difference = difference_of_probes(bundle, classifier)
     one = Verified(
         bundle=folder.name,
+        folder=str(folder),
         rows=len(bundle.manifest.probes),
         largest_difference=difference if math.isfinite(difference) else None,
         tolerance=tolerance_of(bundle, classifier),

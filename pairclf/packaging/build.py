@@ -22,31 +22,29 @@ from pairclf import __version__
 from pairclf.config import Config, Package
 from pairclf.console import console
 from pairclf.errors import PackagingError
-from pairclf.files import atomic_folder, link_or_copy, sha256_file, sha256_tree, write_json, write_text
+from pairclf.files import atomic_folder, link_or_copy, sha256_tree, write_json, write_text
 from pairclf.inference.members import Ensemble, EnsembleFile, open_ensemble, read_ensemble
 from pairclf.model.bundle import Bundle, open_bundle
 from pairclf.packaging.closure import prove_closure
 from pairclf.packaging.metadata import (
-    DATASET_METADATA,
+    KERNEL,
     KERNEL_METADATA,
     MACHINES,
     check_package,
-    dataset_metadata,
     deadline_seconds,
     kernel_metadata,
-    model_metadata,
+    part_metadata,
     source_of,
 )
 from pairclf.packaging.notebook import Value, make_notebook, make_script
 from pairclf.packaging.payload import seal, split
-from pairclf.packaging.record import BUILD, PAYLOADS, Build, PackedBundle, Part, Payload, write_build
+from pairclf.packaging.record import BUILD, PAYLOADS, Build, PackedBundle, Part, Payload, identity_of, write_build
 from pairclf.packaging.secrets import refuse_secrets
 from pairclf.packaging.sources import shipped
 from pairclf.packaging.wheelhouse import Wheelhouse, fill_wheelhouse
 from pairclf.task import Task
 
 TEMPLATE = "kaggle/notebook.py"
-KERNEL = "kernel"
 _EMBEDDED = "embedded:"
 
 
@@ -96,7 +94,7 @@ def package(config: Config, bundles: Sequence[Path], out: Path) -> Path:
         parts = [part for payload in PAYLOADS for part in _parts(folder, payload, settings)]
         values = _values(config, models, members, parts, house, wheelhouse)
         code = _write_kernel(folder / KERNEL, settings, values, parts)
-        refuse_secrets(folder, settings.owner)
+        refuse_secrets(folder, settings.owner, [KERNEL, *(part.folder for part in parts)])
         write_build(folder, _record(config, models, parts, house, code))
     return out
 
@@ -112,6 +110,7 @@ def _open(folders: Sequence[Path], settings: Package) -> _Models:
     file, ensemble = read_ensemble(paths), open_ensemble(paths, None, [])
     opened = {_folder_of(bundle): bundle for bundle in (open_bundle(member.bundle) for member in file.members)}
     _check_bases(list(opened.values()), settings)
+    _check_shares(ensemble, settings)
     return _Models(opened, file, settings.ensemble is not None, ensemble)
 
 
@@ -141,6 +140,18 @@ def _check_bases(bundles: Sequence[Bundle], settings: Package) -> None:
         )
     if settings.base_model_source is not None and not bases:
         console.print(f"note: no bundle needs the base model {settings.base_model_source}; it is attached all the same")
+
+
+def _check_shares(ensemble: Ensemble, settings: Package) -> None:
+    """The inference server gets its rows in batches: which of all are the most uncertain shows when all have come."""
+    for place, member in enumerate(ensemble.members):
+        if settings.kernel == "server" and member.share < 1:
+            raise PackagingError(
+                f"members.{place}.share={member.share:g} asks for the most uncertain of all rows, and package.kernel="
+                "server gets them in batches",
+                where=settings.ensemble,
+                remedy="set share: 1, or package.kernel=notebook",
+            )
 
 
 def _fill_bundles(folder: Path, models: _Models) -> list[str]:
@@ -192,12 +203,7 @@ def _parts(folder: Path, payload: Payload, settings: Package) -> list[Part]:
         as_model = payload == "bundle" and settings.bundles_as == "model"
         marker, digest = seal(part, payload, number)
         size = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
-        metadata = (
-            model_metadata(settings, source)
-            if as_model
-            else {DATASET_METADATA: dataset_metadata(settings, payload, source)}
-        )
-        for name, tree in metadata.items():
+        for name, tree in part_metadata(settings, payload, source).items():
             write_json(part / name, tree)
         made.append(
             Part(
@@ -244,7 +250,10 @@ def _values(
         "bundles": list(models.bundles),
         "members": list(members),
         "standalone": [name for name, bundle in models.bundles.items() if not _needs_base(bundle)],
-        "bundle_table": "\n".join(_line(name, bundle) for name, bundle in models.bundles.items()),
+        "bundle_table": "\n".join(
+            _line(name, bundle, f"{member.weight:g}" if models.weighted else "equal")
+            for (name, bundle), member in zip(models.bundles.items(), models.file.members, strict=True)
+        ),
         "pythons": settings.pythons,
         "requirements": {python: list(pins) for python, pins in house.requirements.items()},
         "wheelhouse": wheelhouse,
@@ -254,6 +263,7 @@ def _values(
         "prior": _prior(models.ensemble),
         "gpus": MACHINES[settings.machine_shape].gpus,
         "deadline": seconds,
+        "limit": settings.hours * 3600,
     }
 
 
@@ -266,11 +276,16 @@ def _prior(ensemble: Ensemble) -> dict[str, str]:
     return made
 
 
-def _line(folder: str, bundle: Bundle) -> str:
-    figures = bundle.manifest.metrics.items()
-    metrics = ", ".join(f"{name} {value:,.{0 if value.is_integer() else 4}f}" for name, value in figures)
+def _line(folder: str, bundle: Bundle, weight: str) -> str:
+    figures = bundle.manifest.metrics
+    names = [name for said in ("log_loss", "accuracy", "rows") for name in figures if name.endswith(said)]
+    metrics = ", ".join(f"{name.replace('_', ' ')} {_figure(figures[name])}" for name in names)
     fold = "nothing" if bundle.manifest.fold is None else f"fold {bundle.manifest.fold}"
-    return f"| `{folder}` | `{bundle.manifest.base}` | {fold} | {metrics} | `{bundle.manifest.seal[:12]}` |"
+    return f"| `{folder}` | `{bundle.manifest.base}` | {fold} | {metrics} | {weight} | `{bundle.manifest.seal[:12]}` |"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.{0 if value.is_integer() else 4}f}"
 
 
 # --- record ----------------------------------------------------------------------------------------------------------
@@ -278,10 +293,9 @@ def _line(folder: str, bundle: Bundle) -> str:
 
 def _record(config: Config, models: _Models, parts: Sequence[Part], house: Wheelhouse, code: Path) -> Build:
     settings, data = config.package, config.data
-    hashes = [sha256_file(code), sha256_file(code.with_name(KERNEL_METADATA)), *(part.sha256 for part in parts)]
     return Build(
         pairclf=__version__,
-        identity=hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
+        identity=identity_of(code.parent.parent, code.name, parts),
         package=settings,
         task=models.ensemble.task,
         kernel=f"{settings.owner}/{settings.name}",

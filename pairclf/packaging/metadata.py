@@ -13,13 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pairclf.config import Package
 from pairclf.errors import ConfigError, PackagingError
 from pairclf.inference.deadline import seconds_until
-from pairclf.packaging.record import Part, Payload
 
+if TYPE_CHECKING:
+    from pairclf.packaging.record import Part, Payload
+
+KERNEL = "kernel"
+"""The kernel's folder in a package."""
 KERNEL_METADATA = "kernel-metadata.json"
 DATASET_METADATA = "dataset-metadata.json"
 MODEL_METADATA = "model-metadata.json"
@@ -154,6 +158,8 @@ def _rules(package: Package) -> Iterator[tuple[str, bool, str]]:
     """`(setting, whether it holds, what the rule says)`."""
     short, long = _NAME_LENGTHS
     yield "owner", bool(_OWNER.fullmatch(package.owner)), "is a Kaggle user's or organisation's slug"
+    placeholder = package.owner != Package.model_fields["owner"].default
+    yield "owner", placeholder, "is still the placeholder: set it to your Kaggle user's slug"
     yield "name", bool(_SLUG.fullmatch(package.name)), "is lower-case words joined by single hyphens"
     yield "name", short <= len(package.name) <= long, f"has {short} to {long} characters"
     yield "competition", bool(_SLUG.fullmatch(package.competition)), "is a competition's slug"
@@ -233,6 +239,17 @@ _SUBTITLES: dict[Payload, str] = {
     "bundle": "Trained classifiers, to be scored by pairclf",
     "wheels": "What the pairclf notebook installs without internet",
 }
+
+
+def part_metadata(package: Package, payload: Payload, source: str) -> dict[str, dict[str, Any]]:
+    """`{file: content}` of a part's metadata: those of a dataset, or of a model and its instance.
+
+    Raises:
+        PackagingError: see `check_package`.
+    """
+    if payload == "bundle" and package.bundles_as == "model":
+        return model_metadata(package, source)
+    return {DATASET_METADATA: dataset_metadata(package, payload, source)}
 
 
 def dataset_metadata(package: Package, payload: Payload, source: str) -> dict[str, Any]:

@@ -18,8 +18,16 @@ from pathlib import Path, PurePosixPath
 
 from pairclf.errors import PackagingError
 from pairclf.files import sha256_file, sha256_tree, write_json
-from pairclf.packaging.metadata import LIMITS, Limits, folder_of
-from pairclf.packaging.record import Payload
+from pairclf.packaging.metadata import (
+    KERNEL,
+    KERNEL_METADATA,
+    LIMITS,
+    Limits,
+    folder_of,
+    kernel_metadata,
+    part_metadata,
+)
+from pairclf.packaging.record import BUILD, Build, Part, Payload, identity_of, parse_json
 
 
 def divide(sizes: Mapping[str, int], limits: Limits) -> list[list[str]]:
@@ -87,3 +95,58 @@ def seal(folder: Path, payload: Payload, number: int) -> tuple[Path, str]:
     marker = folder / f"pairclf-{payload}-{digest[:12]}.json"
     os.rename(unnamed, marker)
     return marker, digest
+
+
+def prove(folder: Path, build: Build) -> None:
+    """See that all that would be uploaded is what `package` made: kernel, metadata, markers, every file of every part.
+
+    Args:
+        folder: of the package.
+        build: its record.
+
+    Raises:
+        PackagingError: names the first file that was changed, added or removed.
+    """
+    kernel = folder / KERNEL
+    expected = kernel_metadata(build.package, build.code_file, build.parts)
+    _prove_metadata(folder, {f"{KERNEL}/{KERNEL_METADATA}": expected})
+    for part in build.parts:
+        _prove_part(folder, part, build)
+    _refuse_others(folder, kernel, {build.code_file, KERNEL_METADATA})
+    code = kernel / build.code_file
+    if not code.is_file() or identity_of(folder, build.code_file, build.parts) != build.identity:
+        raise _changed(f"{KERNEL}/{build.code_file}", "was changed" if code.is_file() else "is gone")
+
+
+def _prove_part(folder: Path, part: Part, build: Build) -> None:
+    marker = folder / part.folder / part.marker
+    if not marker.is_file() or sha256_file(marker) != part.sha256:
+        raise _changed(f"{part.folder}/{part.marker}", "was changed or removed")
+    tree = parse_json(marker)
+    assert isinstance(tree, dict)  # its hash is right
+    for name, digest in tree["files"].items():
+        path = folder / part.folder / name
+        if not path.is_file() or sha256_file(path) != digest:
+            raise _changed(f"{part.folder}/{name}", "was changed" if path.is_file() else "is gone")
+    metadata = part_metadata(build.package, part.payload, part.source)
+    _prove_metadata(folder, {f"{part.folder}/{name}": tree for name, tree in metadata.items()})
+    _refuse_others(folder, folder / part.folder, {part.marker, *tree["files"], *metadata})
+
+
+def _prove_metadata(folder: Path, expected: Mapping[str, object]) -> None:
+    for name, tree in expected.items():
+        if not (folder / name).is_file() or parse_json(folder / name) != tree:
+            raise _changed(name, f"is not what the settings in {BUILD} give")
+
+
+def _refuse_others(top: Path, folder: Path, known: set[str]) -> None:
+    found = (path for path in sorted(folder.rglob("*")) if not path.is_dir() or path.is_symlink())
+    for path in found:
+        if path.relative_to(folder).as_posix() not in known:
+            raise _changed(path.relative_to(top).as_posix(), "was added")
+
+
+def _changed(name: str, how: str) -> PackagingError:
+    return PackagingError(
+        f"{name} {how} since this was packaged", remedy="change it where it comes from, then package and rehearse again"
+    )

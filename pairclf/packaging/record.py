@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +15,8 @@ from pydantic import Field
 
 from pairclf.config import Package, Section, checked
 from pairclf.errors import PackagingError
-from pairclf.files import write_text
+from pairclf.files import sha256_file, write_text
+from pairclf.packaging.metadata import KERNEL, KERNEL_METADATA
 from pairclf.task import Task
 
 BUILD = "build.json"
@@ -88,6 +91,22 @@ def read_build(folder: Path) -> Build:
         )
     tree = parse_json(path)
     return checked(Build, tree, path, "package again")
+
+
+def identity_of(folder: Path, kernel_file: str, parts: Sequence[Part]) -> str:
+    """A build's identity, in hex, of the files as they lie in `folder` now.
+
+    Args:
+        folder: of the package.
+        kernel_file: name of the kernel's file in kernel/.
+        parts: their markers stand for their files, see `payload.prove`.
+
+    Raises:
+        OSError: a file is missing.
+    """
+    kernel = [folder / KERNEL / kernel_file, folder / KERNEL / KERNEL_METADATA]
+    hashes = map(sha256_file, [*kernel, *(folder / part.folder / part.marker for part in parts)])
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def parse_json(path: Path) -> object:

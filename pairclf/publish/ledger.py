@@ -16,11 +16,12 @@ import numpy as np
 from pydantic import Field
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from pairclf.config import Section, checked
 from pairclf.console import console, table
 from pairclf.errors import PackagingError
-from pairclf.files import atomic_file, locked, write_text
+from pairclf.files import atomic_file, check_file_target, locked, write_text
 from pairclf.publish.client import Clock, Kaggle
 
 _FEWEST = 3  # runs; of two, any correlation is 1
@@ -61,10 +62,17 @@ def rows(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         if line.strip():
             found.append(_row(line, f"{path}, line {number}"))
     return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PackagingError(f"{path} is no text: {error}", remedy="put an older copy in its place") from error
 
 
 def _row(line: str, where: str) -> Row:
@@ -74,7 +82,25 @@ def _row(line: str, where: str) -> Row:
         raise PackagingError(
             f"a line of the ledger is no JSON: {error}", where=where, remedy="mend or remove it"
         ) from error
+    if foreign := sorted(set(tree) - set(Row.model_fields)) if isinstance(tree, dict) else []:
+        raise PackagingError(
+            f"a line of the ledger has {', '.join(foreign)}, which no submission has",
+            where=where,
+            remedy="remove it; or read the ledger with the pairclf that wrote it",
+        )
     return checked(Row, tree, where, "mend or remove the line")
+
+
+def prepare(path: Path) -> None:
+    """See that the ledger can be read and written, before anything happens that is to be written there.
+
+    Raises:
+        PackagingError, ConfigError: see `rows`.
+        PairclfError, OSError: no file can be written there.
+    """
+    check_file_target(path)
+    with locked(_lock(path)):
+        _write(path, rows(path))
 
 
 def record(path: Path, row: Row) -> None:
@@ -119,7 +145,11 @@ def refresh(path: Path, *, clock: Clock | None = None) -> None:
         PackagingError: no credentials, or Kaggle refused.
     """
     missing: dict[str, set[int]] = defaultdict(set)
-    for row in rows(path):
+    found = rows(path)
+    if not found:
+        console.print(f"no submission yet in {path}")
+        return
+    for row in found:
         if row.status != "ERROR" and (row.public is None or row.private is None):
             missing[row.competition].add(row.submission)
     if not missing:
@@ -148,17 +178,31 @@ def _write(path: Path, found: Sequence[Row]) -> None:
 def render(path: Path) -> Group:
     """The table, newest last, and below it how out-of-fold and leaderboard go together."""
     found = rows(path)
-    columns = ("when", "config", "folds", "out of fold", "public", "private", "notebook", "bundles", "message")
+    if not found:
+        return Group(f"no submission yet in {path}")
+    columns = ("when, config", "folds", "out of fold", "public", "private", "h:mm", "bundles, message")
     made = table(f"Submissions of {path}", *columns)
+    made.padding = (0, 1, 0, 0)
+    made.columns[-1].justify = "left"
     for row in found:
-        losses = list(row.folds.values())
-        folds = f"{min(losses):.4f} to {max(losses):.4f} ({len(losses)})" if losses else "-"
-        time = "-" if row.seconds is None else f"{row.seconds / 60:,.0f} min"
         public = row.status.lower() if row.public is None and row.status != "COMPLETE" else _number(row.public)
-        seals = " ".join(seal[:8] for seal in row.bundles)
-        oof, private = _number(row.out_of_fold), _number(row.private)
-        made.add_row(row.when[:16], row.config, folds, oof, public, private, time, seals, row.message)
+        first = f"{row.when[:16].replace('T', ' ')}\n{row.config}"
+        more = f" +{len(row.bundles) - 1}" if len(row.bundles) > 1 else ""
+        last = f"{row.bundles[0][:8] if row.bundles else '-'}{more}\n{row.message}"
+        scores = _number(row.out_of_fold), public, _number(row.private)
+        made.add_row(Text(first), _range(list(row.folds.values())), *scores, _time(row.seconds), Text(last))
     return Group(made, _agreement(found))
+
+
+def _range(losses: Sequence[float]) -> str:
+    return f"{min(losses):.2f}-{max(losses):.2f} ({len(losses)})" if losses else "-"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours}:{minutes:02}"
 
 
 def _number(value: float | None) -> str:
@@ -215,10 +259,17 @@ def plot(path: Path, out: Path) -> None:
             mode="markers",
             name=f"{competition}, {name}",
         )
-    both = np.concatenate([_pairs(found, name).ravel() for name in ("public", "private")])
+    both = np.concatenate([_pairs(found, name) for name in ("public", "private")])
     if len(both):
         ends = [float(both.min()), float(both.max())]
         figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", line={"dash": "dot", "width": 1})
+        # Each axis shows its own scores: in a range that held both, the points would lie in a corner.
+        for axis, values in zip((figure.update_xaxes, figure.update_yaxes), both.T, strict=True):
+            room = 0.05 * float(np.ptp(values)) or 0.01
+            axis(range=[float(values.min()) - room, float(values.max()) + room])
+    else:
+        note = {"text": "no submission has both scores yet", "showarrow": False, "font": {"size": 18}}
+        figure.add_annotation(x=0.5, y=0.5, xref="paper", yref="paper", **note)
     figure.update_xaxes(title_text=f"out of fold ({', '.join(sorted({row.metric for row in found})) or 'no run yet'})")
     figure.update_yaxes(title_text="leaderboard")
     figure.update_layout(template="plotly_white", height=650, title="Out of fold and leaderboard")

@@ -18,11 +18,13 @@ from typing import Any
 from pydantic import Field
 
 from pairclf.config import Section, checked
-from pairclf.console import console
+from pairclf.console import console, output
 from pairclf.errors import PackagingError
 from pairclf.files import locked, write_json, write_text
-from pairclf.packaging.metadata import KERNEL_METADATA, LIMITS
+from pairclf.packaging.metadata import KERNEL, KERNEL_METADATA, LIMITS
+from pairclf.packaging.payload import prove
 from pairclf.packaging.record import Build, Part, parse_json, read_build
+from pairclf.packaging.secrets import refuse_secrets
 from pairclf.publish.client import FAILED_KERNEL, Clock, Kaggle, KaggleError, Kernel, Output
 from pairclf.publish.dry import Pretend
 from pairclf.publish.uploads import UPLOAD, Shipment
@@ -60,12 +62,16 @@ def push(folder: Path, *, go: bool, clock: Clock | None = None) -> None:
         clock: for waits.
 
     Raises:
-        PackagingError: no rehearsal of this very build passed; Kaggle refused something; a wait was too long; the
-            kernel's run failed, with the end of its log.
+        PackagingError: no rehearsal of this very build passed, or a file was changed since; a secret would be sent;
+            Kaggle refused something; a wait was too long; the kernel's run failed, with the end of its log.
     """
     read_passed(folder)
     build = read_build(folder)
+    prove(folder, build)
+    refuse_secrets(folder, build.package.owner, [KERNEL, *(part.folder for part in build.parts)])
     kaggle = Kaggle(clock or Clock()) if go else Kaggle(Clock(sleep=lambda seconds: None), Pretend())
+    if not go:
+        _summarise(folder, build)
     with locked(folder / ".push.lock"):
         _check_owner(build, kaggle)
         versions: dict[str, int] = {}
@@ -79,6 +85,19 @@ def push(folder: Path, *, go: bool, clock: Clock | None = None) -> None:
         shutil.rmtree(folder / UPLOAD)
     if not go:
         console.print("nothing was sent: these are the requests of a first push, which --go sends")
+
+
+def _summarise(folder: Path, build: Build) -> None:
+    """What a push brings, before the requests that bring it."""
+    for part in build.parts:
+        files = sum(path.is_file() for path in (folder / part.folder).rglob("*"))
+        output.print(f"{part.kind} {part.source}: {part.folder}/, {files} files, {part.bytes / 1e6:,.2f} MB, private")
+    machine, metadata = build.package.machine_shape, _metadata(folder / KERNEL)
+    kind, competition = metadata["kernel_type"], build.package.competition
+    output.print(
+        f"kernel {build.kernel}: {kind} {build.code_file} on {machine}, for {competition}, private, no internet"
+    )
+    output.print()
 
 
 def read_pushed(folder: Path, build: Build) -> Pushed:
@@ -125,9 +144,11 @@ def _dataset(shipment: Shipment, kaggle: Kaggle) -> None:
     elif not shipment.sent:
         earlier = f"the last version of {part.source} to be ready"
         listed = kaggle.wait(earlier, _PROCESSING, lambda: _ready(part, kaggle))
-        if _holds(part, listed):
+        if shipment.complete(listed):
             kaggle.say(f"{part.source} holds {part.marker} already")
             return
+        if _holds(part, listed):
+            kaggle.say(f"{part.source} holds {part.marker}, but not all of its files: they are brought again")
         shipment.pack(shipment.old_builds(listed, DATASET_BYTES, LIMITS.top))
         _version(shipment, kaggle)
         shipment.mark_sent()
@@ -183,7 +204,7 @@ def _model(shipment: Shipment, kaggle: Kaggle) -> int:
     """
     part = shipment.part
     version = kaggle.instance_version(part.source)
-    if version is not None and _holds(part, kaggle.instance_files(part.source)):
+    if version is not None and shipment.complete(kaggle.instance_files(part.source)):
         kaggle.say(f"{part.source}/{version} holds {part.marker} already")
         return version
     if not shipment.sent:
@@ -213,7 +234,7 @@ def _stage_kernel(folder: Path, build: Build, versions: Mapping[str, int]) -> Pa
     """The kernel's folder with the versions of our model instances in its metadata, which only now are known."""
     staged = folder / UPLOAD / "kernel"
     shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(folder / "kernel", staged)
+    shutil.copytree(folder / KERNEL, staged)
     metadata = _metadata(staged)
     others = [source for source in metadata["model_sources"] if source.rpartition("/")[0] not in versions]
     metadata["model_sources"] = [*(f"{source}/{version}" for source, version in versions.items()), *others]
@@ -247,9 +268,9 @@ def _same(there: Kernel, staged: Path, build: Build) -> bool:
     keys = {f"{kind}_sources": f"{kind}DataSources" for kind in ("dataset", "model", "competition")}
     machine = there.metadata.get("machineShape", "") in ("", ours["machine_shape"])  # not every answer names it
     inputs = all(_slugs(ours[key]) == _slugs(there.metadata.get(name, [])) for key, name in keys.items())
-    online = there.metadata.get("enableInternet", False)
+    online, private = there.metadata.get("enableInternet", False), there.metadata.get("isPrivate", True)
     code = (staged / build.code_file).read_text(encoding="utf-8")
-    return inputs and machine and not online and _code(there.source) == _code(code)
+    return inputs and machine and private and not online and _code(there.source) == _code(code)
 
 
 def _slugs(sources: list[str]) -> set[str]:
@@ -293,11 +314,11 @@ def _complete(folder: Path, build: Build, pushed: Pushed, kaggle: Kaggle) -> Non
         return state if state == "COMPLETE" else None
 
     kaggle.wait(f"the run of {build.kernel}", build.package.hours * 3600 + _QUEUE, ended)
-    output = kaggle.kernel_output(build.kernel)
-    found = [name for name in SUBMISSIONS if name in output.files]
+    left = kaggle.kernel_output(build.kernel)
+    found = [name for name in SUBMISSIONS if name in left.files]
     if not found:
-        raise _failed(f"left no {' or '.join(SUBMISSIONS)}, but {output.files}", build, pushed, output)
-    pushed.output, pushed.seconds = found[0], output.seconds
+        raise _failed(f"left no {' or '.join(SUBMISSIONS)}, but {left.files}", build, pushed, left)
+    pushed.output, pushed.seconds = found[0], left.seconds
     _write(folder, pushed, kaggle)
     kaggle.say(f"{build.kernel}, version {pushed.version}, is complete and left {found[0]}")
 

@@ -35,7 +35,8 @@ def submit(
         clock: for waits.
 
     Raises:
-        PackagingError: nothing of this build was pushed; Kaggle refused; the rerun failed, in Kaggle's words.
+        PackagingError: nothing of this build was pushed; the ledger can't be read; Kaggle refused; the rerun failed, in
+            Kaggle's words.
     """
     build = read_build(folder)
     pushed = read_pushed(folder, build)
@@ -43,10 +44,12 @@ def submit(
     description = f"{message} [pairclf {build.identity[:12]}, version {pushed.version}]"
     competition = build.package.competition
     if not go:
+        table.rows(ledger)
         dry = Kaggle(Clock(), Pretend())
         dry.submit(competition, pushed.kernel, pushed.version, pushed.output, description)
         return
     kaggle, row = Kaggle(clock or Clock()), _row(folder, build, pushed, message)
+    table.prepare(ledger)
     with locked(folder / ".push.lock"):
 
         def make() -> int:

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from io import BufferedReader
@@ -22,7 +22,7 @@ from pydantic import Field
 
 from pairclf.config import Section, checked
 from pairclf.console import Advance, console, progress
-from pairclf.errors import PackagingError
+from pairclf.errors import ConfigError, PackagingError
 from pairclf.files import atomic_file, sha256_file, write_text
 from pairclf.packaging.metadata import DATASET_METADATA, INSTANCE_METADATA, MODEL_METADATA
 from pairclf.packaging.record import Part, parse_json
@@ -76,9 +76,13 @@ class Shipment:
 
     def _read(self) -> State:
         if self._path.is_file():
-            state = checked(State, parse_json(self._path), self._path, "remove it: the upload begins again")
-            if state.marker == self.part.marker:
-                return state
+            try:
+                state = checked(State, parse_json(self._path), self._path, "")
+            except (PackagingError, ConfigError) as error:
+                console.print(f"note: the upload of {self.part.folder} begins again: {error.what}")
+            else:
+                if state.marker == self.part.marker:
+                    return state
         return State(marker=self.part.marker)
 
     def _write(self) -> None:
@@ -93,6 +97,13 @@ class Shipment:
         for folder in (self.folder, self._old):
             shutil.rmtree(folder, ignore_errors=True)
         self._path.unlink(missing_ok=True)
+
+    def complete(self, listed: Collection[str]) -> bool:
+        """Whether one folder of what is `listed` holds the marker and every file that it names: all of the part."""
+        files = _marked(self.source / self.part.marker)
+        markers = (path for path in listed if path.rpartition("/")[2] == self.part.marker)
+        roots = (path.removesuffix(self.part.marker) for path in markers)
+        return any(all(f"{root}{name}" in listed for name in files) for root in roots)
 
     # --- what goes up ------------------------------------------------------------------------------------------------
 
@@ -140,7 +151,7 @@ class Shipment:
         """
         wanted: dict[str, tuple[str, str]] = {}  # new path: old path, hash
         got: dict[str, Path] = {}
-        for marker in sorted(name for name in listed if self._is_marker(name)):
+        for marker in sorted(name for name in listed if self._is_older(name)):
             root, _, name = marker.rpartition("/")
             home = name.removesuffix(".json")
             got[f"{home}/{name}"] = self._fetch(marker, f"{home}/{name}", None)
@@ -155,12 +166,19 @@ class Shipment:
         name = path.rpartition("/")[2]
         return name.startswith(f"pairclf-{self.part.payload}-") and name.endswith(".json")
 
+    def _is_older(self, path: str) -> bool:
+        """Whether it is another build's marker: where this very part is there, it is torn."""
+        return self._is_marker(path) and path.rpartition("/")[2] != self.part.marker
+
     def _check_room(
         self, listed: Mapping[str, int], wanted: Mapping[str, tuple[str, str]], builds: int, size: int, top: int
     ) -> None:
         theirs = {there for there, _ in wanted.values()}
         if unknown := [name for name in listed if name not in theirs and not self._is_marker(name)]:
-            console.print(f"note: {len(unknown)} files of {self.part.source} are in no marker and are left behind")
+            console.print(
+                f"note: {self.part.source} has {len(unknown)} files that no package put there, such as {unknown[0]}; "
+                "the new version is made without them, the older versions keep them"
+            )
         old = sum(listed.get(name, 0) for name in theirs)
         entries = builds + sum(path.name not in _METADATA for path in self.source.iterdir())
         if self.part.bytes + old > size or entries > top:

@@ -32,7 +32,7 @@ import time
 from pathlib import Path
 
 
-def strike(what="fault"):
+def strike(what="pass"):
     """Note it; whether it is the first time."""
     try:
         Path(os.environ["HOME"], "{STRUCK}" + what).open("x").close()
@@ -133,6 +133,7 @@ class Fault:
 
     Attributes:
         what: it is, for people.
+        must: come of it, for people: a valid submission in any case but the first cell's failure.
         says: what the first cell's failure must say, as a regular expression with `{spoiled}` for what was spoiled;
             empty: a valid submission must come.
         scored: which rows of it must have been scored; `some`: one at least; `any`: however many.
@@ -147,6 +148,7 @@ class Fault:
     """
 
     what: str
+    must: str
     says: str = ""
     scored: Literal["all", "some", "any", "none"] = "all"
     same: bool = False
@@ -162,19 +164,6 @@ class Fault:
     def compares(self) -> bool:
         """Whether there must be an undisturbed run to hold it against."""
         return self.same or self.patience is not None
-
-    @property
-    def must(self) -> str:
-        """What must come of it, for people."""
-        if self.says:
-            return "the first cell fails and says why"
-        how = {
-            "all": "with all rows scored",
-            "some": "with what could be scored",
-            "any": "in time",
-            "none": "of priors",
-        }
-        return f"a valid submission {how[self.scored]}" + (", the undisturbed one" if self.same else "")
 
     def module(self, limit: int, seconds: float) -> str:
         """Text of the hook's module.
@@ -245,27 +234,44 @@ def _flip_byte(mounts: Sequence[Mount], folder: Path) -> tuple[list[Mount], str]
 
 
 FAULTS = {
-    "oom": Fault("passes over a size run out of memory", scored="some", hook=_OOM, strikes=("fault",)),
+    "oom": Fault(
+        "passes over a size run out of memory", "some rows scored", scored="some", hook=_OOM, strikes=("pass",)
+    ),
     "kill": Fault(
         "a worker is killed, and predict after its first batch",
+        "the same scores",
         same=True,
         hook=_KILL,
         strikes=("worker", "predict"),
     ),
     "slow": Fault(
-        "forward passes take longer than there is time for", scored="any", hook=_SLOW, strikes=("fault",), patience=1.5
+        "forward passes take longer than there is time for",
+        "valid, in time",
+        scored="any",
+        hook=_SLOW,
+        strikes=("pass",),
+        patience=1.5,
     ),
-    "null-rows": Fault("every third row has empty and broken cells", spoil_rows=_empty_cells),
+    "null-rows": Fault("every third row has empty and broken cells", "all rows scored", spoil_rows=_empty_cells),
     "missing-model": Fault(
         "the base model, or the bundles that hold it, never comes",
+        "priors",
         scored="none",
         speed=200.0,
         spoil_mounts=_leave_empty,
     ),
     "corrupt-bundle": Fault(
-        "a byte of a bundle is another", says=r"{spoiled}[\s\S]*changed", scored="none", spoil_mounts=_flip_byte
+        "a byte of a bundle is another",
+        "first cell fails",
+        says=r"{spoiled}[\s\S]*changed",
+        scored="none",
+        spoil_mounts=_flip_byte,
     ),
-    "wrong-python": Fault("the image has Python 3.99", says=r"3\.99", scored="none", prelude=_OTHER_PYTHON),
-    "extra-columns": Fault("the test file has columns that nobody knows", same=True, spoil_rows=_more_columns),
+    "wrong-python": Fault(
+        "the image has Python 3.99", "first cell fails", says=r"3\.99", scored="none", prelude=_OTHER_PYTHON
+    ),
+    "extra-columns": Fault(
+        "the test file has columns that nobody knows", "the same scores", same=True, spoil_rows=_more_columns
+    ),
 }
 """`rehearse --inject`."""

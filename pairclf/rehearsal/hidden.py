@@ -1,7 +1,9 @@
-"""A stand-in for the hidden test: the rows of the public one, as many as there will be, each under an id of its own."""
+"""A stand-in for the hidden test: the rows of the public one, as many as there will be, each an input of its own."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -14,12 +16,15 @@ def read_raw(path: Path) -> pl.DataFrame:
     """A CSV's cells as the texts that they are, or a parquet file.
 
     Raises:
-        PackagingError: it is neither.
+        PackagingError: it is neither, or can't be read.
     """
-    if path.suffix == ".csv":
-        return pl.read_csv(path, infer_schema=False)
-    if path.suffix == ".parquet":
-        return pl.read_parquet(path)
+    try:
+        if path.suffix == ".csv":
+            return pl.read_csv(path, infer_schema=False)
+        if path.suffix == ".parquet":
+            return pl.read_parquet(path)
+    except pl.exceptions.PolarsError as error:
+        raise PackagingError(f"{path} can't be read: {error}", remedy="give the file as Kaggle mounts it") from error
     raise PackagingError(f"{path} is neither .csv nor .parquet", remedy="give the file as Kaggle mounts it")
 
 
@@ -32,11 +37,17 @@ def write_raw(path: Path, frame: pl.DataFrame) -> None:
             frame.write_parquet(temporary)
 
 
-def enlarge(test: Path, sample: Path, rows: int, folder: Path) -> tuple[Path, Path]:
+def enlarge(test: Path, sample: Path, rows: int, folder: Path, fields: Sequence[str]) -> tuple[Path, Path]:
     """Write test and sample submission with `rows` rows into `folder`, in the formats that they have.
 
     Row `n` is row `n % N` of the file; from the second time on its id is a new one: numbers go on above the largest,
-    other ids get an ending.
+    other ids get an ending, and so does the text, as equal inputs are scored but once.
+
+    Args:
+        test, sample: the public ones.
+        rows: of the hidden test.
+        folder: for the two.
+        fields: the task's columns of texts; the first one is told apart.
 
     Returns:
         The two files.
@@ -55,17 +66,21 @@ def enlarge(test: Path, sample: Path, rows: int, folder: Path) -> tuple[Path, Pa
     written = []
     for path, frame, where in ((test, shown, range(len(shown))), (sample, wanted, order)):
         target = folder / path.name
-        write_raw(target, _repeated(frame, list(where), rows))
+        write_raw(target, _repeated(frame, list(where), rows, [name for name in fields if name in frame.columns][:1]))
         written.append(target)
     return written[0], written[1]
 
 
-def _repeated(frame: pl.DataFrame, places: list[int], rows: int) -> pl.DataFrame:
-    """`rows` rows; `places`: of each row of the frame in the test file, so that both files leave out the same rows."""
+def _repeated(frame: pl.DataFrame, places: list[int], rows: int, texts: Sequence[str]) -> pl.DataFrame:
+    """`rows` rows, of which no repetition has the `texts` of another one.
+
+    `places`: of each row of the frame in the test file, so that both files leave out the same rows.
+    """
     pieces = []
     for turn in range(-(-rows // len(frame))):
         kept = [at for at, place in enumerate(places) if turn * len(frame) + place < rows]
-        pieces.append(frame.with_columns(_ids(frame["id"], turn))[kept])
+        told = [_told_apart(frame[name], turn) for name in texts]
+        pieces.append(frame.with_columns(_ids(frame["id"], turn), *told)[kept])
     return pl.concat(pieces)
 
 
@@ -82,3 +97,28 @@ def _ids(ids: pl.Series, turn: int) -> pl.Series:
     while texts.str.contains(ending, literal=True).any():
         ending += "-"
     return texts + f"{ending}{turn}"
+
+
+def _told_apart(cells: pl.Series, turn: int) -> pl.Series:
+    """The texts of a repetition, each with its number behind the last turn."""
+    if turn == 0:
+        return cells
+    ending = f" ({turn + 1})"
+    made = [_ended(cell, ending) if isinstance(cell, list) else _ended_text(cell, ending) for cell in cells.to_list()]
+    return pl.Series(cells.name, made, dtype=cells.dtype)
+
+
+def _ended(turns: list[str | None], ending: str) -> list[str | None]:
+    *before, last = turns or [None]
+    return [*before, (last or "") + ending]
+
+
+def _ended_text(cell: str | None, ending: str) -> str:
+    """A list of turns in JSON stays one; what is none, a broken one too, is a text."""
+    try:
+        turns = json.loads(cell or "")
+    except ValueError:
+        turns = None
+    if isinstance(turns, list) and all(one is None or isinstance(one, str) for one in turns):
+        return json.dumps(_ended(turns, ending))
+    return (cell or "") + ending

@@ -16,7 +16,7 @@ from pairclf.errors import DataError, PackagingError
 from pairclf.packaging.record import Build
 from pairclf.rehearsal.faults import STRUCK, Fault
 from pairclf.rehearsal.hidden import read_raw
-from pairclf.rehearsal.play import SCORES, SUBMISSION, VERIFIED
+from pairclf.rehearsal.play import SCORES, SERVED, SUBMISSION, VERIFIED
 from pairclf.rehearsal.report import GB, Parity, Report, Scored
 from pairclf.rehearsal.stage import Stage
 from pairclf.task import Task
@@ -46,6 +46,10 @@ class Judge:
     spoiled: str
     undisturbed: Path
 
+    @property
+    def _serves(self) -> bool:
+        return self.build.package.kernel == "server"
+
     def judge(self, stage: Stage, report: Report) -> None:
         """Fill in what the run gave, its problems and the verdict."""
         report.problems += report.killed
@@ -58,7 +62,7 @@ class Judge:
             report.parity = _parity(stage.kept / VERIFIED, self.build)
             report.problems += _unproven(report.parity)
         else:
-            report.problems += self._struck(stage)
+            report.problems += self._struck(stage, report)
         report.passed = not report.problems
 
     def _first_cell(self, report: Report) -> Iterator[str]:
@@ -84,7 +88,7 @@ class Judge:
             return
         if report.failed:
             return
-        report.scored = _scored(kept / SCORES, self.build.task)
+        report.scored = _served(kept / SERVED) if self._serves else _scored(kept / SCORES, self.build.task)
         yield from self._rows(kept, report)
         if self.fault is not None and self.fault.same:
             yield from _differing(path, self.undisturbed)
@@ -98,9 +102,11 @@ class Judge:
         if scored is None:
             if wanted == "none":
                 yield from _not_of_priors(kept / SUBMISSION)
-            elif self.build.package.kernel != "server":
-                yield f"there is no {SCORES}"
+            else:
+                yield f"there is no {SERVED if self._serves else SCORES}"
             return
+        if (told := scored.both + scored.one + scored.prior) != rows:
+            yield f"{told:,} rows are told of, and there are {rows:,}"
         done = scored.both + scored.one
         if wanted == "all" and done < rows:
             yield f"{scored.prior:,} of {rows:,} rows have nothing but the prior"
@@ -108,11 +114,15 @@ class Judge:
             yield "no row was scored"
         elif wanted == "none" and done:
             yield f"{done:,} rows were scored, which can't be"
-        yield from _odd_priors(kept / SCORES, self.build.task)
+        if not self._serves:
+            yield from _odd_priors(kept / SCORES, self.build.task)
 
-    def _struck(self, stage: Stage) -> Iterator[str]:
+    def _struck(self, stage: Stage, report: Report) -> Iterator[str]:
+        report.struck = [Path(self.spoiled).name] if self.spoiled else []
         for name in self.fault.strikes if self.fault else ():
-            if not (stage.home / f"{STRUCK}{name}").exists():
+            if (stage.home / f"{STRUCK}{name}").exists():
+                report.struck.append(name)
+            else:
                 yield f"the fault never struck ({name}): the run says nothing about it"
 
 
@@ -123,6 +133,23 @@ def _scored(path: Path, task: Task) -> Scored | None:
     full = 2 if task.swappable else 1
     both, prior = int((orders >= full).sum()), int((orders == 0).sum())
     return Scored(both=both, one=len(orders) - both - prior, prior=prior)
+
+
+def _served(path: Path) -> Scored | None:
+    """As the kernel's server counted; what could not be scored has the priors, too.
+
+    Raises:
+        PackagingError: it is not what `Server.report` gives.
+    """
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if "rows" not in told:  # without a model, nobody counted
+            return None
+        return Scored(both=int(told["both"]), one=int(told["one"]), prior=int(told["priors"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise PackagingError(f"{SERVED} is not what `Server.report` gives: {error!r}") from error
 
 
 def _odd_priors(path: Path, task: Task) -> Iterator[str]:
@@ -139,17 +166,19 @@ def _not_of_priors(path: Path) -> Iterator[str]:
 
 def _differing(path: Path, undisturbed: Path) -> Iterator[str]:
     """Rows that another run gave otherwise."""
-    here, there = pl.read_csv(path), pl.read_csv(undisturbed)
+    here, there = read_raw(path), read_raw(undisturbed)
     if here["id"].to_list() != there["id"].to_list():
         yield "the rows are not those of the undisturbed run"
         return
     for name in here.columns[1:]:
-        if here[name].dtype.is_numeric():
-            worst = (here[name] - there[name]).abs().max()
-            if not isinstance(worst, int | float) or worst > SAME:
-                yield f"{name} differs by {worst!r} from the undisturbed run"
-        elif not here[name].equals(there[name]):
+        if here[name].equals(there[name]):
+            continue
+        numbers = (here[name].cast(pl.Float64, strict=False), there[name].cast(pl.Float64, strict=False))
+        worst = (numbers[0] - numbers[1]).abs().max()
+        if any(column.null_count() for column in numbers) or not isinstance(worst, int | float):
             yield f"{name} differs from the undisturbed run"
+        elif worst > SAME:
+            yield f"{name} differs by {worst!r} from the undisturbed run"
 
 
 def _parity(path: Path, build: Build) -> list[Parity]:

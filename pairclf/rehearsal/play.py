@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
@@ -15,12 +16,12 @@ from typing import IO, Any
 from pairclf.console import Advance
 from pairclf.errors import PackagingError
 from pairclf.rehearsal import runner
-from pairclf.rehearsal.meter import Meter, size_of
+from pairclf.rehearsal.meter import Meter, descendants, size_of
 from pairclf.rehearsal.report import Report
 from pairclf.rehearsal.sandbox import Sandbox
 from pairclf.rehearsal.stage import Scene
 
-SUBMISSION, SCORES, VERIFIED = "submission.csv", "scores.parquet", "verify.json"
+SUBMISSION, SCORES, VERIFIED, SERVED = "submission.csv", "scores.parquet", "verify.json", "served.json"
 
 _TAIL = 25
 """Lines kept of a cell that failed."""
@@ -56,7 +57,7 @@ def play(what: Play, scene: Scene, sandbox: Sandbox, report: Report, advance: Ad
         code=str(what.code.resolve()),
         inputs=str(scene.input),
         kept=str(stage.kept),
-        results=[SUBMISSION, SCORES, VERIFIED],
+        results=[SUBMISSION, SCORES, VERIFIED, SERVED],
         prelude=what.prelude,
         cells=what.cells,
     )
@@ -101,7 +102,9 @@ def _attend(
         if timer.ident is not None:
             timer.join()
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            for started in descendants(process.pid):  # a notebook's kernel has a session of its own
+                with suppress(ProcessLookupError):
+                    os.kill(started, signal.SIGKILL)
             process.wait()
     report.memory_peak = max(report.memory_peak, meter.peak)
     report.disk_peak = max(report.disk_peak, meter.disk, size_of(scene.stage.kept))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -12,15 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import current_thread, main_thread
 
 from pairclf import __version__
 from pairclf.config import Config, parse_yaml, resolve
 from pairclf.console import Advance, console, progress
 from pairclf.errors import ModelError, PackagingError
-from pairclf.files import atomic_file, sha256_file
+from pairclf.files import atomic_file, locked, sha256_file
 from pairclf.inference.deadline import seconds_until
-from pairclf.packaging.build import KERNEL
-from pairclf.packaging.metadata import MACHINES
+from pairclf.packaging.metadata import KERNEL, MACHINES
+from pairclf.packaging.payload import prove
 from pairclf.packaging.record import Build, read_build
 from pairclf.rehearsal import gateway
 from pairclf.rehearsal.clock import link_bundles, project
@@ -39,6 +41,9 @@ SLOWNESS = 4.0
 FITTING = 0.75
 """With the fault `oom`, a pass of so much of the longest sequence fits."""
 
+_RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
+_LOCK = ".rehearsal.lock"
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -50,7 +55,8 @@ class Options:
         base: folder of the base model, where the package attaches one from Kaggle.
         out: folder for the results; None: `rehearsal` in the package, where `push` looks.
         rows: of the hidden test: the file's rows are repeated under new ids; None: as the file is.
-        image: `here`: the versions of this environment; `3.12`: that Python, with the image's own.
+        image: `here`: the versions of this environment; `3.12`: that Python, with the image's own; None: `here` where
+            the package is for this Python, else the first one that it is for.
         layouts: of the mounts; the first is run whole, the others up to the end of the first cell.
         late: seconds of the kernel's clock from the first cell on, until the mounts that are empty at first are filled.
         inject: names of faults, each in a run of its own.
@@ -64,7 +70,7 @@ class Options:
     base: Path | None = None
     out: Path | None = None
     rows: int | None = None
-    image: str = HERE
+    image: str | None = None
     layouts: tuple[str, ...] = ("flat", "typed")
     late: float = 1.0
     inject: tuple[str, ...] = ()
@@ -83,6 +89,7 @@ class _Rehearsal:
     options: Options
     test: Path
     sample: Path
+    image: str
     out: Path
     memory: int
     disk: int
@@ -97,6 +104,8 @@ class _Rehearsal:
 
 def rehearse(folder: Path, options: Options) -> Reports:
     """Execute a package's kernel offline, in a stand-in for Kaggle's image, and judge how it ends.
+
+    SIGTERM ends it as Ctrl-C does; the kernel does not outlive it.
 
     In `out` it leaves `report.json`, `submission.csv`, `scores.parquet` and `executed.ipynb` (after a failure too, up
     to the cell that failed); of a run with a fault `report-FAULT.json` and so on.
@@ -115,9 +124,10 @@ def rehearse(folder: Path, options: Options) -> Reports:
     """
     rehearsal = _construct(folder, options)
     names: list[str | None] = [*options.inject] or [None]
-    if any(name and FAULTS[name].compares for name in names) and not _rehearsed(rehearsal):
-        names.insert(0, None)
-    reports = Reports([_run(rehearsal, name) for name in names])
+    with locked(rehearsal.out / _LOCK), _terminable():
+        if any(name and FAULTS[name].compares for name in names) and not _rehearsed(rehearsal):
+            names.insert(0, None)
+        reports = Reports([_run(rehearsal, name) for name in names])
     if not reports.passed:
         console.print(reports.render())
         lines = [f"{one.fault or one.kernel}: {problem}" for one in reports.runs for problem in one.problems]
@@ -129,19 +139,36 @@ def rehearse(folder: Path, options: Options) -> Reports:
     return reports
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` at SIGTERM too, so that all is cleared away. Signals are the main thread's."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # --- construct -------------------------------------------------------------------------------------------------------
 
 
 def _construct(folder: Path, options: Options) -> _Rehearsal:
     """Everything that can be refused before anything is run."""
     build = read_build(folder)
-    _check_options(build, options)
+    image = _image(build, options)
+    _check_options(build, options, image)
+    prove(folder, build)
     test, sample = options.test or build.test, options.sample or build.sample
     if test is None or sample is None:
         raise PackagingError("there is nothing to predict", remedy="give --test and --sample")
     for path in (test, sample):
         if not path.is_file():
             raise PackagingError(f"{path} is no file", remedy="give --test and --sample as Kaggle mounts them")
+        if not read_raw(path).height:
+            raise PackagingError(f"{path} has no rows: there is nothing to rehearse with", remedy="give some rows")
     machine = MACHINES[build.package.machine_shape]
     return _Rehearsal(
         folder=folder,
@@ -149,6 +176,7 @@ def _construct(folder: Path, options: Options) -> _Rehearsal:
         options=options,
         test=test,
         sample=sample,
+        image=image,
         out=options.out or folder / REHEARSAL,
         memory=round(GB * (options.memory_gb or machine.memory_gb)),
         disk=round(GB * (options.disk_gb or machine.disk_gb)),
@@ -156,7 +184,13 @@ def _construct(folder: Path, options: Options) -> _Rehearsal:
     )
 
 
-def _check_options(build: Build, options: Options) -> None:
+def _image(build: Build, options: Options) -> str:
+    if options.image is not None:
+        return options.image
+    return HERE if _RUNNING in build.package.pythons else build.package.pythons[0]
+
+
+def _check_options(build: Build, options: Options, image: str) -> None:
     if unknown := [name for name in options.inject if name not in FAULTS]:
         raise PackagingError(f"--inject {','.join(unknown)}: no such fault", remedy=f"choose from {', '.join(FAULTS)}")
     if not options.layouts or not LAYOUTS.keys() >= set(options.layouts):
@@ -166,11 +200,10 @@ def _check_options(build: Build, options: Options) -> None:
             "--inject and --commit: a notebook that is saved fails at every fault, to tell you of it",
             remedy="leave --commit out: faults are for the hidden rerun",
         )
-    running = f"{sys.version_info.major}.{sys.version_info.minor}"
-    python = running if options.image == HERE else options.image
+    python = _RUNNING if image == HERE else image
     if python not in build.package.pythons:
         raise PackagingError(
-            f"--image {options.image} has Python {python}, and the package is for {', '.join(build.package.pythons)}",
+            f"--image {image} has Python {python}, and the package is for {', '.join(build.package.pythons)}",
             remedy=f"--image {build.package.pythons[0]}, or package.pythons=[..., '{python}'] and package again",
         )
 
@@ -189,16 +222,16 @@ def _rehearsed(rehearsal: _Rehearsal) -> bool:
 
 def _run(rehearsal: _Rehearsal, name: str | None) -> Report:
     """One run of the kernel, and its report in `out`."""
-    fault, options = FAULTS[name] if name else None, rehearsal.options
+    fault = FAULTS[name] if name else None
     report = _blank(rehearsal, name, fault)
     with staged(rehearsal.out) as stage:
-        with _timed(report, "input"):
+        with _timed(report, "input laid out"):
             setting = _set_up(rehearsal, stage, fault)
             report.rows = read_raw(setting.sample).height
-        with _timed(report, "stand-in for the image"):
+        with _timed(report, "image made"):
             wheels = [rehearsal.folder / part.folder for part in rehearsal.build.of("wheels")]
             hook = _hook(rehearsal, fault, report)
-            furnish(stage, options.image, rehearsal.build.package.images, wheels, hook)
+            furnish(stage, rehearsal.image, rehearsal.build.package.images, wheels, hook)
         with progress(f"rehearsing {name or report.kernel}", _cells(rehearsal, report)) as advance:
             for layout in report.layouts:
                 _play(rehearsal, setting, stage.scene(layout), fault, report, advance)
@@ -219,7 +252,7 @@ def _blank(rehearsal: _Rehearsal, name: str | None, fault: Fault | None) -> Repo
         inputs=rehearsal.inputs,
         rows=0,
         rerun=not options.commit,
-        image="versions of this environment" if options.image == HERE else f"the image's versions for {options.image}",
+        image="versions of this environment" if rehearsal.image == HERE else "the image's versions",
         layouts=[*others, whole] if fault is None else [whole],
         speed=_speed(rehearsal, fault),
         hours=build.package.hours,
@@ -255,7 +288,7 @@ def _set_up(rehearsal: _Rehearsal, stage: Stage, fault: Fault | None) -> _Settin
     build, test, sample = rehearsal.build, rehearsal.test, rehearsal.sample
     rows = rehearsal.options.rows
     if rows is not None:
-        test, sample = enlarge(test, sample, rows, stage.props)
+        test, sample = enlarge(test, sample, rows, stage.props, build.task.fields)
     if fault and fault.spoil_rows:
         spoiled_test = stage.props / f"spoiled{test.suffix}"
         shutil.copyfile(test, spoiled_test)
@@ -335,7 +368,7 @@ def _play(
 def _conclude(rehearsal: _Rehearsal, stage: Stage, setting: _Setting, fault: Fault | None, report: Report) -> None:
     """Judge the run, and keep what it left."""
     if fault is None and not report.failed:
-        with _timed(report, "forecast for Kaggle's machine"):
+        with _timed(report, "forecast"):
             _project(rehearsal, stage, report)
     with _timed(report, "check"):
         judge = Judge(rehearsal.build, setting.sample, fault, setting.spoiled, rehearsal.out / SUBMISSION)
@@ -354,11 +387,14 @@ def _project(rehearsal: _Rehearsal, stage: Stage, report: Report) -> None:
     """What the hidden test would take, here and on Kaggle's machine; a model that does not fit there is a problem."""
     build, options = rehearsal.build, rehearsal.options
     bundles = link_bundles(rehearsal.folder, build, stage.props / "bundles")
+    console.quiet = True  # the bars of the rows that it reads are another command's
     try:
         for one in project(report, build, bundles, rehearsal.test, options.rows, options.base):
             report.projections.append(one)
     except ModelError as error:
         report.problems.append(f"on Kaggle's machine: {error}")
+    finally:
+        console.quiet = False
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class Projection(Section):
     rest: float = Field(description="seconds of all other cells, as measured here")
     source: str = Field(description="where the figures come from")
     judged: bool = Field(description="whether it must be over by the deadline for the rehearsal to pass")
+    at_most: bool = Field(False, description="whether more of it was taken to grow with the rows than does")
 
     @property
     def total(self) -> float:
@@ -65,7 +66,8 @@ class Report(Section):
     build: str = Field(description="identity of the package")
     kernel: str = Field(description="name of its file")
     fault: str | None = Field(None, description="what was injected; null: nothing")
-    must: str = Field("a valid submission with all rows scored", description="what had to come of it")
+    must: str = Field("all rows scored", description="what had to come of it")
+    struck: list[str] = Field([], description="what the fault did harm to")
     inputs: str = Field(description="SHA-256 over test file, sample submission and number of rows")
     rows: int = Field(description="of the test")
     rerun: bool = Field(description="as the hidden rerun; else as when the notebook is saved")
@@ -99,50 +101,49 @@ class Report(Section):
         return sum(seconds for stage, seconds in self.seconds.items() if stage.startswith("cell "))
 
     def render(self) -> Table:
-        made = table(f"Rehearsal of {self.kernel}" + (f": {self.fault}" if self.fault else ""), "", "", "of the limit")
+        """All but the problems, which the error has; at most 80 wide, with names of usual length."""
+        made = table(f"Rehearsal of {self.kernel}" + (f": {self.fault}" if self.fault else ""), "", "")
         if self.fault:
-            made.add_row("must end in", self.must, "")
-        made.add_row("image", f"{self.image}, Python {self.python}", "")
-        made.add_row("as", "the hidden rerun" if self.rerun else "a notebook that is saved", "")
-        made.add_row("mounts", ", ".join(self.layouts), "")
+            made.add_row("must come", self.must)
+            made.add_row("struck", ", ".join(self.struck))
+        made.add_row("image", f"{self.image}, Python {self.python}")
+        made.add_row("as", "the hidden rerun" if self.rerun else "a notebook that is saved")
+        made.add_row("mounts", ", ".join(self.layouts))
         self._render_time(made)
-        made.add_row("memory", *_share(self.memory_peak, self.memory_limit))
-        made.add_row(f"working folder ({self.working})", *_share(self.disk_peak, self.disk_limit))
-        made.add_row("network", self.network, "")
-        made.add_row("input", self.input, "")
+        made.add_row("memory", _share(self.memory_peak, self.memory_limit))
+        made.add_row("working folder", _share(self.disk_peak, self.disk_limit))
+        made.add_row("its limit", self.working)
+        made.add_row("network", self.network)
+        made.add_row("input", self.input)
         self._render_result(made)
         return made
 
     def _render_time(self, made: Table) -> None:
         for stage, seconds in self.seconds.items():
-            made.add_row(stage, f"{seconds:.1f} s", "")
-        at = "" if self.speed == 1 else f", by a clock {self.speed:g} times as fast"
+            made.add_row(stage, f"{seconds:.1f} s")
+        at = "" if self.speed == 1 else f" at {self.speed:.3g}x"
         limit = self.hours * 3600
         made.add_row(
-            "the kernel", f"{self.notebook:.1f} s of {spoken(limit)}{at}", f"{self.notebook * self.speed / limit:.1%}"
+            "the kernel", f"{self.notebook:.1f} s of {spoken(limit)}{at}, {self.notebook * self.speed / limit:.0%}"
         )
         for one in self.projections:
-            share = f"{one.total / self.deadline:.1%}" if one.judged else ""
-            made.add_row(
-                f"{one.rows:,} rows on {one.machine}", f"{spoken(one.total)} of {spoken(self.deadline)}", share
-            )
+            share = f", {one.total / self.deadline:.0%}" if one.judged else ""
+            most = "at most " if one.at_most else ""
+            found = f"{most}{spoken(one.total)} of {spoken(self.deadline)}{share}"
+            made.add_row(f"{one.rows:,} rows " + ("here" if one.at_most else f"on {one.machine}"), found)
 
     def _render_result(self, made: Table) -> None:
         for bundle in self.parity:
-            found = "not scored" if bundle.difference is None else f"{bundle.difference:.1g} of {bundle.tolerance:.1g}"
-            made.add_row(f"logits of {bundle.bundle} differ by", found, "" if bundle.holds else "FAILED")
+            found = "not scored" if bundle.difference is None else f"{bundle.difference:.0e} of {bundle.tolerance:.0e}"
+            made.add_row(f"probes of {bundle.bundle}", found + ("" if bundle.holds else ", FAILED"))
         if self.submission:
-            made.add_row("submission", f"{self.submission['rows']:,} rows, ids in the sample's order", "")
-            means = self.submission["means"].items()
-            made.add_row("class means", ", ".join(f"{name} {mean:.4f}" for name, mean in means), "")
+            made.add_row("submission", f"{self.submission['rows']:,} rows, ids in the sample's order")
+            for name, mean in self.submission["means"].items():
+                made.add_row(f"mean {name}", f"{mean:.4f}")
         if self.scored:
-            words = (
-                f"{self.scored.both:,} in full, {self.scored.one:,} in one order, {self.scored.prior:,} by the prior"
-            )
-            made.add_row("rows scored", words, "")
-        for problem in self.problems:
-            made.add_row("problem", problem, "")
-        made.add_row("verdict", "passed" if self.passed else "NOT PASSED", "")
+            words = f"{self.scored.both:,} in full, {self.scored.one:,} in one order, {self.scored.prior:,} prior"
+            made.add_row("rows scored", words)
+        made.add_row("verdict", "passed" if self.passed else "NOT PASSED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,25 +160,26 @@ class Reports:
         """Of one run all; of several a line for each as well."""
         if len(self.runs) == 1:
             return self.runs[0].render()
-        made = table("Faults", "injected", "must end in", "ended in", "kernel", "verdict")
+        made = table("Faults", "injected", "struck", "must come", "came", "verdict")
         for one in self.runs:
-            verdict = "passed" if one.passed else "NOT PASSED"
-            made.add_row(one.fault or "nothing", one.must, ended(one), f"{one.notebook:.1f} s", verdict)
+            verdict = "passed" if one.passed else "FAILED"
+            made.add_row(one.fault or "nothing", ", ".join(one.struck), one.must, came(one), verdict)
         return Group(*(one.render() for one in self.runs if not one.passed or not one.fault), made)
 
 
-def ended(report: Report) -> str:
-    """What came of a run, for people."""
+def came(report: Report) -> str:
+    """Of a run, for people."""
     if report.failed:
-        return f"a failure of the cell {report.failed}"
+        return f"{report.failed} failed"
     if not report.submission:
-        return "no valid submission"
-    scored = "" if report.scored is None else f", {report.scored.both + report.scored.one:,} of its rows scored"
-    return f"a submission of {report.submission['rows']:,} rows{scored}"
+        return "nothing valid"
+    if report.scored is None:
+        return "priors"
+    return f"{report.scored.both + report.scored.one:,} of {report.submission['rows']:,}"
 
 
-def _share(found: float, limit: float) -> tuple[str, str]:
-    return f"{found / GB:,.2f} GB of {limit / GB:,.1f} GB", f"{found / limit:.1%}"
+def _share(found: float, limit: float) -> str:
+    return f"{found / GB:,.2f} GB of {limit / GB:,.1f} GB, {found / limit:.0%}"
 
 
 def report_name(fault: str | None) -> str:
@@ -214,7 +216,22 @@ def read_passed(build: Path) -> Report:
     if report.fault is not None or not report.passed or report.problems:
         problems = "".join(f"\n  {problem}" for problem in report.problems)
         raise PackagingError(f"the rehearsal of this build did not pass:{problems}", where=path, remedy=remedy)
+    if not report.rerun or report.speed != 1:
+        how = "as a notebook that is saved" if not report.rerun else f"by a clock {report.speed:g} times as fast"
+        raise PackagingError(
+            f"this build was rehearsed {how}, which is not how Kaggle scores it",
+            where=path,
+            remedy=f"{remedy} without {'--speed' if report.rerun else '--commit'}",
+        )
+    _check_rows(report, path, remedy)
     proven = {one.bundle for one in report.parity if one.holds}
     if unproven := [one.folder for one in record.bundles if one.folder not in proven]:
         raise PackagingError(f"the rehearsal did not prove the logits of {unproven}", where=path, remedy=remedy)
     return report
+
+
+def _check_rows(report: Report, path: Path, remedy: str) -> None:
+    """All of the sample's must have been scored."""
+    scored = 0 if report.scored is None else report.scored.both + report.scored.one
+    if not report.rows or report.submission.get("rows") != report.rows or scored != report.rows:
+        raise PackagingError(f"the rehearsal scored {scored:,} of {report.rows:,} rows", where=path, remedy=remedy)

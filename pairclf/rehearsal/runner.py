@@ -10,6 +10,7 @@ plan (see `Plan`), proves that the sandbox holds, and prints one line of JSON fo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -17,10 +18,12 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +37,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 EXECUTED = "executed.ipynb"
 _GET_FLAGS, _SET_FLAGS, _UP = 0x8913, 0x8914, 1  # ioctls and flag of Linux' netdevice(7)
+_LOOK = 0.5  # seconds between two looks whether the rehearsal lives
 _ADOPT = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _OUTSIDE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))  # reserved for documentation, RFC 5737
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -64,6 +68,25 @@ class Plan(TypedDict):
 def say(**event: Any) -> None:
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
+
+
+def end_with(parent: int) -> None:
+    """When the rehearsal is killed, end with all that was started: a notebook's kernel has a session of its own."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK)
+    while below := children(os.getpid()):
+        for process in below:  # what these started is then ours, see `_ADOPT`
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, 0)
+    os._exit(1)
+
+
+def children(process: int) -> list[int]:
+    """Of all its threads."""
+    lists = Path("/proc", str(process), "task").glob("*/children")
+    return [int(number) for path in lists for number in path.read_text().split()]
 
 
 def raise_loopback() -> None:
@@ -163,10 +186,12 @@ def run_script(plan: Plan) -> bool:
 
 
 def keep(plan: Plan) -> None:
-    """Copy what there is of the results: the working folder goes when the sandbox does."""
+    """Copy what there is of the results: the working folder goes when the sandbox does. What is gone is not kept."""
     for name in plan["results"]:
         if Path(name).is_file():
             shutil.copyfile(name, Path(plan["kept"], name))
+        else:
+            Path(plan["kept"], name).unlink(missing_ok=True)
 
 
 def text_of(outputs: Any) -> str:
@@ -187,6 +212,7 @@ def _texts(outputs: Any) -> Iterator[str]:
 def main(source: str) -> int:
     plan: Plan = json.loads(Path(source).read_text(encoding="utf-8"))
     ctypes.CDLL(None).prctl(_ADOPT, 1)  # what outlives its parent is still found below this process
+    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
     raise_loopback()
     blocked = {"network": why_no_network(), "input": why_no_writing(Path(plan["inputs"]))}
     say(python=platform.python_version(), blocked=blocked)

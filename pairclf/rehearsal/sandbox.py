@@ -71,11 +71,16 @@ def namespaces(inputs: Path, working: Path, disk: int) -> Sandbox | None:
     if shutil.which("unshare") is None or shutil.which("mount") is None:
         return None
     for user in ((), ("--map-root-user",)):
-        head = ("unshare", *user, *_NAMESPACES, "--", "sh", "-c", _MOUNT)
+        head = (*_ends_with_us(), "unshare", *user, *_NAMESPACES, "--", "sh", "-c", _MOUNT)
         prefix = (*head, str(inputs), str(working), str(disk))
         if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0:
             return Sandbox(prefix, "namespace of its own", "read-only mount", "file system of its own", guarded=False)
     return None
+
+
+def _ends_with_us() -> tuple[str, ...]:
+    """A killed rehearsal takes what made the namespaces with it, and that all that is in them."""
+    return ("setpriv", "--pdeathsig", "KILL", "--") if shutil.which("setpriv") else ()
 
 
 def guards(site_packages: Path) -> Sandbox:

@@ -18,6 +18,8 @@ from pairclf.rehearsal.mounts import Mount, fill, lay_out
 from pairclf.rehearsal.sandbox import Sandbox, guards, namespaces, protect, release
 
 HERE = "here"
+_PREFIX = "pairclf-"
+_HOME = "home"  # a link to the stage's home, so that the next rehearsal finds that of a killed one
 _PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
@@ -55,6 +57,8 @@ class Stage:
     def scene(self, layout: str) -> Scene:
         """Empty folders for a run in a layout."""
         scene = Scene(self, layout)
+        for left in self.kept.iterdir():  # by a run in another layout
+            left.unlink()
         scene.input.mkdir(parents=True)
         scene.working.mkdir()
         return scene
@@ -117,10 +121,11 @@ def staged(out: Path) -> Iterator[Stage]:
     """A stage in `out`, removed at the end; what a killed rehearsal left there goes first."""
     top = out.resolve() / ".tmp-rehearsal"
     _clear(top)
-    with TemporaryDirectory(prefix="pairclf-") as home:
+    with TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as home:
         stage = Stage(top, Path(home))
         for folder in (stage.kept, stage.props):
             folder.mkdir(parents=True)
+        (top / _HOME).symlink_to(home)
         try:
             yield stage
         finally:
@@ -129,6 +134,8 @@ def staged(out: Path) -> Iterator[Stage]:
 
 def _clear(top: Path) -> None:
     if top.exists():
+        if (home := (top / _HOME).resolve()).name.startswith(_PREFIX):
+            shutil.rmtree(home, ignore_errors=True)  # a rehearsal that was not killed removes it itself
         for inputs in top.glob("*/input"):
             release(inputs)
         shutil.rmtree(top)

@@ -33,7 +33,8 @@ def test_what_was_found_is_written_of_bundles_that_fail_too(bundles: list[Path],
     assert passed == bundles[:1]
     assert [one["bundle"] for one in found] == ["1e-6", "0.5", "nan"]
     assert [one["largest_difference"] for one in found] == [1e-6, 0.5, None]
-    assert found[0] == {"bundle": "1e-6", "rows": 0, "largest_difference": 1e-6, "tolerance": 1e-4, "dtype": "float32"}
+    rest = {"rows": 0, "largest_difference": 1e-6, "tolerance": 1e-4, "dtype": "float32"}
+    assert found[0] == {"bundle": "1e-6", "folder": str(bundles[0]), **rest}
 
 
 def test_bundles_that_hold_need_no_file(bundles: list[Path], tmp_path: Path) -> None:

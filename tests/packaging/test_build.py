@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from pairclf.inference.members import open_ensemble
 from pairclf.packaging import build, payload
 from pairclf.packaging.build import package
 from pairclf.packaging.metadata import KERNEL_METADATA, Limits
-from pairclf.packaging.record import read_build
+from pairclf.packaging.payload import prove
+from pairclf.packaging.record import identity_of, read_build
 from pairclf.packaging.wheelhouse import Wheel, Wheelhouse
 from pairclf.rehearsal.mounts import READ_BY_THE_CLIENT
 
@@ -68,7 +70,7 @@ def test_folder_is_complete_and_the_same_each_time(config: Config, bundle: Path,
         uploaded = sha256_tree(folder, without=frozenset({*READ_BY_THE_CLIENT, part.marker}))
         assert json.loads((folder / part.marker).read_text())["files"] == uploaded
     assert metadata_of(made)["dataset_sources"] == [part.source for part in record.parts]
-    assert "1.0100" in code  # the fold's metric
+    assert re.search(r"\| log loss 1\.0100(, [^|]*)? \| equal \| `", code)  # the fold's metric, and a plain mean
 
 
 @pytest.mark.usefixtures("wheels")
@@ -179,6 +181,8 @@ def test_ensemble_keeps_its_weights_and_finds_its_members(config: Config, tmp_pa
         "members:\n- {bundle: runs/one, weight: 3, base: somewhere}\n"
         "- {bundle: runs/two, weight: 1, share: 0.3, temperature: 1.1}\ntemperature: 1.02\n"
     )
+    with pytest.raises(PackagingError, match=r"members.1.share=0.3 .* in batches"):
+        package(changed(config, ensemble=given, kernel="server"), [], tmp_path / "out")
     made = package(changed(config, ensemble=given), [], tmp_path / "out")
     (file,) = (made / "bundle").glob("ensemble-*.yaml")
     tree = yaml.safe_load(file.read_text())
@@ -192,6 +196,32 @@ def test_ensemble_keeps_its_weights_and_finds_its_members(config: Config, tmp_pa
     code = (made / "kernel" / "a-notebook.ipynb").read_text()
     assert f'MEMBERS = [\\"{file.name}\\"]' in code
     assert '\\"winner_model_a\\": \\"0.500000000\\"' in code, "the prior is weighted as the blend is"
+    assert len(re.findall(r"\| 3 \| `|\| 1 \| `", code)) == 2, "the table has their weights"
+
+
+@pytest.mark.usefixtures("wheels")
+@pytest.mark.parametrize("bundles_as", ["dataset", "model"])
+def test_package_is_proven_file_by_file(config: Config, bundle: Path, tmp_path: Path, bundles_as: str) -> None:
+    made = package(changed(config, bundles_as=bundles_as), [bundle], tmp_path / "out")
+    build = read_build(made)
+    prove(made, build)
+    assert identity_of(made, build.code_file, build.parts) == build.identity
+    (made / "rehearsal").mkdir()
+    prove(made, build)
+    for path in [path for top in ("kernel", "bundle", "wheels") for path in (made / top).rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        flipped = bytes([content[0] ^ 1]) + content[1:]
+        path.unlink()  # it may be a hard link to the bundle's own
+        with pytest.raises(PackagingError, match=f"{path.name} "):
+            prove(made, build)
+        path.write_bytes(flipped if path.suffix != ".json" else flipped.replace(b"}", b"]"))
+        with pytest.raises(PackagingError, match=path.name):
+            prove(made, build)
+        path.write_bytes(content)
+    prove(made, build)
+    (made / "bundle" / "link").symlink_to(tmp_path)
+    with pytest.raises(PackagingError, match="bundle/link was added"):
+        prove(made, build)
 
 
 @pytest.mark.usefixtures("wheels")

@@ -79,6 +79,11 @@ def test_all_broken_rules_are_told_at_once() -> None:
     assert all(f"package.{name}" in str(caught.value) for name in ("owner", "competition", "licence"))
 
 
+def test_placeholder_is_no_owner() -> None:
+    with pytest.raises(PackagingError, match=r"package\.owner='your-kaggle-name': it is still the placeholder"):
+        check_package(Package())
+
+
 def test_deadline_just_in_time_is_kept() -> None:
     check_package(Package.model_validate(GOOD | {"hours": 9, "deadline": "8h55m"}))
     assert deadline_seconds(Package(deadline="1h30m")) == 5400

@@ -5,14 +5,17 @@ import csv
 import hashlib
 import json
 import re
+import shutil
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import polars as pl
 import pytest
 
 from pairclf.errors import PackagingError
@@ -38,6 +41,7 @@ VALUES: dict[str, Value] = {
     "prior": {"winner_model_a": "0.5", "winner_model_b": "0.3", "winner_tie": "0.2"},
     "gpus": 2,
     "deadline": 30600.0,
+    "limit": 32400.0,
 }
 LMSYS = "id,winner_model_a,winner_model_b,winner_tie\n7,0.3,0.3,0.4\n3,0.3,0.3,0.4\n"
 TEMPLATE = shipped("kaggle/notebook.py").read_text(encoding="utf-8")
@@ -130,6 +134,10 @@ class Inputs:
         self.write(folder / f"pairclf-{payload}-{digest[:12]}.json", text)
         self.parts[payload][f"pairclf-{payload}-{digest[:12]}.json"] = digest
 
+    def write_base(self) -> None:
+        self.write(self.base / "config.json", "{}")
+        self.write(self.base / "model.safetensors", "weights")
+
     def one(self, name: str) -> Path:
         return next(self.root.rglob(name))
 
@@ -155,7 +163,7 @@ def check(inputs: Inputs, **changed: Value) -> dict[str, Any]:
 
 
 def test_inputs_are_found_in_each_layout_and_priors_written(inputs: Inputs) -> None:
-    inputs.write(inputs.base / "config.json", "{}")
+    inputs.write_base()
     seen = check(inputs, base=BASE)
     assert (seen["bundles"] / "fold0-01234567" / "config.yaml").read_text() == "one"
     assert (seen["wheels"] / "wheels-0" / "one.whl").read_text() == "a wheel"
@@ -189,10 +197,15 @@ def test_parts_come_together_and_an_older_build_beside_them_is_no_harm(
 def test_base_model_may_be_a_dataset_and_is_waited_for_until_whole(inputs: Inputs) -> None:
     folder = inputs.root / {"flat": "gemma", "typed": "datasets/someone/gemma"}[inputs.layout]
     inputs.write(folder / "config.json", "{}")
-    inputs.write(folder / "model.safetensors.index.json", '{"weight_map": {"a": "one.safetensors"}}')
+    index = '{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}'
+    inputs.write(folder / "model.safetensors.index.json", index)
+    inputs.write(folder / "two.safetensors", "weights")
     with pytest.raises(RuntimeError, match="base model someone/gemma"):
         check(inputs, base="someone/gemma")
     inputs.write(folder / "one.safetensors", "")
+    with pytest.raises(RuntimeError, match="with all of its weights"):
+        check(inputs, base="someone/gemma")
+    inputs.write(folder / "one.safetensors", "weights")
     assert check(inputs, base="someone/gemma")["base"] == folder
 
 
@@ -255,7 +268,7 @@ def test_rerun_without_base_model_has_the_bundles_that_need_none(
     monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
     seen = check(inputs, base=BASE, standalone=["fold1-89abcdef"])
     assert (seen["lacking"], seen["MEMBERS"]) == ([], ["fold1-89abcdef"])
-    inputs.write(inputs.base / "config.json", "{}")
+    inputs.write_base()
     assert check(inputs, base=BASE, standalone=["fold1-89abcdef"])["MEMBERS"] == ["ensemble-0123.yaml"]
 
 
@@ -264,6 +277,99 @@ def test_without_the_competition_no_run_can_go_on(inputs: Inputs, monkeypatch: p
     (inputs.competition / "sample_submission.csv").unlink()
     with pytest.raises(RuntimeError, match="no input holds lmsys-chatbot-arena"):
         check(inputs)
+
+
+@pytest.mark.parametrize("late", ["test.csv", "sample_submission.csv"])
+def test_competition_is_waited_for_until_it_is_whole(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], late: str
+) -> None:
+    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "20")
+    text = (inputs.competition / late).read_text()
+    (inputs.competition / late).unlink()
+    inputs.write(inputs.competition / "test.csv.gz", "what comes first")
+    inputs.write(inputs.competition / "examples" / "sample_submission.csv", "id,winner_model_a\n1,1\n")
+    inputs.write(inputs.competition / "examples" / "test.csv", "id\n1\n")
+    thread = threading.Timer(0.3, lambda: inputs.write(inputs.competition / late, text))
+    thread.start()
+    seen = check(inputs)
+    thread.join()
+    assert (seen["competition"], seen["test"]) == (inputs.competition, inputs.competition / "test.csv")
+    assert seen["lacking"] == []
+    assert Path("submission.csv").read_text().count("0.5,0.3,0.2") == 2
+    assert "waiting for the" in capsys.readouterr().out
+
+
+def test_sample_below_the_competition_is_taken_where_none_lies_at_the_top(inputs: Inputs) -> None:
+    inputs.write(inputs.competition / "data" / "nested" / "sample_submission.csv", "id,winner_tie\n1,1\n")
+    for name in ("sample_submission.csv", "test.csv"):
+        (inputs.competition / name).rename(inputs.competition / "data" / name)
+    seen = check(inputs, competition="LMSYS-Chatbot-Arena")
+    assert seen["competition"] == inputs.competition / "data"
+
+
+@pytest.mark.parametrize("text", ["", "no,header\n"])
+def test_sample_that_never_becomes_one_is_named(inputs: Inputs, text: str) -> None:
+    inputs.write(inputs.competition / "sample_submission.csv", text)
+    with pytest.raises(RuntimeError, match=r"with a sample_submission\.csv that is whole; found: \['.*lmsys-chatbot"):
+        check(inputs)
+
+
+def test_what_still_changes_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "100")
+    sizes = iter([None, 1, 2, 3, 3, 4])
+    assert check_names(tmp_path, rerun=True)["wait_for"]("it", lambda: next(sizes)) == 3
+
+
+def test_rerun_without_test_rows_keeps_its_priors(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    (inputs.competition / "test.csv").unlink()
+    with pytest.raises(RuntimeError, match="no test rows"):
+        check(inputs)
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    assert "no test rows" in check(inputs)["lacking"][0]
+    assert Path("submission.csv").read_text().count("0.5,0.3,0.2") == 2
+
+
+def test_file_that_is_being_written_is_waited_for_while_it_grows(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "200")  # a file is still after 0.1 s
+    file = inputs.one("fold1-*") / "config.yaml"
+    inputs.write(file, "")
+
+    def grow() -> None:
+        for end in ("t", "tw", "two"):
+            time.sleep(0.06)
+            inputs.write(file, end)
+
+    thread = threading.Thread(target=grow)
+    thread.start()
+    seen = check(inputs)
+    thread.join()
+    assert (seen["bundles"] / "fold1-89abcdef" / "config.yaml").read_text() == "two"
+
+
+@pytest.mark.parametrize("spoil", ["missing", "damaged"])
+def test_of_two_copies_the_whole_one_is_taken(inputs: Inputs, spoil: str) -> None:
+    copy = inputs.root / "0-an-older-mount"
+    shutil.copytree(inputs.one("fold0-*").parent, copy)
+    if spoil == "missing":
+        (copy / "fold1-89abcdef" / "config.yaml").unlink()
+    else:
+        inputs.write(copy / "fold1-89abcdef" / "config.yaml", "twp")
+    seen = check(inputs)
+    assert (seen["bundles"] / "fold1-89abcdef" / "config.yaml").read_text() == "two"
+    assert seen["lacking"] == []
+
+
+def test_base_model_of_shards_waits_for_its_index(inputs: Inputs) -> None:
+    inputs.write(inputs.base / "config.json", "{}")
+    inputs.write(inputs.base / "model-00001-of-00002.safetensors", "one")
+    with pytest.raises(RuntimeError, match="with all of its weights"):
+        check(inputs, base=BASE)
+    inputs.write(inputs.base / "model-00002-of-00002.safetensors", "two")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    inputs.write(inputs.base / "model.safetensors.index.json", json.dumps({"weight_map": names}))
+    assert check(inputs, base=BASE)["base"] == inputs.base
 
 
 # --- the others ------------------------------------------------------------------------------------------------------
@@ -278,13 +384,13 @@ class Later:
         self.names = check_names(folder, rerun)
         self.names["run"] = self.run
 
-    def run(self, *command: Any) -> int:
+    def run(self, *command: Any, seconds: float = 0) -> int:
         self.calls.append(tuple(map(str, command)))
         codes = self.codes.get(str(command[1]), [])
         return codes.pop(0) if codes else 0
 
     def cell(self, name: str) -> None:
-        exec(cells(real())[name], self.names)
+        exec(cells(real("server" if name == "serve" else "submission"))[name], self.names)
 
     def count(self, name: str) -> int:
         return sum(call[1] == name for call in self.calls)
@@ -295,9 +401,8 @@ def check_names(folder: Path, rerun: bool) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     head = cells(real())["check"].partition("python = check_machine()")[0]
     exec(head, seen)
-    (folder / "test.csv").write_text("id\n")
-    places = {"competition": folder, "bundles": folder, "wheels": folder, "base": None, "sample": folder / "s.csv"}
-    seen.update(places, RERUN=rerun, python=HERE)
+    places = {"competition": folder, "test": folder / "test.csv", "bundles": folder, "wheels": folder, "base": None}
+    seen.update(places, sample=folder / "s.csv", RERUN=rerun, python=HERE)
     return seen
 
 
@@ -352,9 +457,187 @@ def test_deadline_is_counted_from_the_first_second(tmp_path: Path) -> None:
     assert later.calls[-1][later.calls[-1].index("--deadline") + 1] == "1970-01-01T08:30:00+00:00"
 
 
-def test_run_tells_the_exit_code() -> None:
-    seen: dict[str, Any] = {"lacking": ["all"]}
-    exec(cells(real())["check"].partition("STARTED")[0], seen)
+def command() -> Any:
+    """The cells' `run`."""
+    seen: dict[str, Any] = {}
+    exec(cells(real())["check"].partition("python = check_machine()")[0], seen)
+    seen["lacking"] = ["all"]
     exec(cells(real())["install"], seen)
-    assert seen["run"]("json.tool", "--help") == 0
-    assert seen["run"]("no_such_module") == 1
+    return seen["run"]
+
+
+def test_run_tells_the_exit_code() -> None:
+    assert command()("json.tool", "--help") == 0
+    assert command()("no_such_module") == 1
+
+
+def test_commands_get_a_plain_log_and_no_colours(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    for name in ("FORCE_COLOR", "CLICOLOR_FORCE"):
+        monkeypatch.setenv(name, "1")
+    printed = "import os; print(*sorted(name for name in os.environ if 'COLOR' in name))"
+    assert command()("timeit", "-n", "1", "-r", "1", printed) == 0
+    assert capfd.readouterr().out.splitlines()[0] == "NO_COLOR"
+
+
+def test_command_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "1")
+    assert command()("timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)", seconds=0) == -9
+
+
+def test_predict_that_hangs_has_time_to_end_after_the_deadline(tmp_path: Path) -> None:
+    later, given = Later(tmp_path, rerun=True), []
+
+    def note(*command: Any, **options: float) -> int:
+        given.append(options)
+        return 0
+
+    later.names["run"] = note
+    later.cell("verify")
+    later.cell("predict")
+    assert given == [{}, {"seconds": 31_500}], "in the middle between the deadline, 30,600, and the limit, 32,400"
+
+
+@pytest.mark.parametrize("text", ["id,a\n1,0.5\nx-2,0.5\n", "id,a\n1,0.5\n99999999999999999999,0.5\n"])
+def test_ids_of_any_kind_can_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    many = text.replace("1,0.5\n", "1,0.5\n" * 200)  # types are told by the first hundred rows
+    Path("submission.csv").write_text(many)
+    Later(tmp_path, rerun=False).cell("look")
+    assert "201 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("without", ["submission", "polars"])
+def test_look_that_fails_does_not_lose_the_rerun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], without: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if without == "polars":
+        Path("submission.csv").write_text("id,a\n1,0.5\n")
+        monkeypatch.setitem(sys.modules, "polars", None)
+    Later(tmp_path, rerun=True).cell("look")
+    assert "WARNING: no look at the submission" in capsys.readouterr().out
+    with pytest.raises((ImportError, FileNotFoundError)):
+        Later(tmp_path, rerun=False).cell("look")
+
+
+# --- server ----------------------------------------------------------------------------------------------------------
+
+
+class Gateway:
+    """Stands for Kaggle's package: asks for one batch."""
+
+    batch: tuple[Any, ...] = ()
+    answers: list[Any]
+
+    def __init__(self, listener: Callable[..., Any]) -> None:
+        assert listener.__name__ == "predict", "Kaggle's gateway asks for it by this name"
+        self.listener = listener
+        Gateway.answers = []
+
+    def serve(self) -> None:
+        Gateway.answers.append(self.listener(*self.batch))
+
+    def run_local_gateway(self, paths: tuple[str, ...]) -> None:
+        self.serve()
+
+
+class Model:
+    """Stands for `pairclf.jobs.serve.Server`."""
+
+    made: list[Model] = []  # noqa: RUF012 - emptied for each test
+
+    def __init__(self, members: list[Path], **options: Any) -> None:
+        self.options, self.closed, self.fails = options, False, False
+        Model.made.append(self)
+
+    def predict(self, test: Any, *others: Any) -> Any:
+        if test["id"][0] < 0:
+            raise ValueError("an id below 0")
+        return "scored"
+
+    def report(self) -> dict[str, float]:
+        return {"rows": 2, "both": 2, "one": 0, "priors": 0, "failed": 0, "batches": 1, "seconds": 0.5}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Gateway]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "100")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name, holds in (
+        ("kaggle_evaluation", {}),
+        ("kaggle_evaluation.default_inference_server", {"DefaultInferenceServer": Gateway}),
+        ("pairclf.jobs.serve", {"Server": Model}),
+    ):
+        module = types.ModuleType(name)
+        vars(module).update(holds)
+        monkeypatch.setitem(sys.modules, name, module)
+    test = pl.DataFrame({"id": [7, 3], "prompt": ["a", "b"]})
+    sample = pl.DataFrame({"id": [7, 3], "winner_model_a": [0.0, 0.0], "winner_tie": [1, 1], "winner_model_b": [0, 0]})
+    monkeypatch.setattr(Gateway, "batch", (test, sample))
+    Model.made = []
+    return Gateway
+
+
+PRIORS = {"id": [7, 3], "winner_model_a": [0.5, 0.5], "winner_tie": [0.2, 0.2], "winner_model_b": [0.3, 0.3]}
+
+
+def serve(folder: Path, *, rerun: bool, lacking: tuple[str, ...] = ()) -> dict[str, Any]:
+    later = Later(folder, rerun)
+    later.names["lacking"] = [*lacking]
+    later.cell("verify")
+    later.cell("serve")
+    served: dict[str, Any] = json.loads(Path("served.json").read_text())
+    return served
+
+
+def test_server_is_told_the_limits_by_the_clock_and_closed(tmp_path: Path, gateway: type[Gateway]) -> None:
+    for rerun in (False, True):
+        assert serve(tmp_path, rerun=rerun) == Model([]).report()
+        model = Model.made[-2]
+        assert (model.closed, model.options["strict"], model.options["batch_seconds"]) == (True, not rerun, 3.0)
+        assert gateway.answers == ["scored"]
+
+
+@pytest.mark.parametrize("form", ["polars", "pandas", "no sample"])
+def test_rerun_without_the_models_serves_priors(
+    tmp_path: Path, gateway: type[Gateway], monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    if form == "pandas":
+        monkeypatch.setattr(gateway, "batch", tuple(one.to_pandas() for one in gateway.batch))
+    if form == "no sample":
+        monkeypatch.setattr(gateway, "batch", gateway.batch[:1])
+        (tmp_path / "s.csv").write_text("id,winner_model_a,winner_tie,winner_model_b\n")
+    with pytest.raises(RuntimeError, match="nothing can be served"):
+        serve(tmp_path, rerun=False, lacking=("base",))
+    served = serve(tmp_path, rerun=True, lacking=("base",))
+    (answer,) = gateway.answers
+    made = {name: list(answer[name]) for name in answer.columns}
+    assert (made, list(made)) == (PRIORS, list(PRIORS))
+    assert {name: count for name, count in served.items() if count} == {"rows": 2, "priors": 2, "batches": 1}
+
+
+def test_batch_that_fails_stops_a_saved_run_and_has_the_priors_in_the_rerun(
+    tmp_path: Path, gateway: type[Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test, sample = gateway.batch
+    monkeypatch.setattr(gateway, "batch", (test.with_columns(-pl.col("id")), sample))
+    with pytest.raises(ValueError, match="below 0"):
+        serve(tmp_path, rerun=False)
+    served = serve(tmp_path, rerun=True)
+    assert gateway.answers[0].to_dict(as_series=False) == PRIORS
+    assert served["priors"] == 2
+
+
+def test_models_that_cannot_be_loaded_stop_a_saved_run_and_not_the_rerun(
+    tmp_path: Path, gateway: type[Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(sys.modules["pairclf.jobs.serve"], "Server")
+    with pytest.raises(ImportError):
+        serve(tmp_path, rerun=False)
+    assert serve(tmp_path, rerun=True)["priors"] == 2

@@ -23,13 +23,16 @@ FORMS = {
 }
 
 
+PLACES = ("KAGGLE_CONFIG_DIR", "HF_HOME", "HF_TOKEN_PATH", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package's folder on a machine of `marigold`'s, called `tulip`."""
     home = tmp_path / "home" / "marigold"
     (home / ".kaggle").mkdir(parents=True)
     (home / "work").mkdir()
-    for name in (*secrets.VARIABLES, "KAGGLE_CONFIG_DIR", "HF_HOME"):
+    for name in (*secrets.VARIABLES, *PLACES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(home / "work")
@@ -45,7 +48,7 @@ def told(folder: Path, name: str, content: str | bytes) -> str:
     """What is said of a package with that file; empty: nothing."""
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     try:
-        refuse_secrets(folder, "someone")
+        refuse_secrets(folder, "someone", ["kernel", "bundle", "wheels"])
     except PackagingError as error:
         return str(error)
     return ""
@@ -68,6 +71,84 @@ def test_credential_is_found_by_its_form_and_never_shown(folder: Path, kind: str
     assert f"{name}, line 2: {kind}" in said
     assert FORMS[kind] not in said
     assert SOUGHT[:12] not in said
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_credential_is_found_in_wide_text(folder: Path, kind: str, encoding: str) -> None:
+    assert kind in told(folder, "bundle/fold0/notes.txt", f"first\nvalue: {FORMS[kind]}\n".encode(encoding))
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_credential_is_found_in_tokenizers_archives_and_binary_files(folder: Path, kind: str) -> None:
+    assert kind in told(folder, "bundle/fold0/tokenizer/tokenizer_config.json", f'{{"token": {FORMS[kind]}}}')
+    (folder / "bundle/fold0/tokenizer/tokenizer_config.json").unlink()
+    assert kind in told(folder, "bundle/fold0/optimizer.pt", b"\0\1\2" + FORMS[kind].encode())
+    (folder / "bundle/fold0/optimizer.pt").unlink()
+    wheel(folder, "other", "other/x.py", FORMS[kind])
+    assert (kind in told(folder, "kernel/a.py", "")) == (kind != "a private key")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "export KAGGLE_KEY=%s",
+        "kaggle_key: %s",
+        "key: %s",
+        "'key': '%s'",
+        r'"{\"key\": \"%s\"}"',
+        "username: x\nkey:  '%s'",
+    ],
+)
+def test_kaggle_key_is_found_as_people_write_it(folder: Path, text: str) -> None:
+    key = "0123456789abcdef" * 2
+    assert "a Kaggle key" in told(folder, "bundle/fold0/notes", text % key)
+    assert told(folder, "bundle/fold0/notes", text % (key + "0")) == ""  # a hash of another length
+
+
+def test_archive_in_a_bundle_is_opened(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "bundle" / "notes.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.txt", 3 * (FORMS["an AWS key"] + "\n"))
+    assert "notes.zip: a.txt, line 1: an AWS key" in told(folder, "kernel/a.py", "")
+
+
+def test_record_in_a_bundle_is_looked_through(folder: Path) -> None:
+    assert "an AWS key" in told(folder, "bundle/fold0/build.json", FORMS["an AWS key"])
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        (None, ".config/kaggle/kaggle.json"),
+        (None, ".config/kaggle/access_token"),
+        (None, ".kaggle/credentials.json"),
+        ("KAGGLE_CONFIG_DIR", "kaggle.json"),
+        ("XDG_CONFIG_HOME", "kaggle/kaggle.json"),
+        ("XDG_CACHE_HOME", "huggingface/token"),
+        ("HF_HOME", "token"),
+        ("HF_TOKEN_PATH", ""),
+    ],
+)
+def test_credentials_are_looked_for_where_clients_keep_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str | None, name: str
+) -> None:
+    value, kept = "fedcba98-no-form-of-its-own", Path.home() / name
+    if variable is not None:
+        kept = tmp_path / "elsewhere" / name
+        monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(value if kept.suffix != ".json" else json.dumps({"key": value, "refresh_token": value}))
+    assert "the credential" in (said := told(folder, "bundle/fold0/notes", value)) or "a credential" in said
+
+
+@pytest.mark.parametrize("user", ["adam", "gemma", "mark", "Adam"])
+def test_names_that_are_words_are_found_where_they_are_names(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: user)
+    assert told(folder, "bundle/fold0/config.yaml", f"optimizer: {user}, {user}w, gemma/{user}: mark the adam") == ""
+    for text in (f"/data/{user}/runs", f"by {user}@host.org", f"~{user}/runs", rf"C:\Users\{user}\runs"):
+        assert "user's name" in told(folder, "bundle/fold0/config.yaml", text), text
 
 
 def test_forms_are_all_tried_and_words_like_them_pass(folder: Path) -> None:

@@ -268,7 +268,14 @@ class FakeKaggle:
     def GetKernel(self, asked: Any) -> Any:
         versions = self._saved(asked)
         saved = versions[-1].request
-        same = ("datasetDataSources", "modelDataSources", "competitionDataSources", "enableInternet", "machineShape")
+        same = (
+            "datasetDataSources",
+            "modelDataSources",
+            "competitionDataSources",
+            "enableInternet",
+            "isPrivate",
+            "machineShape",
+        )
         metadata = {name: saved[name] for name in same if name in saved} | {"currentVersionNumber": len(versions)}
         source = json.dumps(json.loads(saved["text"]), indent=4) if saved["kernelType"] == "notebook" else saved["text"]
         return answer("ApiGetKernelResponse", metadata=metadata, blob={"source": source})

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fake_kaggle import USER
 
 from pairclf.config import Package
-from pairclf.packaging.record import Build, PackedBundle, Part, write_build
+from pairclf.packaging.metadata import kernel_metadata, part_metadata, source_of
+from pairclf.packaging.payload import seal
+from pairclf.packaging.record import Build, PackedBundle, Part, Payload, identity_of, write_build
 from pairclf.publish.client import Clock
 from pairclf.task import LMSYS
 
@@ -32,47 +35,48 @@ class Ticks:
 
 
 def small_package(
-    folder: Path, *, weights: str = "weights", bundles_as: str = "dataset", code: str = "print(1)"
+    folder: Path,
+    *,
+    weights: str = "weights",
+    bundles_as: str = "dataset",
+    code: str = "print(1)",
+    machine: str = "NvidiaTeslaT4",
 ) -> Path:
     """A folder as `package` leaves it, with a bundle of a few bytes and a wheel that is none."""
-    seal = hashlib.sha256(weights.encode()).hexdigest()
-    model = bundles_as == "model"
-    source = f"{USER}/a-notebook-bundle" + "/transformers/bundle" * model
-    bundle = {f"fold0-{seal[:8]}/adapter/weights.bin": weights * 1000, f"fold0-{seal[:8]}/manifest.json": "{}"}
+    for name in ("bundle", "wheels", "kernel"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    sealed = hashlib.sha256(weights.encode()).hexdigest()
+    package = Package(
+        owner=USER, name="a-notebook", bundles_as="model" if bundles_as == "model" else "dataset", machine_shape=machine
+    )
+    bundle = {f"fold0-{sealed[:8]}/adapter/weights.bin": weights * 1000, f"fold0-{sealed[:8]}/manifest.json": "{}"}
     parts = [
-        _part(folder, "bundle", bundles_as, source, bundle),
-        _part(folder, "wheels", "dataset", f"{USER}/a-notebook-wheels", {"pairclf-0.1.0-py3-none-any.whl": "a wheel"}),
+        _part(folder, package, "bundle", bundle),
+        _part(folder, package, "wheels", {"pairclf-0.1.0-py3-none-any.whl": "a wheel"}),
     ]
-    cell = {"cell_type": "code", "id": "a", "metadata": {}, "outputs": [], "execution_count": None, "source": [code]}
-    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
-    metadata = {
-        "id": f"{USER}/a-notebook",
-        "title": "A notebook",
-        "code_file": "a-notebook.ipynb",
-        "language": "python",
-        "kernel_type": "notebook",
-        "is_private": True,
-        "enable_gpu": True,
-        "enable_internet": False,
-        "machine_shape": "NvidiaTeslaT4",
-        "dataset_sources": [part.source for part in parts if part.kind == "dataset"],
-        "competition_sources": ["lmsys-chatbot-arena"],
-        "kernel_sources": [],
-        "model_sources": [f"{source}/1"] if model else [],
+    cell: dict[str, object] = {
+        "cell_type": "code",
+        "id": "a",
+        "metadata": {},
+        "outputs": [],
+        "execution_count": None,
+        "source": [code],
     }
+    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    metadata = kernel_metadata(package, "a-notebook.ipynb", parts)
     _write(folder / "kernel", {"a-notebook.ipynb": json.dumps(notebook), "kernel-metadata.json": json.dumps(metadata)})
     packed = PackedBundle(
-        folder=f"fold0-{seal[:8]}",
+        folder=f"fold0-{sealed[:8]}",
         name="fold0",
-        seal=seal,
+        seal=sealed,
         fold=0,
         metrics={"log_loss": 0.9},
         base="embedded:llama-tiny",
     )
     build = Build(
         pairclf="0.1.0",
-        identity=hashlib.sha256((code + weights).encode()).hexdigest(),
-        package=Package(owner=USER, name="a-notebook", bundles_as="model" if model else "dataset"),
+        identity=identity_of(folder, "a-notebook.ipynb", parts),
+        package=package,
         task=LMSYS,
         kernel=f"{USER}/a-notebook",
         code_file="a-notebook.ipynb",
@@ -86,47 +90,20 @@ def small_package(
     return folder
 
 
-def _part(folder: Path, payload: str, kind: str, source: str, files: dict[str, str]) -> Part:
-    where = folder / payload
+def _part(folder: Path, package: Package, payload: Payload, files: dict[str, str]) -> Part:
+    where, source = folder / payload, source_of(package, payload, 1)
     _write(where, files)
-    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-    marker = json.dumps({"payload": payload, "part": 1, "files": hashes})
-    digest = hashlib.sha256(marker.encode()).hexdigest()
-    name = f"pairclf-{payload}-{digest[:12]}.json"
-    owner, _, slug = source.partition("/")
-    slug = slug.partition("/")[0]
-    title = slug.replace("-", " ").capitalize()
-    dataset = {
-        "id": source,
-        "title": title,
-        "licenses": [{"name": "Apache 2.0"}],
-        "subtitle": "What is needed in a test",
-    }
-    model = {"ownerSlug": owner, "title": title, "slug": slug, "isPrivate": True, "description": "Weights"}
-    instance = {
-        "ownerSlug": owner,
-        "modelSlug": slug,
-        "instanceSlug": "bundle",
-        "framework": "transformers",
-        "licenseName": "Apache 2.0",
-    }
-    described = (
-        {"dataset-metadata.json": dataset}
-        if kind == "dataset"
-        else {"model-metadata.json": model, "model-instance-metadata.json": instance}
-    )
-    _write(where, {name: marker, **{path: json.dumps(tree) for path, tree in described.items()}})
-    size = sum(len(text) for text in files.values()) + len(marker)
-    return Part.model_validate(
-        {
-            "payload": payload,
-            "kind": kind,
-            "folder": payload,
-            "source": source,
-            "marker": name,
-            "sha256": digest,
-            "bytes": size,
-        }
+    marker, digest = seal(where, payload, 1)
+    metadata = part_metadata(package, payload, source)
+    _write(where, {path: json.dumps(tree) for path, tree in metadata.items()})
+    return Part(
+        payload=payload,
+        kind="model" if "model-metadata.json" in metadata else "dataset",
+        folder=payload,
+        source=source,
+        marker=marker.name,
+        sha256=digest,
+        bytes=sum(len(text) for text in files.values()) + marker.stat().st_size,
     )
 
 

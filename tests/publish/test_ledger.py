@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pairclf.errors import ConfigError, PackagingError
-from pairclf.publish.ledger import Row, plot, record, render, rows, update
+from pairclf.publish.ledger import Row, plot, record, refresh, render, rows, update
 
 BOARD = "lmsys-chatbot-arena"
 
@@ -44,8 +44,8 @@ def ledger(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "ledger.jsonl"
 
 
-def shown(path: Path) -> str:
-    console = Console(width=200, record=True, file=(path.parent / "shown.txt").open("w"))
+def shown(path: Path, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=(path.parent / "shown.txt").open("w"))
     console.print(render(path))
     return console.export_text()
 
@@ -104,6 +104,36 @@ def test_table_says_how_out_of_fold_and_leaderboard_go_together(ledger: Path) ->
     assert "5ea15ea1" in text
 
 
+def test_table_fits_a_narrow_terminal(ledger: Path) -> None:
+    usual = row(2, public=0.98765, private=1.01234)
+    usual.folds = {str(fold): 0.88 + fold / 130 for fold in range(5)}
+    usual.bundles, usual.message, usual.seconds = ["5ea1" * 16] * 5, "five [folds]", 4.2 * 3600
+    record(ledger, usual)
+    lines = [" ".join(line.split()) for line in shown(ledger, 80).splitlines()]
+    assert "2026-01-02 03:04 0.88-0.91 (5) 0.95000 0.98765 1.01234 4:12 5ea15ea1 +4" in lines
+    assert "demo/gemma2-tiny five [folds]" in lines
+
+
+@pytest.mark.parametrize("content", [None, "", "\n"])
+def test_ledger_without_submissions_says_so(
+    ledger: Path, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger.parent.mkdir()
+    if content is not None:
+        ledger.write_text(content)
+    assert "no submission yet" in shown(ledger)
+    refresh(ledger)
+    assert "no submission yet" in capsys.readouterr().err
+
+
+def test_line_of_another_file_is_told_as_such(ledger: Path) -> None:
+    ledger.parent.mkdir()
+    ledger.write_text('{"step": 1, "loss": 0.9}\n')
+    with pytest.raises(PackagingError, match=r"has loss, step, which no submission has") as caught:
+        rows(ledger)
+    assert "nearest" not in str(caught.value)
+
+
 def test_order_that_turns_around_is_seen(ledger: Path) -> None:
     for number, (oof, public) in enumerate([(0.90, 0.99), (0.92, 0.97), (0.95, 0.90)]):
         record(ledger, row(number, oof=oof, public=public))
@@ -133,4 +163,6 @@ def test_plot_needs_no_network(ledger: Path, tmp_path: Path) -> None:
     page = (tmp_path / "ledger.html").read_text(encoding="utf-8")
     assert "gemma2-tiny: run 2" in page
     assert '<script src="http' not in page
+    assert '"range":[0.899' in page, "each axis shows its own scores"
     plot(tmp_path / "none.jsonl", tmp_path / "empty.html")
+    assert "no submission has both scores yet" in (tmp_path / "empty.html").read_text(encoding="utf-8")

@@ -52,7 +52,7 @@ def test_push_brings_parts_and_kernel_and_waits_for_the_run(package: Path, kaggl
         del local["dataset-metadata.json"]
         assert version == local
     created = kaggle.bodies("CreateDataset")[0]
-    assert (created["isPrivate"], created["licenseName"]) == (True, "Apache 2.0")
+    assert (created["isPrivate"], created["licenseName"]) == (True, "apache-2.0")
     (kernel,) = kaggle.bodies("SaveKernel")
     assert kernel["datasetDataSources"] == [part.source for part in build.parts]
     assert kernel["enableInternet"] is False
@@ -87,6 +87,13 @@ def test_dry_run_prints_every_request_and_sends_none(
         assert shown.count(f"/{name}\n") == kaggle.names().count(name), name
     assert shown.count("PUT ") == kaggle.names().count("PUT")
     assert '"enableInternet": false' in shown
+    first = shown.partition("\nPOST")[0]
+    for said in (
+        "dataset someone/a-notebook-bundle: bundle/, 4 files",
+        "dataset someone/a-notebook-wheels",
+        "no internet",
+    ):
+        assert said in first
     assert '"slug": "someone/a-notebook"' in shown
 
 
@@ -151,9 +158,7 @@ print(bool(asked) + 0)
 
 def test_another_machine_is_another_kernel(package: Path, kaggle: FakeKaggle, ticks: Ticks) -> None:
     push(package, go=True, clock=ticks.clock)
-    path = package / "kernel" / "kernel-metadata.json"
-    path.write_text(path.read_text().replace("NvidiaTeslaT4", "NvidiaL4"))
-    push(package, go=True, clock=ticks.clock)
+    push(small_package(package, machine="NvidiaL4"), go=True, clock=ticks.clock)
     assert [body["machineShape"] for body in kaggle.bodies("SaveKernel")] == ["NvidiaTeslaT4", "NvidiaL4"]
 
 
@@ -166,6 +171,55 @@ def test_without_a_passed_rehearsal_nothing_is_sent(
     with pytest.raises(PackagingError, match="never rehearsed"):
         push(package, go=True)
     assert kaggle.calls == []
+
+
+def test_what_was_changed_after_packaging_is_not_sent(package: Path, kaggle: FakeKaggle, ticks: Ticks) -> None:
+    def refused(match: str) -> None:
+        with pytest.raises(PackagingError, match=match):
+            push(package, go=True, clock=ticks.clock)
+        with pytest.raises(PackagingError, match=match):
+            push(package, go=False)
+
+    def edited(name: str, old: str, new: str) -> None:
+        path = next(package.glob(name))
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        refused(f"{path.relative_to(package)} (is|was)")
+        path.write_text(text, encoding="utf-8")
+
+    edited("kernel/a-notebook.ipynb", "print(1)", "print(2)")
+    edited("kernel/kernel-metadata.json", '"enable_internet": false', '"enable_internet": true')
+    edited("kernel/kernel-metadata.json", '"is_private": true', '"is_private": false')
+    edited("bundle/dataset-metadata.json", '"isPrivate": true', '"isPrivate": false')
+    edited("bundle/fold0-*/adapter/weights.bin", "weights", "veights")
+    edited("wheels/pairclf-wheels-*.json", "wheels", "wheel5")
+    for added in (package / "bundle" / "notes.txt", package / "kernel" / "sub" / "more.py"):
+        added.parent.mkdir(exist_ok=True)
+        added.touch()
+        refused(f"{added.relative_to(package)} was added")
+        added.unlink()
+    weights = next(package.glob("bundle/fold0-*/adapter/weights.bin"))
+    weights.rename(package / "elsewhere")
+    refused("weights.bin is gone")
+    assert kaggle.calls == []
+    (package / "elsewhere").rename(weights)
+    push(package, go=True, clock=ticks.clock)
+
+
+def test_secret_that_got_into_a_package_is_not_sent(
+    package: Path, kaggle: FakeKaggle, ticks: Ticks, tmp_path: Path
+) -> None:
+    with pytest.raises(PackagingError, match="a Kaggle token"):
+        push(small_package(tmp_path / "told", code="token = 'KGAT_" + "a1" * 16 + "'"), go=True, clock=ticks.clock)
+    assert kaggle.calls == []
+
+
+def test_public_kernel_is_not_the_same(package: Path, kaggle: FakeKaggle, ticks: Ticks) -> None:
+    push(package, go=True, clock=ticks.clock)
+    kaggle.kernels["someone/a-notebook"][-1].request["isPrivate"] = False
+    push(package, go=True, clock=ticks.clock)
+    assert kaggle.names().count("SaveKernel") == 2
 
 
 def test_two_pushes_at_once_do_the_work_once(package: Path, kaggle: FakeKaggle) -> None:
@@ -271,6 +325,35 @@ def test_older_file_that_is_not_what_its_marker_says_stops_the_push(
     version[name] = b"changed"
     with pytest.raises(PackagingError, match="is not what its marker says"):
         push(small_package(tmp_path / "newer", weights="others"), go=True, clock=ticks.clock)
+
+
+@pytest.mark.parametrize("bundles_as", ["dataset", "model"])
+def test_part_that_lacks_a_file_is_brought_again(
+    tmp_path: Path, kaggle: FakeKaggle, ticks: Ticks, bundles_as: str
+) -> None:
+    push(small_package(tmp_path / "older", weights="older", bundles_as=bundles_as), go=True, clock=ticks.clock)
+    package = small_package(tmp_path / "package", bundles_as=bundles_as)
+    push(package, go=True, clock=ticks.clock)
+    (part,) = read_build(package).of("bundle")
+    versions = kaggle.instances[part.source] if bundles_as == "model" else kaggle.datasets[part.source].versions
+    whole = dict(versions[-1])
+    versions[-1]["notes.txt"] = b"by hand"
+    del versions[-1][next(name for name in whole if name.startswith("fold0-") and name.endswith("weights.bin"))]
+    push(package, go=True, clock=ticks.clock)
+    assert len(versions) == 3
+    assert versions[-1] == whole
+    push(package, go=True, clock=ticks.clock)
+    assert len(versions) == 3
+
+
+def test_torn_note_of_an_upload_begins_it_again(
+    package: Path, kaggle: FakeKaggle, ticks: Ticks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (package / "upload").mkdir()
+    (package / "upload" / "bundle.json").write_text('{"marker": "pair')
+    push(package, go=True, clock=ticks.clock)
+    assert "the upload of bundle begins again" in capsys.readouterr().err
+    assert read_pushed(package, read_build(package)).version == 1
 
 
 def test_dataset_with_its_older_files_is_held_to_the_limit(
@@ -384,7 +467,7 @@ def test_bundles_as_models_and_the_kernel_names_their_version(tmp_path: Path, ka
     package = small_package(tmp_path / "package", bundles_as="model")
     push(package, go=True, clock=ticks.clock)
     push(package, go=True, clock=ticks.clock)
-    instance = "someone/a-notebook-bundle/transformers/bundle"
+    instance = "someone/a-notebook-bundle/other/part-1"
     assert len(kaggle.instances[instance]) == 1
     assert [body["modelDataSources"] for body in kaggle.bodies("SaveKernel")] == [[f"{instance}/1"]]
     newer = small_package(tmp_path / "newer", bundles_as="model", weights="others")

@@ -6,7 +6,7 @@ import pytest
 from fake_kaggle import KEY, FakeKaggle, Fault
 from kaggle_support import Ticks, small_package
 
-from pairclf.errors import PackagingError
+from pairclf.errors import ConfigError, PackagingError, PairclfError
 from pairclf.packaging.record import read_build
 from pairclf.publish import ledger as table
 from pairclf.publish.client import KaggleError
@@ -95,6 +95,29 @@ def test_refused_submission_writes_no_line(pushed: Path, kaggle: FakeKaggle, tic
     with pytest.raises(KaggleError, match="no submissions left today"):
         submit(pushed, "one", go=True, ledger=ledger, clock=ticks.clock)
     assert table.rows(ledger) == []
+
+
+@pytest.mark.parametrize("go", [False, True])
+@pytest.mark.parametrize("content", [b'{"when": "20', b"\xff\xfe\0", b'{"colour": 1}\n'])
+def test_torn_ledger_is_told_before_anything_is_submitted(
+    pushed: Path, kaggle: FakeKaggle, ticks: Ticks, ledger: Path, content: bytes, go: bool
+) -> None:
+    ledger.parent.mkdir()
+    ledger.write_bytes(content)
+    with pytest.raises((PackagingError, ConfigError), match="ledger"):
+        submit(pushed, "one", go=go, ledger=ledger, clock=ticks.clock)
+    assert "CreateCodeSubmission" not in kaggle.names()
+    assert ledger.read_bytes() == content
+
+
+def test_ledger_that_cannot_be_written_is_told_before_anything_is_submitted(
+    pushed: Path, kaggle: FakeKaggle, ticks: Ticks, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for ledger in (tmp_path, tmp_path / "file" / "ledger.jsonl"):
+        with pytest.raises(PairclfError, match=r"is a folder|is no folder"):
+            submit(pushed, "one", go=True, ledger=ledger, clock=ticks.clock)
+    assert "CreateCodeSubmission" not in kaggle.names()
 
 
 @pytest.mark.parametrize("go", [False, True])

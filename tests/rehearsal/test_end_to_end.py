@@ -19,7 +19,7 @@ from rehearsal_support import TEST_ROWS, alike, files_of, tiny_package
 from pairclf.errors import PackagingError
 from pairclf.files import sha256_tree
 from pairclf.jobs.predict import predict
-from pairclf.packaging.record import read_build
+from pairclf.packaging.record import identity_of, read_build, write_build
 from pairclf.rehearsal import stage
 from pairclf.rehearsal.image import make_image
 from pairclf.rehearsal.rehearse import Options, rehearse
@@ -163,7 +163,8 @@ def test_corrupt_bundle_and_wrong_python_fail_in_the_first_cell(made: Path) -> N
     ],
 )
 def test_kernel_that_lacks_a_precaution_does_not_pass(made: Path, name: str, old: str, new: str, says: str) -> None:
-    kernel = made / "kernel" / read_build(made).code_file
+    build = read_build(made)
+    kernel = made / "kernel" / build.code_file
     before = kernel.read_text()
     notebook = nbformat.reads(before, as_version=4)
     for cell in notebook.cells:
@@ -172,8 +173,10 @@ def test_kernel_that_lacks_a_precaution_does_not_pass(made: Path, name: str, old
     assert changed, "the kernel has other words for it now"
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:1]
     kernel.write_text(nbformat.writes(notebook))
+    write_build(made, build.model_copy(update={"identity": identity_of(made, build.code_file, build.parts)}))
     try:
         with pytest.raises(PackagingError, match=says):
             inject(made, name)
     finally:
         kernel.write_text(before)
+        write_build(made, build)

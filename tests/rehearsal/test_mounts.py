@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pairclf.errors import PackagingError
 from pairclf.rehearsal.hidden import enlarge, read_raw, write_raw
 from pairclf.rehearsal.meter import Meter, descendants, held_by
 from pairclf.rehearsal.mounts import LAYOUTS, Mount, fill, lay_out
+from pairclf.task import LMSYS
 
 MOUNTS = [
     Mount("dataset", "someone/a-notebook-bundle", {}, "bundle"),
@@ -80,17 +82,42 @@ def test_hidden_test_has_the_rows_asked_for_under_ids_of_their_own(
         sample, pl.DataFrame({"id": [ids[place] for place in order], "p": [str(texts[place]) for place in order]})
     )
     (folder / "made").mkdir()
-    made_test, made_sample = (read_raw(path) for path in enlarge(test, sample, rows, folder / "made"))
+    made_test, made_sample = (read_raw(path) for path in enlarge(test, sample, rows, folder / "made", ["prompt"]))
 
     assert len(made_test) == len(made_sample) == rows
     assert made_test["id"].n_unique() == rows
     assert made_test.schema == read_raw(test).schema, "a column's type is Kaggle's, not ours"
-    assert made_test["prompt"].to_list() == [texts[row % len(ids)] for row in range(rows)]
+    endings = ["" if row < len(ids) else f" ({row // len(ids) + 1})" for row in range(rows)]
+    assert made_test["prompt"].to_list() == [texts[row % len(ids)] + endings[row] for row in range(rows)]
     joined = made_test.join(made_sample, on="id")
     assert len(joined) == rows, "both files have the same ids"
-    assert joined["prompt"].to_list() == joined["p"].to_list(), "an id stands for the same row in both"
+    assert all(map(str.startswith, joined["prompt"], joined["p"])), "an id stands for the same row in both"
     if rows <= len(ids):
         assert made_test["id"].cast(pl.String).to_list() == [str(one) for one in ids[:rows]]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_repeated_rows_are_inputs_of_their_own(tmp_path: Path, suffix: str) -> None:
+    """Equal inputs are scored once: repeated as they are, they would be no load."""
+    turns = [["one", "two"], ['\u00e9 "quoted"'], [None]]
+    cells = ['["one", "two"]', "plain", '["cut', '{"a": 1}', None, "[null]", '["\\ud83d"]']
+    prompts: list[object] = [*turns] if suffix == ".parquet" else [*cells]
+    frame = pl.DataFrame({"id": range(len(prompts)), "prompt": prompts, "response_a": ["a"] * len(prompts)})
+    test, sample, made = tmp_path / f"test{suffix}", tmp_path / f"sample{suffix}", tmp_path / "made"
+    made.mkdir()
+    write_raw(test, frame)
+    write_raw(sample, frame.select("id"))
+    rows = read_raw(enlarge(test, sample, 3 * len(prompts), made, LMSYS.fields)[0])
+    assert rows["prompt"].n_unique() == len(rows)
+    assert rows["response_a"].unique().to_list() == ["a"]
+    again = rows["prompt"].to_list()[len(prompts) : 2 * len(prompts)]
+    if suffix == ".parquet":
+        assert again == [["one", "two (2)"], ['\u00e9 "quoted" (2)'], [" (2)"]]
+    else:
+        assert [json.loads(again[place]) for place in (0, 5, 6)] == [
+            ["one", "two (2)"], [" (2)"], ["\ud83d (2)"],
+        ]  # fmt: skip
+        assert again[1:5] == ["plain (2)", '["cut (2)', '{"a": 1} (2)', " (2)"]
 
 
 def test_ids_that_look_like_ours_stay_apart(tmp_path: Path) -> None:
@@ -98,7 +125,7 @@ def test_ids_that_look_like_ours_stay_apart(tmp_path: Path) -> None:
         pl.DataFrame({"id": ids}).write_csv(tmp_path / "test.csv")
         pl.DataFrame({"id": ids}).write_csv(tmp_path / "sample.csv")
         (tmp_path / "made").mkdir(exist_ok=True)
-        made, _ = enlarge(tmp_path / "test.csv", tmp_path / "sample.csv", 9, tmp_path / "made")
+        made, _ = enlarge(tmp_path / "test.csv", tmp_path / "sample.csv", 9, tmp_path / "made", [])
         assert read_raw(made)["id"].n_unique() == 9
 
 
@@ -106,10 +133,10 @@ def test_hidden_test_of_files_that_do_not_belong_together_is_refused(tmp_path: P
     (tmp_path / "test.csv").write_text("id,prompt\n1,a\n")
     (tmp_path / "sample.csv").write_text("id,p\n2,0.5\n")
     with pytest.raises(PackagingError, match="different ids"):
-        enlarge(tmp_path / "test.csv", tmp_path / "sample.csv", 5, tmp_path)
+        enlarge(tmp_path / "test.csv", tmp_path / "sample.csv", 5, tmp_path, [])
     (tmp_path / "sample.csv").write_text("row,p\n2,0.5\n")
     with pytest.raises(PackagingError, match="no column 'id'"):
-        enlarge(tmp_path / "test.csv", tmp_path / "sample.csv", 5, tmp_path)
+        enlarge(tmp_path / "test.csv", tmp_path / "sample.csv", 5, tmp_path, [])
 
 
 HOLD = "import subprocess, sys, time; held = bytearray([1]) * {}; {}; time.sleep(30)"

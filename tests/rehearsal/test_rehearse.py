@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
 
 import nbformat
 import polars as pl
@@ -18,10 +24,15 @@ from rich.console import Console
 
 from pairclf.config import Config, Package, dump_config
 from pairclf.errors import PackagingError
-from pairclf.packaging.record import Build, PackedBundle, Part, write_build
+from pairclf.files import locked, write_json
+from pairclf.packaging.metadata import KERNEL_METADATA, kernel_metadata, part_metadata
+from pairclf.packaging.payload import seal
+from pairclf.packaging.record import Build, PackedBundle, Part, Payload, identity_of, write_build
 from pairclf.rehearsal import clock, sandbox, stage
+from pairclf.rehearsal import rehearse as rehearsal
 from pairclf.rehearsal.rehearse import Options, rehearse
-from pairclf.rehearsal.report import Report, Reports, read_passed
+from pairclf.rehearsal.report import Report, Reports, Scored, read_passed
+from pairclf.rehearsal.stage import Stage
 from pairclf.task import LMSYS
 
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -97,32 +108,34 @@ def make_package(
     folder: Path, cells: Mapping[str, str], competition: tuple[Path, Path], settings: Mapping[str, object]
 ) -> Path:
     package = Package.model_validate({"owner": "someone", "name": "a-notebook", "pythons": [RUNNING], **settings})
-    parts = [_part(folder, "bundle", f"{BUNDLE}/config.yaml", dump_config(Config()))]
-    parts.append(_part(folder, "wheels", "iniconfig-2.0.0-py3-none-any.whl", "a wheel"))
-    (folder / "kernel").mkdir(exist_ok=True)
+    parts = [_part(folder, package, "bundle", f"{BUNDLE}/config.yaml", dump_config(Config()))]
+    parts.append(_part(folder, package, "wheels", "iniconfig-2.0.0-py3-none-any.whl", "a wheel"))
+    shutil.rmtree(folder / "kernel", ignore_errors=True)
+    (folder / "kernel").mkdir()
     code = f"{package.name}.{'py' if package.kernel == 'script' else 'ipynb'}"
     (folder / "kernel" / code).write_text(_code(cells, script=package.kernel == "script"))
-    identity = hashlib.sha256(repr(cells).encode()).hexdigest()
+    write_json(folder / "kernel" / KERNEL_METADATA, kernel_metadata(package, code, parts))
     bundle = PackedBundle(folder=BUNDLE, name="fold0", seal="0" * 64, fold=0, metrics={}, base="embedded:x")
     build = Build(
-        pairclf="0", identity=identity, package=package, task=LMSYS, kernel="someone/a-notebook", code_file=code,
-        parts=parts, bundles=[bundle], requirements={RUNNING: []}, config="demo", test=competition[0],
-        sample=competition[1], out_of_fold=None,
+        pairclf="0", identity=identity_of(folder, code, parts), package=package, task=LMSYS,
+        kernel="someone/a-notebook", code_file=code, parts=parts, bundles=[bundle], requirements={RUNNING: []},
+        config="demo", test=competition[0], sample=competition[1], out_of_fold=None,
     )  # fmt: skip
     write_build(folder, build)
     return folder
 
 
-def _part(folder: Path, payload: str, name: str, text: str) -> Part:
-    path = folder / payload / name
+def _part(folder: Path, package: Package, payload: Payload, name: str, text: str) -> Part:
+    shutil.rmtree(folder / payload, ignore_errors=True)
+    path, source = folder / payload / name, f"someone/a-notebook-{payload}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-    marker = f"pairclf-{payload}-0123456789ab.json"
-    (folder / payload / marker).write_text("{}")
-    (folder / payload / "dataset-metadata.json").write_text("{}")
-    return Part.model_validate(
-        {"payload": payload, "kind": "dataset", "folder": payload, "source": f"someone/a-notebook-{payload}",
-         "marker": marker, "sha256": "0" * 64, "bytes": len(text)}
+    marker, digest = seal(folder / payload, payload, 1)
+    for metadata, tree in part_metadata(package, payload, source).items():
+        write_json(folder / payload / metadata, tree)
+    return Part(
+        payload=payload, kind="dataset", folder=payload, source=source, marker=marker.name, sha256=digest,
+        bytes=len(text),
     )  # fmt: skip
 
 
@@ -137,6 +150,11 @@ def _code(cells: Mapping[str, str], *, script: bool) -> str:
 def run(folder: Path, **options: object) -> Report:
     (report,) = rehearse(folder, Options(**options)).runs  # type: ignore[arg-type]
     return report
+
+
+def results(out: Path) -> list[str]:
+    """What lies there beside the lock."""
+    return sorted(path.name for path in out.iterdir() if path.name != ".rehearsal.lock")
 
 
 def render(report: Report) -> str:
@@ -199,9 +217,7 @@ def test_submission_comes_out_and_nothing_else_gets_through(
     assert read_passed(package) == report
     assert "passed" in render(report)
     left = ["report.json", "scores.parquet", "submission.csv"]
-    assert sorted(path.name for path in out.iterdir()) == sorted(
-        [*left, *(["executed.ipynb"] if kernel == "notebook" else [])]
-    )
+    assert results(out) == sorted([*left, *(["executed.ipynb"] if kernel == "notebook" else [])])
     assert (
         before.items()
         <= {path: (path.read_bytes(), path.stat().st_mode) for path in package.rglob("*") if path.is_file()}.items()
@@ -253,9 +269,11 @@ def test_what_does_not_pass(packaged: Packager, predict: str, says: str) -> None
 
 
 def test_what_takes_too_long_does_not_pass(packaged: Packager) -> None:
-    said, _ = failing(packaged({"check": FIND, "predict": PREDICT + "time.sleep(1.5)"}, hours=1 / 3600))
+    said, _ = failing(
+        packaged({"check": FIND, "predict": PREDICT + "time.sleep(1.5)"}, hours=302 / 3600, deadline="1s"), speed=300
+    )
     assert "the kernel took" in said
-    assert "the competition gives 1 s" in said
+    assert "the competition gives 302 s" in said
 
 
 def test_deadline_that_the_hidden_rows_would_miss_does_not_pass(packaged: Packager) -> None:
@@ -295,7 +313,7 @@ def test_older_results_of_another_outcome_do_not_stay(packaged: Packager) -> Non
     (out / ".tmp-rehearsal" / "flat" / "input").chmod(0o555)
     run(package, layouts=("flat",), late=0.1)
     failing(packaged({"check": FIND, "score": "1"}))
-    assert sorted(path.name for path in out.iterdir()) == ["executed.ipynb", "report.json"]
+    assert results(out) == ["executed.ipynb", "report.json"]
 
 
 def test_folder_that_is_no_package(tmp_path: Path) -> None:
@@ -339,16 +357,178 @@ def test_hidden_size_under_an_accelerated_clock(packaged: Packager) -> None:
     code = FIND + "print(os.environ['PAIRCLF_CLOCK_SPEED'])\nassert os.environ['PAIRCLF_CLOCK_SPEED'] == '60'"
     report = run(packaged({"check": code, "predict": PREDICT}), rows=500, speed=60, layouts=("flat",), late=0.1)
     assert report.rows == report.submission["rows"] == 500
-    assert "by a clock 60 times as fast" in render(report)
+    assert "at 60x" in render(report)
 
 
-def test_server_gets_a_gateway_to_ask_it(packaged: Packager) -> None:
+@pytest.mark.parametrize(
+    ("served", "says"),
+    [
+        ({"rows": 2, "both": 1, "one": 1, "priors": 0, "failed": 0, "batches": 1, "seconds": 1.0}, None),
+        ({"rows": 2, "both": 1, "one": 0, "priors": 1}, "1 of 2 rows have nothing but the prior"),
+        ({"rows": 1, "both": 1, "one": 0, "priors": 0}, "1 rows are told of, and there are 2"),
+        ({"both": 0, "one": 0}, r"there is no served\.json"),
+        (None, r"there is no served\.json"),
+    ],
+)
+def test_server_gets_a_gateway_to_ask_it_and_tells_what_it_scored(
+    packaged: Packager, served: dict[str, float] | None, says: str | None
+) -> None:
     code = FIND + "print(find('default_inference_server.py').parent.name)\nfind('__init__.py')"
-    cells = {
-        "check": code,
-        "serve": PREDICT.replace("wanted.with_columns(orders=2).write_parquet('scores.parquet')", ""),
-    }
-    assert run(packaged(cells, kernel="server"), layouts=("flat",), late=0.1).passed
+    serve = PREDICT.replace('wanted.with_columns(orders=2).write_parquet("scores.parquet")', "")
+    if served is not None:
+        serve += f"pathlib.Path('served.json').write_text({json.dumps(served)!r})"
+    package = packaged({"check": code, "serve": serve}, kernel="server")
+    if says is None:
+        report = run(package, layouts=("flat",), late=0.1)
+        assert report.scored == Scored(both=1, one=1, prior=0)
+        assert read_passed(package) == report
+    else:
+        assert re.search(says, failing(package)[0])
+
+
+def test_submission_that_a_later_cell_removes_is_no_submission(packaged: Packager) -> None:
+    cells = {"check": FIND, "predict": PREDICT, "clear": "pathlib.Path('submission.csv').unlink()"}
+    assert "there is no submission" in failing(packaged(cells))[0]
+
+
+def test_submission_of_another_layout_is_not_this_ones(packaged: Packager) -> None:
+    early = PREDICT.replace("wanted.write_csv", "'datasets' in marker.parts and wanted.write_csv")
+    with pytest.raises(PackagingError, match=r"there is no submission\.csv"):
+        run(packaged({"check": FIND + early, "predict": "1"}), late=0.1)
+
+
+def test_package_that_was_changed_is_not_rehearsed(packaged: Packager) -> None:
+    package = packaged({"check": FIND, "predict": PREDICT})
+    (package / "bundle" / BUNDLE / "config.yaml").write_text("seed: 7\n")
+    with pytest.raises(PackagingError, match=r"config\.yaml was changed since"):
+        run(package)
+
+
+def test_no_rows_are_nothing_to_rehearse_with(packaged: Packager, competition: tuple[Path, Path]) -> None:
+    package = packaged({"check": FIND, "predict": PREDICT})
+    competition[0].write_text("id,prompt,response_a,response_b\n")
+    with pytest.raises(PackagingError, match=r"rows\.csv has no rows"):
+        run(package, rows=25)
+    competition[0].write_text("")
+    with pytest.raises(PackagingError, match=r"rows\.csv can't be read"):
+        run(package)
+
+
+def test_image_is_the_first_that_the_package_is_for(packaged: Packager, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def furnish(stage: Stage, image: str, *others: object) -> None:
+        asked.append(image)
+        sys.exit()
+
+    monkeypatch.setattr(rehearsal, "furnish", furnish)
+    for pythons in (["3.99", RUNNING], ["3.99", "3.98"]):
+        with pytest.raises(SystemExit):
+            run(packaged({"check": FIND}, pythons=pythons))
+    assert asked == ["here", "3.99"]
+
+
+def test_second_rehearsal_in_a_folder_waits(packaged: Packager, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, held = packaged({"check": FIND}), Event()
+    over: list[bool] = []
+
+    def furnish(*arguments: object) -> None:
+        assert over
+        sys.exit()
+
+    def hold() -> None:
+        with locked(package / "rehearsal" / ".rehearsal.lock"):
+            held.set()
+            time.sleep(0.5)
+            over.append(True)
+
+    monkeypatch.setattr(rehearsal, "furnish", furnish)
+    thread = Thread(target=hold)
+    thread.start()
+    held.wait()
+    with pytest.raises(SystemExit):
+        run(package)
+    thread.join()
+
+
+def holding(packaged: Packager, tmp_path: Path) -> tuple[Path, str]:
+    """A package whose kernel starts a process that stays, and the end of that one's command line."""
+    mark = f"mark-{tmp_path.parent.name}-{tmp_path.name}"
+    hold = f"subprocess.call([sys.executable, '-c', 'import time; time.sleep(60)', '{mark}'])"
+    return packaged({"check": FIND, "hold": hold}), mark
+
+
+def test_terminated_rehearsal_leaves_nothing(packaged: Packager, isolation: str, tmp_path: Path) -> None:
+    package, mark = holding(packaged, tmp_path)
+
+    def terminate() -> None:
+        assert comes_true(lambda: bool(marked(mark)), 30)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before, thread = signal.getsignal(signal.SIGTERM), Thread(target=terminate)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(package, layouts=("flat",), late=0.0)
+    thread.join()
+    assert comes_true(lambda: not marked(mark), 10)
+    assert not (package / "rehearsal" / ".tmp-rehearsal").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+REHEARSE = """
+import sys, sysconfig, venv
+from pathlib import Path
+from pairclf.rehearsal import stage
+from pairclf.rehearsal.rehearse import Options, rehearse
+
+def make(folder, hidden):
+    venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "here.pth").write_text(sysconfig.get_path("purelib") + "\\n")
+
+stage.make_image = make
+if sys.argv[2] == "guards":
+    stage.namespaces = lambda inputs, working, disk: None
+rehearse(Path(sys.argv[1]), Options(layouts=("flat",), late=0.0))
+"""
+
+
+@pytest.mark.slow
+def test_killed_rehearsal_leaves_no_process_and_the_next_one_no_folder(
+    packaged: Packager, isolation: str, tmp_path: Path
+) -> None:
+    package, mark = holding(packaged, tmp_path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", REHEARSE, str(package), isolation]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        assert comes_true(lambda: process.poll() is not None or bool(marked(mark)), 30)
+        assert process.poll() is None
+        process.kill()
+    assert comes_true(lambda: not marked(mark), 10)
+    assert [path.name.startswith("pairclf-") for path in temporary.iterdir()] == [True]
+    with stage.staged(package / "rehearsal"):
+        pass
+    assert results(package / "rehearsal") == []
+    assert not [*temporary.iterdir()]
+
+
+def comes_true(what: Callable[[], bool], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not what() and time.monotonic() < until:
+        time.sleep(0.1)
+    return what()
+
+
+def marked(mark: str) -> list[Path]:
+    """Processes with it in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if path.read_bytes().rstrip(b"\0").endswith(mark.encode()):
+                found.append(path)
+    return found
 
 
 def test_fault_that_never_strikes_or_does_no_harm_does_not_pass(packaged: Packager) -> None:

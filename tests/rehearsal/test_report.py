@@ -54,8 +54,8 @@ def build(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def render(reports: Reports) -> str:
-    console = Console(width=160)
+def render(reports: Reports, width: int = 160) -> str:
+    console = Console(width=width)
     with console.capture() as captured:
         console.print(reports.render())
     return captured.get()
@@ -64,12 +64,35 @@ def render(reports: Reports) -> str:
 def test_table_shows_limits_and_shares() -> None:
     lines = {line.split("  ")[0]: line for line in render(Reports([make_report()])).splitlines()}
     assert "324.0 s of 9 h 00 min" in lines["the kernel"]
-    assert lines["the kernel"].endswith("1.0%")
+    assert lines["the kernel"].endswith("1%")
     assert "4 h 15 min of 8 h 30 min" in lines["25,000 rows on 2 x Tesla T4"]
-    assert lines["25,000 rows on 2 x Tesla T4"].endswith("50.0%")
-    assert lines["memory"].endswith("10.0%")
-    assert "39 in full, 1 in one order, 0 by the prior" in lines["rows scored"]
+    assert lines["25,000 rows on 2 x Tesla T4"].endswith("50%")
+    assert lines["memory"].endswith("10%")
+    assert "39 in full, 1 in one order, 0 prior" in lines["rows scored"]
     assert "passed" in lines["verdict"]
+
+
+def test_nothing_wraps_in_80_columns() -> None:
+    """The longest that sandboxes, clocks and faults say."""
+    full = make_report(
+        rows=25_000, python="3.12.13", network="guard on Python's sockets (Permission denied)", speed=123.4,
+        input="no permission to write (Permission denied)", working="file system of its own",
+        seconds={"input": 1.0, "image": 100.0, "forecast": 2.0, "cell predict": 12345.6},
+        parity=[Parity(bundle="gemma2-tiny-01234567", rows=4, difference=1e-7, tolerance=1e-5)],
+        scored=Scored(both=25_000, one=0, prior=0),
+        projections=[
+            Projection(machine=machine, rows=25_000, predict=15_000.0, rest=300.0, source="", judged=True, at_most=most)
+            for machine, most in (("a machine like this", True), ("2 x Tesla T4", False))
+        ],
+    )  # fmt: skip
+    struck = [
+        make_report(fault="missing-model", must="first cell fails", struck=["model.safetensors"], scored=full.scored,
+                    rows=25_000, submission={"rows": 25_000, "means": {}}, passed=True),
+        make_report(fault="kill", must="the same scores", struck=["worker", "predict"], passed=True),
+    ]  # fmt: skip
+    lines = render(Reports([full, *struck]), 80).splitlines()
+    assert sum(line.startswith(("missing-model", "kill", "nothing")) for line in lines) == 3
+    assert len(lines) == len(render(Reports([full, *struck]), 300).splitlines())
 
 
 def test_several_runs_have_a_line_each() -> None:
@@ -92,6 +115,12 @@ def test_report_is_read_as_it_was_written(build: Path) -> None:
     [
         ({"build": "c" * 64}, r"another build \(cccccccccccc\) than this one \(aaaaaaaaaaaa\)"),
         ({"passed": False, "problems": ["no row was scored"]}, r"did not pass:\n  no row was scored"),
+        ({"rerun": False}, "rehearsed as a notebook that is saved[\\s\\S]*without --commit"),
+        ({"speed": 60.0}, "by a clock 60 times as fast[\\s\\S]*without --speed"),
+        ({"scored": Scored(both=38, one=1, prior=1)}, "scored 39 of 40 rows"),
+        ({"scored": None}, "scored 0 of 40 rows"),
+        ({"submission": {"rows": 3, "means": {}}}, "of 40 rows"),
+        ({"rows": 0}, "of 0 rows"),
         ({"parity": []}, r"did not prove the logits of \['fold0-01234567'\]"),
         (
             {"parity": [Parity(bundle="fold0-01234567", rows=4, difference=0.5, tolerance=1e-5)]},
