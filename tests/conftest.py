@@ -21,11 +21,15 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--notebooks", type=int, default=100, help="simulated in tests/inference/test_conduct.py")
-    parser.addoption("--kills", type=int, default=1, help="kills at random moments in tests/jobs/test_predict.py")
+    parser.addoption("--kills", type=int, default=2, help="kills at random moments in tests/jobs/test_predict.py")
+    parser.addoption("--thorough", action="store_true", help="also run what has a shorter sibling in the suite")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no worker waits for them at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker waits for them at the end; `thorough` ones only if they are asked for."""
+    for item in items:
+        if item.get_closest_marker("thorough") and not config.getoption("--thorough"):
+            item.add_marker(pytest.mark.skip(reason="has a shorter sibling in the suite; --thorough runs it too"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

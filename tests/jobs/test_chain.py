@@ -169,7 +169,7 @@ def test_perfect_scores_are_the_best_possible(run: Path, tmp_path: Path) -> None
         (["predict", "{bundle}", "--data", "{folder}/nothing.csv"], "nothing.csv"),
         (["predict", "{bundle}", "--data", "{folder}/test.csv", "--set", "inputs.max_length=9"], "can't be set"),
         (["package", "{config}", "output=nowhere"], "no bundle"),
-        (["package", "{config}", "package.base_model_source=o/m/t/x/1", "--out", "{folder}"], "will not be replaced"),
+        (["package", "{config}", "package.owner=somebody", "--out", "{folder}"], "will not be replaced"),
         (["predict", "{bundle}", "{bundle}", "--data", "{folder}/test.csv"], "given twice"),
         (["predict", "{bundle}", "--data", "{folder}/test.csv", "--out", "{folder}/test.csv"], "are the same"),
         (["predict", "{bundle}", "--data", "{folder}/test.csv", "--out", "{folder}"], "a folder"),

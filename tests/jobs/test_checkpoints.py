@@ -321,6 +321,7 @@ def test_settings_are_told_apart_by_dotted_names() -> None:
     assert flat_settings({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_kill_9_at_any_moment_leads_to_the_same_bundle(base_of: Callable[[str], Path], tmp_path: Path) -> None:
     """The whole command in a process of its own, killed at random moments until it comes to its end."""

@@ -103,6 +103,7 @@ fit(load_config(Path(sys.argv[1])), 0)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_one_process_without_memory_halves_the_batches_of_all(
     tmp_path: Path, base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -134,7 +135,9 @@ for path in paths:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "models"), [("zero2", ["none", "nf4"]), ("zero3", ["none"])])
+@pytest.mark.parametrize(
+    ("mode", "models"), [("zero2", ["none", "nf4"]), pytest.param("zero3", ["none"], marks=pytest.mark.thorough)]
+)
 def test_deepspeed_trains_the_weights_of_one_process(
     tmp_path: Path, base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, mode: str, models: list[str]
 ) -> None:

@@ -402,6 +402,7 @@ def journaled(folder: Path) -> int:
             return 0
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_file(
     many: Path, tmp_path: Path, pytestconfig: pytest.Config

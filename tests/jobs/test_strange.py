@@ -20,7 +20,7 @@ from pairclf.task import AB, BA
 MENDED = {"missing_id": "fix", "duplicate_id": "fix", "undecodable": "fix", "bad_label": "drop"}
 
 
-@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("turns", ["sides", "interleaved"])
 def test_strange_rows_go_all_the_way(
     tmp_path: Path,
