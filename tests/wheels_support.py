@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pairclf.packaging.wheelhouse import repack
+
 LINUX = "manylinux_2_17_x86_64.manylinux2014_x86_64"
 
 
@@ -36,6 +38,14 @@ def only_registry(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("PIP_NO_INDEX", "1")
     patch.setenv("PIP_FIND_LINKS", str(folder))
     patch.setenv("PIP_CONFIG_FILE", os.devnull)
+
+
+def registry_of(folder: Path, project: str, patch: pytest.MonkeyPatch) -> Path:
+    """Make `folder` the package registry, with a project that is installed here; returns it."""
+    folder.mkdir()
+    repack(project, folder)
+    only_registry(folder, patch)
+    return folder
 
 
 def freeze_here(folder: Path, pythons: Iterable[str], without: Collection[str]) -> Path:

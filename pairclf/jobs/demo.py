@@ -27,6 +27,7 @@ from pairclf.packaging.build import package
 from pairclf.packaging.sources import shipped
 from pairclf.rehearsal.play import SUBMISSION
 from pairclf.rehearsal.rehearse import Options, rehearse
+from pairclf.rehearsal.report import REHEARSAL
 from pairclf.scores.metrics import log_loss
 from pairclf.task import Task
 
@@ -41,7 +42,7 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
     Returns:
         The evaluation of the out-of-fold scores.
     """
-    data, built, rehearsal = folder / "data", folder / "kaggle", folder / "rehearsal"
+    data, built = folder / "data", folder / "kaggle"
     own = [f"data.folder={data}", f"output={folder / RUN}"]
     kaggle = ["package.owner=somebody", f"package.pythons=[{', '.join(pythons())}]"]
     config = load_config(shipped(CONFIG), [*own, *kaggle, *overrides])
@@ -60,8 +61,8 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
     with clock.stage("packaging: notebook, bundles, wheels"):
         package(config, bundles, built)
     with clock.stage("rehearsal: the notebook, offline, on an image like Kaggle's"):
-        output.print(rehearse(built, Options(out=rehearsal)).render())
-    submission = rehearsal / SUBMISSION
+        output.print(rehearse(built, Options()).render())
+    submission = built / REHEARSAL / SUBMISSION
     test_loss = expected_log_loss(submission, data / "truth.parquet", config.task)
     output.print(_summary(judged, test_loss, clock, folder))
     write_json(folder / "summary.json", judged.as_dict() | {"test_log_loss": test_loss, "seconds": clock.seconds})
@@ -114,9 +115,9 @@ def _summary(judged: Evaluation, test_loss: float, clock: Stages, folder: Path) 
         ("gained by the swap", f"{judged.swap_gain:.4f}"),
         *((f"seconds: {name}", f"{seconds:.1f}") for name, seconds in clock.seconds.items()),
         ("seconds in all", f"{sum(clock.seconds.values()):.1f}"),
-        ("submission", f"{folder / 'rehearsal' / SUBMISSION}"),
-        ("executed notebook and report", f"{folder / 'rehearsal'}"),
-        ("folder to push to Kaggle", f"{folder / 'kaggle'}"),
+        ("submission", f"{folder / 'kaggle' / REHEARSAL / SUBMISSION}"),
+        ("executed notebook and report", f"{folder / 'kaggle' / REHEARSAL}"),
+        ("package for Kaggle", f"{folder / 'kaggle'}"),
         ("bundles, scores, metrics", f"{folder / RUN}"),
     ]
     for name, value in rows:

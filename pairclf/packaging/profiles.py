@@ -176,7 +176,7 @@ def write_stub(folder: Path, project: str, version: Version) -> Path:
         f"{stem}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n",
         f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: pairclf\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
-    record = [f"{name},sha256={_digest(text)},{len(text)}\n" for name, text in files.items()]
+    record = [f"{name},sha256={record_digest(text.encode())},{len(text)}\n" for name, text in files.items()]
     path = folder / f"{stem}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for name, text in files.items():
@@ -185,5 +185,6 @@ def write_stub(folder: Path, project: str, version: Version) -> Path:
     return path
 
 
-def _digest(text: str) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+def record_digest(content: bytes) -> str:
+    """SHA-256 as a wheel's RECORD has it."""
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()

@@ -36,10 +36,11 @@ from pairclf.packaging.sources import checkout, shipped
 
 FORMS = {
     "a Kaggle token": rb"\bKGAT_[A-Za-z0-9_-]{16,}",
-    "a Kaggle key": rb"""(?i:\bkaggle_key|\bkey)[\\"']*\s*[:=]\s*[\\"']*[0-9a-f]{32}(?![0-9a-f])""",
+    "a Kaggle key": rb"""(?i:\bkaggle_key|\bkey)[\\"'\]]*\s*[:=]\s*[\\"']*[0-9a-f]{32}(?![0-9a-f])""",
     "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}",
     "an AWS key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})",
+    "a W&B key": rb"""(?i:\bwandb_api_key|\bwandb\.login\(\s*key)[\\"'\]]*\s*[:=]\s*[\\"']*[0-9a-f]{40}\b""",
     "an API key": rb"\bsk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{32,}",
     "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import subprocess
 import sys
@@ -19,7 +17,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from pairclf import __version__
 from pairclf.errors import PackagingError
 from pairclf.packaging.closure import is_of_the_driver, resolve, tail
-from pairclf.packaging.profiles import profile_path, read_profile
+from pairclf.packaging.profiles import profile_path, read_profile, record_digest
 from pairclf.packaging.sources import checkout
 
 PLATFORMS = [f"manylinux_2_{glibc}_x86_64" for glibc in range(34, 4, -1)] + ["manylinux2014_x86_64", "linux_x86_64"]
@@ -203,7 +201,7 @@ def repack(project: str, folder: Path) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, entry in sorted(entries.items()):
             content = Path(str(entry.locate())).read_bytes()
-            digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+            digest = record_digest(content)
             if entry.hash is not None and entry.hash.value != digest:
                 raise PackagingError(f"{name} of {project} was changed after it was installed", where=entry.locate())
             record.append(f"{name},sha256={digest},{len(content)}\n")

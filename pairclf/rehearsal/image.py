@@ -40,6 +40,14 @@ for name in sys.argv[1:]:
         pass
 """
 
+# A kernel's environment is thrown away with the byte code that it made: made once here, each rehearsal saves as much.
+_IMPORT_ALL = """
+import importlib, importlib.metadata, re, sys
+for module, projects in importlib.metadata.packages_distributions().items():
+    if {re.sub("[-_.]+", "-", name).lower() for name in projects} & set(sys.argv[1:]):
+        importlib.import_module(module)
+"""
+
 
 def make_image(folder: Path, hidden: Collection[str], environment: Path | None = None) -> Path:
     """Make a virtual environment in `folder`, and return its interpreter.
@@ -126,6 +134,7 @@ def _install(folder: Path, interpreter: Path, python: str, names: Collection[str
     asked.write_text(text, encoding="utf-8")
     install = ("pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:")
     _run("install", uv.find_uv_bin(), *install, "--python", str(folder / "bin" / "python"), "-r", str(asked))
+    _run("import", str(folder / "bin" / "python"), "-I", "-c", _IMPORT_ALL, *names)
     write_text(folder / _PINS, text)
 
 

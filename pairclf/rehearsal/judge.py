@@ -16,8 +16,9 @@ from pairclf.errors import DataError, PackagingError
 from pairclf.packaging.record import Build
 from pairclf.rehearsal.faults import STRUCK, Fault
 from pairclf.rehearsal.hidden import read_raw
+from pairclf.rehearsal.meter import GB
 from pairclf.rehearsal.play import SCORES, SERVED, SUBMISSION, VERIFIED
-from pairclf.rehearsal.report import GB, Parity, Report, Scored
+from pairclf.rehearsal.report import Parity, Report, Scored
 from pairclf.rehearsal.stage import Stage
 from pairclf.task import Task
 

@@ -29,9 +29,10 @@ from pairclf.rehearsal.clock import link_bundles, project
 from pairclf.rehearsal.faults import FAULTS, Fault, spoil_file
 from pairclf.rehearsal.hidden import enlarge, read_raw
 from pairclf.rehearsal.judge import Judge
+from pairclf.rehearsal.meter import GB
 from pairclf.rehearsal.mounts import LAYOUTS, Mount, mounts_of
 from pairclf.rehearsal.play import SCORES, SUBMISSION, Play, play
-from pairclf.rehearsal.report import GB, REHEARSAL, Report, Reports, read_report, report_name, write_report
+from pairclf.rehearsal.report import REHEARSAL, Report, Reports, read_report, report_name, write_report
 from pairclf.rehearsal.runner import EXECUTED, HEAD
 from pairclf.rehearsal.stage import HERE, Scene, Stage, furnish, staged
 

@@ -17,9 +17,9 @@ from pairclf.errors import PackagingError
 from pairclf.files import write_text
 from pairclf.inference.deadline import spoken
 from pairclf.packaging.record import parse_json, read_build
+from pairclf.rehearsal.meter import GB
 
 REHEARSAL, REPORT = "rehearsal", "report.json"
-GB = 1_000_000_000
 
 
 class Parity(Section):

@@ -24,6 +24,8 @@ from pairclf.jobs.run import labelled_rows
 from pairclf.model.bundle import open_bundle
 from pairclf.task import LMSYS
 
+PACKAGE = ["package", "{config}", "package.owner=somebody"]
+
 
 def small(folder: Path, base: Path, task: str = "lmsys", suffix: str = "csv") -> Path:
     """A config file on a small arena in `folder`."""
@@ -169,7 +171,8 @@ def test_perfect_scores_are_the_best_possible(run: Path, tmp_path: Path) -> None
         (["predict", "{bundle}", "--data", "{folder}/nothing.csv"], "nothing.csv"),
         (["predict", "{bundle}", "--data", "{folder}/test.csv", "--set", "inputs.max_length=9"], "can't be set"),
         (["package", "{config}", "output=nowhere"], "no bundle"),
-        (["package", "{config}", "package.owner=somebody", "--out", "{folder}"], "will not be replaced"),
+        (PACKAGE, "package.base_model_source"),
+        ([*PACKAGE, "package.base_model_source=a/b", "--out", "{folder}"], "will not be replaced"),
         (["predict", "{bundle}", "{bundle}", "--data", "{folder}/test.csv"], "given twice"),
         (["predict", "{bundle}", "--data", "{folder}/test.csv", "--out", "{folder}/test.csv"], "are the same"),
         (["predict", "{bundle}", "--data", "{folder}/test.csv", "--out", "{folder}"], "a folder"),
@@ -375,6 +378,7 @@ def test_real_rows_and_a_real_checkpoint(
     assert written.columns == sample.columns
 
 
+@pytest.mark.thorough
 def test_two_processes_train_the_weights_of_one(run: Path, tmp_path: Path) -> None:
     """torchrun over gloo; `accelerate launch --cpu --num_processes 2` would silently run one."""
     settings = ["model.lora.dropout=0", "train.rows_per_batch=3", "train.rows_per_step=7", "folds.n=2", "--fold", "0"]

@@ -23,7 +23,7 @@ def test_the_demo_learns_and_ends_with_a_submission(tmp_path: Path, capsys: pyte
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["test_log_loss"] < judged.prior - 0.5 * (judged.prior - judged.best)
     sample = pl.read_csv(folder / "data" / "sample_submission.csv", infer_schema=False)
-    submission = pl.read_csv(folder / "rehearsal" / "submission.csv", infer_schema=False)
+    submission = pl.read_csv(folder / "kaggle" / "rehearsal" / "submission.csv", infer_schema=False)
     assert submission["id"].to_list() == sample["id"].to_list()
     printed = capsys.readouterr().out
     for words in ("class prior", "best possible", "gained by the swap", "accuracy", "seconds: training", "submission"):

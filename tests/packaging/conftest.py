@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from tests_support import hollow_bundle
-from wheels_support import freeze_here, only_registry
+from wheels_support import freeze_here, registry_of
 
 from pairclf.config import Config
 from pairclf.packaging import profiles
-from pairclf.packaging.wheelhouse import repack
 
 SMALL = "iniconfig"  # stands for what Kaggle's image lacks: pure Python, and nothing in the notebook needs it
 
@@ -34,10 +33,6 @@ def write_bundle() -> Callable[[Path, Config, str], Path]:
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that stands for the package registry, and images that hold what is installed here, less `SMALL`."""
-    folder = tmp_path / "registry"
-    folder.mkdir()
-    repack(SMALL, folder)
-    only_registry(folder, monkeypatch)
     images = freeze_here(tmp_path / "images", ("3.11", "3.12", "3.13"), {SMALL})
     monkeypatch.setattr(profiles, "shipped", lambda name: images)
-    return folder
+    return registry_of(tmp_path / "registry", SMALL, monkeypatch)

@@ -15,6 +15,7 @@ SOUGHT = "abcdefghijklmnopqrstuvwxyz0123456789ABCD"
 FORMS = {
     "a Kaggle token": "KGAT_" + SOUGHT[:32],
     "a Kaggle key": '{"username": "x", "key": "' + "0123456789abcdef" * 2 + '"}',
+    "a W&B key": 'os.environ["WANDB_API_KEY"] = "' + "0123456789" * 4 + '"',
     "a Hugging Face token": "hf_" + SOUGHT[:34],
     "an AWS key": "AKIA" + "ABCDEFGH01234567",
     "a GitHub token": "ghp_" + SOUGHT[:36],

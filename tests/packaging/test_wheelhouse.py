@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from wheels_support import LINUX, fake_wheel, freeze_here, only_registry
+from wheels_support import LINUX, fake_wheel, freeze_here, registry_of
 
 from pairclf import __version__
 from pairclf.errors import PackagingError
@@ -19,11 +19,7 @@ OWN = f"pairclf=={__version__}"
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "registry"
-    folder.mkdir()
-    repack(SMALL, folder)
-    only_registry(folder, monkeypatch)
-    return folder
+    return registry_of(tmp_path / "registry", SMALL, monkeypatch)
 
 
 @pytest.fixture
