@@ -217,8 +217,9 @@ class Server:
         """Clock time at which this batch's scoring ends, and `predict.swap` for it.
 
         If the time that is left suffices for both orders of all rows that are expected, by what rows took so far, the
-        end is the batch's limit, or that of all time. Otherwise its rows have one order, and its part of the time, but
-        the first model's at least. What they leave of it is the later batches', which may have both orders again.
+        end is the batch's limit, or that of all time. Otherwise its rows have one order, and of several models as many
+        as its part of the time suffices for, the first one at least. What they leave of it is the later batches', which
+        may have both orders again.
         """
         hard = min(began + (1 - SPARED) * self._batch_seconds, self._end)
         rows, served = len(inputs[0].lengths), self._counts["rows"]
@@ -232,8 +233,10 @@ class Server:
         short = MARGIN * mean * to_come / max(left, 1e-9)
         if short <= 1:
             return hard, self._swap
-        fair = expected / short
         swap = "split" if self._swap == "split" else "off"
+        if len(self._stations) == 1:  # one order is all there is: no other model could take more than the batch's part
+            return hard, swap
+        fair = expected / short
         first = self._stations[0].seconds(
             self._stations[0].load(inputs[0], orders_of(swap, 0, inputs[0]), self._budget)
         )
