@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from polars.exceptions import PolarsError
 from rich.console import Group
 from rich.table import Table
-from sklearn.model_selection import StratifiedGroupKFold
 
 from pairclf.console import table
 from pairclf.data.duplicates import NearIndex, Places, clusters, near_overlap, normalised_prompts, normalised_texts
@@ -150,6 +149,8 @@ def _draw(seed: int, text: str, n: int) -> int:
 
 def _stratify(classes: NDArray[Any], groups: NDArray[Any], n: int, seed: int) -> NDArray[np.int64]:
     """The fold of each row, `(N,)`, by scikit-learn's greedy rule: the most uneven groups are placed first."""
+    from sklearn.model_selection import StratifiedGroupKFold  # a second, which most commands need not wait for
+
     folds = np.empty(len(classes), dtype=np.int64)
     splitter = StratifiedGroupKFold(n_splits=n, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
