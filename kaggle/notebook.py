@@ -84,13 +84,21 @@ def past(seconds):
     return time.time() > STARTED + seconds / SPEED
 
 
+def glance(look):
+    """What `look` returns; None where a file is listed and can't be read yet."""
+    try:
+        return look()
+    except OSError:
+        return None
+
+
 def wait_for(what, look):
     """What `look` returns, once it has done so twice: what is being mounted still changes. None: it never came."""
-    found, said = look(), False
+    found, said = glance(look), False
     while True:
         before = found
         time.sleep(PAUSE)
-        found = look()
+        found = glance(look)
         if (found is not None and found == before) or past(MOUNT_SECONDS):
             return found
         if not said:
@@ -235,7 +243,7 @@ if competition is None:
     what = f"no input holds {COMPETITION} with a {LANDMARK} that is whole; found: {there}"
     raise RuntimeError(f"{what}. Add the competition to the notebook's input")
 sample = competition / "sample_submission.csv"
-if sample.is_file():
+if sample.is_file() and sample.name == LANDMARK:  # else Kaggle writes the submission, from what is served
     write_priors(sample)
 test, _ = (wait_for("the test rows", find_test) if sample.name == LANDMARK else None) or (None, 0)
 if test is None and sample.name == LANDMARK:
@@ -297,11 +305,13 @@ if not lacking:
 # Each bundle scores the rows that it was validated with, and must give the logits that it gave at home.
 
 # %% verify
+SERVE_SECONDS = 600  # until which the rerun must be about to serve: Kaggle gives 15 minutes
 attached = ["--base", base] if base else []
 if not lacking:
     folders = [bundles / name for name in BUNDLES]
-    if run("pairclf", "verify", *folders, *attached, "--out", "verify.json"):
-        what = "a bundle is not what was validated, or can't be loaded; `pairclf verify` says why above"
+    end = SERVE_SECONDS if RERUN and LANDMARK == "kaggle_evaluation" else DEADLINE / 4
+    if run("pairclf", "verify", *folders, *attached, "--out", "verify.json", seconds=end):
+        what = "a bundle is not what was validated, can't be loaded, or took too long; `pairclf verify` says why above"
         if not RERUN:
             raise RuntimeError(what)
         print(f"WARNING: {what}")  # a model that can't be loaded is left out of the blend

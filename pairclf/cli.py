@@ -485,6 +485,8 @@ def _packaged(what: list[str], overrides: list[str]) -> tuple[Config, list[Path]
     overrides = [one for one in what if Path(one) not in paths] + overrides
     if not paths:
         raise ConfigError("nothing to package was named", remedy="pairclf package CONFIG, or pairclf package BUNDLE...")
+    if paths[0].is_dir() and not (paths[0] / "bundle.json").is_file():
+        raise ConfigError(f"{paths[0]} is no bundle", remedy="give bundles, such as RUN/fold0/bundle, or a config")
     if paths[0].is_dir():
         config = _load(paths[0] / "config.yaml", overrides)
         return config, paths, config.package.name
@@ -518,10 +520,18 @@ def rehearse(
             "none: here, if the package is for this Python, else its first"
         ),
     ] = None,
-    speed: Annotated[float, typer.Option(min=1, help="of the clock: 60 makes 8 hours of the deadline 8 minutes")] = 1.0,
-    inject: Annotated[str | None, typer.Option(help="faults, with commas between, each in a run of its own")] = None,
+    speed: Annotated[
+        float, typer.Option(min=1, help="of the clock: 60 makes 8 hours 8 minutes; a trial, which push does not take")
+    ] = 1.0,
+    inject: Annotated[
+        str | None,
+        typer.Option(
+            help="faults, with commas between, each in a run of its own: oom, kill, slow, null-rows, extra-columns, "
+            "missing-model, corrupt-bundle, wrong-python"
+        ),
+    ] = None,
     commit: Annotated[
-        bool, typer.Option("--commit", help="as when the notebook is saved, rather than the hidden rerun")
+        bool, typer.Option("--commit", help="as when the notebook is saved, not the hidden rerun; a trial")
     ] = False,
 ) -> None:
     """Execute the package offline, as the hidden rerun would: its mounts, limits, clock and faults; and judge it."""

@@ -424,7 +424,8 @@ class Package(Section):
     )
     kernel: Literal["notebook", "script", "server"] = Field(
         "notebook",
-        description="server: a notebook that answers batch by batch, through the competition's kaggle_evaluation",
+        description="script: the same as a .py; server: a notebook that answers batch by batch, through the "
+        "competition's kaggle_evaluation",
     )
     ensemble: Path | None = Field(
         None,

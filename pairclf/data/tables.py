@@ -33,6 +33,7 @@ from pairclf.console import console
 from pairclf.data.formats import CHUNK, TURNS, Flaw, as_text, expand, load, mark, read_file, read_turns
 from pairclf.errors import DataError
 from pairclf.files import atomic_file
+from pairclf.scores.metrics import likeliest
 from pairclf.task import Row, Task
 
 Probabilities = NDArray[np.float64]
@@ -505,7 +506,7 @@ def class_matrix(scores: pl.DataFrame, task: Task) -> Probabilities:
 def write_submission(path: Path, scores: pl.DataFrame, task: Task, sample: Path | None) -> None:
     """Write a submission, atomically: the sample's ids, order and columns, joined on id and never by position.
 
-    A column named as the task's label column gets the name of the likeliest class; of equally likely ones, the
+    A column named as the task's label column gets the name of the `likeliest` class; of equally likely ones, the
     first in the task's class order. Without a sample, ids stand in the order of the scores.
 
     Raises:
@@ -527,7 +528,7 @@ def write_submission(path: Path, scores: pl.DataFrame, task: Task, sample: Path 
 def _filled(scores: pl.DataFrame, task: Task, columns: Sequence[str]) -> pl.DataFrame:
     """A submission's columns from scores."""
     if task.label_column in columns:
-        best = np.argmax(class_matrix(scores, task), axis=1)
+        best = likeliest(class_matrix(scores, task))
         names = [task.classes[index] for index in best]
         scores = scores.select("id", pl.Series(task.label_column, names, dtype=pl.String))
     return scores.select(columns)
@@ -593,7 +594,7 @@ def check_submission(path: Path, sample: Path, task: Task) -> dict[str, Any]:
         values = _numbers(given, task.classes)
         wrong = _impossible(ids, values, task)
     refuse([*problems, *wrong], path)
-    verdicts = np.bincount(values.argmax(axis=1), minlength=len(task.classes))
+    verdicts = np.bincount(likeliest(values), minlength=len(task.classes))
     return {
         "rows": len(ids),
         "columns": given.columns,

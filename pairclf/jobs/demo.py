@@ -44,8 +44,7 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
     """
     data, built = folder / "data", folder / "kaggle"
     own = [f"data.folder={data}", f"output={folder / RUN}"]
-    kaggle = ["package.owner=somebody", f"package.pythons=[{', '.join(pythons())}]"]
-    config = load_config(shipped(CONFIG), [*own, *kaggle, *overrides])
+    config = load_config(shipped(CONFIG), [*own, *overrides])
     clock = Stages()
     with clock.stage("rows: a synthetic arena, its audit, its folds"):
         write_lmsys(generate(ROWS, seed=config.seed), data, n_test=TEST_ROWS)
@@ -59,7 +58,8 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
         )
         output.print(render(judged))
     with clock.stage("packaging: notebook, bundles, wheels"):
-        package(config, bundles, built)
+        kaggle = ["package.owner=somebody", f"package.pythons=[{', '.join(pythons())}]"]
+        package(load_config(shipped(CONFIG), [*own, *kaggle, *overrides]), bundles, built)
     with clock.stage("rehearsal: the notebook, offline, on an image like Kaggle's"):
         output.print(rehearse(built, Options()).render())
     submission = built / REHEARSAL / SUBMISSION

@@ -42,10 +42,11 @@ from pairclf.packaging.record import BUILD, PAYLOADS, Build, PackedBundle, Part,
 from pairclf.packaging.secrets import refuse_secrets
 from pairclf.packaging.sources import shipped
 from pairclf.packaging.wheelhouse import Wheelhouse, fill_wheelhouse
-from pairclf.task import Task
+from pairclf.task import LMSYS, WSDM, Task
 
 TEMPLATE = "kaggle/notebook.py"
 _EMBEDDED = "embedded:"
+_COMPETITIONS = {"lmsys-chatbot-arena": LMSYS, "wsdm-cup-multilingual-chatbot-arena": WSDM}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +85,10 @@ def package(config: Config, bundles: Sequence[Path], out: Path) -> Path:
         ConfigError: the ensemble's file can't be used.
         OSError: the disk is full or read-only; nothing half built is left.
     """
+    check_package(config.package)
+    models = _open(bundles, config.package)
+    config = _without_needless_base(config, models)
     settings = config.package
-    check_package(settings)
-    models = _open(bundles, settings)
     with atomic_folder(out, known_by=BUILD) as folder:
         members = _fill_bundles(folder / "bundle", models)
         house = _fill_wheels(folder / "wheels", settings)
@@ -109,6 +111,7 @@ def _open(folders: Sequence[Path], settings: Package) -> _Models:
     paths = [*folders] if settings.ensemble is None else [settings.ensemble]
     file, ensemble = read_ensemble(paths), open_ensemble(paths, None, [])
     opened = {_folder_of(bundle): bundle for bundle in (open_bundle(member.bundle) for member in file.members)}
+    _check_task(ensemble.task, settings)
     _check_bases(list(opened.values()), settings)
     _check_shares(ensemble, settings)
     return _Models(opened, file, settings.ensemble is not None, ensemble)
@@ -138,8 +141,26 @@ def _check_bases(bundles: Sequence[Bundle], settings: Package) -> None:
             where="package.base_model_source",
             remedy="name what to attach: owner/model/framework/instance/version of a model, or owner/slug of a dataset",
         )
-    if settings.base_model_source is not None and not bases:
-        console.print(f"note: no bundle needs the base model {settings.base_model_source}; it is attached all the same")
+
+
+def _without_needless_base(config: Config, models: _Models) -> Config:
+    source = config.package.base_model_source
+    if source is None or any(_needs_base(bundle) for bundle in models.bundles.values()):
+        return config
+    console.print(f"note: no bundle needs the base model {source}, so it is not attached")
+    return config.model_copy(update={"package": config.package.model_copy(update={"base_model_source": None})})
+
+
+def _check_task(task: Task, settings: Package) -> None:
+    """A known competition's submission has the columns of its preset."""
+    wanted = _COMPETITIONS.get(settings.competition)
+    if wanted is not None and (wanted.classes, wanted.label_column) != (task.classes, task.label_column):
+        raise PackagingError(
+            f"the bundles answer {', '.join(task.classes)}, and {settings.competition} asks for "
+            f"{wanted.label_column or ', '.join(wanted.classes)}",
+            where="package.competition",
+            remedy="name the competition that the bundles were trained for, or bundles of this one",
+        )
 
 
 def _check_shares(ensemble: Ensemble, settings: Package) -> None:

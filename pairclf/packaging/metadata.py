@@ -150,7 +150,7 @@ def check_package(package: Package) -> None:
     if broken:
         lines = "\n".join(f"  {line}" for line in broken)
         raise PackagingError(
-            f"{len(broken)} of Kaggle's rules are broken:\n{lines}", remedy="change these settings and package again"
+            f"Kaggle would refuse these settings:\n{lines}", remedy="change these settings and package again"
         )
 
 
@@ -158,7 +158,7 @@ def _rules(package: Package) -> Iterator[tuple[str, bool, str]]:
     """`(setting, whether it holds, what the rule says)`."""
     short, long = _NAME_LENGTHS
     yield "owner", bool(_OWNER.fullmatch(package.owner)), "is a Kaggle user's or organisation's slug"
-    placeholder = package.owner != Package.model_fields["owner"].default
+    placeholder = package.owner.lower() != Package.model_fields["owner"].default
     yield "owner", placeholder, "is still the placeholder: set it to your Kaggle user's slug"
     yield "name", bool(_SLUG.fullmatch(package.name)), "is lower-case words joined by single hyphens"
     yield "name", short <= len(package.name) <= long, f"has {short} to {long} characters"

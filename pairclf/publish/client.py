@@ -342,7 +342,10 @@ class Kaggle:
                     status=200,
                     remedy="check the slugs, accept rules and licences on the site, and push again",
                 )
-        return int(answer.version_number), str(answer.url)
+        version = int(answer.version_number or 0)
+        if version < 1:
+            raise KaggleError("Kaggle did not say which version of the kernel it made", status=None)
+        return version, str(answer.url)
 
     def kernel(self, source: str) -> Kernel | None:
         """The newest version of `owner/slug`; `None`: there is none."""
@@ -359,7 +362,8 @@ class Kaggle:
         if answer is None or answer.metadata is None or answer.blob is None:
             return None
         metadata = answer.metadata.to_dict()
-        return Kernel(int(metadata.get("currentVersionNumber", 0)), answer.blob.source, metadata)
+        version = int(metadata.get("currentVersionNumber") or 0)
+        return Kernel(version, answer.blob.source, metadata) if version else None
 
     def kernel_status(self, source: str) -> tuple[str, str]:
         """`QUEUED`, `RUNNING`, `COMPLETE` or one of `FAILED_KERNEL`, and what Kaggle says of a failure."""

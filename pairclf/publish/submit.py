@@ -53,7 +53,7 @@ def submit(
     with locked(folder / ".push.lock"):
 
         def make() -> int:
-            made = None if again else _made(kaggle.submissions(competition), description)
+            made = None if again else _made(kaggle.submissions(competition), description) or _noted(ledger, row)
             if made is not None:
                 console.print(f"submission {made} is this one already")
                 return made
@@ -71,6 +71,12 @@ def _made(submissions: list[Mapping[str, Any]], description: str) -> int | None:
         if one["description"] == description and one["status"] != "ERROR":
             return int(one["ref"])
     return None
+
+
+def _noted(ledger: Path, row: table.Row) -> int | None:
+    """The one in the ledger, as Kaggle's list of submissions may be late."""
+    same = (one for one in reversed(table.rows(ledger)) if (one.kernel, one.message) == (row.kernel, row.message))
+    return next((one.submission for one in same if one.build == row.build and one.status != "ERROR"), None)
 
 
 def _score(kaggle: Kaggle, build: Build, submission: int, ledger: Path) -> None:

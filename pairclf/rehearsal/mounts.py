@@ -75,7 +75,8 @@ def mounts_of(folder: Path, build: Build, competition: Mapping[str, Path], base:
     if attached := build.package.base_model_source:
         if base is None or not (base / "config.json").is_file():
             raise PackagingError(
-                f"the kernel attaches the model {attached}, and {base or 'no folder'} holds it here",
+                f"the kernel attaches the base model {attached}, and "
+                f"{'no folder was given for it' if base is None else f'{base} has no config.json'}",
                 remedy="give the folder of the base model, with its config.json, as --base",
             )
         kind: Kind = "model" if attached.count("/") == 4 else "dataset"

@@ -31,8 +31,8 @@ from pairclf.rehearsal.hidden import enlarge, read_raw
 from pairclf.rehearsal.judge import Judge
 from pairclf.rehearsal.meter import GB
 from pairclf.rehearsal.mounts import LAYOUTS, Mount, mounts_of
-from pairclf.rehearsal.play import SCORES, SUBMISSION, Play, play
-from pairclf.rehearsal.report import REHEARSAL, Report, Reports, read_report, report_name, write_report
+from pairclf.rehearsal.play import SCORES, SERVED, SUBMISSION, Play, play
+from pairclf.rehearsal.report import REHEARSAL, REPORT, Report, Reports, read_report, write_report
 from pairclf.rehearsal.runner import EXECUTED, HEAD
 from pairclf.rehearsal.stage import HERE, Scene, Stage, furnish, staged
 
@@ -109,7 +109,8 @@ def rehearse(folder: Path, options: Options) -> Reports:
     SIGTERM ends it as Ctrl-C does; the kernel does not outlive it.
 
     In `out` it leaves `report.json`, `submission.csv`, `scores.parquet` and `executed.ipynb` (after a failure too, up
-    to the cell that failed); of a run with a fault `report-FAULT.json` and so on.
+    to the cell that failed); of a run with a fault `report-FAULT.json` and so on, and of one that is saved, or has a
+    faster clock, `report-trial.json`: neither takes the place of what `push` asks for.
 
     Args:
         folder: what `package` made.
@@ -135,7 +136,7 @@ def rehearse(folder: Path, options: Options) -> Reports:
         raise PackagingError(
             "the rehearsal did not end as it must:\n" + "\n".join(f"  {line}" for line in lines),
             where=rehearsal.out,
-            remedy=f"{EXECUTED} holds all that the cells printed",
+            remedy=f"{EXECUTED} (of a fault or a trial with its name) holds all that the cells printed",
         )
     return reports
 
@@ -164,7 +165,10 @@ def _construct(folder: Path, options: Options) -> _Rehearsal:
     prove(folder, build)
     test, sample = options.test or build.test, options.sample or build.sample
     if test is None or sample is None:
-        raise PackagingError("there is nothing to predict", remedy="give --test and --sample")
+        raise PackagingError(
+            "the package names no test file and sample submission: it was made of bundles, or its config has none",
+            remedy="give --test and --sample",
+        )
     for path in (test, sample):
         if not path.is_file():
             raise PackagingError(f"{path} is no file", remedy="give --test and --sample as Kaggle mounts them")
@@ -211,7 +215,7 @@ def _check_options(build: Build, options: Options, image: str) -> None:
 
 def _rehearsed(rehearsal: _Rehearsal) -> bool:
     """Whether an undisturbed run of this build on these rows lies in `out`."""
-    path = rehearsal.out / report_name(None)
+    path = rehearsal.out / REPORT
     if not path.is_file() or not (rehearsal.out / SUBMISSION).is_file():
         return False
     report = read_report(path)
@@ -271,7 +275,7 @@ def _speed(rehearsal: _Rehearsal, fault: Fault | None) -> float:
         return asked
     if fault.patience is None:
         return fault.speed
-    undisturbed = read_report(rehearsal.out / report_name(None))
+    undisturbed = read_report(rehearsal.out / REPORT)
     return max(1.0, rehearsal.deadline / (fault.patience * undisturbed.notebook))
 
 
@@ -374,9 +378,8 @@ def _conclude(rehearsal: _Rehearsal, stage: Stage, setting: _Setting, fault: Fau
     with _timed(report, "check"):
         judge = Judge(rehearsal.build, setting.sample, fault, setting.spoiled, rehearsal.out / SUBMISSION)
         judge.judge(stage, report)
-    ending = "" if report.fault is None else f"-{report.fault}"
-    for name in (SUBMISSION, SCORES, EXECUTED):
-        target = rehearsal.out / f"{Path(name).stem}{ending}{Path(name).suffix}"
+    for name in (SUBMISSION, SCORES, SERVED, EXECUTED):
+        target = rehearsal.out / f"{Path(name).stem}{report.ending}{Path(name).suffix}"
         target.unlink(missing_ok=True)
         if (stage.kept / name).is_file():
             with atomic_file(target) as temporary:

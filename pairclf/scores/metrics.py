@@ -10,6 +10,8 @@ from pairclf.errors import DataError
 Floats = NDArray[np.float64]
 
 BINS = 15  # Guo et al. 2017, arXiv 1706.04599
+TIE = 1e-6
+"""Chances that differ less are equal: float32 leaves about 1e-7 between equal texts in two batches."""
 
 
 def log_loss(
@@ -35,8 +37,17 @@ def log_loss(
     return float(np.average(loss, weights=_weights(weights, len(loss))))
 
 
+def likeliest(probabilities: ArrayLike) -> NDArray[np.intp]:
+    """Index of each row's likeliest class, `(N,)`; of those that are equal but for `TIE`, the first.
+
+    A row with two equal responses has equal chances for both, up to the order in which a machine adds numbers.
+    """
+    given = np.asarray(probabilities, dtype=np.float64)
+    return np.asarray((given >= given.max(axis=1, keepdims=True) - TIE).argmax(axis=1))
+
+
 def accuracy(probabilities: ArrayLike, targets: ArrayLike, *, multi_label: bool = False) -> float:
-    """Part of the rows whose likeliest class is the target's likeliest; of equal classes the first counts.
+    """Part of the rows whose `likeliest` class is the target's.
 
     With `multi_label` the part of all labels that stand on the target's side of one half.
 
@@ -46,7 +57,7 @@ def accuracy(probabilities: ArrayLike, targets: ArrayLike, *, multi_label: bool 
     given, wanted = _pair(probabilities, targets)
     if multi_label:
         return float(((given > 0.5) == (wanted > 0.5)).mean())
-    return float((given.argmax(axis=1) == wanted.argmax(axis=1)).mean())
+    return float((likeliest(given) == likeliest(wanted)).mean())
 
 
 def class_prior(targets: ArrayLike, weights: ArrayLike | None = None) -> Floats:
@@ -90,7 +101,7 @@ def expected_calibration_error(probabilities: ArrayLike, targets: ArrayLike, bin
         DataError: as `log_loss`.
     """
     given, wanted = _pair(probabilities, targets)
-    chosen = given.argmax(axis=1)[:, None]
+    chosen = likeliest(given)[:, None]
     confidence = np.take_along_axis(given, chosen, axis=1)[:, 0]
     right = np.take_along_axis(wanted, chosen, axis=1)[:, 0]
     place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)

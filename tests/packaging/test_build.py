@@ -168,7 +168,9 @@ def test_base_models_are_asked_for_where_they_are_needed(
         *(f"someone/a-notebook-{name}" for name in ("bundle", "wheels")),
         "someone/gemma",
     ]
-    assert metadata_of(package(config, [whole], tmp_path / "out"))["model_sources"] == []
+    needless = package(attached, [whole], tmp_path / "out")
+    assert "someone/gemma" not in metadata_of(needless)["dataset_sources"]
+    assert read_build(needless).package.base_model_source is None, "nothing asks for it later"
 
 
 @pytest.mark.usefixtures("wheels")
@@ -227,6 +229,9 @@ def test_package_is_proven_file_by_file(config: Config, bundle: Path, tmp_path: 
 @pytest.mark.usefixtures("wheels")
 def test_prior_of_labels_is_the_likeliest_class(tmp_path: Path, write_bundle: Write) -> None:
     config = Config.model_validate({"task": "wsdm", "package": {"owner": "someone", "name": "a-notebook"}})
+    with pytest.raises(PackagingError, match="answer model_a, model_b, and lmsys-chatbot-arena asks for"):
+        package(config, [write_bundle(tmp_path / "other", config, "other")], tmp_path / "out")
+    config = changed(config, competition="wsdm-cup-multilingual-chatbot-arena")
     one = write_bundle(tmp_path / "one", config, "one", prior=[0.4, 0.6])
     made = package(config, [one], tmp_path / "out")
     assert '\\"winner\\": \\"model_b\\"' in (made / "kernel" / "a-notebook.ipynb").read_text()

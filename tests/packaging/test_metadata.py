@@ -74,14 +74,15 @@ def test_setting_is_refused_by_name_value_and_rule(setting: str, value: object, 
 
 
 def test_all_broken_rules_are_told_at_once() -> None:
-    with pytest.raises(PackagingError, match="3 of Kaggle's rules") as caught:
+    with pytest.raises(PackagingError, match="Kaggle would refuse these settings") as caught:
         kernel_metadata(Package(owner="?", name="a-notebook", competition="?", licence=""), "a.ipynb", [])
     assert all(f"package.{name}" in str(caught.value) for name in ("owner", "competition", "licence"))
 
 
-def test_placeholder_is_no_owner() -> None:
-    with pytest.raises(PackagingError, match=r"package\.owner='your-kaggle-name': it is still the placeholder"):
-        check_package(Package())
+@pytest.mark.parametrize("owner", ["your-kaggle-name", "YOUR-KAGGLE-NAME"])
+def test_placeholder_is_no_owner(owner: str) -> None:
+    with pytest.raises(PackagingError, match=f"package.owner='{owner}': it is still the placeholder"):
+        check_package(Package(owner=owner))
 
 
 def test_deadline_just_in_time_is_kept() -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,32 @@ def test_rerun_without_base_model_has_the_bundles_that_need_none(
     assert check(inputs, base=BASE, standalone=["fold1-89abcdef"])["MEMBERS"] == ["ensemble-0123.yaml"]
 
 
+def test_what_is_served_is_the_only_submission(inputs: Inputs) -> None:
+    """Kaggle's gateway may write submission.parquet beside one of ours."""
+    inputs.write(inputs.competition / "kaggle_evaluation" / "__init__.py", "")
+    assert check(inputs, landmark="kaggle_evaluation")["competition"] == inputs.competition
+    assert not Path("submission.csv").exists()
+
+
+def test_file_that_is_listed_and_can_not_be_read_yet_is_waited_for(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample, kept = inputs.competition / "sample_submission.csv", inputs.root.parent / "kept.csv"
+    sample.rename(kept)
+    sample.symlink_to(inputs.root / "later.csv")
+    waits = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            kept.rename(inputs.root / "later.csv")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert check(inputs)["lacking"] == []
+    assert "0.5,0.3,0.2" in Path("submission.csv").read_text()
+    assert len(waits) > 2
+
+
 def test_without_the_competition_no_run_can_go_on(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
     (inputs.competition / "sample_submission.csv").unlink()
@@ -494,7 +521,27 @@ def test_predict_that_hangs_has_time_to_end_after_the_deadline(tmp_path: Path) -
     later.names["run"] = note
     later.cell("verify")
     later.cell("predict")
-    assert given == [{}, {"seconds": 31_500}], "in the middle between the deadline, 30,600, and the limit, 32,400"
+    assert given[1] == {"seconds": 31_500}, "in the middle between the deadline, 30,600, and the limit, 32,400"
+
+
+@pytest.mark.parametrize(("landmark", "rerun", "seconds"), [
+    ("sample_submission.csv", True, 7650), ("kaggle_evaluation", True, 600), ("kaggle_evaluation", False, 7650),
+])  # fmt: skip
+def test_verify_that_hangs_leaves_time_to_predict_and_to_serve(
+    tmp_path: Path, landmark: str, rerun: bool, seconds: float
+) -> None:
+    later, given = Later(tmp_path, rerun), []
+    later.names["LANDMARK"] = landmark
+
+    def hang(*command: Any, **options: float) -> int:
+        given.append(options)
+        return -9
+
+    later.names["run"] = hang
+    with nullcontext() if rerun else pytest.raises(RuntimeError, match="took too long"):
+        later.cell("verify")
+    assert given == [{"seconds": seconds}]
+    assert later.names["lacking"] == []
 
 
 @pytest.mark.parametrize("text", ["id,a\n1,0.5\nx-2,0.5\n", "id,a\n1,0.5\n99999999999999999999,0.5\n"])

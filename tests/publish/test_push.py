@@ -415,8 +415,25 @@ def test_failed_kernel_is_told_with_the_end_of_its_log(package: Path, kaggle: Fa
 
 def test_run_without_a_submission_is_an_error(package: Path, kaggle: FakeKaggle, ticks: Ticks) -> None:
     kaggle.runs.append(Run(files=("scores.parquet",)))
-    with pytest.raises(PackagingError, match=r"left no submission\.csv"):
+    with pytest.raises(PackagingError, match=r"left no submission\.parquet or submission\.csv"):
         push(package, go=True, clock=ticks.clock)
+
+
+def test_what_kaggles_gateway_wrote_is_what_is_submitted(package: Path, kaggle: FakeKaggle, ticks: Ticks) -> None:
+    kaggle.runs.append(Run(files=("submission.csv", "submission.parquet")))
+    push(package, go=True, clock=ticks.clock)
+    assert read_pushed(package, read_build(package)).output == "submission.parquet"
+
+
+def test_version_that_nobody_names_is_no_version(
+    package: Path, kaggle: FakeKaggle, ticks: Ticks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`submit` would send none, and leave it to Kaggle which one is meant."""
+    save = FakeKaggle.SaveKernel
+    monkeypatch.setattr(FakeKaggle, "SaveKernel", lambda fake, asked: {**save(fake, asked), "versionNumber": 0})
+    push(package, go=True, clock=ticks.clock)
+    assert read_pushed(package, read_build(package)).version == 1, "as the kernel itself says"
+    assert len(kaggle.kernels["someone/a-notebook"]) == 1
 
 
 def test_every_wait_has_a_limit_and_a_name(package: Path, kaggle: FakeKaggle, ticks: Ticks) -> None:

@@ -69,6 +69,15 @@ def test_the_same_is_not_submitted_twice_unless_asked(
     assert kaggle.names().count("CreateCodeSubmission") == 3
 
 
+def test_what_the_ledger_knows_is_not_submitted_twice_where_kaggles_list_is_late(
+    pushed: Path, kaggle: FakeKaggle, ticks: Ticks, ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(pushed, "one", go=True, ledger=ledger, clock=ticks.clock)
+    monkeypatch.setattr("pairclf.publish.submit._made", lambda submissions, description: None)
+    submit(pushed, "one", go=True, ledger=ledger, clock=ticks.clock)
+    assert len(kaggle.submissions) == 1
+
+
 @pytest.mark.parametrize("fault", [Fault(), Fault(after=True), Fault(429, headers={"Retry-After": "30"})])
 def test_lost_request_makes_one_submission(
     pushed: Path, kaggle: FakeKaggle, ticks: Ticks, ledger: Path, fault: Fault

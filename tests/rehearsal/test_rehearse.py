@@ -231,7 +231,8 @@ def failing(package: Path, **options: object) -> tuple[str, Report]:
     assert isinstance(out, Path)
     with pytest.raises(PackagingError, match=r"did not pass|never rehearsed"):
         read_passed(package)
-    return str(caught.value), Report.model_validate_json((out / "report.json").read_text())
+    (written,) = out.glob("report*.json")
+    return str(caught.value), Report.model_validate_json(written.read_text())
 
 
 @pytest.mark.parametrize("kernel", ["notebook", "script"])
@@ -339,7 +340,7 @@ def test_options_that_can_not_be_had(packaged: Packager, options: dict[str, obje
 def test_attached_base_model_is_found_in_every_layout(packaged: Packager, tmp_path: Path) -> None:
     cells = {"check": FIND + "find('config.json')\nprint([*INPUT.rglob('config.json')])", "predict": PREDICT}
     package = packaged(cells, base_model_source="google/gemma-2/transformers/gemma-2-9b-it/2")
-    with pytest.raises(PackagingError, match=r"gemma-2-9b-it/2, and no folder holds it here[\s\S]*--base"):
+    with pytest.raises(PackagingError, match=r"gemma-2-9b-it/2, and no folder was given for it[\s\S]*--base"):
         run(package)
     base = tmp_path / "some" / "model"
     base.mkdir(parents=True)
@@ -349,8 +350,11 @@ def test_attached_base_model_is_found_in_every_layout(packaged: Packager, tmp_pa
 
 def test_saved_notebook_is_no_rerun(packaged: Packager) -> None:
     code = FIND + "assert 'KAGGLE_IS_COMPETITION_RERUN' not in os.environ"
-    report = run(packaged({"check": code, "predict": PREDICT}), commit=True, layouts=("flat",), late=0.1)
+    package = packaged({"check": code, "predict": PREDICT})
+    report = run(package, commit=True, layouts=("flat",), late=0.1)
     assert not report.rerun
+    assert (package / "rehearsal" / "submission-trial.csv").is_file()
+    assert not (package / "rehearsal" / "report.json").exists(), "a trial takes no other's place"
 
 
 def test_hidden_size_under_an_accelerated_clock(packaged: Packager) -> None:
