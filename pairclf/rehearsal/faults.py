@@ -250,7 +250,7 @@ FAULTS = {
         scored="any",
         hook=_SLOW,
         strikes=("pass",),
-        patience=1.5,
+        patience=1.2,
     ),
     "null-rows": Fault("every third row has empty and broken cells", "all rows scored", spoil_rows=_empty_cells),
     "missing-model": Fault(

@@ -271,7 +271,9 @@ def _blank(rehearsal: _Rehearsal, name: str | None, fault: Fault | None) -> Repo
 def _speed(rehearsal: _Rehearsal, fault: Fault | None) -> float:
     """Of the kernel's clock: as asked for, or as the fault needs it."""
     asked = rehearsal.options.speed
-    if fault is None or asked != 1:
+    if fault is None:
+        return 1.0 if rehearsal.options.inject else asked  # what faults are compared with is no trial
+    if asked != 1:
         return asked
     if fault.patience is None:
         return fault.speed

@@ -149,7 +149,7 @@ def _predict_and_score(folder: Path, layout: str, pipe: Connection) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gemma2", "llama"])
+@pytest.mark.parametrize("kind", ["gemma2", pytest.param("llama", marks=pytest.mark.thorough)])
 def test_a_process_peaks_where_it_was_foretold(tmp_path: Path, kind: str) -> None:
     from transformers import AutoConfig, AutoModel
 

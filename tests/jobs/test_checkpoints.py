@@ -100,7 +100,9 @@ def config_of(config_for: Callable[..., Config], **train: Any) -> Config:
     return config_for("llama", model={"lora": {"rank": 64, "dropout": 0.3}}, train=settings)
 
 
-@pytest.mark.parametrize("name", DIALS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name == "adafactor")) for name in DIALS]
+)
 def test_a_killed_training_goes_on_to_the_same_weights_and_log(
     config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -548,8 +548,10 @@ def test_fault_that_never_strikes_or_does_no_harm_does_not_pass(packaged: Packag
 def test_kernel_whom_a_stray_column_leads_astray_does_not_pass(packaged: Packager) -> None:
     other = "wanted = wanted.with_columns(winner_model_a=0.4, winner_tie=0.2666667)"
     code = PREDICT.replace("wanted.write_csv", f"if pl.read_csv(test).width > 4:\n    {other}\nwanted.write_csv")
+    package = packaged({"check": FIND, "predict": code})
     with pytest.raises(PackagingError, match=r"extra-columns: winner_model_a differs by 0\.066"):
-        run(packaged({"check": FIND, "predict": code}), inject=("extra-columns",), layouts=("flat",), late=0.1)
+        run(package, inject=("extra-columns",), speed=2, layouts=("flat",), late=0.1)
+    assert read_passed(package).speed == 1, "what it is compared with is no trial"
 
 
 def test_guard_lets_loopback_through() -> None:
