@@ -55,6 +55,7 @@ GPUS = "{{gpus}}"
 DEADLINE = "{{deadline}}"  # seconds from now on
 LIMIT = "{{limit}}"  # likewise, when Kaggle ends the run
 LANDMARK = "{{landmark}}"  # what the competition's folder is known by
+SERVES = LANDMARK == "kaggle_evaluation"  # Kaggle hands out the rows, and writes the submission
 TESTS = ("test.parquet", "test.csv", "test.jsonl")  # the first that is there
 MOUNT_SECONDS = 600  # in which an input that is empty at first must fill
 STILL_SECONDS = 20  # after which a file that has not grown is no longer being written
@@ -243,10 +244,10 @@ if competition is None:
     what = f"no input holds {COMPETITION} with a {LANDMARK} that is whole; found: {there}"
     raise RuntimeError(f"{what}. Add the competition to the notebook's input")
 sample = competition / "sample_submission.csv"
-if sample.is_file() and sample.name == LANDMARK:  # else Kaggle writes the submission, from what is served
+if sample.is_file() and not SERVES:
     write_priors(sample)
-test, _ = (wait_for("the test rows", find_test) if sample.name == LANDMARK else None) or (None, 0)
-if test is None and sample.name == LANDMARK:
+test, _ = (None if SERVES else wait_for("the test rows", find_test)) or (None, 0)
+if test is None and not SERVES:
     give_way(f"{competition} has no test rows; it should have one of {', '.join(TESTS)}")
 wheels, bundles = assemble("wheels"), assemble("bundle")
 base, _ = (wait_for(f"the base model {BASE}", find_base) if BASE else None) or (None, {})
@@ -309,8 +310,8 @@ SERVE_SECONDS = 600  # until which the rerun must be about to serve: Kaggle give
 attached = ["--base", base] if base else []
 if not lacking:
     folders = [bundles / name for name in BUNDLES]
-    end = SERVE_SECONDS if RERUN and LANDMARK == "kaggle_evaluation" else DEADLINE / 4
-    if run("pairclf", "verify", *folders, *attached, "--out", "verify.json", seconds=end):
+    longest = SERVE_SECONDS if RERUN and SERVES else DEADLINE / 4
+    if run("pairclf", "verify", *folders, *attached, "--out", "verify.json", seconds=longest):
         what = "a bundle is not what was validated, can't be loaded, or took too long; `pairclf verify` says why above"
         if not RERUN:
             raise RuntimeError(what)

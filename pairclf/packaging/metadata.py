@@ -158,8 +158,8 @@ def _rules(package: Package) -> Iterator[tuple[str, bool, str]]:
     """`(setting, whether it holds, what the rule says)`."""
     short, long = _NAME_LENGTHS
     yield "owner", bool(_OWNER.fullmatch(package.owner)), "is a Kaggle user's or organisation's slug"
-    placeholder = package.owner.lower() != Package.model_fields["owner"].default
-    yield "owner", placeholder, "is still the placeholder: set it to your Kaggle user's slug"
+    is_own = package.owner.lower() != Package.model_fields["owner"].default
+    yield "owner", is_own, "is still the placeholder: set it to your Kaggle user's slug"
     yield "name", bool(_SLUG.fullmatch(package.name)), "is lower-case words joined by single hyphens"
     yield "name", short <= len(package.name) <= long, f"has {short} to {long} characters"
     yield "competition", bool(_SLUG.fullmatch(package.competition)), "is a competition's slug"

@@ -85,11 +85,8 @@ def both(folder: Path) -> list[Path]:
     return [folder / f"fold{fold}" / "bundle" for fold in (0, 1)]
 
 
-def test_of(folder: Path) -> pl.DataFrame:
+def rows_of(folder: Path) -> pl.DataFrame:
     return pl.read_csv(folder / "test.csv")
-
-
-test_of.__test__ = False  # type: ignore[attr-defined]
 
 
 def served(server: Server, rows: pl.DataFrame, cuts: Sequence[int]) -> pl.DataFrame:
@@ -115,14 +112,14 @@ def test_batches_of_any_size_have_the_whole_files_scores(
     cuts: list[int], folder: Path, whole: pl.DataFrame, server: Server
 ) -> None:
     """Also a row with a missing cell, a broken one and a list of nulls, and batches without a row."""
-    assert_frame_equal(served(server, test_of(folder), cuts), whole, abs_tol=1e-5)
+    assert_frame_equal(served(server, rows_of(folder), cuts), whole, abs_tol=1e-5)
 
 
 def test_without_the_un_swap_they_have_not(
     folder: Path, whole: pl.DataFrame, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(standing, "unswap", lambda scores, task: scores)
-    assert np.abs(values(served(server, test_of(folder), [5])) - values(whole)).max() > 1e-3
+    assert np.abs(values(served(server, rows_of(folder), [5])) - values(whole)).max() > 1e-3
 
 
 def test_an_ensembles_file_with_weights_and_temperatures(folder: Path, tmp_path: Path) -> None:
@@ -132,14 +129,14 @@ def test_an_ensembles_file_with_weights_and_temperatures(folder: Path, tmp_path:
     path.write_text(f"members: {entries}\ntemperature: 1.5")
     wanted = predict([path], folder / "test.csv", tmp_path / "submission.csv")
     with closing(Server([path], seconds=HOUR)) as server:
-        np.testing.assert_allclose(values(served(server, test_of(folder), [4])), values(wanted), atol=1e-5)
+        np.testing.assert_allclose(values(served(server, rows_of(folder), [4])), values(wanted), atol=1e-5)
 
 
 def test_labels_where_the_competition_wants_labels(folder: Path, tmp_path: Path) -> None:
     bundle = folder / "wsdm" / "bundle"
     predict([bundle], folder / "test.csv", tmp_path / "submission.csv")
     with closing(Server([bundle], seconds=HOUR)) as server:
-        rows = test_of(folder)
+        rows = rows_of(folder)
         assert_frame_equal(server.predict(rows), pl.read_csv(tmp_path / "submission.csv"))
         sample = pl.DataFrame({"id": rows["id"], "winner": ["model_a"] * len(rows)})
         assert server.predict(rows, sample)["winner"].unique().is_in(WSDM.classes).all()
@@ -150,7 +147,7 @@ def test_labels_where_the_competition_wants_labels(folder: Path, tmp_path: Path)
 
 
 def test_the_answer_has_the_samples_columns_ids_and_order(folder: Path, whole: pl.DataFrame, server: Server) -> None:
-    rows = test_of(folder)[:6]
+    rows = rows_of(folder)[:6]
     columns = ["winner_tie", "id", "winner_model_a", "winner_model_b"]
     sample = whole[:6].select(columns).reverse()
     lags = pl.DataFrame({"day": [1, 2]})
@@ -163,7 +160,7 @@ def test_the_answer_has_the_samples_columns_ids_and_order(folder: Path, whole: p
 
 
 def test_pandas_frames_categories_and_ids_of_any_kind(folder: Path, whole: pl.DataFrame, server: Server) -> None:
-    rows = test_of(folder)[:4].with_columns(pl.col("prompt").cast(pl.Categorical))
+    rows = rows_of(folder)[:4].with_columns(pl.col("prompt").cast(pl.Categorical))
     frame = pd.read_csv(folder / "test.csv").iloc[2:4]  # with an index that does not begin at 0
     np.testing.assert_allclose(values(server.predict(rows)), values(whole)[:4], atol=1e-5)
     np.testing.assert_allclose(values(server.predict(frame)), values(whole)[2:4], atol=1e-5)
@@ -179,7 +176,7 @@ def test_pandas_frames_categories_and_ids_of_any_kind(folder: Path, whole: pl.Da
 
 def test_the_report_counts(folder: Path) -> None:
     with closing(Server(both(folder)[:1], seconds=HOUR)) as server:
-        served(server, test_of(folder), [3])
+        served(server, rows_of(folder), [3])
         report = server.report()
     seconds = report.pop("seconds")
     total = ROWS + 1
@@ -193,7 +190,7 @@ def test_the_report_counts(folder: Path) -> None:
 def test_when_the_time_is_over_there_are_priors_at_once(folder: Path) -> None:
     now = 0.0
     with closing(Server(both(folder)[:1], seconds=HOUR, clock=lambda: now + time.monotonic())) as server:
-        rows = test_of(folder)
+        rows = rows_of(folder)
         assert (np.abs(values(server.predict(rows)) - PRIOR).max(axis=1) > 1e-3).all()
         now = HOUR
         np.testing.assert_allclose(values(server.predict(rows)), np.tile(PRIOR, (len(rows), 1)))
@@ -206,7 +203,7 @@ def test_a_batch_that_would_take_too_long_ends_in_time_with_what_is_known(
 ) -> None:
     """And what comes back later is not taken for the next batch's."""
     overrides = ["predict.swap=off", "predict.tokens_per_batch=1"]
-    rows = test_of(folder)
+    rows = rows_of(folder)
     wanted = values(predict(both(folder)[:1], folder / "test.csv", tmp_path / "submission.csv", overrides=overrides))
     inject(monkeypatch, "slow")  # 0.3 s a pass; a row alone is a pass
     with closing(Server(both(folder)[:1], seconds=HOUR, batch_seconds=4, overrides=overrides)) as server:
@@ -225,7 +222,7 @@ def test_where_both_orders_of_all_rows_would_take_too_long_rows_have_one(
 ) -> None:
     """By the pace of the first batch; and where few rows are expected, the same time suffices for both."""
     inject(monkeypatch, "slow")
-    rows = test_of(folder)
+    rows = rows_of(folder)
     for expected, kind in ((100_000, "one"), (len(rows), "both")):
         with closing(Server(both(folder)[:1], seconds=600, rows=expected)) as server:
             for start in range(0, 8, 2):
@@ -244,7 +241,7 @@ def test_a_poisoned_row_has_the_prior_and_all_others_their_scores(
     wanted = values(predict(both(folder)[:1], folder / "test.csv", tmp_path / "submission.csv"))
     inject(monkeypatch, "nan", row=2)
     with closing(Server(both(folder)[:1], seconds=HOUR)) as server:
-        answers = [values(server.predict(test_of(folder)[start : start + 5])) for start in (0, 5)]
+        answers = [values(server.predict(rows_of(folder)[start : start + 5])) for start in (0, 5)]
         report = server.report()
     wanted[[2, 7]] = PRIOR
     np.testing.assert_allclose(np.concatenate(answers), wanted[:10], atol=1e-5)
@@ -256,7 +253,7 @@ def test_a_poisoned_row_has_the_prior_and_all_others_their_scores(
 def test_a_row_that_kills_its_worker_has_the_prior_and_later_ones_another_worker(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides, rows = ["predict.swap=off", "predict.tokens_per_batch=1"], test_of(folder)[:5]
+    overrides, rows = ["predict.swap=off", "predict.tokens_per_batch=1"], rows_of(folder)[:5]
     wanted = values(predict(both(folder)[:1], folder / "test.csv", tmp_path / "submission.csv", overrides=overrides))
     inject(monkeypatch, "die", row=2)
     with closing(Server(both(folder)[:1], seconds=HOUR, overrides=overrides)) as server:
@@ -270,7 +267,7 @@ def test_memory_that_does_not_suffice_for_three_sequences(
 ) -> None:
     inject(monkeypatch, "memory")
     with closing(Server(both(folder), seconds=HOUR)) as server:
-        assert_frame_equal(served(server, test_of(folder), [9]), whole, abs_tol=1e-5)
+        assert_frame_equal(served(server, rows_of(folder), [9]), whole, abs_tol=1e-5)
         assert server.report()["failed"] == 0
 
 
@@ -280,13 +277,13 @@ def test_a_member_that_does_not_load_is_left_out_and_named(
     alone = predict(both(folder)[:1], folder / "test.csv", tmp_path / "submission.csv")
     inject(monkeypatch, "load")
     with closing(Server(both(folder), seconds=HOUR)) as server:
-        np.testing.assert_allclose(values(served(server, test_of(folder), [9])), values(alone), atol=1e-5)
+        np.testing.assert_allclose(values(served(server, rows_of(folder), [9])), values(alone), atol=1e-5)
     assert capsys.readouterr().err.count("the second one does not load") == 1
 
 
 def test_nobody_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inject(monkeypatch, "load")
-    rows = test_of(folder)
+    rows = rows_of(folder)
     with closing(Server(both(folder)[1:], seconds=HOUR)) as server, pytest.raises(BundleError, match="does not load"):
         server.predict(rows)
     with closing(Server(both(folder)[1:], seconds=HOUR, strict=False)) as server:
@@ -298,7 +295,7 @@ def test_a_changed_bundle_is_refused(folder: Path, base_of: Callable[[str], Path
     bundle = write_bundle(tmp_path / "fold0" / "bundle", config, seed=0, prior=PRIOR)
     (bundle / "tokenizer" / "more.txt").write_text("?")
     with closing(Server([bundle], seconds=HOUR)) as server, pytest.raises(BundleError, match="not as they were saved"):
-        server.predict(test_of(folder))
+        server.predict(rows_of(folder))
 
 
 def test_what_can_not_be_served_is_refused_when_the_server_is_made(

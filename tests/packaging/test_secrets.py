@@ -197,7 +197,7 @@ def test_name_of_a_file_tells_too(folder: Path) -> None:
 
 
 def test_own_wheel_is_looked_through_and_others_for_this_machine_alone(folder: Path) -> None:
-    wheel(folder, "other", "other/tests/key.py", f"{FORMS['a private key']} by marigold in /root/.cargo")
+    wheel(folder, "other", "other/tests/key.py", f"{FORMS['a private key']} by marigold in /srv/.cargo")
     assert told(folder, "kernel/a.py", "") == ""
     wheel(folder, "other", "other/where.py", str(Path.cwd()))
     assert "other-1-py3-none-any.whl: other/where.py, line 1: a folder" in told(folder, "kernel/a.py", "")
@@ -207,10 +207,10 @@ def test_own_wheel_is_looked_through_and_others_for_this_machine_alone(folder: P
 
 
 def test_prompts_and_vocabularies_may_say_what_they_like(folder: Path) -> None:
-    prompt = f"why does {FORMS['an API key']} not work in /root/marigold, /home/x/tulip and {Path.home()}?"
+    prompt = f"why does {FORMS['an API key']} not work in /srv/marigold, /home/x/tulip and {Path.home()}?"
     manifest = {"name": "fold0", "probes": [{"fields": {"prompt": [prompt]}}]}
     assert told(folder, "bundle/fold0/bundle.json", json.dumps(manifest)) == ""
-    assert told(folder, "bundle/fold0/tokenizer/tokenizer.json", '["marigold", "tulip", "/root/"]') == ""
+    assert told(folder, "bundle/fold0/tokenizer/tokenizer.json", '["marigold", "tulip", "/srv/"]') == ""
     manifest["name"] = "marigold"
     assert "user's name" in told(folder, "bundle/fold0/bundle.json", json.dumps(manifest))
 
@@ -222,10 +222,10 @@ def test_names_that_tell_nothing_pass(folder: Path, monkeypatch: pytest.MonkeyPa
         assert told(folder, "kernel/a.py", text) == ""
 
 
-def test_home_of_root_is_found_where_it_was_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/root")
-    assert "line 1: the home folder" in told(folder, "bundle/fold0/config.yaml", "folder: /root/data")
-    assert told(folder, "bundle/fold0/config.yaml", "url: https://x.org/root_of/rooted") == ""
+def test_home_at_the_top_is_found_where_it_was_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/owner")
+    assert "line 1: the home folder" in told(folder, "bundle/fold0/config.yaml", "folder: /owner/data")
+    assert told(folder, "bundle/fold0/config.yaml", "url: https://x.org/owner_of/owners") == ""
 
 
 def test_record_is_not_uploaded_and_may_name_folders(folder: Path) -> None:
