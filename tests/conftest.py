@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in two workers on two cores
 
 from pairclf.config import Config, resolve
+
+# How long an example takes says something about the machine, and not about the code.
+hypothesis_settings.register_profile("pairclf", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("pairclf")
+
+DISPOSITIONS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGCHLD: signal.SIG_DFL,
+}
+"""What each test starts with, and the processes that it starts. SIGHUP stays as it was: `nohup make test` must outlive
+its terminal."""
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Real data and models, where a checkout has them beside it."""
@@ -31,6 +46,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("thorough") and not config.getoption("--thorough"):
             item.add_marker(pytest.mark.skip(reason="has a shorter sibling in the suite; --thorough runs it too"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before all fixtures: a shell that starts the suite in the background has it ignore SIGINT, and children inherit
+    that; and no test starts with what another one left."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, DISPOSITIONS)
+    for number, handler in DISPOSITIONS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

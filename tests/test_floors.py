@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pairclf"
 
 FLOORS = {
-    "pairclf": 0, "errors": 0, "task": 0, "config": 0, "files": 0, "console": 0,
+    "pairclf": 0, "errors": 0, "task": 0, "config": 0, "files": 0, "console": 0, "dispositions": 0,
     "data": 1, "scores": 1, "inputs": 2, "model": 3, "jobs": 4, "inference": 4, "packaging": 4, "rehearsal": 4,
     "publish": 4, "cli": 5, "__main__": 5,
 }  # fmt: skip

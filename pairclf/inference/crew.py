@@ -21,7 +21,7 @@ from threading import Thread
 
 from pairclf.inference import worker as worker_module
 from pairclf.inference.memory import Largest
-from pairclf.inference.work import Event, Failed, Ready, Work
+from pairclf.inference.work import Clock, Event, Failed, Ready, Work
 from pairclf.inference.worker import Assignment, Loader, load_bundle, main, under_way
 from pairclf.inputs.render import Encoded
 from pairclf.model.batch import Item
@@ -101,14 +101,21 @@ class ProcessCrew:
         models: the members.
         groups: the devices of each worker; more than one: the layers lie over them.
         load: what a worker makes of its assignment; a function that a new process can import.
+        clock: by which loads and passes are timed; likewise.
     """
 
     def __init__(
-        self, models: Sequence[Model], groups: Sequence[tuple[str, ...]], *, load: Loader = load_bundle
+        self,
+        models: Sequence[Model],
+        groups: Sequence[tuple[str, ...]],
+        *,
+        load: Loader = load_bundle,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._models = models
         self._groups = groups
         self._load = load
+        self._clock = clock
         self._numbers = count()
         self._workers: dict[int, _Worker] = {}
         self._leaving: list[BaseProcess] = []  # killed; their memory is not back yet
@@ -184,11 +191,11 @@ class ProcessCrew:
         number = next(self._numbers)
         ours, theirs = self._context.Pipe()
         process = self._context.Process(  # type: ignore[attr-defined]
-            target=main, args=(number, theirs, self._load), name=f"pairclf worker {number}", daemon=True
+            target=main, args=(number, theirs, self._load, self._clock), name=f"pairclf worker {number}", daemon=True
         )
         process.start()
         theirs.close()  # so that ours ends when the worker does
-        worker = _Worker(number, member, devices, process, ours, time.monotonic())
+        worker = _Worker(number, member, devices, process, ours, self._clock())
         Thread(target=_post, args=(worker,), daemon=True).start()
         self._workers[number] = worker
         self._former[number] = (member, devices)
@@ -232,7 +239,7 @@ class ProcessCrew:
             return self._bury(worker)
         if isinstance(event, Ready):
             worker.ready = True
-            return [event._replace(seconds=time.monotonic() - worker.began)]
+            return [event._replace(seconds=self._clock() - worker.began)]
         if event.work is not None:
             worker.held = deque(work for work in worker.held if work.number != event.work.number)
         if isinstance(event, Failed) and (event.work is None or event.kind == "died"):

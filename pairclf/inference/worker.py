@@ -23,7 +23,7 @@ from pairclf.config import override
 from pairclf.errors import PairclfError
 from pairclf.inference import vllm
 from pairclf.inference.memory import Largest, fitting_budget, footprint
-from pairclf.inference.work import Failed, Floats, Ready, Scored, Work
+from pairclf.inference.work import Clock, Failed, Floats, Ready, Scored, Work
 from pairclf.jobs.scoring import Scorer, keep_freed_memory
 from pairclf.model.batch import Item
 from pairclf.model.bundle import Bundle, open_bundle
@@ -126,29 +126,30 @@ def _name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def main(number: int, channel: Connection, load: Loader) -> None:
+def main(number: int, channel: Connection, load: Loader, clock: Clock) -> None:
     """A worker's life: an assignment, then work until the parent ends it or is gone.
 
     Args:
         number: that it signs with.
         channel: an `Assignment` and then `(Work, items)` come in; `Ready`, `Scored` and `Failed` go out.
         load: what an assignment becomes.
+        clock: by which passes are timed.
     """
     for one in IGNORED:
         signal.signal(one, signal.SIG_IGN)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    desk = _Desk(number, channel)
+    desk = _Desk(number, channel, clock)
     Thread(target=desk.listen, daemon=True).start()
     assignment = desk.assignments.get()
     if assignment.threads:
         torch.set_num_threads(assignment.threads)
-    began = time.monotonic()
+    began = clock()
     try:
         loaded = load(assignment)
     except Exception as error:  # noqa: BLE001 - the parent says what it was
         channel.send(_failed(number, None, error))
         return
-    channel.send(Ready(number, time.monotonic() - began, loaded.layout, loaded.what, loaded.budget))
+    channel.send(Ready(number, clock() - began, loaded.layout, loaded.what, loaded.budget))
     desk.serve(loaded.scorer, assignment.devices)
 
 
@@ -173,9 +174,10 @@ class _Begun(NamedTuple):
 class _Desk:
     """Where work comes in and results go out."""
 
-    def __init__(self, number: int, channel: Connection) -> None:
+    def __init__(self, number: int, channel: Connection, clock: Clock = time.monotonic) -> None:
         self.number = number
         self.channel = channel
+        self._clock = clock
         self.assignments: SimpleQueue[Assignment] = SimpleQueue()
         self.work: SimpleQueue[tuple[Work, Sequence[Item]]] = SimpleQueue()
         self._last = 0.0  # when a batch came back
@@ -202,7 +204,7 @@ class _Desk:
 
     def _begin(self, scorer: Scores, begun: deque[_Begun]) -> Failed | None:
         work, items = self.work.get()
-        since = time.monotonic()
+        since = self._clock()
         try:
             begun.append(_Begun(work, items, scorer.launch(items), since))
         except Exception as error:  # noqa: BLE001 - the parent says what it was, and the run goes on
@@ -215,7 +217,7 @@ class _Desk:
         except Exception as error:  # noqa: BLE001 - as above
             return _failed(self.number, batch.work, error)
         # Of two under way the second one gets the time since the first came back: they add up to the run's.
-        since, self._last = max(batch.since, self._last), time.monotonic()
+        since, self._last = max(batch.since, self._last), self._clock()
         self.channel.send(Scored(self.number, batch.work, logits, rescued, self._last - since))
         return None
 

@@ -40,6 +40,7 @@ from pairclf.inference.members import Ensemble, Member, open_ensemble
 from pairclf.inference.memory import Largest
 from pairclf.inference.sink import Sink
 from pairclf.inference.standing import ORDERS, Standing
+from pairclf.inference.work import Clock
 from pairclf.inputs.cache import EncodedRows, token_cache
 from pairclf.inputs.plan import token_budget
 from pairclf.inputs.render import Encoded, InputBuilder
@@ -72,6 +73,7 @@ def predict(
     strict: bool = False,
     resume: bool = True,
     spent: float = 0.0,
+    clock: Clock = time.monotonic,
 ) -> pl.DataFrame:
     """Score `data` with every member, average, and write the submission.
 
@@ -90,6 +92,7 @@ def predict(
         strict: raise at the end, if a row or a model could not be scored, or time left a row without any score.
         resume: go on where a run of the same rows and models was killed.
         spent: seconds of a deadline that is a duration which are gone already.
+        clock: of the run.
 
     Returns:
         The scores.
@@ -99,7 +102,7 @@ def predict(
         IncompleteError: with `strict`; everything is written.
         StopError: a signal came; what was known by then is written.
     """
-    clock, work = time.monotonic, out.with_name(f"{out.stem}.work")
+    work = out.with_name(f"{out.stem}.work")
     end = float("inf") if deadline is None else clock() + seconds_until(deadline, datetime.now(UTC), spent)
     _check_paths(out, scores, data, sample, work)
     ensemble = open_ensemble(paths, base, overrides)
@@ -114,7 +117,7 @@ def predict(
         if not at_once:  # a file that is there may be a good one: it is looked at when the ids are known to be right
             sink.begin(ensemble.prior)
         bundles = _proven(ensemble.members)
-        outcome = _conduct(ensemble, data, work, overrides, journal, sink, end)
+        outcome = _conduct(ensemble, data, work, overrides, journal, sink, end, clock)
         found = _scores(ensemble, bundles, rows, outcome.standing)
         sink.close(outcome.standing.probabilities())
         if scores is not None:
@@ -241,6 +244,7 @@ def _conduct(
     journal: Journal,
     sink: Sink,
     end: float,
+    clock: Clock,
 ) -> Outcome:
     members, settings = ensemble.members, ensemble.members[0].config.predict
     sizes = [model_bytes(Bundle(one.folder, one.manifest, one.config), one.base) for one in members]
@@ -256,15 +260,15 @@ def _conduct(
         Model(member.folder, member.base, tuple(overrides), one.encoded, Largest.of(one.inputs, budget))
         for member, one in zip(members, prepared, strict=True)
     ]
-    left = end - time.monotonic()
+    left = end - clock()
     reserve = min(SPARED * max(left, 0.0), RESERVE + 4 * sink.seconds)
-    with closing(ProcessCrew(models, placement.groups)) as crew, signals() as caught, _Bars() as bars:
+    with closing(ProcessCrew(models, placement.groups, clock=clock)) as crew, signals() as caught, _Bars() as bars:
         conductor = Conductor(
             parts,
             ensemble.task,
             ensemble,
             crew=crew,
-            clock=time.monotonic,
+            clock=clock,
             journal=journal,
             sink=sink,
             report=Report(console.print, bars),

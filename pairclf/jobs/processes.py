@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType, TracebackType
 
 from pairclf.console import console
+from pairclf.dispositions import answering
 from pairclf.errors import ConfigError, PairclfError
 
 ERRORS = "PAIRCLF_ERRORS"
@@ -153,12 +154,8 @@ def _forwarding(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int
         for worker in workers:
             worker.send_signal(signal.SIGKILL if again else number)  # does nothing to one that has ended
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
+    with answering(FORWARDED, forward):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> set[int]:

@@ -113,7 +113,7 @@ class Server:
         # Between passes a process keeps what its last one needed, and the others can't have it.
         self._budget = max(1, token_budget(settings.tokens_per_batch, gpu=placement.gpu) // several)
         self._swap = settings.swap
-        self._stations = [_Station(one, placement, overrides, self._budget) for one in self._ensemble.members]
+        self._stations = [_Station(one, placement, overrides, self._budget, clock) for one in self._ensemble.members]
         # Kaggle wants to hear of us within a quarter of an hour, and 18 GB take minutes to hash.
         pool = ThreadPoolExecutor(1)
         self._proofs = [pool.submit(open_bundle, one.folder) for one in self._ensemble.members]
@@ -327,7 +327,9 @@ class _Station:
         known: whether there was one.
     """
 
-    def __init__(self, member: Member, placement: Placement, overrides: Sequence[str], budget: int) -> None:
+    def __init__(
+        self, member: Member, placement: Placement, overrides: Sequence[str], budget: int, clock: Clock
+    ) -> None:
         self.member = member
         self.builder, self.recipe = recipe(member)
         self.shelf: list[tuple[Encoded, ...]] = []
@@ -338,7 +340,7 @@ class _Station:
         orders = 2 if member.config.task.swappable else 1
         largest = Largest(self.builder.max_length, budget, orders)
         model = Model(member.folder, member.base, tuple(overrides), self.shelf, largest)
-        self.crew = ProcessCrew([model], placement.groups)
+        self.crew = ProcessCrew([model], placement.groups, clock=clock)
         self.workers = list(self.crew.load(0))
         self._said: dict[int, Ready | Failed] = {}
         self._fits = budget

@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from pairclf.config import Config, Train
 from pairclf.console import console
+from pairclf.dispositions import answering
 from pairclf.errors import ConfigError
 from pairclf.jobs.checkpoints import check_disk, flat_settings
 from pairclf.jobs.estimate import (
@@ -267,23 +268,19 @@ class Signals:
 
 
 @contextmanager
-def signals() -> Iterator[Signals]:
+def signals(clock: Callable[[], float] = time.monotonic) -> Iterator[Signals]:
     """Catch SIGTERM (a queue's time limit), SIGINT (Ctrl-C) and SIGHUP (a closed terminal) while it lasts.
 
     A launcher and the terminal may both send one, so that a second SIGTERM changes nothing; a second Ctrl-C, later than
-    that, interrupts at once.
+    that by `clock`, interrupts at once. What the process was started to ignore, it goes on to ignore.
     """
     caught, first = Signals(), math.inf
 
     def note(number: int, _frame: Any) -> None:
         nonlocal first
-        if caught.received is not None and number == signal.SIGINT and time.monotonic() - first > HASTE:
+        if caught.received is not None and number == signal.SIGINT and clock() - first > HASTE:
             raise KeyboardInterrupt
-        caught.received, first = number, min(first, time.monotonic())
+        caught.received, first = number, min(first, clock())
 
-    former = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
+    with answering((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), note):
         yield caught
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

@@ -14,6 +14,7 @@ from typing import Literal
 
 import polars as pl
 
+from pairclf.rehearsal import shared_clock
 from pairclf.rehearsal.hidden import read_raw, write_raw
 from pairclf.rehearsal.mounts import Mount
 
@@ -100,19 +101,34 @@ def kill_parent(journal):
 CHANGES = {"pairclf.inference.worker": kill_worker, "pairclf.inference.journal": kill_parent}
 """
 
-_SLOW = """
+_CLOCK = """
+CLOCK = SharedClock(Path(os.environ["HOME"], "clock"))
+CLOCK.rule()
+"""
+
+_SLOW = f"""{_CLOCK}
+
 def slow_down(worker):
     launch = worker.Scorer.launch
 
     def slow(self, items):
         strike()
-        time.sleep(SECONDS * len(items))
+        CLOCK.last(SECONDS * len(items))
         return launch(self, items)
 
     worker.Scorer.launch = slow
 
 
-CHANGES = {"pairclf.inference.worker": slow_down}
+def turn(crew):
+    crew.ProcessCrew.wait = CLOCK.turned_by(crew.ProcessCrew.wait, step=20.0)
+
+
+CHANGES = {{"pairclf.inference.worker": slow_down, "pairclf.inference.crew": turn}}
+"""
+
+_HURRIED = f"""{_CLOCK}
+CLOCK.hurry(least=1.0)
+CHANGES = {{}}
 """
 
 # What prints a traceback in a notebook looks at the version as it is imported.
@@ -141,8 +157,6 @@ class Fault:
         hook: code for every Python process of the kernel.
         strikes: names that the hook must have left.
         prelude: code that the kernel runs before its first cell.
-        speed: of the clock, where none is asked for.
-        patience: where none is asked for, the clock makes the deadline so many times what the undisturbed kernel took.
         spoil_rows: changes the test file's rows; gets the task's fields.
         spoil_mounts: changes the mounts, with a folder for changed files; returns what was spoiled too.
     """
@@ -155,15 +169,18 @@ class Fault:
     hook: str = ""
     strikes: tuple[str, ...] = ()
     prelude: str = ""
-    speed: float = 1.0
-    patience: float | None = None
     spoil_rows: SpoilRows | None = None
     spoil_mounts: SpoilMounts | None = None
 
     @property
     def compares(self) -> bool:
         """Whether there must be an undisturbed run to hold it against."""
-        return self.same or self.patience is not None
+        return self.same
+
+    @property
+    def hurried(self) -> bool:
+        """Whether the kernel's waits take no time, so that a mount must not be late: it is full, or never is."""
+        return self.hook == _HURRIED
 
     def module(self, limit: int, seconds: float) -> str:
         """Text of the hook's module.
@@ -172,7 +189,8 @@ class Fault:
             limit: tokens of a pass that fit, for `oom`.
             seconds: that a sequence takes longer, for `slow`.
         """
-        return f"{_AFTER_IMPORT}\n\nLIMIT, SECONDS = {limit!r}, {seconds!r}\n{self.hook}"
+        clock = Path(shared_clock.__file__).read_text(encoding="utf-8")
+        return f"{clock}\n\n{_AFTER_IMPORT}\n\nLIMIT, SECONDS = {limit!r}, {seconds!r}\n{self.hook}"
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -250,14 +268,13 @@ FAULTS = {
         scored="any",
         hook=_SLOW,
         strikes=("pass",),
-        patience=1.2,
     ),
     "null-rows": Fault("every third row has empty and broken cells", "all rows scored", spoil_rows=_empty_cells),
     "missing-model": Fault(
         "the base model, or the bundles that hold it, never comes",
         "priors",
         scored="none",
-        speed=200.0,
+        hook=_HURRIED,
         spoil_mounts=_leave_empty,
     ),
     "corrupt-bundle": Fault(
@@ -265,7 +282,7 @@ FAULTS = {
         "first cell fails",
         says=r"{spoiled}[\s\S]*changed",
         scored="none",
-        speed=20.0,  # the kernel looks twice at a file that may still be on its way, 20 s apart
+        hook=_HURRIED,  # the kernel looks twice at a file that may still be on its way, 20 s apart
         spoil_mounts=_flip_byte,
     ),
     "wrong-python": Fault(

@@ -46,24 +46,44 @@ class GatewayError(RuntimeError):
     """What would end the rerun on Kaggle: the server came too late, raised, or gave an answer that can't be used."""
 
 
-class DefaultInferenceServer:
-    """As Kaggle's: functions that answer, the first of which is `predict`."""
+def seconds_since_start() -> float:
+    """Since this process began, which in a notebook is its kernel."""
+    after_name = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    ticks = int(after_name[19])  # starttime, proc_pid_stat(5)
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return now - ticks / os.sysconf("SC_CLK_TCK")
 
-    def __init__(self, *endpoint_listeners: Callable[..., Any]) -> None:
+
+class DefaultInferenceServer:
+    """As Kaggle's: functions that answer, the first of which is `predict`.
+
+    Args:
+        endpoint_listeners: these functions, told apart by their names.
+        age: seconds since the notebook began.
+        clock: seconds, for the limits of the answers.
+    """
+
+    def __init__(
+        self,
+        *endpoint_listeners: Callable[..., Any],
+        age: Callable[[], float] = seconds_since_start,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         listeners = {listener.__name__: listener for listener in endpoint_listeners}
         if "predict" not in listeners:
             raise GatewayError(f"no listener for predict was registered, but {sorted(listeners)}")
         self._predict = listeners["predict"]
+        self._age, self._clock = age, clock
 
     def serve(self) -> None:
         """In the hidden rerun, answer until all rows are done; otherwise return at once, as Kaggle's does."""
-        took = seconds_since_start()
+        took = self._age()
         if took > STARTUP_SECONDS / _speed():
             raise GatewayError(
                 f"serve() came {took:.0f} s after the start; {STARTUP_SECONDS / _speed():.0f} are allowed"
             )
         if "KAGGLE_IS_COMPETITION_RERUN" in os.environ:
-            run(self._predict, None)
+            run(self._predict, None, self._clock)
 
     def run_local_gateway(self, data_paths: Sequence[str | Path] | None = None) -> None:
         """Answer for the visible rows.
@@ -71,12 +91,14 @@ class DefaultInferenceServer:
         Args:
             data_paths: the competition's folder; or the test file and the sample submission.
         """
-        if seconds_since_start() > STARTUP_SECONDS / _speed():
+        if self._age() > STARTUP_SECONDS / _speed():
             warnings.warn("the rerun would end here: the server starts too late", RuntimeWarning, stacklevel=2)
-        run(self._predict, data_paths)
+        run(self._predict, data_paths, self._clock)
 
 
-def run(predict: Callable[..., Any], data_paths: Sequence[str | Path] | None) -> None:
+def run(
+    predict: Callable[..., Any], data_paths: Sequence[str | Path] | None, clock: Callable[[], float] = time.monotonic
+) -> None:
     """Ask for all rows, and write `submission.csv`.
 
     Raises:
@@ -86,7 +108,7 @@ def run(predict: Callable[..., Any], data_paths: Sequence[str | Path] | None) ->
     answers = []
     for number, (rows, wanted) in enumerate(batches(test, sample)):
         limit = (BATCH_SECONDS if number else FIRST_SECONDS) / _speed()
-        given = _called(predict, (_sent(rows), _sent(wanted)), limit)
+        given = _called(predict, (_sent(rows), _sent(wanted)), limit, clock)
         answers.append(checked(given, wanted))
     pl.concat(answers, how="vertical_relaxed").write_csv("submission.csv")
 
@@ -137,8 +159,14 @@ def checked(given: Any, wanted: pl.DataFrame) -> pl.DataFrame:
     return _sent(given)
 
 
-def _called(predict: Callable[..., Any], arguments: tuple[pl.DataFrame, ...], limit: float) -> Any:
-    """What it returns, from a thread of its own: Kaggle's server has one for the calls."""
+def _called(
+    predict: Callable[..., Any], arguments: tuple[pl.DataFrame, ...], limit: float, clock: Callable[[], float]
+) -> Any:
+    """What it returns, from a thread of its own: Kaggle's server has one for the calls.
+
+    An answer that never comes is waited for as long as `limit` is in real seconds; one that comes must come within it
+    by the clock, too, which a rehearsal may turn ahead.
+    """
     answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
 
     def call() -> None:
@@ -147,11 +175,15 @@ def _called(predict: Callable[..., Any], arguments: tuple[pl.DataFrame, ...], li
         except Exception as error:  # noqa: BLE001 - it is raised below
             answers.put((None, error))
 
+    began = clock()
     Thread(target=call, daemon=True).start()
+    late = GatewayError(f"no answer to a batch within {limit:.0f} s")
     try:
         given, error = answers.get(timeout=limit)
     except Empty:
-        raise GatewayError(f"no answer to a batch within {limit:.0f} s") from None
+        raise late from None
+    if clock() - began > limit:
+        raise late
     if error is not None:
         raise GatewayError(f"predict raised {type(error).__name__}: {error}") from error
     return given
@@ -163,14 +195,6 @@ def _sent(frame: pl.DataFrame) -> pl.DataFrame:
     frame.write_ipc_stream(stream)
     stream.seek(0)
     return pl.read_ipc_stream(stream)
-
-
-def seconds_since_start() -> float:
-    """Since this process began, which in a notebook is its kernel."""
-    after_name = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    ticks = int(after_name[19])  # starttime, proc_pid_stat(5)
-    now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    return now - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _speed() -> float:

@@ -18,6 +18,7 @@ from threading import current_thread, main_thread
 from pairclf import __version__
 from pairclf.config import Config, parse_yaml, resolve
 from pairclf.console import Advance, console, progress
+from pairclf.dispositions import answering
 from pairclf.errors import ModelError, PackagingError
 from pairclf.files import atomic_file, locked, sha256_file
 from pairclf.inference.deadline import seconds_until
@@ -147,11 +148,8 @@ def _terminable() -> Iterator[None]:
     if current_thread() is not main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with answering((signal.SIGTERM,), signal.default_int_handler):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # --- construct -------------------------------------------------------------------------------------------------------
@@ -259,26 +257,14 @@ def _blank(rehearsal: _Rehearsal, name: str | None, fault: Fault | None) -> Repo
         rerun=not options.commit,
         image="versions of this environment" if rehearsal.image == HERE else "the image's versions",
         layouts=[*others, whole] if fault is None else [whole],
-        speed=_speed(rehearsal, fault),
+        # What faults are compared with is no trial.
+        speed=1.0 if fault is None and options.inject else options.speed,
         hours=build.package.hours,
         deadline=rehearsal.deadline,
         memory_limit=rehearsal.memory,
         disk_limit=rehearsal.disk,
         **({} if fault is None else {"must": fault.must}),
     )
-
-
-def _speed(rehearsal: _Rehearsal, fault: Fault | None) -> float:
-    """Of the kernel's clock: as asked for, or as the fault needs it."""
-    asked = rehearsal.options.speed
-    if fault is None:
-        return 1.0 if rehearsal.options.inject else asked  # what faults are compared with is no trial
-    if asked != 1:
-        return asked
-    if fault.patience is None:
-        return fault.speed
-    undisturbed = read_report(rehearsal.out / REPORT)
-    return max(1.0, rehearsal.deadline / (fault.patience * undisturbed.notebook))
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,10 +335,15 @@ def _cells(rehearsal: _Rehearsal, report: Report) -> int:
 def _play(
     rehearsal: _Rehearsal, setting: _Setting, scene: Scene, fault: Fault | None, report: Report, advance: Advance
 ) -> None:
-    """Run the kernel in one layout: the last one whole with its first mount late, others with all mounts late."""
+    """Run the kernel in one layout: the last one whole with its first mount late, others with all mounts late.
+
+    Where a fault hurries the kernel's waits, no mount is late.
+    """
     whole = scene.layout == report.layouts[-1]
     sandbox = scene.sandbox(rehearsal.disk)
     late = setting.mounts[:1] if whole else setting.mounts
+    if fault is not None and fault.hurried:
+        late = []
     scene.mount(setting.mounts, late, sandbox)
     play(
         Play(

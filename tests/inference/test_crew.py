@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
 import pytest
+from clocks_support import PATIENCE, collect, comes_true
 
 from pairclf.errors import BundleError
 from pairclf.inference.crew import Model, ProcessCrew
@@ -25,7 +27,6 @@ from pairclf.inference.worker import Assignment, Loaded
 from pairclf.inputs.render import Encoded
 from pairclf.model.batch import Item
 
-LONG = 60.0  # seconds that nothing here takes
 SLOW, OOM, WRONG, DEADLY = 7, 8, 9, 10
 """First ids of rows that the stand-in of a model does not take as others."""
 
@@ -77,26 +78,17 @@ Make = Callable[..., ProcessCrew]
 
 
 @pytest.fixture
-def crew_of() -> Iterator[Make]:
+def crew_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     crews: list[ProcessCrew] = []
 
     def make(*models: Model, workers: int = 1) -> ProcessCrew:
         crews.append(ProcessCrew(models, [("cpu",)] * workers, load=load))
         return crews[-1]
 
+    monkeypatch.setattr("pairclf.inference.crew._GRACE", PATIENCE)
     yield make
     for crew in crews:
         crew.close()
-
-
-def collect(crew: ProcessCrew, count: int) -> list[Event]:
-    """So many events; fails where they do not come."""
-    events: list[Event] = []
-    until = time.monotonic() + LONG
-    while len(events) < count and time.monotonic() < until:
-        events += crew.wait(1.0)
-    assert len(events) == count, events
-    return events
 
 
 def pids(crew: ProcessCrew) -> list[int]:
@@ -113,11 +105,10 @@ def alive(pid: int) -> bool:
 def test_two_workers_share_one_queue(crew_of: Make) -> None:
     crew = crew_of(model("first", *[SLOW] * 12), workers=2)
     numbers = crew.load(0)
+    ready = [event for event in collect(crew, 2) if isinstance(event, Ready)]  # no one draws before the other can
     for row in range(12):
         crew.submit(work(row, row))
-    events = collect(crew, 14)
-    ready = [event for event in events if isinstance(event, Ready)]
-    scored = [event for event in events if isinstance(event, Scored)]
+    scored = [event for event in collect(crew, 12) if isinstance(event, Scored)]
     assert sorted(event.worker for event in ready) == sorted(numbers)
     assert {event.layout for event in ready} == {"padded"}
     assert {event.worker for event in scored} == set(numbers)
@@ -251,7 +242,7 @@ def test_cores_are_shared_out_unless_the_environment_says_otherwise(
 ORPHANING = """
 import os, signal, sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import test_crew
 from test_crew import ProcessCrew, SLOW, load, model, pids, work
 
@@ -269,16 +260,13 @@ if __name__ == "__main__":
 def test_no_worker_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(ORPHANING, encoding="utf-8")
-    command = [sys.executable, str(script), str(Path(__file__).parent)]
+    command = [sys.executable, str(script), *map(str, Path(__file__).parents[:2])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         workers = [int(pid) for pid in parent.stdout.readline().split()]
-        assert parent.wait(LONG) == -signal.SIGKILL
-    until = time.monotonic() + LONG
-    while any(map(alive, workers)) and time.monotonic() < until:
-        time.sleep(0.01)
+        assert parent.wait(PATIENCE) == -signal.SIGKILL
     assert len(workers) == 2
-    assert not any(map(alive, workers))
+    assert comes_true(lambda: not any(map(alive, workers)))
 
 
 def test_a_parent_that_forgets_to_close_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,12 +289,18 @@ def test_a_worker_that_is_stopped_keeps_nobody_waiting(crew_of: Make) -> None:
     os.kill(pids(crew)[0], signal.SIGSTOP)
     large = [tuple(Encoded(np.ones(1_000_000, dtype=np.int32), (), {}) for _ in (0, 1)) for _ in range(40)]
     crew._models[0].encoded[:] = large  # type: ignore[index]
-    began = time.monotonic()
-    for row in range(4):
-        crew.submit(work(row, row))
-    assert crew.wait(0.2) == []
-    crew.close()
-    assert time.monotonic() - began < LONG / 2
+    found: list[list[Event]] = []
+
+    def go_on() -> None:
+        for row in range(4):
+            crew.submit(work(row, row))
+        found.append(crew.wait(0.2))
+        crew.close()
+        found.append([])
+
+    Thread(target=go_on, daemon=True).start()
+    assert comes_true(lambda: len(found) == 2)
+    assert found == [[], []]
 
 
 def test_a_temporary_folder_with_a_long_path_is_no_hindrance(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from clocks_support import collect
 from tests_support import make_rows
 
 from pairclf.config import Config
@@ -43,15 +43,6 @@ def saved(config_for: Callable[..., Config], tmp_path: Path) -> Path:
     figures = {"metrics": {}, "prior": [0.5, 0.3, 0.2]}
     bundles.write(folder, classifier, config, tokenizer, name="test", fold=0, probes=[], **figures)  # type: ignore[arg-type]
     return folder
-
-
-def collect(crew: ProcessCrew, count: int) -> list[Event]:
-    events: list[Event] = []
-    until = time.monotonic() + 120
-    while len(events) < count and time.monotonic() < until:
-        events += crew.wait(1.0)
-    assert len(events) == count, events
-    return events
 
 
 def test_a_worker_scores_as_the_bundle_does(saved: Path, tmp_path: Path) -> None:

@@ -10,16 +10,17 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from clocks_support import clock_in, comes_true, turned_crew
 from polars.testing import assert_frame_equal
 
 from pairclf.config import dump_config, load_config, resolve
@@ -33,9 +34,12 @@ from pairclf.jobs.cv import cross_validate
 from pairclf.jobs.predict import predict
 from pairclf.model.batch import Item
 from pairclf.model.bundle import read_manifest
+from pairclf.rehearsal.shared_clock import SharedClock
 from pairclf.task import LMSYS
 
 ROWS, COPIES = 24, 5
+PASS = 10.0
+"""Seconds of a pass by a clock that is turned."""
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +92,8 @@ def probabilities(path: Path) -> Floats:
 class Faulty:
     """A scorer that does something to rows whose index is `row`, or to all."""
 
-    def __init__(self, scorer: worker.Scores, kind: str, row: int | None) -> None:
-        self.scorer, self.kind, self.row = scorer, kind, row
+    def __init__(self, scorer: worker.Scores, kind: str, row: int | None, clock: SharedClock | None) -> None:
+        self.scorer, self.kind, self.row, self.clock = scorer, kind, row, clock
 
     def launch(self, items: Sequence[Item]) -> Any:
         here = self.row is None or any(item.row == self.row for item in items)
@@ -99,8 +103,8 @@ class Faulty:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "memory" and len(items) > 2:
             raise MemoryError
-        if self.kind == "slow":
-            time.sleep(0.3)
+        if self.clock is not None:
+            self.clock.last(PASS)
         return self.scorer.launch(items)
 
     def collect(self, items: Sequence[Item], launched: Any) -> tuple[Floats, int]:
@@ -111,9 +115,11 @@ class Faulty:
         return logits, rescued
 
 
-def faulty(assignment: worker.Assignment, *, kind: str, row: int | None) -> worker.Loaded:
+def faulty(
+    assignment: worker.Assignment, *, kind: str, row: int | None = None, clock: SharedClock | None = None
+) -> worker.Loaded:
     loaded = worker.load_bundle(assignment)
-    return loaded._replace(scorer=Faulty(loaded.scorer, kind, row))
+    return loaded._replace(scorer=Faulty(loaded.scorer, kind, row, clock))
 
 
 def unloadable(assignment: worker.Assignment) -> worker.Loaded:
@@ -185,16 +191,18 @@ def test_a_deadline_that_is_over_leaves_the_prior(run: Path, tmp_path: Path) -> 
 
 
 def test_a_deadline_is_kept_and_the_rest_is_done_by_the_same_command_later(
-    run: Path, whole: pl.DataFrame, tmp_path: Path, inject: Inject
+    run: Path, whole: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inject("slow")
-    began = time.monotonic()
-    part = predict(bundles(run)[:1], **files(run, tmp_path), deadline="9s", overrides=["predict.tokens_per_batch=130"])
-    assert time.monotonic() - began < 9
+    clock = clock_in(tmp_path)
+    monkeypatch.setattr(job, "ProcessCrew", turned_crew(clock, partial(faulty, kind="slow", clock=clock)))
+    settings = ["predict.tokens_per_batch=130"]  # a pass for each sequence: twice as many as there is time for
+    limit = f"{round(PASS * ROWS)}s"
+    part = predict(bundles(run)[:1], **files(run, tmp_path), deadline=limit, overrides=settings, clock=clock)
+    assert 0 < clock() <= PASS * ROWS
     assert (part["orders"] > 0).any()
     assert (part["orders"] < 2).any()
     assert (tmp_path / "submission.work" / job.JOURNAL).exists()
-    inject("none")
+    monkeypatch.undo()
     rest = predict(bundles(run)[:1], **files(run, tmp_path))
     assert_frame_equal(rest, whole, abs_tol=1e-6)
 
@@ -402,45 +410,64 @@ def journaled(folder: Path) -> int:
             return 0
 
 
+PAGE = 4096
+
+
+def logged(folder: Path) -> int:
+    """Bytes of the journal's log, which each batch makes longer by a page or more."""
+    path = folder / "submission.work" / f"{job.JOURNAL}-wal"
+    return path.stat().st_size if path.exists() else 0
+
+
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_file(
     many: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     """Also fifty times: `pytest tests/jobs/test_predict.py -k killed --kills 50`."""
-    began = time.monotonic()
     subprocess.run(command(many, tmp_path / "whole"), check=True, capture_output=True)
-    whole, took = (tmp_path / "whole" / "submission.csv").read_bytes(), time.monotonic() - began
-    draw, kills, ended = random.Random(0), pytestconfig.getoption("--kills"), 0
+    whole = (tmp_path / "whole" / "submission.csv").read_bytes()
+    draw, landed = random.Random(0), 0
     folder = tmp_path / "killed"
-    for _ in range(kills):
-        before = journaled(folder)
-        process = subprocess.Popen(command(many, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(draw.uniform(0.3, 1.0) * took)
-            ended += 1
-        except subprocess.TimeoutExpired:
+    while landed < pytestconfig.getoption("--kills"):  # one that comes too late is none, and the next run begins anew
+        before, enough = journaled(folder), logged(folder) + PAGE * draw.randint(0, 2 * ROWS * COPIES)
+        with subprocess.Popen(command(many, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            assert comes_true(lambda: process.poll() is not None or logged(folder) >= enough)  # noqa: B023
             process.kill()
-            process.wait()
-            if (folder / "submission.work").exists():
-                assert journaled(folder) >= before
-            else:  # killed on its way out
-                assert (folder / "submission.csv").read_bytes() == whole
+        landed += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            assert (folder / "submission.csv").read_bytes() == whole
+        elif (folder / "submission.work").exists():
+            assert journaled(folder) >= before
         if (folder / "submission.csv").exists():
             assert len(pl.read_csv(folder / "submission.csv")) == ROWS * COPIES
             assert np.allclose(probabilities(folder / "submission.csv").sum(axis=1), 1)
     subprocess.run(command(many, folder), check=True, capture_output=True)
-    assert ended < kills
     assert (folder / "submission.csv").read_bytes() == whole
 
 
+HELD = """
+import sys
+from pairclf.inference.journal import Journal
+add = Journal.add
+def hold(self, *arguments):
+    add(self, *arguments)
+    print("scored", flush=True)
+    sys.stdin.readline()
+Journal.add = hold
+from pairclf.cli import main
+main()
+"""
+"""The command, which waits for a line after each batch that is in the journal."""
+
+
 def test_a_term_signal_ends_in_a_submission_and_the_next_run_goes_on(many: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(command(many, tmp_path), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    assert any("run-fold0: cpu" in line for line in process.stderr)  # it has begun to score
-    time.sleep(0.5)
-    process.terminate()
-    _, text = process.communicate(timeout=60)
+    held = [sys.executable, "-c", HELD, *command(many, tmp_path)[3:]]
+    with subprocess.Popen(held, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "scored\n"
+        process.terminate()
+        _, text = process.communicate()  # closes the input: it waits no longer
     assert process.returncode == 128 + signal.SIGTERM, text
     known = journaled(tmp_path)
     assert 0 < known < 2 * 2 * ROWS * COPIES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
@@ -14,6 +13,7 @@ import pandas as pd
 import polars as pl
 import pytest
 import torch
+from clocks_support import AMPLE, clock_in, turned_crew
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
@@ -30,12 +30,15 @@ from pairclf.jobs.serve import Server
 from pairclf.model import bundle as bundles
 from pairclf.model.backbone import load_tokenizer
 from pairclf.model.engine import build
+from pairclf.rehearsal.shared_clock import SharedClock
 from pairclf.task import LMSYS, WSDM
 
 ROWS = 14
 PRIOR = (0.5, 0.3, 0.2)
 COLUMNS = ["id", *LMSYS.classes]
-HOUR = 3600.0
+AMPLY = {"seconds": AMPLE, "batch_seconds": AMPLE}
+PASS = 10.0
+"""Seconds of a pass by a clock that is turned."""
 
 
 def write_bundle(folder: Path, config: Config, *, seed: int, prior: Sequence[float]) -> Path:
@@ -77,7 +80,7 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> pl.DataFram
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    with closing(Server(both(folder), seconds=HOUR)) as made:
+    with closing(Server(both(folder), **AMPLY)) as made:
         yield made
 
 
@@ -128,14 +131,14 @@ def test_an_ensembles_file_with_weights_and_temperatures(folder: Path, tmp_path:
     entries = f"[{{bundle: {first}, weight: 3, temperature: 2}}, {{bundle: {second}}}]"
     path.write_text(f"members: {entries}\ntemperature: 1.5")
     wanted = predict([path], folder / "test.csv", tmp_path / "submission.csv")
-    with closing(Server([path], seconds=HOUR)) as server:
+    with closing(Server([path], **AMPLY)) as server:
         np.testing.assert_allclose(values(served(server, rows_of(folder), [4])), values(wanted), atol=1e-5)
 
 
 def test_labels_where_the_competition_wants_labels(folder: Path, tmp_path: Path) -> None:
     bundle = folder / "wsdm" / "bundle"
     predict([bundle], folder / "test.csv", tmp_path / "submission.csv")
-    with closing(Server([bundle], seconds=HOUR)) as server:
+    with closing(Server([bundle], **AMPLY)) as server:
         rows = rows_of(folder)
         assert_frame_equal(server.predict(rows), pl.read_csv(tmp_path / "submission.csv"))
         sample = pl.DataFrame({"id": rows["id"], "winner": ["model_a"] * len(rows)})
@@ -175,7 +178,7 @@ def test_pandas_frames_categories_and_ids_of_any_kind(folder: Path, whole: pl.Da
 
 
 def test_the_report_counts(folder: Path) -> None:
-    with closing(Server(both(folder)[:1], seconds=HOUR)) as server:
+    with closing(Server(both(folder)[:1], **AMPLY)) as server:
         served(server, rows_of(folder), [3])
         report = server.report()
     seconds = report.pop("seconds")
@@ -189,25 +192,37 @@ def test_the_report_counts(folder: Path) -> None:
 
 def test_when_the_time_is_over_there_are_priors_at_once(folder: Path) -> None:
     now = 0.0
-    with closing(Server(both(folder)[:1], seconds=HOUR, clock=lambda: now + time.monotonic())) as server:
+    with closing(Server(both(folder)[:1], **AMPLY, clock=lambda: now)) as server:
         rows = rows_of(folder)
         assert (np.abs(values(server.predict(rows)) - PRIOR).max(axis=1) > 1e-3).all()
-        now = HOUR
+        now = AMPLE
         np.testing.assert_allclose(values(server.predict(rows)), np.tile(PRIOR, (len(rows), 1)))
         assert server.report()["priors"] == len(rows)
 
 
-@pytest.mark.slow
+def slowed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> SharedClock:
+    """Passes of `PASS` seconds, by the clock that is returned; a row alone is a pass with `ALONE`."""
+    clock = clock_in(folder)
+    monkeypatch.setattr(serve, "ProcessCrew", turned_crew(clock, partial(faulty, kind="slow", clock=clock)))
+    return clock
+
+
+ALONE = ["predict.swap=off", "predict.tokens_per_batch=1"]
+
+
 def test_a_batch_that_would_take_too_long_ends_in_time_with_what_is_known(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what comes back later is not taken for the next batch's."""
-    overrides = ["predict.swap=off", "predict.tokens_per_batch=1"]
-    rows = rows_of(folder)
-    wanted = values(predict(both(folder)[:1], folder / "test.csv", tmp_path / "submission.csv", overrides=overrides))
-    inject(monkeypatch, "slow")  # 0.3 s a pass; a row alone is a pass
-    with closing(Server(both(folder)[:1], seconds=HOUR, batch_seconds=4, overrides=overrides)) as server:
-        first, second = values(server.predict(rows)), values(server.predict(rows.reverse()))[::-1]
+    rows, limit = rows_of(folder), 6 * PASS
+    wanted = values(predict(both(folder)[:1], folder / "test.csv", tmp_path / "submission.csv", overrides=ALONE))
+    clock = slowed(monkeypatch, tmp_path)
+    settings = {"batch_seconds": limit, "overrides": ALONE, "clock": clock}
+    with closing(Server(both(folder)[:1], seconds=AMPLE, **settings)) as server:
+        first = values(server.predict(rows))
+        assert clock() <= limit
+        second = values(server.predict(rows.reverse()))[::-1]
+        assert clock() <= 2 * limit
         assert 1 <= server.report()["one"] < 2 * len(rows)
     for answer in (first, second):
         right, prior = (np.abs(answer - one).max(axis=1) < 1e-5 for one in (wanted, np.array(PRIOR)))
@@ -216,15 +231,15 @@ def test_a_batch_that_would_take_too_long_ends_in_time_with_what_is_known(
         assert prior.any()
 
 
-@pytest.mark.slow
 def test_where_both_orders_of_all_rows_would_take_too_long_rows_have_one(
-    folder: Path, whole: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By the pace of the first batch; and where few rows are expected, the same time suffices for both."""
-    inject(monkeypatch, "slow")
+    clock = slowed(monkeypatch, tmp_path)
     rows = rows_of(folder)
     for expected, kind in ((100_000, "one"), (len(rows), "both")):
-        with closing(Server(both(folder)[:1], seconds=600, rows=expected)) as server:
+        settings = {"batch_seconds": AMPLE, "clock": clock}
+        with closing(Server(both(folder)[:1], seconds=10_000 * PASS, rows=expected, **settings)) as server:
             for start in range(0, 8, 2):
                 server.predict(rows[start : start + 2])
             report = server.report()
@@ -240,7 +255,7 @@ def test_a_poisoned_row_has_the_prior_and_all_others_their_scores(
 ) -> None:
     wanted = values(predict(both(folder)[:1], folder / "test.csv", tmp_path / "submission.csv"))
     inject(monkeypatch, "nan", row=2)
-    with closing(Server(both(folder)[:1], seconds=HOUR)) as server:
+    with closing(Server(both(folder)[:1], **AMPLY)) as server:
         answers = [values(server.predict(rows_of(folder)[start : start + 5])) for start in (0, 5)]
         report = server.report()
     wanted[[2, 7]] = PRIOR
@@ -256,7 +271,7 @@ def test_a_row_that_kills_its_worker_has_the_prior_and_later_ones_another_worker
     overrides, rows = ["predict.swap=off", "predict.tokens_per_batch=1"], rows_of(folder)[:5]
     wanted = values(predict(both(folder)[:1], folder / "test.csv", tmp_path / "submission.csv", overrides=overrides))
     inject(monkeypatch, "die", row=2)
-    with closing(Server(both(folder)[:1], seconds=HOUR, overrides=overrides)) as server:
+    with closing(Server(both(folder)[:1], **AMPLY, overrides=overrides)) as server:
         answers = [values(server.predict(batch)) for batch in (rows[:3], rows[3:])]
     wanted[2] = PRIOR
     np.testing.assert_allclose(np.concatenate(answers), wanted[:5], atol=1e-5)
@@ -266,7 +281,7 @@ def test_memory_that_does_not_suffice_for_three_sequences(
     folder: Path, whole: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inject(monkeypatch, "memory")
-    with closing(Server(both(folder), seconds=HOUR)) as server:
+    with closing(Server(both(folder), **AMPLY)) as server:
         assert_frame_equal(served(server, rows_of(folder), [9]), whole, abs_tol=1e-5)
         assert server.report()["failed"] == 0
 
@@ -276,7 +291,7 @@ def test_a_member_that_does_not_load_is_left_out_and_named(
 ) -> None:
     alone = predict(both(folder)[:1], folder / "test.csv", tmp_path / "submission.csv")
     inject(monkeypatch, "load")
-    with closing(Server(both(folder), seconds=HOUR)) as server:
+    with closing(Server(both(folder), **AMPLY)) as server:
         np.testing.assert_allclose(values(served(server, rows_of(folder), [9])), values(alone), atol=1e-5)
     assert capsys.readouterr().err.count("the second one does not load") == 1
 
@@ -284,9 +299,9 @@ def test_a_member_that_does_not_load_is_left_out_and_named(
 def test_nobody_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inject(monkeypatch, "load")
     rows = rows_of(folder)
-    with closing(Server(both(folder)[1:], seconds=HOUR)) as server, pytest.raises(BundleError, match="does not load"):
+    with closing(Server(both(folder)[1:], **AMPLY)) as server, pytest.raises(BundleError, match="does not load"):
         server.predict(rows)
-    with closing(Server(both(folder)[1:], seconds=HOUR, strict=False)) as server:
+    with closing(Server(both(folder)[1:], **AMPLY, strict=False)) as server:
         np.testing.assert_allclose(values(server.predict(rows)), np.tile(PRIOR, (len(rows), 1)))
 
 
@@ -294,7 +309,7 @@ def test_a_changed_bundle_is_refused(folder: Path, base_of: Callable[[str], Path
     config = bundles.open_bundle(both(folder)[0]).config
     bundle = write_bundle(tmp_path / "fold0" / "bundle", config, seed=0, prior=PRIOR)
     (bundle / "tokenizer" / "more.txt").write_text("?")
-    with closing(Server([bundle], seconds=HOUR)) as server, pytest.raises(BundleError, match="not as they were saved"):
+    with closing(Server([bundle], **AMPLY)) as server, pytest.raises(BundleError, match="not as they were saved"):
         server.predict(rows_of(folder))
 
 
@@ -304,7 +319,7 @@ def test_what_can_not_be_served_is_refused_when_the_server_is_made(
     first, second = both(folder)
     (tmp_path / "cascade.yaml").write_text(f"members: [{{bundle: {first}}}, {{bundle: {second}, share: 0.25}}]")
     with pytest.raises(ConfigError, match=r"members.1.share=0.25"):
-        Server([tmp_path / "cascade.yaml"], seconds=HOUR)
+        Server([tmp_path / "cascade.yaml"], **AMPLY)
     monkeypatch.setattr(serve, "memory_to_have", lambda device, processes: 1000)
     with pytest.raises(ModelError, match="in memory together"):
-        Server([first, second], seconds=HOUR)
+        Server([first, second], **AMPLY)

@@ -103,17 +103,33 @@ def test_the_other_trackers_take_the_lines_offline(
 
 
 def test_two_signals_of_a_launcher_and_a_terminal_are_one() -> None:
-    with signals() as caught:
+    with signals(clock=lambda: 7.0) as caught:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
         assert caught.received is not None
 
 
-def test_a_second_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HASTE", -1.0)
-    with pytest.raises(KeyboardInterrupt), signals() as caught:
+def test_a_second_ctrl_c_interrupts() -> None:
+    times = iter([7.0, 7.0 + 1.01 * module.HASTE])
+    with pytest.raises(KeyboardInterrupt), signals(clock=lambda: next(times)) as caught:
         os.kill(os.getpid(), signal.SIGINT)
         assert caught.received == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_what_the_process_was_started_to_ignore_it_goes_on_to_ignore(ignored: signal.Signals) -> None:
+    """`nohup pairclf train ... &`: neither the closed terminal nor a Ctrl-C for another command ends it."""
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        with signals() as caught:
+            os.kill(os.getpid(), ignored)
+            assert not caught.asked()
+            other = signal.SIGTERM if ignored != signal.SIGTERM else signal.SIGHUP
+            os.kill(os.getpid(), other)
+            assert caught.received == other
+        assert signal.getsignal(ignored) is signal.SIG_IGN
+    finally:
+        signal.signal(ignored, before)
