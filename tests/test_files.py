@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from random import Random
 
 import pytest
 
+from pairclf import files
 from pairclf.errors import PairclfError
 from pairclf.files import atomic_file, atomic_folder, locked, sha256_tree, write_json, write_text
 
@@ -139,16 +139,19 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_a_lock_is_waited_for_and_falls_with_its_holder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lock_is_waited_for_and_falls_with_its_holder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "below" / ".lock"
     command = [sys.executable, "-c", HOLDER, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        killer = threading.Timer(0.3, holder.kill)
-        killer.start()
-        with locked(path):
-            assert holder.wait() == -signal.SIGKILL
-    assert "waiting for another process" in " ".join(capsys.readouterr().err.split())
+        said: list[str] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(files.console, "print", lambda line: (said.append(line), holder.kill()))
+            with locked(path):
+                assert holder.wait() == -signal.SIGKILL
+    assert "waiting for another process" in said[0]
     with locked(path):  # and again, at once
         assert capsys.readouterr().err == ""

@@ -101,7 +101,7 @@ class ProcessCrew:
         models: the members.
         groups: the devices of each worker; more than one: the layers lie over them.
         load: what a worker makes of its assignment; a function that a new process can import.
-        clock: by which loads and passes are timed; likewise.
+        clock: by which loads and passes are timed; it too is sent to a new process.
     """
 
     def __init__(

@@ -92,7 +92,7 @@ def predict(
         strict: raise at the end, if a row or a model could not be scored, or time left a row without any score.
         resume: go on where a run of the same rows and models was killed.
         spent: seconds of a deadline that is a duration which are gone already.
-        clock: of the run.
+        clock: of the run, seconds; the workers time their passes by it too, so it can be sent to them.
 
     Returns:
         The scores.

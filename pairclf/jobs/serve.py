@@ -80,7 +80,7 @@ class Server:
         rows: expected in all. Where the time would not suffice for both orders of so many, rows get one.
         batch_seconds: limit for a batch; the first may take longer, as it waits for the models.
         strict: raise if no model can be loaded; otherwise all rows have the prior.
-        clock: seconds.
+        clock: seconds; the workers time their passes by it too, so it can be sent to them.
 
     Raises:
         BundleError, ConfigError: as `open_ensemble`; or a member is for a part of the rows alone.

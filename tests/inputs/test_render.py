@@ -24,7 +24,9 @@ CLOSERS = ["<end_of_turn>", "<end_of_turn>\n<start_of_turn>model\nA", "<bos>", "
 WORDS = st.text(alphabet="ab <>/_|é\n", max_size=40) | st.sampled_from(CLOSERS)
 FIELD = st.lists(st.none() | WORDS, max_size=4).map(tuple)
 ROWS = st.builds(lambda p, a, b: Row("1", dict(zip(LMSYS.fields, (p, a, b), strict=True))), FIELD, FIELD, FIELD)
-QUICK = hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+QUICK = hypothesis_settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 CHAT = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>user\n{{ message['content'] | trim }}<end_of_turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"

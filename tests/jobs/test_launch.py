@@ -205,7 +205,14 @@ def test_a_killed_worker_ends_the_other_and_is_named(work: Callable[..., int], m
 def test_the_traceback_of_the_first_to_fail_is_the_one_that_is_shown(
     work: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert work("time.sleep(0.5 * (1 - rank)); raise ValueError(f'bug in {rank}')") == 1
+    later = """
+first = Path(os.environ[ERRORS], "1.traceback")
+while not rank and not first.exists():
+    time.sleep(0.05)
+time.sleep(0.1)  # the times of two files are told apart in hundredths of a second
+raise ValueError(f"bug in {rank}")
+"""
+    assert work(later) == 1
     shown = capsys.readouterr().err
     assert "ValueError: bug in 1" in shown
     assert shown.count("Traceback") == 1

@@ -190,12 +190,12 @@ def test_the_report_counts(folder: Path) -> None:
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def test_when_the_time_is_over_there_are_priors_at_once(folder: Path) -> None:
-    now = 0.0
-    with closing(Server(both(folder)[:1], **AMPLY, clock=lambda: now)) as server:
+def test_when_the_time_is_over_there_are_priors_at_once(folder: Path, tmp_path: Path) -> None:
+    clock = clock_in(tmp_path)
+    with closing(Server(both(folder)[:1], **AMPLY, clock=clock)) as server:
         rows = rows_of(folder)
         assert (np.abs(values(server.predict(rows)) - PRIOR).max(axis=1) > 1e-3).all()
-        now = AMPLE
+        clock.turn(AMPLE)
         np.testing.assert_allclose(values(server.predict(rows)), np.tile(PRIOR, (len(rows), 1)))
         assert server.report()["priors"] == len(rows)
 

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import sys
-import threading
 import time
 import types
 from collections.abc import Callable, Mapping
@@ -143,8 +142,35 @@ class Inputs:
         return next(self.root.rglob(name))
 
 
+class Waits:
+    """A clock that the kernel's waits turn, and nothing else; what has to happen meanwhile happens while it waits.
+
+    Attributes:
+        slept: seconds of each wait so far.
+        during: called at each wait, with how many there were.
+    """
+
+    def __init__(self) -> None:
+        self.now = 1e9
+        self.slept: list[float] = []
+        self.during: Callable[[int], object] = lambda count: None
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept.append(seconds)
+        self.during(len(self.slept))
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    made = Waits()
+    monkeypatch.setattr(time, "sleep", made.sleep)
+    monkeypatch.setattr(time, "time", lambda: made.now)
+    return made
+
+
 @pytest.fixture(params=["flat", "typed"])
-def inputs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inputs:
+def inputs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: Waits) -> Inputs:
     (tmp_path / "working").mkdir()
     (tmp_path / "tmp").mkdir()
     monkeypatch.chdir(tmp_path / "working")
@@ -210,16 +236,12 @@ def test_base_model_may_be_a_dataset_and_is_waited_for_until_whole(inputs: Input
     assert check(inputs, base="someone/gemma")["base"] == folder
 
 
-def test_mount_that_fills_late_is_waited_for(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "20")
+def test_mount_that_fills_late_is_waited_for(inputs: Inputs, waits: Waits, capsys: pytest.CaptureFixture[str]) -> None:
     late, hidden = inputs.one("fold1-*"), inputs.root.parent / "hidden"
     late.rename(hidden)
-    thread = threading.Timer(0.4, lambda: hidden.rename(late))
-    thread.start()
+    waits.during = lambda count: count == 8 and hidden.rename(late)
     seen = check(inputs)
-    thread.join()
+    assert len(waits.slept) > 8
     assert seen["lacking"] == []
     assert "waiting for the bundle" in capsys.readouterr().out
 
@@ -280,23 +302,14 @@ def test_what_is_served_is_the_only_submission(inputs: Inputs) -> None:
     assert not Path("submission.csv").exists()
 
 
-def test_file_that_is_listed_and_can_not_be_read_yet_is_waited_for(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_that_is_listed_and_can_not_be_read_yet_is_waited_for(inputs: Inputs, waits: Waits) -> None:
     sample, kept = inputs.competition / "sample_submission.csv", inputs.root.parent / "kept.csv"
     sample.rename(kept)
     sample.symlink_to(inputs.root / "later.csv")
-    waits = []
-
-    def sleep(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 2:
-            kept.rename(inputs.root / "later.csv")
-
-    monkeypatch.setattr(time, "sleep", sleep)
+    waits.during = lambda count: count == 2 and kept.rename(inputs.root / "later.csv")
     assert check(inputs)["lacking"] == []
     assert "0.5,0.3,0.2" in Path("submission.csv").read_text()
-    assert len(waits) > 2
+    assert len(waits.slept) > 2
 
 
 def test_without_the_competition_no_run_can_go_on(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,18 +321,15 @@ def test_without_the_competition_no_run_can_go_on(inputs: Inputs, monkeypatch: p
 
 @pytest.mark.parametrize("late", ["test.csv", "sample_submission.csv"])
 def test_competition_is_waited_for_until_it_is_whole(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], late: str
+    inputs: Inputs, waits: Waits, capsys: pytest.CaptureFixture[str], late: str
 ) -> None:
-    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "20")
     text = (inputs.competition / late).read_text()
     (inputs.competition / late).unlink()
     inputs.write(inputs.competition / "test.csv.gz", "what comes first")
     inputs.write(inputs.competition / "examples" / "sample_submission.csv", "id,winner_model_a\n1,1\n")
     inputs.write(inputs.competition / "examples" / "test.csv", "id\n1\n")
-    thread = threading.Timer(0.3, lambda: inputs.write(inputs.competition / late, text))
-    thread.start()
+    waits.during = lambda count: count == 4 and inputs.write(inputs.competition / late, text)
     seen = check(inputs)
-    thread.join()
     assert (seen["competition"], seen["test"]) == (inputs.competition, inputs.competition / "test.csv")
     assert seen["lacking"] == []
     assert Path("submission.csv").read_text().count("0.5,0.3,0.2") == 2
@@ -341,7 +351,7 @@ def test_sample_that_never_becomes_one_is_named(inputs: Inputs, text: str) -> No
         check(inputs)
 
 
-def test_what_still_changes_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_still_changes_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: Waits) -> None:
     monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "100")
     sizes = iter([None, 1, 2, 3, 3, 4])
     assert check_names(tmp_path, rerun=True)["wait_for"]("it", lambda: next(sizes)) == 3
@@ -357,21 +367,17 @@ def test_rerun_without_test_rows_keeps_its_priors(inputs: Inputs, monkeypatch: p
 
 
 def test_file_that_is_being_written_is_waited_for_while_it_grows(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+    inputs: Inputs, waits: Waits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "200")  # a file is still after 0.1 s
+    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "200")
+    still = 20 / 200  # seconds, after which a file that has not grown is no longer being written
     file = inputs.one("fold1-*") / "config.yaml"
     inputs.write(file, "")
 
-    def grow() -> None:
-        for end in ("t", "tw", "two"):
-            time.sleep(0.06)
-            inputs.write(file, end)
-
-    thread = threading.Thread(target=grow)
-    thread.start()
+    ends = iter(("t", "tw", "two"))
+    waits.during = lambda count: waits.slept[-1] == still and inputs.write(file, next(ends))
     seen = check(inputs)
-    thread.join()
+    assert next(ends, None) is None, "it was looked at each time that it had grown"
     assert (seen["bundles"] / "fold1-89abcdef" / "config.yaml").read_text() == "two"
 
 
@@ -454,7 +460,7 @@ def test_predict_is_not_started_for_ever_nor_after_the_deadline(tmp_path: Path) 
     assert later.names["lacking"]
     late = Later(tmp_path, rerun=True)
     late.codes["predict"] = [-9] * 99
-    late.names["STARTED"] = time.time() - 40_000
+    late.names["STARTED"] -= 40_000
     late.cell("verify")
     late.cell("predict")
     assert late.count("predict") == 1
@@ -508,7 +514,7 @@ def test_commands_get_a_plain_log_and_no_colours(monkeypatch: pytest.MonkeyPatch
 
 def test_command_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "1")
-    assert command()("timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)", seconds=0) == -9
+    assert command()("timeit", "-n", "1", "-r", "1", "import time; time.sleep(600)", seconds=0) == -9
 
 
 def test_predict_that_hangs_has_time_to_end_after_the_deadline(tmp_path: Path) -> None:

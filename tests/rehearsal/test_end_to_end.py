@@ -109,7 +109,8 @@ def test_kill(made: Path) -> None:
 @pytest.mark.slow
 def test_slow(made: Path) -> None:
     report = run(made, "slow")
-    assert report.notebook < report.deadline / report.speed + 5
+    assert report.speed == 1, "the machine's own slowness uses up nothing of the time"
+    assert report.deadline / 2 < report.notebook < 3600 * report.hours, "the passes used it up, and the end was in time"
     assert report.scored is not None
     assert report.scored.prior > 0, "there was no time for all"
     prior = pl.read_csv(submission(made, "slow")).filter(pl.Series(scores(made, "slow")["orders"] == 0))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import current_thread, main_thread
+from threading import Event, current_thread, main_thread
 from typing import Any
 
 import pandas as pd
 import polars as pl
+import psutil
 import pytest
 from polars.testing import assert_frame_equal
 
@@ -34,6 +34,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
+def server(listener: Callable[..., Any], age: float = 0.0, clock: Callable[[], float] = lambda: 0.0) -> Any:
+    """That of a notebook which began `age` seconds ago."""
+    return DefaultInferenceServer(listener, age=lambda: age, clock=clock)
+
+
 def predict(test: pl.DataFrame, sample: pl.DataFrame) -> pl.DataFrame:
     return test.select("id").with_columns(
         winner_model_a=pl.col("id") / 1000, winner_model_b=pl.lit(0.5), winner_tie=0.5 - pl.col("id") / 1000
@@ -50,7 +55,7 @@ def test_all_rows_are_asked_for_in_batches_from_another_thread_and_written(folde
         return predict(test, sample).to_pandas()
 
     noting.__name__ = "predict"
-    DefaultInferenceServer(noting).run_local_gateway((folder,))
+    server(noting).run_local_gateway((folder,))
     assert sizes == [gateway.ROWS, gateway.ROWS, 1]
     rows = pl.read_csv(folder / "test.csv")
     assert_frame_equal(pl.read_csv("submission.csv"), predict(rows, rows))
@@ -62,10 +67,10 @@ def test_files_are_found_by_where_the_gateway_lies_and_parquet_is_read(
     pl.read_csv(folder / "test.csv").write_parquet(folder / "test.parquet")
     (folder / "test.csv").unlink()
     monkeypatch.setattr(gateway, "__file__", str(folder / "kaggle_evaluation" / "default_inference_server.py"))
-    DefaultInferenceServer(predict).serve()
+    server(predict).serve()
     assert not Path("submission.csv").exists()
     monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
-    DefaultInferenceServer(predict).serve()
+    server(predict).serve()
     assert len(pl.read_csv("submission.csv")) == 2 * gateway.ROWS + 1
 
 
@@ -89,7 +94,7 @@ def test_an_answer_that_kaggle_would_refuse_is_refused(what: str, folder: Path) 
 
     predict_wrongly.__name__ = "predict"
     with pytest.raises(GatewayError, match=message):
-        DefaultInferenceServer(predict_wrongly).run_local_gateway((folder,))
+        server(predict_wrongly).run_local_gateway((folder,))
     assert not Path("submission.csv").exists()
 
 
@@ -98,36 +103,51 @@ def test_what_predict_raises_ends_the_run(folder: Path) -> None:
         raise ValueError("a poisoned row")
 
     with pytest.raises(GatewayError, match="ValueError: a poisoned row"):
-        DefaultInferenceServer(predict).run_local_gateway((folder,))
+        server(predict).run_local_gateway((folder,))
 
 
 def test_limits_hold_by_an_accelerated_clock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the first answer an hour, of the others five minutes, of the start a quarter of an hour."""
     monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "1000")
-    calls = 0
+    now, calls = 0.0, 0
 
     def slow(test: pl.DataFrame, sample: pl.DataFrame) -> pl.DataFrame:
-        nonlocal calls
+        nonlocal now, calls
         calls += 1
-        time.sleep(0.5)  # 500 s by that clock
+        now += 0.5  # 500 s by that clock
         return predict(test, sample)
 
     slow.__name__ = "predict"
-    monkeypatch.setattr(gateway, "seconds_since_start", lambda: 0.8)
     with pytest.raises(GatewayError, match="no answer to a batch"):
-        DefaultInferenceServer(slow).run_local_gateway((folder,))
+        server(slow, age=0.8, clock=lambda: now).run_local_gateway((folder,))
     assert calls == 2
-    monkeypatch.setattr(gateway, "seconds_since_start", lambda: 1.0)
     with pytest.raises(GatewayError, match=r"serve\(\) came 1 s after the start"):
-        DefaultInferenceServer(predict).serve()
+        server(predict, age=1.0).serve()
     with pytest.warns(RuntimeWarning, match="starts too late"):
-        DefaultInferenceServer(predict).run_local_gateway((folder,))
+        server(predict, age=1.0).run_local_gateway((folder,))
 
 
-def test_the_start_is_that_of_the_process() -> None:
-    first = gateway.seconds_since_start()
-    assert first > time.process_time() / 4 - 1  # threads of a library count their time, too
-    assert gateway.seconds_since_start() >= first
+def test_an_answer_that_never_comes_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "BATCH_SECONDS", 0.01)
+    over, calls = Event(), 0
+
+    def hang(test: pl.DataFrame, sample: pl.DataFrame) -> pl.DataFrame:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            over.wait()
+        return predict(test, sample)
+
+    hang.__name__ = "predict"
+    with pytest.raises(GatewayError, match="no answer to a batch"):
+        server(hang).run_local_gateway((folder,))
+    over.set()
+
+
+def test_the_start_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = psutil.Process().create_time() - psutil.boot_time()  # seconds after the machine's start
+    monkeypatch.setattr(gateway.time, "clock_gettime", lambda _: began + 5.0)
+    assert gateway.seconds_since_start() == pytest.approx(5.0, abs=0.02)
 
 
 def test_other_rows_in_the_sample_and_missing_files_are_named(folder: Path) -> None:
