@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 from clocks_support import PATIENCE
-from conftest import DISPOSITIONS
 from hypothesis import settings
 
 TESTS = Path(__file__).parent
@@ -47,6 +46,7 @@ def test_what_reads_a_clock_is_found() -> None:
 
 
 def test_tests_start_with_plain_signals_and_examples_may_take_long() -> None:
-    assert {number: signal.getsignal(number) for number in DISPOSITIONS} == DISPOSITIONS
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & DISPOSITIONS.keys()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM, signal.SIGCHLD}
     assert settings().deadline is None

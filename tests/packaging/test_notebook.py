@@ -321,8 +321,9 @@ def test_without_the_competition_no_run_can_go_on(inputs: Inputs, monkeypatch: p
 
 @pytest.mark.parametrize("late", ["test.csv", "sample_submission.csv"])
 def test_competition_is_waited_for_until_it_is_whole(
-    inputs: Inputs, waits: Waits, capsys: pytest.CaptureFixture[str], late: str
+    inputs: Inputs, waits: Waits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], late: str
 ) -> None:
+    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "20")  # a look each 0.05 s, and a file is still after a second
     text = (inputs.competition / late).read_text()
     (inputs.competition / late).unlink()
     inputs.write(inputs.competition / "test.csv.gz", "what comes first")
