@@ -298,8 +298,8 @@ def _outside(block: Bytes, quotes: Places, inside: int) -> Places:
 
 
 def _separates(some: Bytes) -> NDArray[np.bool_]:
-    commas: NDArray[np.bool_] = some == COMMA
-    return commas | (some == LF)
+    found: NDArray[np.bool_] = np.logical_or(some == COMMA, some == LF)
+    return found
 
 
 def _refusal(stream: BinaryIO, path: Path, fault: Fault, names: list[str]) -> DataError:

@@ -179,6 +179,9 @@ def _reader(path: Path, escape: bool) -> _Reader:
             where=path,
             remedy="convert the file, or correct its name",
         )
+    if escape and kind != ".csv":
+        what = f"the source says `escape: backslash`, which is for CSVs; this is {path.suffix!r}"
+        raise DataError(what, where=path, remedy="name these files in a source of their own")
     if path.is_dir():
         raise DataError("this is a folder, not a file", where=path, remedy="name the file, or a glob for those in it")
     if not path.is_file():
