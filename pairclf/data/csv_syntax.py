@@ -5,7 +5,7 @@ at first, a block of bytes at a time: from where the quotes, commas and line fee
 
 In a sound file, quotes open and close in turns: the first, third, ... opens, the others close. An opening quote stands
 where a cell begins, or directly behind the quote that closed (the two are one doubled quote); a closing one stands
-where a cell ends, or directly before the next. Nothing else needs to hold.
+where a cell ends, or directly before the next. Nothing else needs to hold for quotes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Places = NDArray[np.int64]
 BLOCK = 1 << 19  # bytes: what fits into a core's cache
 BOM = b"\xef\xbb\xbf"
 
-QUOTE, COMMA, LF, CR = b'",\n\r'
+QUOTE, COMMA, LF, CR, BACKSLASH = b'",\n\r\\'
 
-_BEFORE = np.isin(np.arange(256), [QUOTE, COMMA, LF])
-"""What may stand before a quote that opens."""
+_BEFORE = np.isin(np.arange(256), [COMMA, LF])
+"""What may stand before a quote that opens a cell."""
 
-_AFTER = np.isin(np.arange(256), [QUOTE, COMMA, LF, CR])
-"""What may stand behind a quote that closes."""
+_AFTER = np.isin(np.arange(256), [COMMA, LF, CR])
+"""What may stand behind a quote that closes a cell."""
 
 ESCAPABLE = '"\\,\n\r'
 """What a backslash may stand before in a file that is read with `escape: backslash`."""
@@ -188,18 +188,19 @@ class _Look:
     def take(self, block: Bytes) -> Fault | None:
         """Look at one more block; what is wrong first in it, if anything is."""
         quotes = np.flatnonzero(block == QUOTE)
-        separators = _outside(block, quotes, self.inside)
+        starts, stops = _outside(block, quotes, self.inside)
+        separators = _separators(block, quotes, self.inside, starts, stops)
         of_ends = np.flatnonzero(block[separators] == LF)
-        quote = self._wrong_quote(block, quotes, separators, separators[of_ends])
+        quote = self._wrong_quote(block, starts, stops, separators, of_ends)
         sound = of_ends if quote is None else of_ends[separators[of_ends] < quote.offset - self.offset]
         fault = self._wrong_line(block, separators[sound], sound) or quote
         fault = fault or self._lost_return(block, separators, of_ends)
         if fault is not None:
             return fault
-        opening = quotes[self.inside :: 2]
-        if len(opening):
-            self.opened = self.offset + int(opening[-1])
-            self.column = self._column(int(opening[-1]), separators, separators[of_ends])
+        opening = stops[stops < len(block)][-1:].tolist() or [0] * (not self.inside and len(quotes) > 0)
+        if opening:
+            self.opened = self.offset + opening[0]
+            self.column = self._column(opening[0], separators, separators[of_ends])
         self.inside = (self.inside + len(quotes)) % 2
         if len(of_ends):
             self.records += len(of_ends)
@@ -210,24 +211,27 @@ class _Look:
         self.offset += len(block)
         return None
 
-    def _wrong_quote(self, block: Bytes, quotes: Places, separators: Places, ends: Places) -> Fault | None:
-        opening, closing = quotes[self.inside :: 2], quotes[1 - self.inside :: 2]
-        after = block[1:].take(closing)
-        begins, ends_well = _BEFORE.take(block.take(opening - 1, mode="wrap")), _AFTER.take(after)
-        returns = np.flatnonzero(after == CR)
+    def _wrong_quote(
+        self, block: Bytes, starts: Places, stops: Places, separators: Places, of_ends: Places
+    ) -> Fault | None:
+        """A quote beside what is outside, at whose other side a cell neither begins nor ends."""
+        starts, stops = starts[starts > 0], stops[stops < len(block)]  # a block begins and ends without a quote
+        behind = block.take(starts)
+        sound, begins = _AFTER.take(behind), _BEFORE.take(block.take(stops - 1))
+        returns = np.flatnonzero(behind == CR)
         if len(returns):
-            ends_well[returns] = block[closing[returns] + 2] == LF
-        if begins.all() and ends_well.all():  # before the first byte `wrap` has the block's last one: a line feed
+            sound[returns] = block[starts[returns] + 1] == LF
+        if sound.all() and begins.all():
             return None
-        wrong = [*opening[~begins][:1].tolist(), *closing[~ends_well][:1].tolist()]
-        first = min(wrong)
-        escaped = first > 0 and block[first - 1] == ord("\\")
-        if first in closing:
+        closing, opening = (starts[~sound][:1] - 1).tolist(), stops[~begins][:1].tolist()
+        first = min(closing + opening)
+        what = "a quote in a cell that does not begin with one"
+        if closing == [first]:
             what = "a quote that is neither doubled nor at the end of its quoted cell"
-        else:
-            what = "a quote in a cell that does not begin with one"
-        what += ", behind a backslash (quotes are escaped by doubling them, not by backslashes)" * bool(escaped)
-        return Fault(self.offset + first, self._column(first, separators, ends), what, _QUOTES_REMEDY)
+        if first and block[first - 1] == BACKSLASH:
+            what += ", behind a backslash (quotes are escaped by doubling them, not by backslashes)"
+        column = self._column(first, separators, separators[of_ends])
+        return Fault(self.offset + first, column, what, _QUOTES_REMEDY)
 
     def _column(self, place: int, separators: Places, ends: Places) -> int:
         """The number of the cell, from 0, that a place of the block belongs to."""
@@ -277,16 +281,18 @@ class _Look:
         return None
 
 
-def _outside(block: Bytes, quotes: Places, inside: int) -> Places:
+def _outside(block: Bytes, quotes: Places, inside: int) -> tuple[Places, Places]:
+    """Starts and stops of what is outside quotes, but for the nothing between two quotes that are one doubled quote."""
+    edges = np.empty(len(quotes) + 2, dtype=np.int64)
+    edges[0], edges[1:-1], edges[-1] = -1, quotes, len(block)
+    starts, stops = edges[:-1][inside::2], edges[1:][inside::2]
+    some = np.flatnonzero(stops - starts > 1)
+    return starts[some] + 1, stops[some]
+
+
+def _separators(block: Bytes, quotes: Places, inside: int, starts: Places, stops: Places) -> Places:
     """Where commas and line feeds stand outside quotes."""
-    opening, closing = quotes[inside::2], quotes[1 - inside :: 2]
-    starts, ends = closing + 1, opening
-    if not inside:
-        starts = np.concatenate([[0], starts])
-    if len(starts) > len(ends):
-        ends = np.concatenate([ends, [len(block)]])
-    lengths = ends - starts
-    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    lengths = stops - starts
     behind = np.cumsum(lengths)
     if not len(lengths):
         return behind

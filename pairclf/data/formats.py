@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from polars.exceptions import ComputeError, NoDataError, PolarsError
+from polars.exceptions import ComputeError, NoDataError, PanicException, PolarsError
 
 from pairclf.data.csv_syntax import Shape, check_csv, check_stream, without_escapes
 from pairclf.errors import DataError
@@ -60,11 +60,17 @@ _MIXED = pl.Struct({"text": pl.String(), "turns": TURNS, "surrogate": pl.Boolean
 """A JSONL column whose cells are not all texts or all lists of turns. `kind`: what a cell that is neither is, in words.
 """
 
-_BOOLEAN, _WHOLE_FLOAT, _FLOAT = "booleans", "whole floats", "floats with fractions, or from 2^53 on"
+_BOOLEAN, _WHOLE_FLOAT, _FLOAT = "booleans", "whole floats", "floats with fractions, or too large to be exact"
 _OBJECT, _OTHER_LIST = "objects", "lists of other things than texts"
 
-WHOLE = 2**53
+WHOLE: dict[type[pl.DataType], int] = {pl.Float64: 2**53, pl.Float32: 2**24, pl.Float16: 2**11}
 """From here on a float does not tell one whole number from the next."""
+
+_REMEDIES = {
+    ".csv": "the file must be whole, in UTF-8, with as many cells in each row as the header has",
+    ".jsonl": "the file must be whole, in UTF-8, with one object on a line, and each name once in an object",
+    ".parquet": "the file must be whole, with one column a name; write it again with polars or pandas",
+}
 
 _MAGIC = {
     b"\x1f\x8b": "a gzip archive",
@@ -151,12 +157,12 @@ def read_file(
                 yield chunk
     except NoDataError as error:
         raise DataError("the file is empty", where=path, remedy="fetch or write it again") from error
-    except (OSError, PolarsError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, PolarsError, PanicException, ValueError, RecursionError, csv.Error) as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"can't be read as {path.suffix.lower()[1:]}: {detail}",
             where=path,
-            remedy="the file must be whole, in UTF-8, with as many cells in each row as the header has",
+            remedy=_REMEDIES[path.suffix.lower()],
         ) from error
     if empty:
         raise DataError("the file holds no rows", where=path, remedy="fetch or write it again")
@@ -356,7 +362,7 @@ def _json_text(cell: Any) -> tuple[str | None, str | None]:
     if isinstance(cell, int):
         return str(cell), None
     if isinstance(cell, float):
-        whole = cell.is_integer() and abs(cell) < WHOLE
+        whole = cell.is_integer() and abs(cell) < WHOLE[pl.Float64]
         return (None, None) if math.isnan(cell) else (str(int(cell)), _WHOLE_FLOAT) if whole else (repr(cell), _FLOAT)
     return json.dumps(cell), _OBJECT if isinstance(cell, dict) else _OTHER_LIST
 
@@ -415,7 +421,7 @@ def as_ids(cells: pl.Series, where: object) -> pl.Series:
         wrong = (kinds != _WHOLE_FLOAT).fill_null(value=False)
         found = _FLOAT if (kinds == _FLOAT).any() else _BOOLEAN
     elif cells.dtype.is_float():
-        wrong = ((cells != cells.floor()) | (cells.abs() >= WHOLE)) & cells.is_not_nan()
+        wrong = ((cells != cells.floor()) | (cells.abs() >= WHOLE[type(cells.dtype)])) & cells.is_not_nan()
         wrong, found = wrong.fill_null(value=False), _FLOAT
     else:
         wrong, found = pl.repeat(cells.dtype == pl.Boolean, len(cells), eager=True) & cells.is_not_null(), _BOOLEAN
@@ -463,8 +469,9 @@ def read_turns(
         mark(flaws, raw[name].struct.field("kind").is_not_null(), Flaw.UNDECODABLE)
     decoded = set(texts) - set(mixed) if multi_turn else set()
     for name in (name for name in fields if name not in turns):
-        turns |= _one_turn({name: as_text(raw[name])})
-        mark(flaws, raw[name].is_not_null(), Flaw.UNDECODABLE)
+        made = as_text(raw[name])
+        turns |= _one_turn({name: made})
+        mark(flaws, made.is_not_null(), Flaw.UNDECODABLE)
     table = pl.DataFrame([turns[name].alias(name) for name in fields])
     control = table.select(pl.exclude(decoded).list.eval(pl.element().str.contains(CONTROL)).list.any())
     for column in control:
