@@ -61,6 +61,9 @@ class Source(Section):
     train_only: bool = Field(
         False, description="rows are trained on in every fold and never held out (pseudo-labels, extra sets)"
     )
+    escape: Literal["backslash"] | None = Field(
+        None, description="backslash: a backslash in the CSVs takes the next character as it is; null: RFC 4180"
+    )
 
 
 class Rules(Section):
@@ -123,7 +126,7 @@ class Data(Section):
     train: Annotated[list[Annotated[Source, BeforeValidator(as_source)]], BeforeValidator(as_list)] = Field(
         [],
         description="labelled files (.csv, .parquet, .jsonl) or globs; or mappings of files, columns, label_column, "
-        "labels, id_prefix, weight, ignore_columns, exclude_overlap, train_only (docs/data.md)",
+        "labels, id_prefix, weight, ignore_columns, exclude_overlap, train_only, escape (docs/data.md)",
     )
     test: Path | None = Field(None, description="unlabelled file to predict")
     sample_submission: Path | None = Field(None, description="file whose ids, order and columns a submission must have")

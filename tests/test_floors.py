@@ -18,7 +18,7 @@ FLOORS = {
 }  # fmt: skip
 ROOMS = {
     "words": ["errors", "console", "files", "task", "config"],
-    "data": ["formats", "tables", "arena", "duplicates", "folds", "audit"],
+    "data": ["csv_syntax", "formats", "tables", "arena", "duplicates", "folds", "audit"],
     "scores": ["metrics", "calibration", "blend"],
     "inputs": ["truncate", "tokenise", "render", "plan", "cache"],
     "model": ["batch", "layouts", "attention", "trim", "precision", "readout", "backbone", "engine", "bundle"],

@@ -23,6 +23,7 @@ from rich.console import Group
 from rich.table import Table
 
 from pairclf.console import table
+from pairclf.data.csv_syntax import check_csv
 from pairclf.data.duplicates import NearIndex, Places, clusters, near_overlap, normalised_prompts, normalised_texts
 from pairclf.errors import DataError, LeakError
 from pairclf.files import atomic_file
@@ -177,6 +178,7 @@ def read_folds(path: Path, frame: pl.DataFrame, *, n: int) -> pl.DataFrame:
             unknown or repeated.
     """
     try:
+        check_csv(path)
         folds = pl.read_csv(path, infer_schema=False, glob=False)
     except (OSError, PolarsError) as error:
         raise DataError(f"folds can't be read: {error}", where=path, remedy=_REMAKE) from error

@@ -1,17 +1,20 @@
 """Files and their cells: names to paths, files to chunks of raw columns, cells to turns.
 
-A raw chunk has the file's own columns. A CSV's cells are all text; parquet keeps its types; JSONL's are text, lists of
-turns or, where a column holds both, the struct `_MIXED`. Nothing here knows a task.
+A raw chunk has the file's own columns. A CSV's cells are all text. Parquet keeps its types, but for texts and lists of
+texts, which are String and List(String) whatever Arrow type they had. JSONL's are text, lists of turns or, where that
+is not enough, the struct `_MIXED`. Nothing here knows a task.
 """
 
 from __future__ import annotations
 
 import csv
 import glob
+import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntFlag, auto
 from itertools import islice
 from pathlib import Path
@@ -20,8 +23,9 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from polars.exceptions import ComputeError, NoDataError, PolarsError
+from polars.exceptions import ComputeError, NoDataError, PanicException, PolarsError
 
+from pairclf.data.csv_syntax import Shape, check_csv, check_stream, without_escapes
 from pairclf.errors import DataError
 
 CHUNK = 16_384
@@ -52,7 +56,36 @@ class Flaw(IntFlag):
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_MIXED = pl.Struct({"text": pl.String(), "turns": TURNS, "surrogate": pl.Boolean()})
+_MIXED = pl.Struct({"text": pl.String(), "turns": TURNS, "surrogate": pl.Boolean(), "kind": pl.String()})
+"""A JSONL column whose cells are not all texts or all lists of turns. `kind`: what a cell that is neither is, in words.
+"""
+
+_BOOLEAN, _WHOLE_FLOAT, _FLOAT = "booleans", "whole floats", "floats with fractions, or too large to be exact"
+_OBJECT, _OTHER_LIST = "objects", "lists of other things than texts"
+
+WHOLE: dict[type[pl.DataType], int] = {pl.Float64: 2**53, pl.Float32: 2**24, pl.Float16: 2**11}
+"""From here on a float does not tell one whole number from the next."""
+
+_REMEDIES = {
+    ".csv": "the file must be whole, in UTF-8, with as many cells in each row as the header has",
+    ".jsonl": "the file must be whole, in UTF-8, with one object on a line, and each name once in an object",
+    ".parquet": "the file must be whole, with one column a name; write it again with polars or pandas",
+}
+
+_MAGIC = {
+    b"\x1f\x8b": "a gzip archive",
+    b"\x78\x01": "compressed (zlib)",
+    b"\x78\x9c": "compressed (zlib)",
+    b"\x78\xda": "compressed (zlib)",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd)",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"PAR1": "a parquet file",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+"""How files begin that are no text in UTF-8. polars would unpack some of them unseen."""
 
 # polars joins the cells of a column into one JSON document before it parses them. So `["a` and `"]` in two rows
 # would merge into one, `["a"],["b"]` would become two, numbers become strings and half a surrogate pair a NUL.
@@ -97,7 +130,9 @@ def expand(names: Iterable[Path]) -> list[Path]:
 # --- paths to chunks -------------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path, *, rows: int | None, lossy: bool, size: int | None = None) -> Iterator[pl.DataFrame]:
+def read_file(
+    path: Path, *, rows: int | None, lossy: bool, size: int | None = None, escape: bool = False
+) -> Iterator[pl.DataFrame]:
     """The first `rows` rows of a file as raw chunks.
 
     Args:
@@ -105,18 +140,54 @@ def read_file(path: Path, *, rows: int | None, lossy: bool, size: int | None = N
         rows: None: all.
         lossy: mend broken UTF-8 instead of refusing it.
         size: rows of a chunk; None: the whole file in one chunk (JSONL: in chunks of `CHUNK`).
+        escape: a CSV whose quotes are escaped by backslashes.
 
     Raises:
-        DataError: the file is not there, can't be read, or holds no rows.
+        DataError: the file is not there, can't be read, holds no rows, or changed meanwhile.
     """
-    readers = {".csv": _read_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+    reader = _reader(path, escape)
+    before, empty = _stamp(path), True
+    try:
+        for chunk in reader(path, rows, lossy, size):
+            if _stamp(path) != before:
+                what = "the file was changed while it was read"
+                raise DataError(what, where=path, remedy="read it again, once nobody writes it")
+            if len(chunk):
+                empty = False
+                yield chunk
+    except NoDataError as error:
+        raise DataError("the file is empty", where=path, remedy="fetch or write it again") from error
+    except (OSError, PolarsError, PanicException, ValueError, RecursionError, csv.Error) as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"can't be read as {path.suffix.lower()[1:]}: {detail}",
+            where=path,
+            remedy=_REMEDIES[path.suffix.lower()],
+        ) from error
+    if empty:
+        raise DataError("the file holds no rows", where=path, remedy="fetch or write it again")
+
+
+_Reader = Callable[[Path, int | None, bool, int | None], Iterator[pl.DataFrame]]
+
+
+def _reader(path: Path, escape: bool) -> _Reader:
+    """What reads a file of this name.
+
+    Raises:
+        DataError: nothing does, or the file begins as one of another kind.
+    """
+    readers = {".csv": _read_escaped if escape else _read_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
+    kind = path.suffix.lower()
+    if kind not in readers:
         raise DataError(
             f"file type {path.suffix!r} can't be read; it must be one of {', '.join(readers)}",
             where=path,
             remedy="convert the file, or correct its name",
         )
+    if escape and kind != ".csv":
+        what = f"the source says `escape: backslash`, which is for CSVs; this is {path.suffix!r}"
+        raise DataError(what, where=path, remedy="name these files in a source of their own")
     if path.is_dir():
         raise DataError("this is a folder, not a file", where=path, remedy="name the file, or a glob for those in it")
     if not path.is_file():
@@ -125,23 +196,30 @@ def read_file(path: Path, *, rows: int | None, lossy: bool, size: int | None = N
             where=path,
             remedy="check the path; names in a config are relative to its data.folder",
         )
-    empty = True
-    try:
-        for chunk in reader(path, rows, lossy, size):
-            if len(chunk):
-                empty = False
-                yield chunk
-    except NoDataError as error:
-        raise DataError("the file is empty", where=path, remedy="fetch or write it again") from error
-    except (OSError, PolarsError, ValueError, RecursionError, csv.Error) as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"can't be read as {path.suffix.lower()[1:]}: {detail}",
-            where=path,
-            remedy="the file must be whole, in UTF-8, with as many cells in each row as the header has",
-        ) from error
-    if empty:
-        raise DataError("the file holds no rows", where=path, remedy="fetch or write it again")
+    if kind != ".parquet":
+        check_text(path)
+    return readers[kind]
+
+
+def check_text(path: Path) -> None:
+    """Refuse a file that is named as one of text and begins as one of another kind.
+
+    Raises:
+        DataError: it does.
+        OSError: the file can't be read.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(6)
+    found = next((what for magic, what in _MAGIC.items() if start.startswith(magic)), None)
+    if found is not None:
+        remedy = "unpack it, save it as UTF-8, or correct its name"
+        raise DataError(f"the file is named {path.suffix!r} and is {found}", where=path, remedy=remedy)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def load(path: Path) -> pl.DataFrame:
@@ -150,36 +228,44 @@ def load(path: Path) -> pl.DataFrame:
     Raises:
         DataError: as `read_file`.
     """
-    return pl.concat(read_file(path, rows=None, lossy=False), how="diagonal")
+    at_once = sys.maxsize if path.suffix.lower() == ".jsonl" else None  # its chunks have types of their own
+    return pl.concat(read_file(path, rows=None, lossy=False, size=at_once))
 
 
 def _read_csv(path: Path, rows: int | None, lossy: bool, size: int | None) -> Iterator[pl.DataFrame]:
-    _check_header(path)
+    shape = check_csv(path, lossy=lossy)
     encoding: Literal["utf8", "utf8-lossy"] = "utf8-lossy" if lossy else "utf8"
     if size is None:
-        frame = pl.read_csv(path, infer_schema=False, n_rows=rows, encoding=encoding, glob=False)
-        return _without_blank_tail([frame])
-    scan = pl.scan_csv(path, infer_schema=False, n_rows=rows, encoding=encoding, glob=False)
-    return _without_blank_tail(scan.collect_batches(chunk_size=size, maintain_order=True))
+        chunks: Iterable[pl.DataFrame] = [
+            pl.read_csv(path, infer_schema=False, n_rows=rows, encoding=encoding, glob=False)
+        ]
+    else:
+        scan = pl.scan_csv(path, infer_schema=False, n_rows=rows, encoding=encoding, glob=False)
+        chunks = scan.collect_batches(chunk_size=size, maintain_order=True)
+    return _without_blank_tail(_of_shape(chunks, shape, rows))
 
 
-def _check_header(path: Path) -> None:
-    """Refuse what polars reads as something else: a column name that stands twice, and lines that end in CR alone."""
-    line = ""
+def _read_escaped(path: Path, rows: int | None, lossy: bool, size: int | None) -> Iterator[pl.DataFrame]:
+    """A CSV with backslashes before quotes; read at once, whatever the size of a chunk."""
+    data, stand_ins = without_escapes(path.read_bytes(), path)
+    shape = check_stream(io.BytesIO(data), path, lossy=lossy)
+    frame = pl.read_csv(data, infer_schema=False, n_rows=rows)
+    (whole,) = _of_shape([frame], shape, rows)
+    whole = whole.with_columns(pl.all().str.replace_many(stand_ins))
+    named = pl.Series(whole.columns).str.replace_many(stand_ins)
+    whole.columns = named.to_list()
+    return _without_blank_tail(whole.iter_slices(size or max(1, len(whole))))
 
-    def lines() -> Iterator[str]:
-        nonlocal line
-        for line in stream:  # noqa: UP028 (the last line that was taken is looked at below)
-            yield line
 
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        names = next(csv.reader(lines()), [])
-    if line.endswith("\r"):
-        remedy = "save the file with line feeds (LF or CR LF)"
-        raise DataError("its lines end in a carriage return (CR) alone", where=path, remedy=remedy)
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        remedy = "rename or remove all but one of each"
-        raise DataError(f"columns {twice} stand more than once in the header", where=path, remedy=remedy)
+def _of_shape(chunks: Iterable[pl.DataFrame], shape: Shape, rows: int | None) -> Iterator[pl.DataFrame]:
+    """The chunks, under the header's names (polars leaves quotes doubled in them), as many rows as there are lines."""
+    left = shape.rows if rows is None else min(rows, shape.rows)
+    for chunk in chunks:
+        left -= len(chunk)
+        chunk.columns = shape.names
+        yield chunk
+    if left:
+        raise ValueError(f"{abs(left):,} rows {'are lost' if left > 0 else 'too many come'} in reading")
 
 
 def _without_blank_tail(chunks: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
@@ -194,12 +280,26 @@ def _without_blank_tail(chunks: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame
 
 
 def _read_parquet(path: Path, rows: int | None, lossy: bool, size: int | None) -> Iterator[pl.DataFrame]:
-    as_text = pl.col(pl.Categorical, pl.Enum).cast(pl.String)  # pandas writes repeated texts so
     if size is None:
-        yield pl.read_parquet(path, n_rows=rows, glob=False).with_columns(as_text)
+        yield with_plain_texts(pl.read_parquet(path, n_rows=rows, glob=False))
     else:
-        scan = pl.scan_parquet(path, n_rows=rows, glob=False).with_columns(as_text)
-        yield from scan.collect_batches(chunk_size=size, maintain_order=True)
+        scan = pl.scan_parquet(path, n_rows=rows, glob=False)
+        yield from map(with_plain_texts, scan.collect_batches(chunk_size=size, maintain_order=True))
+
+
+def with_plain_texts(frame: pl.DataFrame) -> pl.DataFrame:
+    """With String for texts and List(String) for lists of them, whatever types they have.
+
+    pandas and `datasets` write repeated texts as categories, and lists of one length as arrays.
+    """
+    coded = (pl.Categorical, pl.Enum)
+    plain: dict[str, pl.DataType | type[pl.DataType]] = {}
+    for name, kind in frame.schema.items():
+        if isinstance(kind, coded):
+            plain[name] = pl.String
+        elif isinstance(kind, pl.List | pl.Array) and isinstance(kind.inner, (pl.String, pl.Null, *coded)):
+            plain[name] = TURNS
+    return frame.cast(plain) if plain else frame  # type: ignore[arg-type]
 
 
 def _read_jsonl(path: Path, rows: int | None, lossy: bool, size: int | None) -> Iterator[pl.DataFrame]:
@@ -214,7 +314,7 @@ def _read_jsonl(path: Path, rows: int | None, lossy: bool, size: int | None) -> 
 
 def _record(number: int, line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number}: {error}") from error
     if not isinstance(record, dict):
@@ -222,61 +322,140 @@ def _record(number: int, line: str) -> dict[str, Any]:
     return record
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises:
+    ValueError: a name stands twice; Python would take the last.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"names {sorted({name for name in names if names.count(name) > 1})} stand twice in an object")
+    return made
+
+
 def _jsonl_column(name: str, cells: list[Any]) -> pl.Series:
-    """Lists of turns as such and everything else as text, the way a CSV has it; `_MIXED` if one type is not enough."""
+    """Lists of turns as such, texts and whole numbers as text, the way a CSV has it; `_MIXED` if that is not enough."""
     turns = [cell if _is_turns(cell) else None for cell in cells]
-    texts = [None if _is_turns(cell) else _json_text(cell) for cell in cells]
+    texts, kinds = map(list, zip(*(_json_text(cell) for cell in cells), strict=True))
     sound_turns = [None if one is None else _encodable(one) for one in turns]
     sound_texts = _encodable(texts)
     broken = [turns[at] != sound_turns[at] or texts[at] != sound_texts[at] for at in range(len(cells))]
-    if any(broken) or (any(one is not None for one in turns) and any(text is not None for text in texts)):
-        columns = {"text": sound_texts, "turns": sound_turns, "surrogate": broken}
+    listed, several = any(one is not None for one in turns), any(text is not None for text in texts)
+    if any(broken) or any(kinds) or (listed and several):
+        columns = {"text": sound_texts, "turns": sound_turns, "surrogate": broken, "kind": kinds}
         return pl.DataFrame(columns, schema=_MIXED.to_schema()).to_struct(name)
-    if any(one is not None for one in turns):
+    if listed:
         return pl.Series(name, sound_turns, dtype=TURNS)
     return pl.Series(name, sound_texts, dtype=pl.String)
 
 
-def _json_text(cell: Any) -> str | None:
-    if cell is None or isinstance(cell, str):
-        return cell
-    return None if isinstance(cell, float) and math.isnan(cell) else json.dumps(cell)
+def _json_text(cell: Any) -> tuple[str | None, str | None]:
+    """A cell's text, and what it is in words if it is neither a text nor a list of turns.
+
+    >>> _json_text(7), _json_text(7.0), _json_text(True)
+    (('7', None), ('7', 'whole floats'), ('true', 'booleans'))
+    """
+    if cell is None or isinstance(cell, str) or _is_turns(cell):
+        return cell if isinstance(cell, str) else None, None
+    if isinstance(cell, bool):
+        return str(cell).lower(), _BOOLEAN
+    if isinstance(cell, int):
+        return str(cell), None
+    if isinstance(cell, float):
+        whole = cell.is_integer() and abs(cell) < WHOLE[pl.Float64]
+        return (None, None) if math.isnan(cell) else (str(int(cell)), _WHOLE_FLOAT) if whole else (repr(cell), _FLOAT)
+    return json.dumps(cell), _OBJECT if isinstance(cell, dict) else _OTHER_LIST
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
-def as_text(cells: pl.Series) -> pl.Series:
-    """Cells as String. Whole floats lose their `.0` and NaN is a null: pandas makes both of a column of integers.
+def as_text(cells: pl.Series, where: object = None) -> pl.Series:
+    """Texts, numbers and booleans as String. Whole floats lose their `.0` and NaN is a null: pandas makes both of a
+    column of integers.
+
+    Args:
+        cells: a column.
+        where: the file, for the error.
+
+    Raises:
+        DataError: they are of a type that has several ways of writing: lists, objects, bytes, times.
 
     >>> as_text(pl.Series([7.0, float("nan"), 0.5])).to_list()
     ['7', None, '0.5']
     """
-    if cells.dtype == pl.String:
+    kind = cells.dtype
+    if kind == pl.String:
         return cells
-    if cells.dtype == _MIXED:
-        turns = pl.Series(
-            [None if cell is None else json.dumps(cell.to_list()) for cell in cells.struct.field("turns")]
-        )
-        return cells.struct.field("text").zip_with(cells.struct.field("text").is_not_null(), turns.cast(pl.String))
-    if cells.dtype.is_nested() or cells.dtype == pl.Binary:
-        return pl.Series(cells.name, [None if c is None else str(c) for c in cells.to_list()], dtype=pl.String)
-    if cells.dtype.is_float():
+    if not is_plain(cells):
+        what = f"column {cells.name!r} holds {_in_words(cells)}; it must hold texts or numbers"
+        raise DataError(what, where=where, remedy="write it as text, or name another column")
+    if kind == _MIXED:
+        return cells.struct.field("text").rename(cells.name)
+    if kind.is_float():
         cells = cells.fill_nan(None)
         whole = cells.cast(pl.Int64, strict=False)
         return whole.cast(pl.String).zip_with((whole == cells).fill_null(value=False), cells.cast(pl.String))
     return cells.cast(pl.String)
 
 
-def read_turns(raw: pl.DataFrame, fields: Sequence[str], multi_turn: bool) -> tuple[list[pl.Series], Bits]:
+def is_plain(cells: pl.Series) -> bool:
+    """Whether a column holds texts, numbers or booleans, and nothing else."""
+    if cells.dtype == _MIXED:
+        odd = cells.struct.field("kind").is_in([_OBJECT, _OTHER_LIST])
+        return not (odd.any() or cells.struct.field("turns").is_not_null().any())
+    whole_decimal = isinstance(cells.dtype, pl.Decimal) and cells.dtype.scale == 0
+    numeric = cells.dtype.is_integer() or cells.dtype.is_float() or whole_decimal
+    return numeric or cells.dtype in (pl.String, pl.Null, pl.Boolean)
+
+
+def as_ids(cells: pl.Series, where: object) -> pl.Series:
+    """`as_text` of ids, which must have the same text in every format.
+
+    Raises:
+        DataError: they are neither texts nor whole numbers.
+    """
+    texts = as_text(cells, where)
+    if cells.dtype == _MIXED:
+        kinds = cells.struct.field("kind")
+        wrong = (kinds != _WHOLE_FLOAT).fill_null(value=False)
+        found = _FLOAT if (kinds == _FLOAT).any() else _BOOLEAN
+    elif cells.dtype.is_float():
+        wrong = ((cells != cells.floor()) | (cells.abs() >= WHOLE[type(cells.dtype)])) & cells.is_not_nan()
+        wrong, found = wrong.fill_null(value=False), _FLOAT
+    else:
+        wrong, found = pl.repeat(cells.dtype == pl.Boolean, len(cells), eager=True) & cells.is_not_null(), _BOOLEAN
+    if wrong.any():
+        what = f"ids of {wrong.sum():,} rows are {found}"
+        raise DataError(
+            what, where=where, rows=texts.filter(wrong).to_list(), remedy="write ids as text or whole numbers"
+        )
+    return texts
+
+
+def _in_words(cells: pl.Series) -> str:
+    if cells.dtype != _MIXED:
+        return str(cells.dtype)
+    kinds = cells.struct.field("kind")
+    odd = kinds.filter(kinds.is_in([_OBJECT, _OTHER_LIST])).first()
+    return str(odd or "lists of texts")
+
+
+def read_turns(
+    raw: pl.DataFrame, fields: Sequence[str], multi_turn: bool, where: object = None
+) -> tuple[list[pl.Series], Bits]:
     """The fields' cells as lists of turns, and the flaws of each row.
 
     A cell without any text (empty, null) is one null turn. One that is no list of turns, where there should be one,
-    is one turn with the cell's text.
+    is one turn with the cell's text. So is a number or a boolean, which is no text either.
 
     Returns:
         a List(String) a field, without nulls; `(N,)` bits of `Flaw`.
+
+    Raises:
+        DataError: a column of the file `where` holds neither texts nor lists of texts, nor numbers.
     """
+    _check_fields(raw, fields, where)
     flaws: Bits = np.zeros(len(raw), dtype=np.uint32)
     turns = {name: raw[name].cast(TURNS) for name in fields if raw[name].dtype in (TURNS, pl.List(pl.Null))}
     texts = {name: as_text(raw[name]) for name in fields if name not in turns and _holds_text(raw[name].dtype)}
@@ -287,15 +466,34 @@ def read_turns(raw: pl.DataFrame, fields: Sequence[str], multi_turn: bool) -> tu
         listed = raw[name].struct.field("turns")
         turns[name] = listed.zip_with(listed.is_not_null(), turns[name])
         mark(flaws, raw[name].struct.field("surrogate"), Flaw.SURROGATE)
+        mark(flaws, raw[name].struct.field("kind").is_not_null(), Flaw.UNDECODABLE)
     decoded = set(texts) - set(mixed) if multi_turn else set()
     for name in (name for name in fields if name not in turns):
-        turns |= _one_turn({name: as_text(raw[name])})
-        mark(flaws, raw[name].is_not_null(), Flaw.UNDECODABLE)
+        made = as_text(raw[name])
+        turns |= _one_turn({name: made})
+        mark(flaws, made.is_not_null(), Flaw.UNDECODABLE)
     table = pl.DataFrame([turns[name].alias(name) for name in fields])
     control = table.select(pl.exclude(decoded).list.eval(pl.element().str.contains(CONTROL)).list.any())
     for column in control:
         mark(flaws, column, Flaw.CONTROL_CHARACTER)
     return _without_null_cells(table, texts, flaws), flaws
+
+
+def _check_fields(raw: pl.DataFrame, fields: Sequence[str], where: object) -> None:
+    """Raises:
+    DataError: a field holds other lists than such of texts, objects, bytes or times.
+    """
+    for name in fields:
+        cells = raw[name]
+        if cells.dtype in (TURNS, pl.List(pl.Null)):
+            continue
+        if cells.dtype == _MIXED:
+            wrong = bool(cells.struct.field("kind").is_in([_OBJECT, _OTHER_LIST]).any())
+        else:
+            wrong = not is_plain(cells)
+        if wrong:
+            what = f"the column of {name!r} holds {_in_words(cells)}; it must hold texts or lists of texts"
+            raise DataError(what, where=where, remedy="write each turn as a text, and a cell as a list of its turns")
 
 
 def _holds_text(kind: pl.DataType) -> bool:

@@ -30,7 +30,20 @@ from polars.exceptions import PolarsError
 
 from pairclf.config import Source
 from pairclf.console import console
-from pairclf.data.formats import CHUNK, TURNS, Flaw, as_text, expand, load, mark, read_file, read_turns
+from pairclf.data.formats import (
+    CHUNK,
+    TURNS,
+    Flaw,
+    as_ids,
+    as_text,
+    expand,
+    is_plain,
+    load,
+    mark,
+    read_file,
+    read_turns,
+    with_plain_texts,
+)
 from pairclf.errors import DataError
 from pairclf.files import atomic_file
 from pairclf.scores.metrics import likeliest
@@ -40,6 +53,9 @@ Probabilities = NDArray[np.float64]
 
 LABEL_TOLERANCE = 1e-6  # labels are written by people: one, or thirds with all their digits
 SUM_TOLERANCE = 1e-4  # probabilities went through float32, or even through float16
+
+_TRUTH = {"true": "1", "false": "0", "True": "1", "False": "0", "TRUE": "1", "FALSE": "0"}
+"""How JSON and parquet, Python and R write booleans, and what these are as a label."""
 
 
 def read_rows(
@@ -97,7 +113,7 @@ def _tables(
         before = 0  # rows of the source in files before this one
         for path in expand(source.files):
             number, columns = 0, None
-            for raw in read_file(path, rows=left, lossy=not labelled, size=size):
+            for raw in read_file(path, rows=left, lossy=not labelled, size=size, escape=source.escape is not None):
                 if raw.columns != columns:
                     columns = raw.columns
                     found = _found(layout, raw, task)
@@ -121,7 +137,7 @@ def in_memory(frame: Any) -> pl.DataFrame:
     except (TypeError, ValueError) as error:
         what = f"rows can't be taken from a {type(frame).__name__}: {str(error).splitlines()[0]}"
         raise DataError(what, remedy="hand over a polars or pandas DataFrame, one type a column") from error
-    return given.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
+    return with_plain_texts(given)
 
 
 def rows_in_memory(raw: pl.DataFrame, task: Task) -> pl.DataFrame:
@@ -252,9 +268,9 @@ def _found(layout: _Layout, raw: pl.DataFrame, task: Task) -> _Layout:
     """The layout as a file has it: probabilities where it names no class, and weights where it has that column."""
     ignored, labels = layout.source.ignore_columns, layout.labels
     if labels and layout.named and layout.source.label_column is None and labels[0] not in raw.columns:
-        plain = [name for name in task.classes if name in raw.columns and not raw[name].dtype.is_nested()]
+        plain = [name for name in task.classes if name in raw.columns and is_plain(raw[name])]
         # A column that is named as a class may hold other things: in the WSDM files, the names of models.
-        if len(plain) == len(task.classes) and np.isfinite(_numbers(raw, plain)).any(axis=0).all():
+        if len(plain) == len(task.classes) and np.isfinite(_numbers(raw, plain, _TRUTH)).any(axis=0).all():
             layout = replace(layout, labels=task.classes, named=False)
     if labels and layout.weight is None and "weight" in set(raw.columns) - set(layout.wanted):
         layout = replace(layout, weight="weight" if ignored != "all" and "weight" not in ignored else None)
@@ -287,7 +303,9 @@ def _check_columns(columns: list[str], path: Path, task: Task, layout: _Layout, 
     missing = [name for name in layout.wanted if name not in columns]
     unknown = [name for name in columns if name not in known]
     problems = []
-    if missing:
+    if missing and (shape := _known_shape(columns)):
+        problems.append(shape)
+    elif missing:
         problems.append(
             DataError(
                 f"columns {missing} are missing; the file has {columns}",
@@ -295,7 +313,7 @@ def _check_columns(columns: list[str], path: Path, task: Task, layout: _Layout, 
                 "(columns of a source, docs/data.md); test files have no labels (`check --unlabelled`)",
             )
         )
-    if unknown and labelled:
+    if unknown and labelled and not (missing and _known_shape(columns)):
         hint = " ('' is a column without a name: an index that was written along)" if "" in unknown else ""
         problems.append(
             DataError(
@@ -308,6 +326,25 @@ def _check_columns(columns: list[str], path: Path, task: Task, layout: _Layout, 
         console.print(f"note: {path.name}: columns {unknown} are not read")
 
 
+def _known_shape(columns: Sequence[str]) -> DataError | None:
+    """What a file is that has the columns of a public set of another shape."""
+    if {"conversation_a", "conversation_b"} <= set(columns):
+        return DataError(
+            "the file holds whole conversations (`conversation_a`, `conversation_b`: lists of messages with role and "
+            "content, as LMSYS's releases of 33,000 and 140,000 conversations have them), which are not read",
+            remedy="write a file with the users' messages as `prompt`, the assistants' as `response_a` and "
+            "`response_b`, each a list of texts; `both_bad` and `tie (bothbad)` are ties: map them in `labels`",
+        )
+    if {"chosen", "rejected"} <= set(columns):
+        return DataError(
+            "the file holds a preferred and a rejected response (`chosen`, `rejected`, as UltraFeedback and most sets "
+            "for reward models have them), which are not read",
+            remedy="write a file that has `chosen` as `response_a` in half of the rows, drawn by id, and as "
+            "`response_b` in the others, with the label that follows; one side for all would teach the side",
+        )
+    return None
+
+
 def _canonical(raw: pl.DataFrame, path: Path, task: Task, layout: _Layout, number: int, before: int) -> pl.DataFrame:
     """A chunk's canonical table.
 
@@ -316,7 +353,7 @@ def _canonical(raw: pl.DataFrame, path: Path, task: Task, layout: _Layout, numbe
         before: rows of the source before this file.
     """
     picked = pl.DataFrame([raw[column].alias(name) for name, column in layout.columns.items() if column is not None])
-    turns, flaws = read_turns(picked, task.fields, task.multi_turn)
+    turns, flaws = read_turns(picked, task.fields, task.multi_turn, path)
     rows = pl.int_range(number + 1, number + len(raw) + 1, eager=True)
     if layout.columns["id"] is None:
         ids = (rows + before).cast(pl.String)
@@ -324,7 +361,8 @@ def _canonical(raw: pl.DataFrame, path: Path, task: Task, layout: _Layout, numbe
         ids, missing = _read_ids(picked["id"], rows, path)
         mark(flaws, missing, Flaw.MISSING_ID)
     if layout.labels:
-        targets = (_named_targets if layout.named else _numeric_targets)(raw.select(layout.labels), layout.source, task)
+        read_targets = _named_targets if layout.named else _numeric_targets
+        targets = read_targets(raw.select(layout.labels), layout.source, task, path)
         mark(flaws, targets.is_null(), Flaw.BAD_LABEL)
     else:
         targets = pl.repeat(None, len(raw), dtype=pl.List(pl.Float64), eager=True)
@@ -359,9 +397,7 @@ def _weights(raw: pl.DataFrame, path: Path, layout: _Layout, ids: pl.Series) -> 
 
 def _read_ids(cells: pl.Series, rows: pl.Series, path: Path) -> tuple[pl.Series, pl.Series]:
     """Ids as text, with `row N` for a missing one, and a mask of the missing."""
-    if cells.dtype.is_nested() or cells.dtype == pl.Binary:
-        raise DataError(f"ids are {cells.dtype}", where=path, remedy="write them as text or whole numbers")
-    texts = as_text(cells)
+    texts = as_ids(cells, path)
     broken = texts.str.contains("\ufffd", literal=True).fill_null(value=False)
     if broken.any():
         what = f"{broken.sum():,} ids are not UTF-8, and could not be written back as they are"
@@ -370,26 +406,43 @@ def _read_ids(cells: pl.Series, rows: pl.Series, path: Path) -> tuple[pl.Series,
     return (texts.zip_with(~missing, "row " + rows.cast(pl.String)) if missing.any() else texts), missing
 
 
-def _named_targets(raw: pl.DataFrame, source: Source, task: Task) -> pl.Series:
+def _named_targets(raw: pl.DataFrame, source: Source, task: Task, path: Path) -> pl.Series:
     """One-hot targets from a column that names the class; null where it names none."""
-    names = as_text(raw.to_series()).replace(source.labels)
+    given = as_text(raw.to_series(), path)
+    names = given.replace(_spellings([*source.labels, *task.classes])).replace(source.labels)
     one_hot = pl.concat_list((pl.lit(names) == name).cast(pl.Float64) for name in task.classes)
     return pl.select(pl.when(pl.lit(names).is_in(list(task.classes))).then(one_hot)).to_series()
 
 
-def _numeric_targets(raw: pl.DataFrame, source: Source, task: Task) -> pl.Series:
-    """Targets from one column of probabilities a class; null where they are none."""
-    values = _numbers(raw, raw.columns)
+def _spellings(known: Sequence[str]) -> dict[str, str]:
+    """What stands for true and false in some format: the one of the known names that it is, whatever its case.
+
+    >>> _spellings(["True", "False"])["false"]
+    'False'
+    """
+    made = {}
+    for word in _TRUTH:
+        alike = {name for name in known if name.lower() == word.lower()}
+        if len(alike) == 1:
+            made[word] = alike.pop()
+    return made
+
+
+def _numeric_targets(raw: pl.DataFrame, source: Source, task: Task, path: Path) -> pl.Series:
+    """Targets from one column of probabilities or booleans a class; null where they are none."""
+    values = _numbers(raw, raw.columns, _TRUTH, path)
     sound = np.isfinite(values).all(axis=1) & (values >= 0).all(axis=1)
     sound &= (values <= 1).all(axis=1) if task.multi_label else np.abs(values.sum(axis=1) - 1) <= LABEL_TOLERANCE
     targets = pl.Series(values, dtype=pl.Array(pl.Float64, values.shape[1])).cast(pl.List(pl.Float64))
     return targets.zip_with(pl.Series(sound), pl.Series([None], dtype=targets.dtype))
 
 
-def _numbers(frame: pl.DataFrame, columns: Sequence[str]) -> Probabilities:
-    """Columns as float64 `(N, C)`; NaN where a cell is no number."""
-    cells = (frame[name].cast(pl.Int8) if frame[name].dtype == pl.Boolean else frame[name] for name in columns)
-    numbers = [as_text(cell).str.strip_chars().cast(pl.Float64, strict=False) for cell in cells]
+def _numbers(
+    frame: pl.DataFrame, columns: Sequence[str], words: Mapping[str, str] | None = None, path: Path | None = None
+) -> Probabilities:
+    """Columns as float64 `(N, C)`; NaN where a cell is no number. `words`: texts that stand for one."""
+    cells = (as_text(frame[name], path).str.strip_chars() for name in columns)
+    numbers = [(cell.replace(words) if words else cell).cast(pl.Float64, strict=False) for cell in cells]
     return np.stack([column.fill_null(np.nan).to_numpy() for column in numbers], axis=1).astype(np.float64)
 
 
@@ -487,7 +540,9 @@ def _completed(frame: pl.DataFrame, wanted: pl.Schema, others: Sequence[str]) ->
 def _converted(frame: pl.DataFrame, wanted: pl.Schema, path: Path) -> pl.DataFrame:
     """The wanted columns that are there, in the wanted types."""
     try:
-        cells = [frame[name] if name != "id" else as_text(frame[name]) for name in wanted if name in frame.columns]
+        plain = {name: frame[name].dtype == pl.Struct and is_plain(frame[name]) for name in frame.columns}
+        cells = [as_text(frame[name]) if plain[name] else frame[name] for name in wanted if name in plain]
+        cells = [as_ids(cell, path) if cell.name == "id" else cell for cell in cells]
         return pl.DataFrame([cell.cast(wanted[cell.name]) for cell in cells])
     except PolarsError as error:
         what = f"scores can't be read: {str(error).splitlines()[0]}"
@@ -582,7 +637,7 @@ def check_submission(path: Path, sample: Path, task: Task) -> dict[str, Any]:
             where=path,
             remedy="write it with write_submission and this sample",
         )
-    ids = as_text(given["id"])
+    ids = as_ids(given["id"], path)
     problems = [*_repeated(ids, "the submission"), *_different_ids(ids, wanted["id"], "the submission")]
     if not problems and ids.to_list() != wanted["id"].to_list():
         problems.append(DataError("the ids are the sample's, in another order", remedy="keep the sample's order"))
@@ -616,7 +671,7 @@ def _load_sample(sample: Path, task: Task) -> pl.DataFrame:
     wanted = load(sample)
     if not can_fill(wanted.columns, task):
         raise _unfillable(wanted.columns, task, sample)
-    wanted = wanted.with_columns(as_text(wanted["id"]).fill_null("").alias("id"))
+    wanted = wanted.with_columns(as_ids(wanted["id"], sample).fill_null("").alias("id"))
     refuse(_repeated(wanted["id"], "the sample"), sample)
     return wanted
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import polars as pl
 
+from pairclf.data.csv_syntax import check_csv
 from pairclf.errors import PackagingError
 from pairclf.files import atomic_file
 
@@ -17,9 +18,11 @@ def read_raw(path: Path) -> pl.DataFrame:
 
     Raises:
         PackagingError: it is neither, or can't be read.
+        DataError: the CSV's quotes, or the number of cells on its lines, are not those of RFC 4180.
     """
     try:
         if path.suffix == ".csv":
+            check_csv(path)
             return pl.read_csv(path, infer_schema=False)
         if path.suffix == ".parquet":
             return pl.read_parquet(path)

@@ -6,11 +6,16 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -213,8 +218,8 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
         ("t.csv", b"", "the file is empty"),
         ("t.csv", b"id,prompt,response_a,response_b\n", "no rows"),
         ("t.csv", b"id,prompt\n1,caf\xe9\n", "utf-8"),
-        ("t.csv", b"id,prompt\n1,2,3\n", "can't be read as csv"),
-        ("t.csv", b'id,prompt\n1,"a\n2,b\n', "can't be read as csv"),
+        ("t.csv", b"id,prompt\n1,2,3\n", "line 2: the line has 3 cells; the header has 2"),
+        ("t.csv", b'id,prompt\n1,"a\n2,b\n', "line 2, character 3, in column 'prompt': the quote that opens here"),
         ("t.parquet", b"PAR1 no more", "can't be read as parquet"),
         ("t.jsonl", b'{"id": 1}\n{"id": \n', "line 2"),
         ("t.jsonl", b"[1]\n", "line 1 holds no object"),
@@ -300,10 +305,10 @@ def test_ids_that_are_missing_get_the_number_of_their_row(tmp_path: Path) -> Non
 
 def test_floats_as_ids(tmp_path: Path) -> None:
     """pandas makes floats of a column of integers with a hole in it."""
-    ids = [1.0, float("nan"), 2.5, 3e15]
-    pl.DataFrame({"id": ids, **dict.fromkeys(WSDM.fields, ["x"] * 4)}).write_parquet(tmp_path / "t.parquet")
+    ids = [1.0, float("nan"), 3e15]
+    pl.DataFrame({"id": ids, **dict.fromkeys(WSDM.fields, ["x"] * 3)}).write_parquet(tmp_path / "t.parquet")
     frame = read_rows([tmp_path / "t.parquet"], WSDM, labelled=False)
-    assert frame["id"].to_list() == ["1", "row 2", "2.5", "3000000000000000"]
+    assert frame["id"].to_list() == ["1", "row 2", "3000000000000000"]
     assert flaws_of(frame) == {"row 2": {"missing_id"}}
 
 
@@ -316,10 +321,10 @@ def test_unknown_class_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_column_of_numbers_is_no_text(tmp_path: Path, labelled: bool) -> None:
-    frame = pl.DataFrame({"id": ["1"], "prompt": [5], "response_a": [[1, 2]], "response_b": ["x"]})
+    frame = pl.DataFrame({"id": ["1"], "prompt": [5], "response_a": [2.0], "response_b": ["x"]})
     frame.with_columns(winner=pl.lit("model_a")).write_parquet(tmp_path / "t.parquet")
     read = read_rows([tmp_path / "t.parquet"], WSDM, labelled=labelled)
-    assert list(to_rows(read, WSDM)[0].fields.values()) == [("5",), ("[1, 2]",), ("x",)]
+    assert list(to_rows(read, WSDM)[0].fields.values()) == [("5",), ("2",), ("x",)]
     assert flaws_of(read) == {"1": {"undecodable"}}
 
 
@@ -563,13 +568,217 @@ def test_ids_that_have_no_one_way_of_writing_are_refused(tmp_path: Path, ids: li
     pl.DataFrame({"id": ids, "prompt": ["p", "q"], "response_a": ["a", "a"], "response_b": ["b", "b"]}).write_parquet(
         path
     )
-    assert "ids are" in str(refusal(lambda: read_rows([path], WSDM, labelled=False)))
+    refused = str(refusal(lambda: read_rows([path], WSDM, labelled=False)))
+    assert f"column 'id' holds {pl.Series(ids).dtype}" in refused
 
 
 def test_an_id_in_another_encoding_is_refused_even_in_a_test_file(tmp_path: Path) -> None:
     path = tmp_path / "test.csv"
     path.write_bytes("id,prompt,response_a,response_b\n\u00e9,p,a,b\n".encode("cp1252"))
     assert "not UTF-8" in str(refusal(lambda: read_rows([path], WSDM, labelled=False)))
+
+
+# --- types: the same in every format ---------------------------------------------------------------------------------
+
+
+def of_type(path: Path, column: str, cells: pa.Array) -> Path:
+    """A WSDM training file of parquet, one of whose columns has these cells."""
+    count = len(cells)
+    texts = {"id": [f"i{row}" for row in range(count)], **{name: ["x"] * count for name in WSDM.fields}}
+    pq.write_table(pa.table({**texts, "winner": ["model_a"] * count, column: cells}), path)
+    return path
+
+
+IDS = [
+    (pa.array([7.0, 8.0]), ["7", "8"]),
+    (pa.array([7.0, 8.0], pa.float32()), ["7", "8"]),
+    (pa.array([2**53 + 1, -7]), [str(2**53 + 1), "-7"]),
+    (pa.array([2**64 - 1], pa.uint64()), [str(2**64 - 1)]),
+    (pa.array([Decimal(7)], pa.decimal128(20, 0)), ["7"]),
+    (pa.array(["x", "y"]).dictionary_encode(), ["x", "y"]),
+    (pa.array(["07"], pa.large_string()), ["07"]),
+    (pa.array([7.0, 8.5]), "ids of 1 rows are floats with fractions"),
+    (pa.array([2.0**53]), "ids of 1 rows are floats with fractions, or too large"),
+    (pa.array([2.0**24], pa.float32()), "ids of 1 rows are floats with fractions, or too large"),
+    (pa.array([float("inf")]), "ids of 1 rows are floats"),
+    (pa.array([True, False]), "ids of 2 rows are booleans"),
+    (pa.array([b"1"]), "column 'id' holds Binary"),
+    (pa.array([date(2024, 1, 2)]), "column 'id' holds Date"),
+    (pa.array([Decimal("7.5")]), "column 'id' holds Decimal"),
+]
+
+
+@pytest.mark.parametrize(("cells", "expected"), IDS)
+def test_an_id_is_the_same_text_in_parquet_and_jsonl_or_refused(
+    tmp_path: Path, cells: pa.Array, expected: list[str] | str
+) -> None:
+    paths = [of_type(tmp_path / "t.parquet", "id", cells)]
+    if isinstance(cells[0].as_py(), bool | int | float):
+        records = [{"id": one, **dict.fromkeys(WSDM.fields, "x"), "winner": "model_a"} for one in cells.to_pylist()]
+        paths.append(tmp_path / "t.jsonl")
+        paths[1].write_text("".join(json.dumps(record) + "\n" for record in records))
+    for path in paths if cells.type != pa.float32() else paths[:1]:  # a float32 in JSON is a float64
+        if isinstance(expected, str):
+            refused = refusal(lambda path=path: read_rows([path], WSDM, labelled=True))
+            assert expected in str(refused)
+            assert refused.where == path
+        else:
+            assert read_rows([path], WSDM, labelled=True)["id"].to_list() == expected
+
+
+def test_whole_floats_as_ids_are_joined_with_the_sample(tmp_path: Path) -> None:
+    sample = tmp_path / "sample.parquet"
+    pl.DataFrame({"id": [9.0, 7.0], "winner": ["model_a"] * 2}).write_parquet(sample)
+    assert tables.sample_ids(sample, WSDM) == ["9", "7"]
+    read = read_rows([of_type(tmp_path / "t.parquet", "id", pa.array([7.0, 9.0]))], WSDM, labelled=False)
+    write_submission(tmp_path / "s.csv", some_scores(read["id"].to_list(), WSDM), WSDM, sample)
+    assert check_submission(tmp_path / "s.csv", sample, WSDM)["rows"] == 2
+
+
+LISTS = [
+    (pa.array([["x", "z"], ["y", None]], pa.list_(pa.string(), 2)), [["x", "z"], ["y", None]]),
+    (pa.array([["x"], None], pa.list_(pa.dictionary(pa.int32(), pa.string()))), [["x"], [None]]),
+    (pa.array([["x"], []], pa.large_list(pa.string())), [["x"], []]),
+    (pa.array([["x"]], pa.list_(pa.large_string())), [["x"]]),
+    (pa.array([[None], []], pa.list_(pa.null())), [[None], []]),
+    (pa.array(["x", None]).dictionary_encode(), [["x"], [None]]),
+    (pa.array([[b"x"]]), "List(Binary)"),
+    (pa.array([b"x"]), "Binary"),
+    (pa.array([[1, 2]]), "List(Int64)"),
+    (pa.array([[["x"]]]), "List(List(String))"),
+    (pa.array([{"a": "x"}]), "Struct"),
+    (pa.array([[{"role": "user", "content": "x"}]]), "List(Struct"),
+    (pa.array([date(2024, 1, 2)]), "Date"),
+    (pa.array([Decimal("7.5")]), "Decimal"),
+]
+
+
+@pytest.mark.parametrize(("cells", "expected"), LISTS)
+@pytest.mark.parametrize("size", [None, 1])
+def test_texts_of_any_arrow_type_are_plain_or_the_column_is_refused(
+    tmp_path: Path, cells: pa.Array, expected: list[list[str | None]] | str, size: int | None
+) -> None:
+    """Never is the text what Python prints for bytes, lists or objects."""
+    path = of_type(tmp_path / "t.parquet", "response_a", cells)
+
+    def read() -> pl.DataFrame:
+        return (
+            read_rows([path], WSDM, labelled=False)
+            if size is None
+            else pl.concat(scan_rows([path], WSDM, labelled=False, size=size))
+        )
+
+    if isinstance(expected, str):
+        assert f"the column of 'response_a' holds {expected}" in str(refusal(read))
+    else:
+        assert read()["response_a"].to_list() == expected
+
+
+@pytest.mark.parametrize(("cell", "expected"), [({"a": 1}, "objects"), ([1], "lists of other things than texts")])
+def test_objects_in_jsonl_are_no_texts_and_may_stand_in_columns_that_are_not_read(
+    tmp_path: Path, cell: object, expected: str
+) -> None:
+    path = tmp_path / "t.jsonl"
+    record = {"id": 1, **dict.fromkeys(WSDM.fields, "x"), "winner": "model_a"}
+    path.write_text(json.dumps({**record, "language": cell}))
+    assert read_rows([path], WSDM, labelled=True)["id"].to_list() == ["1"]
+    for column, words in (("prompt", "the column of 'prompt'"), ("id", "column 'id'"), ("winner", "column 'winner'")):
+        path.write_text(json.dumps({**record, column: cell}))
+        assert f"{words} holds {expected}" in str(refusal(lambda: read_rows([path], WSDM, labelled=True)))
+
+
+def test_numbers_and_booleans_among_texts_of_jsonl_are_undecodable(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    cells = ["x", 7, 7.0, 7.5, True, float("nan"), None]
+    records = [{"id": f"i{row}", **dict.fromkeys(WSDM.fields, "x"), "prompt": cell} for row, cell in enumerate(cells)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    read = read_rows([path], WSDM, labelled=False)
+    assert read["prompt"].to_list() == [["x"], ["7"], ["7"], ["7.5"], ["true"], [None], [None]]
+    undecodable = {key: {"undecodable"} for key in ("i2", "i3", "i4")}
+    assert flaws_of(read) == undecodable | {key: {"missing_cell"} for key in ("i5", "i6")}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_booleans_are_labels_in_every_format(tmp_path: Path, suffix: str) -> None:
+    wins = np.eye(3, dtype=bool)
+    texts = {"id": ["0", "1", "2"], **{name: ['["a"]'] * 3 for name in LMSYS.fields}}
+    one_hot = pd.DataFrame(texts | {name: wins[:, at] for at, name in enumerate(LMSYS.classes)})
+    named = pd.DataFrame(texts | {"label": [True, False, True]})
+    for classes in (("False", "True"), ("false", "true")):
+        task = Task(name="b", fields=LMSYS.fields, classes=classes, label_column="label")
+        path = by_pandas(tmp_path / f"named{suffix}", named)
+        read = read_rows([path], task, labelled=True)
+        assert read["target"].to_list() == [[0, 1], [1, 0], [0, 1]]
+    path = by_pandas(tmp_path / f"one_hot{suffix}", one_hot)
+    assert read_rows([path], LMSYS, labelled=True)["target"].to_list() == wins.astype(float).tolist()
+    source = Source(
+        files=[tmp_path / f"named{suffix}"], label_column="label", labels={"true": "model_a", "false": "model_b"}
+    )
+    assert read_rows([source], WSDM, labelled=True)["target"].to_list() == [[1, 0], [0, 1], [1, 0]]
+
+
+def by_pandas(path: Path, frame: pd.DataFrame) -> Path:
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif path.suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=True)
+    return path
+
+
+def test_a_boolean_is_no_weight_and_no_probability(tmp_path: Path) -> None:
+    rows = {"id": ["1"], **{name: ["a"] for name in WSDM.fields}, "winner": ["model_a"], "weight": [True]}
+    pl.DataFrame(rows).write_parquet(tmp_path / "t.parquet")
+    assert "has 1 weights" in str(refusal(lambda: read_rows([tmp_path / "t.parquet"], WSDM, labelled=True)))
+    sample = write_sample(tmp_path / "sample.csv", ["a"], list(LMSYS.classes))
+    (tmp_path / "s.csv").write_text(f"id,{','.join(LMSYS.classes)}\na,True,False,False\n")
+    assert "no finite" in str(refusal(lambda: check_submission(tmp_path / "s.csv", sample, LMSYS)))
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (("prompt", "chosen", "rejected"), "a preferred and a rejected response"),
+        (("question_id", "conversation_a", "conversation_b", "winner"), "whole conversations"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_public_sets_of_another_shape_are_told_by_name(
+    tmp_path: Path, columns: tuple[str, ...], expected: str, suffix: str, labelled: bool
+) -> None:
+    path = write_as(tmp_path / f"t{suffix}", {name: ["x"] for name in columns})
+    for task in (LMSYS, WSDM):
+        refused = refusal(lambda task=task: read_rows([path], task, labelled=labelled))
+        assert expected in refused.what
+        assert "response_a" in str(refused.remedy)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"id": 1, "prompt": "p", "prompt": "q"}', "line 2: names ['prompt'] stand twice"),
+        ('{"id": 1} {"id": 2}', "line 2: Extra data"),
+        ('{"id": 1, "prompt": "p', "line 2: Unterminated string"),
+        ('"text"', "line 2 holds no object but a str"),
+    ],
+)
+def test_lines_of_jsonl_that_are_no_record_are_named(tmp_path: Path, line: str, expected: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n" + line)
+    assert expected in str(refusal(lambda: read_rows([path], WSDM, labelled=True)))
+
+
+def test_parquet_files_that_hold_no_table_are_refused(tmp_path: Path) -> None:
+    path = of_type(tmp_path / "t.parquet", "id", pa.array(["1"]))
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, 0), path)
+    assert "no rows" in str(refusal(lambda: read_rows([path], WSDM, labelled=True)))
+    pq.ParquetWriter(path, table.schema).close()
+    assert "no rows" in str(refusal(lambda: read_rows([path], WSDM, labelled=True)))
+    pq.write_table(table.rename_columns(["id", "prompt", "prompt", "response_a", "winner"]), path)
+    assert "can't be read as parquet" in str(refusal(lambda: read_rows([path], WSDM, labelled=True)))
 
 
 # --- chunks, globs, sources ------------------------------------------------------------------------------------------
