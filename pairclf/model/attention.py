@@ -94,23 +94,26 @@ class Watch:
         made = {one.untyped_storage().data_ptr(): function for one, function in self.masks}
         for name, window, mask in self.windows:
             function = None if mask is None else made.get(mask.untyped_storage().data_ptr())
-            if function is not None and not _has_window(function, window):
-                return f"{name} gives its attention a window of {window}, which its mask has not"
+            try:
+                agree = function is None or _has_window(function, window)
+            except IndexError:
+                return f"{name} is given a mask that is made of the tokens of one batch"
+            if not agree:
+                return f"{name} hands sliding_window={window} to its attention, and its mask is another one"
             if function is None and (mask is not None or window is not None):
-                return f"{name} gives its attention another mask than was made for it"
+                return f"{name} hands its attention another mask than the one that was made for it"
         return None
 
 
 FAR = 1 << 17
-"""The place whose view a mask is asked for: far behind any window."""
+"""Places of the longest row whose view a mask is asked for; a window of as many is none."""
 
 
 def _has_window(function: Callable[..., Tensor], window: int | None) -> bool:
     """Whether a mask's function of (row, head, query, key) lets a far query see so many keys, itself the last."""
-    query = torch.tensor(max(FAR, 2 * (window or 0)))
-    keys = torch.arange(int(query) + 2)
-    seen = function(torch.tensor(0), torch.tensor(0), query, keys).broadcast_to(keys.shape).cpu()
-    return torch.equal(seen, (keys <= query) & (keys > query - (len(keys) if window is None else window)))
+    query, keys = torch.tensor(FAR - 1), torch.arange(FAR + 1)
+    seen = function(torch.tensor(0), torch.tensor(0), query, keys).broadcast_to(keys.shape)
+    return torch.equal(seen, (keys <= query) & (keys >= FAR - (window or FAR)))
 
 
 _WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)

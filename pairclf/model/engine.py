@@ -15,7 +15,7 @@ from pairclf.errors import ModelError
 from pairclf.model.attention import NAME, Watch, watching
 from pairclf.model.backbone import add_adapters, lm_head_rows, load_base, pick_dtype, resolve_base
 from pairclf.model.batch import Batch, Inputs, Item
-from pairclf.model.isolation import isolation_of
+from pairclf.model.isolation import isolation_of, longest_row
 from pairclf.model.layouts import packed, padded, shared
 from pairclf.model.precision import in_float32
 from pairclf.model.readout import HEADS, POOLINGS, Head, LinearHead
@@ -132,8 +132,8 @@ class Classifier(nn.Module):
         if layout == "padded" or self.attention != NAME or watch.calls == expected or (self.training and watch.calls):
             return
         raise ModelError(
-            f"layout {layout}: {type(self.backbone).__name__} called its attention {watch.calls} times, not {expected}: "
-            "rows would see each other",
+            f"layout {layout}: {type(self.backbone).__name__} called its attention {watch.calls} times, "
+            f"not {expected}: rows would see each other",
             remedy="set train.layout=padded and predict.layout=padded",
         )
 
@@ -154,10 +154,16 @@ def build(config: Config, device: torch.device, base: Path | None = None) -> Cla
     """A classifier with a fresh head (and fresh adapters), seeded by `config.seed`.
 
     Raises:
-        ModelError: the base can't be loaded or adapted, or has no LM head or no one token for a label word.
+        ModelError: the base can't be loaded or adapted, does not go with `train.layout`, or has no LM head or no one
+            token for a label word.
     """
     torch.manual_seed(config.seed)
     classifier = build_frozen(config, device, base, training=True)
+    if why := classifier.why_not(config.train.layout):
+        raise ModelError(
+            f"train.layout={config.train.layout} does not go with model.base={config.model.base}: {why}",
+            remedy="set train.layout=padded",
+        )
     if config.model.lora is None and not any(one.requires_grad for one in classifier.backbone.parameters()):
         raise ModelError(
             f"model.base={config.model.base} holds quantised weights: model.lora=null leaves only the head to train",
@@ -175,11 +181,26 @@ def build(config: Config, device: torch.device, base: Path | None = None) -> Cla
 def build_frozen(
     config: Config, device: torch.device, base: Path | None, *, training: bool, others: Sequence[torch.device] = ()
 ) -> Classifier:
-    """The base with a head that a bundle or the training will fill; no adapters yet. `others`: see `load_base`."""
+    """The base with a head that a bundle or the training will fill; no adapters yet. `others`: see `load_base`.
+
+    Raises:
+        ModelError: the base can't be loaded, or rows of its batches have a say in each other's states.
+    """
     dtype, _ = pick_dtype(config.model.dtype, device)
     # Full fine-tuning keeps its weights in float32 and computes under autocast: bf16 weights swallow small updates.
     stored = torch.float32 if training and config.model.lora is None else dtype
     backbone = load_base(resolve_base(config.model.base, base), config.model, stored, device, others)
-    hidden_size: int = backbone.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    hidden_size: int | None = getattr(backbone.config.get_text_config(), "hidden_size", None)  # type: ignore[union-attr, operator]
+    if hidden_size is None:
+        raise ModelError(
+            f"model.base={config.model.base}: the config of {type(backbone).__name__} has no hidden_size",
+            remedy="use a decoder such as Gemma-2, Llama-3 or Qwen-2.5",
+        )
+    if (longest := longest_row(backbone)) is not None and config.inputs.max_length > longest:
+        raise ModelError(
+            f"inputs.max_length={config.inputs.max_length}: a row of more than {longest} tokens changes the positions "
+            f"of every row of its batch in model.base={config.model.base}, whose rope_type is dynamic or longrope",
+            remedy=f"set inputs.max_length={longest} or less",
+        )
     head = HEADS[config.model.head](hidden_size, len(config.task.classes)).to(device)
     return Classifier(backbone, head, dtype, config.model.pooling)

@@ -30,8 +30,6 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 Rows that see each other differ by 0.1 to 2 at the first token of the second row, rounding of 48 layers by 1e-5, 1e-2
 and 5e-2. Nearly all is compared in float32, whatever the weights are stored in."""
-RATIONED = ("dynamic", "longrope")
-"""Kinds of rotary positions whose frequencies transformers takes from the longest row of a batch."""
 
 
 class Isolation(NamedTuple):
@@ -66,7 +64,15 @@ def isolation_of(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
     config: Any = backbone.config
     settings = config.to_json_string(use_diff=False)
     weight = next(backbone.parameters())
-    key = (type(backbone), config.name_or_path, settings, config._attn_implementation, dtype, weight.dtype, weight.device)
+    key = (
+        type(backbone),
+        config.name_or_path,
+        settings,
+        config._attn_implementation,
+        dtype,
+        weight.dtype,
+        weight.device,
+    )
     if key not in _FOUND:
         _FOUND[key] = probe(backbone, dtype)
     return _FOUND[key]
@@ -138,6 +144,20 @@ def _measure(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
     return Isolation(None, why_shared, why_trimmed, watch.calls)
 
 
+def longest_row(backbone: nn.Module) -> int | None:
+    """Tokens beyond which a row changes the rotary positions of all rows of its batch; None: it never does."""
+    config: Any = backbone.config.get_text_config()  # type: ignore[union-attr, operator]
+    told: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for one in told.values() if all(isinstance(one, dict) for one in told.values()) else [told]:
+        kind = str(one.get("rope_type"))
+        if kind == "longrope":
+            limits.append(int(one["original_max_position_embeddings"]))
+        elif "dynamic" in kind:
+            limits.append(int(config.max_position_embeddings))
+    return min(limits, default=None)
+
+
 def claimed(backbone: nn.Module) -> str | None:
     """Why packed rows would see each other, by what the class and its attention say of themselves."""
     if why := why_not_packed(backbone):
@@ -176,8 +196,8 @@ def _differs(
     apart = max(_apart(states[at], one, spread) for at, one in zip(places, wanted, strict=True))
     if not apart <= allowed:
         return (
-            f"{type(backbone).__name__} gives a row beside others other states than alone, by {apart:.2g} of what tells "
-            "tokens apart"
+            f"{type(backbone).__name__} gives a row beside others other states than alone, by {apart:.2g} of what "
+            "tells tokens apart"
         )
     return None
 
