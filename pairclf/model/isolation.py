@@ -26,7 +26,7 @@ from pairclf.model.precision import in_float32
 from pairclf.model.trim import reading_at, why_not_trimmed
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference of a token's states, as a part of what tells one token from another; by what is computed in.
+"""Largest difference of a token's hidden states, as a part of the spread of all tokens' states; by what is computed in.
 
 Rows that see each other differ by 0.1 to 2 at the first token of the second row, rounding of 48 layers by 1e-5, 1e-2
 and 5e-2. Nearly all is compared in float32, whatever the weights are stored in."""
@@ -126,8 +126,8 @@ def _measure(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
     apart = max(_apart(states[row, : len(one)], one, spread) for row, one in enumerate(alone))
     if not apart <= allowed:
         raise ModelError(
-            f"{_named(backbone)}: a row of a padded batch has other states than the row alone, by {apart:.2g} of what "
-            "tells tokens apart",
+            f"{_named(backbone)}: hidden states of a row in a padded batch differ from those of the row alone, by "
+            f"{apart:.2g} of their spread",
             remedy="use another base; no layout of a batch is right for this one",
         )
 
@@ -196,8 +196,8 @@ def _differs(
     apart = max(_apart(states[at], one, spread) for at, one in zip(places, wanted, strict=True))
     if not apart <= allowed:
         return (
-            f"{type(backbone).__name__} gives a row beside others other states than alone, by {apart:.2g} of what "
-            "tells tokens apart"
+            f"{type(backbone).__name__}: hidden states of a row beside others differ from those of the row alone, by "
+            f"{apart:.2g} of their spread"
         )
     return None
 

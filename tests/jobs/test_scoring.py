@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,8 +98,11 @@ def test_flash_attention_of_transformers_packs_and_shares_nothing(
     with pytest.raises(ModelError, match="flash_attention_2 knows no tokens"):
         Scorer(flash, "shared")
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", sdpa_attention_forward)  # it is deaf
-    assert "other states than alone" in str(probe(backbone, torch.float32).packed)
+    def deaf(*given: Any, softcap: object = None, **named: Any) -> object:
+        return sdpa_attention_forward(*given, **named)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", deaf)
+    assert "differ from those of the row alone" in str(probe(backbone, torch.float32).packed)
 
 
 def test_a_backbone_that_mixes_rows_is_padded(classifier: Classifier) -> None:

@@ -85,9 +85,8 @@ def shrunk(settings: Any) -> Any:
             changed[name] = shrunk(within)
         elif isinstance(value, list) and layers is not None and len(value) == layers > LAYERS:
             changed[name] = _shortened(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            if (small := _small(name)) is not None:
-                changed[name] = small
+        elif isinstance(value, int) and not isinstance(value, bool) and (small := _small(name)) is not None:
+            changed[name] = small
     if "sliding_window" in known:
         changed["sliding_window"] = WINDOW
         if set(known.get("layer_types") or []) == {"full_attention"}:
@@ -177,7 +176,7 @@ def outcome(kind: str) -> dict[str, str]:
         try:
             tiny_decoder(kind, Path(folder))
         except Exception as error:  # noqa: BLE001 - whatever transformers raises for a config so small
-            return {"build": f"not built: {type(error).__name__}: {{' '.join(str(error).split())[:160]}"}
+            return {"build": f"not built: {type(error).__name__}: {' '.join(str(error).split())[:160]}"}
         try:
             return verdicts(Path(folder))
         except ModelError as error:

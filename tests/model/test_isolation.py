@@ -46,7 +46,7 @@ def nemotron(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("phimoe", "packed", "PhimoeAttention hands sliding_window=None to its attention, and its mask is another one"),
         ("bamba", "packed", "layers of the kind linear_attention"),
         ("gpt_oss", "padded", "GptOssAttention gives s_aux to its attention"),
-        ("cpmant", "base", "a row of a padded batch has other states than the row alone"),
+        ("cpmant", "base", "a row in a padded batch differ from those of the row alone"),
         ("gpt2", None, None),
         ("deepseek_v3", None, None),
     ],
@@ -129,10 +129,10 @@ def _shift_tokens(model: nn.Module) -> None:
     ("kind", "settings", "break_", "why"),
     [
         ("llama", {}, _drop_keywords_in_one_layer, "LlamaAttention is not told where the rows"),
-        ("llama", {}, _compute_one_layer_by_other_attention, "other states than alone"),
-        ("gpt2", {}, _let_positions_run_on, "other states than alone"),
+        ("llama", {}, _compute_one_layer_by_other_attention, "differ from those of the row alone"),
+        ("gpt2", {}, _let_positions_run_on, "differ from those of the row alone"),
         ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, _forget_the_window, "hands sliding_window=None"),
-        ("llama", {}, _shift_tokens, "other states than alone"),
+        ("llama", {}, _shift_tokens, "differ from those of the row alone"),
     ],
 )
 def test_what_a_class_claims_and_does_not_do_is_found(
@@ -150,7 +150,7 @@ def test_what_a_class_claims_and_does_not_do_is_found(
 def test_a_batch_that_has_a_say_in_its_rows_is_refused_even_padded() -> None:
     model = tiny("llama")
     layer_of(model, 0).register_forward_hook(lambda _layer, _given, states: states - 0.1 * states.mean(dim=(0, 1)))
-    with pytest.raises(ModelError, match="a row of a padded batch has other states than the row alone"):
+    with pytest.raises(ModelError, match="a row in a padded batch differ from those of the row alone"):
         probe(model, torch.float32)
 
 
@@ -163,7 +163,7 @@ def test_what_our_attention_ignores_is_found(ignored: str) -> None:
     assert probe(model, torch.float32).packed is None
     AttentionInterface.register(NAME, deaf)
     try:
-        with pytest.raises(ModelError, match="other states than the row alone"):
+        with pytest.raises(ModelError, match="differ from those of the row alone"):
             probe(model, torch.float32)
     finally:
         AttentionInterface.register(NAME, attend)
@@ -174,7 +174,7 @@ def test_a_wrong_last_layer_is_found_and_shared_rows_stay(monkeypatch: pytest.Mo
     monkeypatch.setattr(trim, "rotate_half", lambda states: states)
     found = probe(model, torch.float32)
     assert (found.packed, found.shared) == (None, None)
-    assert "other states than alone" in str(found.trimmed)
+    assert "differ from those of the row alone" in str(found.trimmed)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_it_is_sharp_whatever_the_weights_are_stored_in(
     assert classifier.isolation == Isolation(None, None, None, 2)
     base: Any = classifier.backbone
     base.layers[1].register_forward_hook(lambda _layer, _given, states: states + 0.02 * states.roll(1, dims=1))
-    with pytest.raises(ModelError, match="other states than the row alone"):
+    with pytest.raises(ModelError, match="differ from those of the row alone"):
         probe(base, classifier.dtype)
 
 
