@@ -21,8 +21,10 @@ ROOMS = {
     "data": ["csv_syntax", "formats", "tables", "arena", "duplicates", "folds", "audit"],
     "scores": ["metrics", "calibration", "blend"],
     "inputs": ["truncate", "tokenise", "render", "plan", "cache"],
-    "model": ["batch", "layouts", "attention", "trim", "precision", "readout", "backbone", "engine", "bundle"],
-}
+    "model": [
+        "batch", "layouts", "attention", "trim", "precision", "isolation", "readout", "backbone", "engine", "bundle",
+    ],
+}  # fmt: skip
 TO_KAGGLE = ["packaging", "rehearsal", "publish"]
 """Rooms of one floor, each of which builds on those before it."""
 

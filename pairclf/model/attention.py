@@ -16,7 +16,10 @@ one of these keywords, which transformers passes through; without them a row of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from pairclf.errors import ModelError
 from pairclf.model.batch import Span, Topology, end_to_end
@@ -53,6 +56,77 @@ class Scores(NamedTuple):
     softcap: float | None
     window: int | None
     dropout: float
+
+
+@dataclass(slots=True)
+class Watch:
+    """What the attention function was called with, while `watching` it.
+
+    Attributes:
+        told: whether every call must bring a topology.
+        calls: how many there were.
+        masks: each mask that was made, with the function of places that it was made of.
+        windows: of each call the module's name, its window, and its mask.
+    """
+
+    told: bool = False
+    calls: int = 0
+    masks: list[tuple[Tensor, Callable[..., Tensor]]] = field(default_factory=list)
+    windows: list[tuple[str, int | None, Tensor | None]] = field(default_factory=list)
+
+    def saw(self, module: nn.Module, topology: Topology | None, mask: Tensor | None, window: int | None) -> None:
+        """Note one call.
+
+        Raises:
+            ModelError: it should have brought a topology, and did not.
+        """
+        self.calls += 1
+        if not self.told:
+            self.windows.append((type(module).__name__, window, mask))
+        elif topology is None:
+            raise ModelError(
+                f"{type(module).__name__} is not told where the rows of a packed batch lie: they would see each other",
+                remedy="set train.layout=padded and predict.layout=padded",
+            )
+
+    def wrong_window(self) -> str | None:
+        """Why the windows handed over are not those of the masks; None: they are. Of a pass over padded rows."""
+        made = {one.untyped_storage().data_ptr(): function for one, function in self.masks}
+        for name, window, mask in self.windows:
+            function = None if mask is None else made.get(mask.untyped_storage().data_ptr())
+            try:
+                agree = function is None or _has_window(function, window)
+            except IndexError:
+                return f"{name} is given a mask that is made of the tokens of one batch"
+            if not agree:
+                return f"{name} hands sliding_window={window} to its attention, and its mask is another one"
+            if function is None and (mask is not None or window is not None):
+                return f"{name} hands its attention another mask than the one that was made for it"
+        return None
+
+
+FAR = 1 << 17
+"""Places of the longest row whose view a mask is asked for; a window of as many is none."""
+
+
+def _has_window(function: Callable[..., Tensor], window: int | None) -> bool:
+    """Whether a mask's function of (row, head, query, key) lets a far query see so many keys, itself the last."""
+    query, keys = torch.tensor(FAR - 1), torch.arange(FAR + 1)
+    seen = function(torch.tensor(0), torch.tensor(0), query, keys).broadcast_to(keys.shape)
+    return torch.equal(seen, (keys <= query) & (keys >= FAR - (window or FAR)))
+
+
+_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Within, and in this thread, `watch` notes every call; activations that backward recomputes are not noted."""
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
 
 
 def attend(
@@ -93,7 +167,9 @@ def attend(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     if topology is None and cu_seq_lens_q is not None:
         topology = end_to_end(cu_seq_lens_q.diff().tolist())
-    _refuse_unknown(module, options, packed=topology is not None, causal=causal)
+    if (watch := _WATCH.get()) is not None:
+        watch.saw(module, topology, attention_mask, sliding_window if causal else None)
+    _refuse_unknown(module, options, attention_mask, packed=topology is not None, causal=causal)
     if torch.is_autocast_enabled(query.device.type):
         # Rotations leave query and key in float32 where weights are, and beside them stands a bfloat16 value.
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -116,6 +192,8 @@ def mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | No
     if attention_mask is None:
         return None
     made: Tensor | None = sdpa_mask(attention_mask=attention_mask, **options)
+    if made is not None and (watch := _WATCH.get()) is not None:
+        watch.masks.append((made, options.get("mask_function", causal_mask_function)))
     return made
 
 
@@ -317,10 +395,16 @@ def _soft_capped(
     return out.view(batch, heads, queries, size)
 
 
-def _refuse_unknown(module: nn.Module, options: dict[str, Any], *, packed: bool, causal: bool) -> None:
+def _refuse_unknown(
+    module: nn.Module, options: dict[str, Any], mask: Tensor | None, *, packed: bool, causal: bool
+) -> None:
     unknown = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
-    if unknown or (packed and not causal):
-        what = f"gives {unknown[0]} to its attention" if unknown else "sees both ways in a packed batch"
+    what = f"gives {unknown[0]} to its attention" if unknown else None
+    if packed and not causal:
+        what = what or "sees both ways in a packed batch"
+    if packed and mask is not None:
+        what = what or "gives a mask of its own to its attention in a packed batch"
+    if what:
         raise ModelError(
             f"{type(module).__name__} {what}, which model.attention=auto does not know",
             remedy="set model.attention=eager and train.layout=padded",

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from pairclf.config import Config
 from pairclf.errors import ModelError
-from pairclf.model.attention import NAME, why_not_packed
+from pairclf.model.attention import NAME, Watch, watching
 from pairclf.model.backbone import add_adapters, lm_head_rows, load_base, pick_dtype, resolve_base
 from pairclf.model.batch import Batch, Inputs, Item
+from pairclf.model.isolation import isolation_of, longest_row
 from pairclf.model.layouts import packed, padded, shared
 from pairclf.model.precision import in_float32
 from pairclf.model.readout import HEADS, POOLINGS, Head, LinearHead
-from pairclf.model.trim import reading_at, why_not_trimmed
+from pairclf.model.trim import reading_at
 
 Layout = Callable[[Sequence[Item]], Batch]
 
@@ -51,6 +52,12 @@ class Classifier(nn.Module):
         head: `(R, H)` -> `(R, C)`.
         dtype: what the backbone computes in.
         pooling: a key of `readout.POOLINGS`.
+
+    Attributes:
+        isolation: which layouts give every row the states that it has alone.
+
+    Raises:
+        ModelError: the backbone can't be run, or not even padded rows score as each alone.
     """
 
     def __init__(self, backbone: nn.Module, head: Head, dtype: torch.dtype, pooling: str = "last") -> None:
@@ -59,7 +66,7 @@ class Classifier(nn.Module):
         self.head = head
         self.dtype = dtype
         self.pooling = pooling
-        self._why_not_packed = why_not_packed(backbone)
+        self.isolation = isolation_of(backbone, dtype)
 
     def forward(self, inputs: Inputs, read_at: Tensor, lengths: Tensor, *, trim: bool = False) -> Tensor:
         """Logits `(R, C)` of a batch.
@@ -71,23 +78,21 @@ class Classifier(nn.Module):
             trim: compute the last layer at `read_at` alone; for evaluation, and where `why_not_trimmed` is None.
         """
         topology = inputs.get("topology")
-        if (topology is not None or "cu_seq_lens_q" in inputs) and self._why_not_packed:
-            raise ModelError(
-                f"{type(self.backbone).__name__} {self._why_not_packed}: packed rows would see each other",
-                remedy="set train.layout=padded",
-            )
-        told = inputs
+        layout = "packed" if "cu_seq_lens_q" in inputs else "padded" if topology is None else "shared"
+        if why := self._why_not_batch(layout):
+            raise ModelError(f"layout {layout}: {why}", remedy="set train.layout=padded and predict.layout=auto")
+        told, watch = inputs, Watch(told=layout != "padded")
         if topology is not None and self.attention != NAME:
-            if "cu_seq_lens_q" not in inputs:
-                raise ModelError(f"layout shared: {self.why_not('shared')}", remedy="set model.attention=auto")
             told = {name: one for name, one in inputs.items() if name != "topology"}
         # The same autocast in training, validation and the notebook, whoever calls. No cache is kept: nothing is
         # generated, and a cache would have to be told of every layout.
         with (
             torch.autocast(read_at.device.type, self.dtype, enabled=self.dtype != torch.float32),
             reading_at(self.backbone, read_at) if trim else nullcontext(),
+            watching(watch) if layout != "padded" else nullcontext(),
         ):
             hidden = self.backbone(**told, use_cache=False).last_hidden_state
+        self._require_told(watch, layout)
         if trim:
             read_at = torch.arange(len(read_at), device=read_at.device)
         logits: Tensor = self.head(POOLINGS[self.pooling](hidden, read_at, lengths))
@@ -111,17 +116,26 @@ class Classifier(nn.Module):
 
     def why_not(self, layout: str) -> str | None:
         """Why sequences can't lie so in evaluation; None: they can."""
-        if layout == "padded":
-            return None
-        if self._why_not_packed:
-            return f"{type(self.backbone).__name__} {self._why_not_packed}"
-        if self.attention not in (NAME, "flash_attention_2"):
-            return f"model.attention={self.attention} would let packed rows see each other"
-        if layout == "shared" and self.attention != NAME:
-            return f"model.attention={self.attention} knows no tokens that several sequences see"
+        if why := self._why_not_batch(layout):
+            return why
         if layout == "shared" and self.pooling != "last":
             return f"model.pooling={self.pooling} reads every token of a sequence by itself"
         return None
+
+    def _why_not_batch(self, layout: str) -> str | None:
+        """Why the backbone gives rows of such a batch other states than each alone; None: it does not."""
+        return {"padded": None, "packed": self.isolation.packed, "shared": self.isolation.shared}[layout]
+
+    def _require_told(self, watch: Watch, layout: str) -> None:
+        """Every layer's attention knew in a forward pass where the rows lie. In training, layers may be dropped."""
+        expected = self.isolation.attentions
+        if layout == "padded" or self.attention != NAME or watch.calls == expected or (self.training and watch.calls):
+            return
+        raise ModelError(
+            f"layout {layout}: {type(self.backbone).__name__} called its attention {watch.calls} times, "
+            f"not {expected}: rows would see each other",
+            remedy="set train.layout=padded and predict.layout=padded",
+        )
 
     def why_not_trim(self, layout: str) -> str | None:
         """Why the last layer is computed for every token; None: it need not be."""
@@ -129,7 +143,7 @@ class Classifier(nn.Module):
             return "rows are padded"
         if self.pooling != "last":
             return f"model.pooling={self.pooling} reads every token"
-        return why_not_trimmed(self.backbone)
+        return self.isolation.trimmed
 
     @property
     def device(self) -> torch.device:
@@ -140,10 +154,16 @@ def build(config: Config, device: torch.device, base: Path | None = None) -> Cla
     """A classifier with a fresh head (and fresh adapters), seeded by `config.seed`.
 
     Raises:
-        ModelError: the base can't be loaded or adapted, or has no LM head or no one token for a label word.
+        ModelError: the base can't be loaded or adapted, does not go with `train.layout`, or has no LM head or no one
+            token for a label word.
     """
     torch.manual_seed(config.seed)
     classifier = build_frozen(config, device, base, training=True)
+    if why := classifier.why_not(config.train.layout):
+        raise ModelError(
+            f"train.layout={config.train.layout} does not go with model.base={config.model.base}: {why}",
+            remedy="set train.layout=padded",
+        )
     if config.model.lora is None and not any(one.requires_grad for one in classifier.backbone.parameters()):
         raise ModelError(
             f"model.base={config.model.base} holds quantised weights: model.lora=null leaves only the head to train",
@@ -161,11 +181,26 @@ def build(config: Config, device: torch.device, base: Path | None = None) -> Cla
 def build_frozen(
     config: Config, device: torch.device, base: Path | None, *, training: bool, others: Sequence[torch.device] = ()
 ) -> Classifier:
-    """The base with a head that a bundle or the training will fill; no adapters yet. `others`: see `load_base`."""
+    """The base with a head that a bundle or the training will fill; no adapters yet. `others`: see `load_base`.
+
+    Raises:
+        ModelError: the base can't be loaded, or rows of its batches have a say in each other's states.
+    """
     dtype, _ = pick_dtype(config.model.dtype, device)
     # Full fine-tuning keeps its weights in float32 and computes under autocast: bf16 weights swallow small updates.
     stored = torch.float32 if training and config.model.lora is None else dtype
     backbone = load_base(resolve_base(config.model.base, base), config.model, stored, device, others)
-    hidden_size: int = backbone.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    hidden_size: int | None = getattr(backbone.config.get_text_config(), "hidden_size", None)  # type: ignore[union-attr, operator]
+    if hidden_size is None:
+        raise ModelError(
+            f"model.base={config.model.base}: the config of {type(backbone).__name__} has no hidden_size",
+            remedy="use a decoder such as Gemma-2, Llama-3 or Qwen-2.5",
+        )
+    if (longest := longest_row(backbone)) is not None and config.inputs.max_length > longest:
+        raise ModelError(
+            f"inputs.max_length={config.inputs.max_length}: a row of more than {longest} tokens changes the positions "
+            f"of every row of its batch in model.base={config.model.base}, whose rope_type is dynamic or longrope",
+            remedy=f"set inputs.max_length={longest} or less",
+        )
     head = HEADS[config.model.head](hidden_size, len(config.task.classes)).to(device)
     return Classifier(backbone, head, dtype, config.model.pooling)

@@ -7,18 +7,24 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from models_support import as_built, one_at_a_time, related_items
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pairclf.config import Config
 from pairclf.errors import ModelError
 from pairclf.inputs.plan import by_token_budget, token_budget
 from pairclf.jobs.scoring import Scorer, _batches, score
+from pairclf.model.attention import attend, mask
 from pairclf.model.batch import Item
 from pairclf.model.engine import Classifier
+from pairclf.model.isolation import probe
 
 
 @pytest.fixture(params=["gemma2", "llama"])
@@ -78,16 +84,30 @@ def test_the_layout_is_what_the_model_allows(
             Scorer(classifier, "shared")
 
 
-def test_flash_attention_of_transformers_packs_and_shares_nothing(classifier: Classifier) -> None:
+def test_flash_attention_of_transformers_packs_and_shares_nothing(
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our attention stands in for it where it can't run: it is told of packed rows by the same keywords."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", attend)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "flash_attention_2", mask)
     classifier.backbone.config._attn_implementation = "flash_attention_2"  # type: ignore[union-attr]
-    scorer = Scorer(classifier)
+    backbone: nn.Module = classifier.backbone.get_base_model()  # type: ignore[operator]
+    flash = Classifier(backbone, classifier.head, torch.float32)
+    scorer = Scorer(flash)
     assert (scorer.layout, scorer.trim) == ("packed", False)
     with pytest.raises(ModelError, match="flash_attention_2 knows no tokens"):
-        Scorer(classifier, "shared")
+        Scorer(flash, "shared")
+
+    def deaf(*given: Any, softcap: object = None, **named: Any) -> object:
+        return sdpa_attention_forward(*given, **named)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", deaf)
+    assert "differ from those of the row alone" in str(probe(backbone, torch.float32).packed)
 
 
 def test_a_backbone_that_mixes_rows_is_padded(classifier: Classifier) -> None:
-    classifier._why_not_packed = "carries a state from token to token"
+    why = "carries a state from token to token"
+    classifier.isolation = classifier.isolation._replace(packed=why, shared=why)
     assert Scorer(classifier).layout == "padded"
     with pytest.raises(ModelError, match="carries a state"):
         Scorer(classifier, "packed")

@@ -143,6 +143,7 @@ def test_stock_attention_finds_sequences_by_their_positions_and_ours_by_what_it_
 ) -> None:
     """Rotary positions are relative: running on alone moves no logit of ours. It blinds the stock implementation."""
     ours, stock = (with_attention(config_for, "llama", name) for name in ("auto", "sdpa"))
+    stock.isolation = ours.isolation  # it is refused packed batches otherwise
     batch, expected = packed(items()), logits_of(ours, packed(items()))
     assert (logits_of(ours, _positions_run_on(batch)) - expected).abs().max() <= 1e-4
     assert (logits_of(stock, batch) - expected).abs().max() <= 1e-5
@@ -285,8 +286,8 @@ def test_what_packing_would_mix_is_refused(config_for: Callable[..., Config]) ->
         why = attention.why_not_packed(SimpleNamespace(config=config))  # type: ignore[arg-type]
         assert why is not None
         assert spoilt["layer_types"][0] in why
-    classifier._why_not_packed = why
-    with pytest.raises(ModelError, match="packed rows would see each other"):
+    classifier.isolation = classifier.isolation._replace(packed=why)
+    with pytest.raises(ModelError, match="layout packed: has layers of the kind linear_attention"):
         logits_of(classifier, packed(items()))
     assert logits_of(classifier, padded(items())).shape == (8, 3)
 

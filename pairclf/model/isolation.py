@@ -1,0 +1,278 @@
+"""Whether the rows of a batch score as each row alone does: found out once for every base, before it is used.
+
+What a model's class says of itself (`attention.why_not_packed`) is a claim. A layer that drops its keyword arguments
+never hands the topology on, and packed rows then see each other in silence. So the base is run on two short rows of
+random ids, each alone with the attention that transformers brings ("eager"), and then together, as every layout lays
+them; the states of every token must agree. Windows are longer than such rows: what the model asks its mask to be is
+compared with the window that it hands to its attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pairclf.errors import ModelError
+from pairclf.model.attention import NAME, Watch, watching, why_not_packed
+from pairclf.model.batch import Batch, Item, Topology
+from pairclf.model.layouts import WORTH, packed, padded, shared
+from pairclf.model.precision import in_float32
+from pairclf.model.trim import reading_at, why_not_trimmed
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference of a token's hidden states, as a part of the spread of all tokens' states; by what is computed in.
+
+Rows that see each other differ by 0.1 to 2 at the first token of the second row, rounding of 48 layers by 1e-5, 1e-2
+and 5e-2. Nearly all is compared in float32, whatever the weights are stored in."""
+
+
+class Isolation(NamedTuple):
+    """Why sequences can't lie so in a batch of this base; None: they can.
+
+    Attributes:
+        packed: end to end.
+        shared: with common beginnings once.
+        trimmed: with the last layer computed at the read tokens alone.
+        attentions: calls of the attention function in one forward pass.
+    """
+
+    packed: str | None
+    shared: str | None
+    trimmed: str | None
+    attentions: int
+
+
+_FOUND: dict[tuple[object, ...], Isolation] = {}
+
+
+def isolation_of(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
+    """What holds for a base, found out at the first call of a process and remembered.
+
+    Args:
+        backbone: the base as it was loaded, without adapters, quantised or not, on one device or several.
+        dtype: what it computes in.
+
+    Raises:
+        ModelError: the base can't be run, or a row of a padded batch does not score as the row alone.
+    """
+    config: Any = backbone.config
+    settings = config.to_json_string(use_diff=False)
+    weight = next(backbone.parameters())
+    key = (
+        type(backbone),
+        config.name_or_path,
+        settings,
+        config._attn_implementation,
+        dtype,
+        weight.dtype,
+        weight.device,
+    )
+    if key not in _FOUND:
+        _FOUND[key] = probe(backbone, dtype)
+    return _FOUND[key]
+
+
+def probe(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
+    """`isolation_of`, measured: five or six forward passes over at most 40 tokens.
+
+    Nothing of the model, of torch's random numbers or of its mode is another one afterwards.
+
+    Raises:
+        ModelError: as `isolation_of`.
+    """
+    # FlashAttention computes in 16 bits alone.
+    precise = [] if _implementation(backbone) == "flash_attention_2" else [torch.float32]
+    ways = [*precise, *([dtype] if dtype not in precise else [])]
+    with _undisturbed(backbone):
+        for way in ways:
+            try:
+                with in_float32(backbone) if way == torch.float32 else _autocast(backbone, way):
+                    return _measure(backbone, way)
+            except ModelError:
+                raise
+            except Exception as error:
+                # In float32: a module that reaches for another one's 16-bit weights, or no room for a copy of them.
+                if way == ways[-1]:
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    raise _cannot_run(backbone, error) from error
+    raise AssertionError("unreachable")
+
+
+def _autocast(backbone: nn.Module, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(_device(backbone).type, dtype, enabled=dtype != torch.float32)
+
+
+def _cannot_run(backbone: nn.Module, error: Exception) -> ModelError:
+    return ModelError(
+        f"{_named(backbone)} can't be run on token ids: {type(error).__name__}: {str(error)[:300]}",
+        remedy="use a decoder such as Gemma-2, Llama-3 or Qwen-2.5",
+    )
+
+
+def _measure(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
+    rows, allowed, watch = _rows(backbone), TOLERANCE[dtype], Watch()
+    with _stock_attention(backbone):
+        alone = [_run(backbone, padded([row]))[0] for row in rows]
+    spread = _spread(alone)
+    with watching(watch):
+        states = _run(backbone, padded(rows))
+    apart = max(_apart(states[row, : len(one)], one, spread) for row, one in enumerate(alone))
+    if not apart <= allowed:
+        raise ModelError(
+            f"{_named(backbone)}: hidden states of a row in a padded batch differ from those of the row alone, by "
+            f"{apart:.2g} of their spread",
+            remedy="use another base; no layout of a batch is right for this one",
+        )
+
+    def differs(batch: Batch, *, trim: bool) -> str | None:
+        return _differs(backbone, batch, alone, spread, allowed, watch.calls, trim=trim)
+
+    why_packed = claimed(backbone) or watch.wrong_window() or differs(packed(rows), trim=False)
+    if why_packed or _implementation(backbone) != NAME:
+        unknown = f"model.attention={_implementation(backbone)} knows no tokens that several sequences see"
+        return Isolation(why_packed, why_packed or unknown, why_not_trimmed(backbone) or why_packed, watch.calls)
+    why_trimmed = why_not_trimmed(backbone) or differs(shared(rows), trim=True)
+    # Where the last layer is right at the read places, so is all before it.
+    why_shared = differs(shared(rows), trim=False) if why_trimmed else None
+    return Isolation(None, why_shared, why_trimmed, watch.calls)
+
+
+def longest_row(backbone: nn.Module) -> int | None:
+    """Tokens beyond which a row changes the rotary positions of all rows of its batch; None: it never does."""
+    config: Any = backbone.config.get_text_config()  # type: ignore[union-attr, operator]
+    told: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for one in told.values() if all(isinstance(one, dict) for one in told.values()) else [told]:
+        kind = str(one.get("rope_type"))
+        if kind == "longrope":
+            limits.append(int(one["original_max_position_embeddings"]))
+        elif "dynamic" in kind:
+            limits.append(int(config.max_position_embeddings))
+    return min(limits, default=None)
+
+
+def claimed(backbone: nn.Module) -> str | None:
+    """Why packed rows would see each other, by what the class and its attention say of themselves."""
+    if why := why_not_packed(backbone):
+        return f"{type(backbone).__name__} {why}"
+    if _implementation(backbone) not in (NAME, "flash_attention_2"):
+        return f"model.attention={_implementation(backbone)} would let packed rows see each other"
+    return None
+
+
+def _differs(
+    backbone: nn.Module,
+    batch: Batch,
+    alone: Sequence[Tensor],
+    spread: Tensor,
+    allowed: float,
+    attentions: int,
+    *,
+    trim: bool,
+) -> str | None:
+    """Why rows in one batch are not what they are alone; None: they are."""
+    topology, watch = batch.inputs["topology"], Watch(told=True)
+    assert isinstance(topology, Topology)
+    told = {name: one for name, one in batch.inputs.items() if name != "topology" or _implementation(backbone) == NAME}
+    read_at = batch.read_at.to(_device(backbone))
+    try:
+        with watching(watch), reading_at(backbone, read_at) if trim else nullcontext():
+            states = _run(backbone, replace(batch, inputs=told))[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason
+        return f"{type(backbone).__name__}: {str(error).splitlines()[0]}" if str(error) else repr(error)
+    if watch.calls != attentions:
+        return f"{type(backbone).__name__} calls its attention {attentions} times in a padded batch, {watch.calls} here"
+    places = [[row] for row in range(len(alone))] if trim else [_places(path) for path in topology.paths]
+    wanted = [one[-1:] for one in alone] if trim else list(alone)
+    apart = max(_apart(states[at], one, spread) for at, one in zip(places, wanted, strict=True))
+    if not apart <= allowed:
+        return (
+            f"{type(backbone).__name__}: hidden states of a row beside others differ from those of the row alone, by "
+            f"{apart:.2g} of their spread"
+        )
+    return None
+
+
+def _places(path: Sequence[tuple[int, int]]) -> list[int]:
+    return [place for span in path for place in range(*span)]
+
+
+def _rows(backbone: nn.Module) -> list[Item]:
+    """Two rows of random ids of the vocabulary, none of them special, that begin alike and end in other lengths."""
+    config: Any = backbone.config.get_text_config()  # type: ignore[union-attr, operator]
+    told = {**config.to_dict(), **backbone.config.to_dict()}  # type: ignore[union-attr, operator]
+    special = {one for name, one in told.items() if name.endswith(("_id", "_index")) and isinstance(one, int)}
+    ids = np.setdiff1d(np.arange(min(config.vocab_size, 1 << 16)), list(special)).astype(np.int32)
+    random = np.random.default_rng(0)
+    start, ends = random.choice(ids, WORTH), random.permutation(ids)[:8]
+    return [Item(0, 0, np.concatenate([start, ends[:3]])), Item(1, 0, np.concatenate([start, ends[3:]]))]
+
+
+def _run(backbone: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden states in float32, `(B, T, H)`."""
+    states: Tensor = backbone(**batch.to(_device(backbone)).inputs, use_cache=False).last_hidden_state
+    return states.float()
+
+
+def _spread(alone: Sequence[Tensor]) -> Tensor:
+    """How far tokens lie from their mean in each dimension, `(H,)`: some dimensions are huge and say nothing."""
+    states = torch.cat(list(alone))
+    spread = (states - states.mean(0)).abs().mean(0)
+    return spread.clamp(min=float(states.abs().mean()) * 1e-6 + torch.finfo(torch.float32).tiny)
+
+
+def _apart(states: Tensor, alone: Tensor, spread: Tensor) -> float:
+    """The largest difference of a token's `(T, H)` states: a mean over dimensions, each by its spread."""
+    return float(((states - alone).abs() / spread).mean(-1).max())
+
+
+@contextmanager
+def _undisturbed(backbone: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients; mode, random numbers and a GPU's free memory are afterwards as before."""
+    training, device = backbone.training, _device(backbone)
+    devices = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
+    backbone.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        backbone.train(training)
+        if devices:
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _stock_attention(backbone: nn.Module) -> Iterator[None]:
+    """Within, layers compute attention as their own file has it, where otherwise ours is called."""
+    configs = {id(one): one for module in backbone.modules() if (one := getattr(module, "config", None)) is not None}
+    ours = [one for one in configs.values() if getattr(one, "_attn_implementation", None) == NAME]
+    for one in ours:
+        one._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for one in ours:
+            one._attn_implementation = NAME
+
+
+def _implementation(backbone: nn.Module) -> str:
+    config: Any = backbone.config
+    return str(config._attn_implementation)
+
+
+def _device(backbone: nn.Module) -> torch.device:
+    return next(backbone.parameters()).device
+
+
+def _named(backbone: nn.Module) -> str:
+    config: Any = backbone.config
+    return f"{type(backbone).__name__} of {config.name_or_path or 'this base'}"
