@@ -176,7 +176,7 @@ class Folds(Section):
 
 
 class Template(Section):
-    """The wording around the fields. `text`, `round` and `chat` follow from the others where they are not given."""
+    """The wording around the fields. What is not given follows from the rest."""
 
     preset: Literal["tagged", "judge"] = Field(
         "tagged", description="wording: tagged (headings), or judge (a task for a chat model, in its chat template)"
@@ -192,6 +192,11 @@ class Template(Section):
     turn_break: str = Field("\n\n", description="text between two turns of one field")
     chat: bool | None = Field(
         None, description="put the wording into the tokenizer's chat template; null: the preset's"
+    )
+    add_special_tokens: bool | None = Field(
+        None,
+        description="put before and after the wording what tokenizer(text) puts there, such as BOS; null: without chat "
+        "alone, as a chat template writes its own",
     )
 
 
@@ -471,6 +476,8 @@ def _derive_template(template: Template, task: Task) -> None:
         template.instruction = _instruction(task) if judge and not template.text else ""
     if template.chat is None:
         template.chat = judge
+    if template.add_special_tokens is None:
+        template.add_special_tokens = not template.chat
     if not template.round and interleaved:
         template.round = shown
     if not template.text:

@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import (
     Gemma2Config,
@@ -84,6 +84,10 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
+    bos = SPECIAL["bos_token"]  # stands before every document below, and so before every text
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         additional_special_tokens=TURNS,
@@ -190,7 +194,8 @@ def make(name: str, args: argparse.Namespace) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     mean = sum(map(len, encoded)) / len(encoded)
     print(f"{name}: {parameters:,} parameters, {len(encoded):,} documents of {mean:.0f} tokens", flush=True)
-    headings = torch.tensor(tokenizer([f" {heading}" for heading in (*HEADINGS, VERDICT)])["input_ids"]).flatten()
+    words = [f" {heading}" for heading in (*HEADINGS, VERDICT)]
+    headings = torch.tensor(tokenizer(words, add_special_tokens=False)["input_ids"]).flatten()
     figures = pretrain(model, encoded[HELD_OUT:], encoded[:HELD_OUT], headings, args)
     with atomic_folder(args.out / name, known_by="pretraining.json") as folder:
         model.to(torch.float16).save_pretrained(folder)

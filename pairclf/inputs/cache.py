@@ -34,7 +34,7 @@ from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
 from pairclf.inputs.tokenise import TurnTokenizer
 from pairclf.inputs.truncate import Ids
 
-FORMAT = 1  # goes into the name: raise it when what is stored changes
+FORMAT = 2  # goes into the name: raise it when what is stored changes
 TOKENS, MANIFEST = "tokens.arrow", "tokens.json"
 ROWS_AT_A_TIME = 1024
 WORTH_PROCESSES = 8192  # rows; below it a process costs more to start than it saves

@@ -3,8 +3,9 @@
 The same builder, made from the same saved recipe, serves training, validation and the notebook. A template is a list
 of segments. Every one of them, and every turn of a row, is tokenised alone, once, and spliced by ids: both orders of
 a row come from one tokenisation, and the prompt has the same ids in both. The template's own text may hold the
-tokenizer's special tokens; the users' text never makes one: whatever is typed inside a response stays plain text, so
-that nobody can close a segment of a chat template or open the model's answer from inside a response.
+tokenizer's special tokens; the users' text never makes one, nor another control token such as `<tool_call>`
+(`TurnTokenizer`): whatever is typed inside a response stays plain text, so that nobody can close a segment of a chat
+template or open the model's answer from inside a response.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class InputBuilder:
         longest = self._marker_texts(10**digits - 1 for digits in range(1, 8))
         self._longest_marker = max(map(len, self.tokenizer(longest, special=True)))
         self._turn_break = self._wording(template.turn_break)
-        self._outer, self._round = self._segments(template, tokenizer.bos_token_id)
+        self._outer, self._round = self._segments(template)
         self._orders: dict[int, dict[str, str]] = {AB: {name: name for name in task.fields}}
         if task.swappable:
             self._orders[BA] = task.swapped_fields
@@ -119,22 +120,33 @@ class InputBuilder:
     def _wording(self, text: str) -> Ids:
         return self.tokenizer([text], special=True)[0]
 
-    def _segments(self, template: Template, bos: int | None) -> tuple[list[_Segment], list[_Segment]]:
+    def _segments(self, template: Template) -> tuple[list[_Segment], list[_Segment]]:
         """The segments of the whole and of one round, in reading order; a place holder has no ids yet."""
         holders = "|".join(map(re.escape, (*self._task.fields, ROUNDS)))
 
-        def parse(text: str, start: Sequence[int] = ()) -> list[_Segment]:
+        def parse(text: str, *, whole: bool) -> list[_Segment]:
+            pieces = re.split(rf"\{{({holders})\}}", text)
             segments: list[_Segment] = []
-            for place, piece in enumerate(re.split(rf"\{{({holders})\}}", text)):
+            for place, piece in enumerate(pieces):
                 if place % 2:
                     segments.append((piece, _NOTHING))
                     continue
-                ids = np.concatenate([np.array(start if place == 0 else (), dtype=np.int32), self._wording(piece)])
+                ids = self.tokenizer([piece], special=True, start=whole and place == 0)[0]
+                if whole and template.add_special_tokens:
+                    ids = self._with_special_tokens(ids, first=place == 0, last=place == len(pieces) - 1)
                 segments += [(TEMPLATE, ids)] if len(ids) else []
             return segments
 
-        whole = (template.instruction or "") + template.text
-        return parse(whole, () if bos is None else (bos,)), parse(template.round)
+        return parse((template.instruction or "") + template.text, whole=True), parse(template.round, whole=False)
+
+    def _with_special_tokens(self, ids: Ids, *, first: bool, last: bool) -> Ids:
+        """What `tokenizer(text)` puts before the first piece and after the last, unless the wording has it there."""
+        before, after = self.tokenizer.before, self.tokenizer.after
+        if first and len(before) and not np.array_equal(ids[: len(before)], before):
+            ids = np.concatenate([before, ids])
+        if last and len(after) and not np.array_equal(ids[-len(after) :], after):
+            ids = np.concatenate([ids, after])
+        return ids
 
     def _smallest(self) -> int:
         """The smallest budget that every row fits into, whatever its lengths."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import string
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,12 @@ from pairclf.config import PLACE, Template
 from pairclf.errors import ConfigError, ModelError
 from pairclf.inputs.truncate import Ids
 
+TODAY = datetime(2024, 7, 26)
+"""The date in a chat template that writes one: Llama-3's own default. Today's would make other ids tomorrow."""
+
+_WORD = re.compile(r"[^\W_]([^<>\[\]{}|｜]*)")
+"""An added token that is a word: it begins with a letter or digit, and no bracket or bar is in it."""
+
 
 class TurnTokenizer:
     """A fast tokenizer, reduced to what it makes of a text: no special token added, nothing cut, nothing padded.
@@ -22,9 +31,21 @@ class TurnTokenizer:
     It works on a copy, because the tokenizer that stands with a model may truncate and pad (some checkpoints save
     it so), and asks for no offsets, which makes it a third faster than transformers' own call.
 
+    A *control token* is an added token that a text of a user must not become: every special one, and every other
+    added token that is neither white space, nor one character, nor a word (`<tool_call>`, `[INST]`, `|||EMAIL|||`).
+
+    Attributes:
+        control: ids of the control tokens.
+        before: ids that the tokenizer itself puts before a text, most often none or its BOS.
+        after: ids that the tokenizer itself puts after a text, most often none.
+
     Raises:
         ModelError: the tokenizer is not a fast one.
     """
+
+    control: frozenset[int]
+    before: Ids
+    after: Ids
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -33,21 +54,28 @@ class TurnTokenizer:
                 f"{type(tokenizer).__name__} is not a fast tokenizer",
                 remedy="use a base model that has a tokenizer.json",
             )
-        self._set_up(Tokenizer.from_str(backend.to_str()))
+        self._set_up(backend.to_str())
 
     @classmethod
     def from_json(cls, text: str) -> TurnTokenizer:
         """The same tokenizer in another process: `from_json(tokenizer.to_json())`."""
         made = cls.__new__(cls)
-        made._set_up(Tokenizer.from_str(text))
+        made._set_up(text)
         return made
 
-    def _set_up(self, backend: Tokenizer) -> None:
-        backend.no_truncation()
-        backend.no_padding()
-        self._backend = backend
-        specials = {id: token.content for id, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._special, self._names = frozenset(specials), tuple(specials.values())
+    def _set_up(self, text: str) -> None:
+        made = json.loads(text)
+        for token in made["added_tokens"]:  # `encode_special_tokens` makes text of the special ones alone
+            token["special"] = token["special"] or not _is_text(token["content"])
+        self._backend = self._continuing = _bare(made)
+        inner = {name: _without_prefix(made[name]) for name in ("normalizer", "pre_tokenizer")}
+        if any(made[name] != part for name, part in inner.items()):
+            self._continuing = _bare(made | inner)
+        added = self._backend.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        control = {number: token.content for number, token in added.items() if token.special}
+        self.control, self._names = frozenset(control), tuple(control.values())
+        self.before, self.after = _around(self._backend)
 
     def to_json(self) -> str:
         return self._backend.to_str()
@@ -57,35 +85,93 @@ class TurnTokenizer:
         """Changes with whatever could change an id."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
-    def __call__(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
+    def __call__(self, texts: Sequence[str], *, special: bool, start: bool = False) -> list[Ids]:
         """Token ids of each text, `(T,)` int32.
 
         Args:
             texts: any texts.
-            special: whether a special token's name in a text is that token; otherwise it is plain text.
+            special: whether a control token's name in a text is that token; otherwise it is plain text.
+            start: whether an input begins with the text. Some tokenizers put a blank before an input, and none before
+                the texts that follow inside it.
         """
-        self._backend.encode_special_tokens = not special
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        found = [one.ids for one in encodings]
-        if not special:
-            for place, ids in enumerate(found):
-                if not self._special.isdisjoint(ids):
-                    found[place] = self._broken_up(texts[place])
+        backend = self._backend if start else self._continuing
+        backend.encode_special_tokens = not special
+        found = [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        for place, ids in enumerate(found):
+            if not special and not self.control.isdisjoint(ids):
+                found[place] = self._broken_up(texts[place])
+            elif backend is not self._backend and not self._added.isdisjoint(ids):
+                found[place] = self._after_added(texts[place], special=special)
         return [np.array(ids, dtype=np.int32) for ids in found]
 
+    def _after_added(self, text: str, *, special: bool) -> list[int]:
+        """A continued text, from its first added token on as at the start: there the tokenizer may put a blank again."""
+        self._backend.encode_special_tokens = not special
+        continued, started = (one.encode(text, add_special_tokens=False) for one in (self._continuing, self._backend))
+        starts = {
+            (one, at): place for place, (one, (at, _)) in enumerate(zip(started.ids, started.offsets, strict=True))
+        }
+        ids: list[int] = continued.ids
+        for place, (one, (at, _)) in enumerate(zip(ids, continued.offsets, strict=True)):
+            if one in self._added and (one, at) in starts:
+                return ids[:place] + started.ids[starts[one, at] :]
+        return ids
+
     def _broken_up(self, text: str) -> list[int]:
-        """Ids of a text in which the model itself knows a special token's name as a word (Unigram models may)."""
+        """Ids of a text in which the model itself knows a control token's name as a word (Unigram models may)."""
         names = "|".join(re.escape(name) for name in sorted(self._names, key=len, reverse=True))
         pieces = re.split(f"(?={names})", text)
-        parts = [part for piece in pieces for part in (piece[:1], piece[1:]) if part]
-        ids = [one for part in self._backend.encode_batch_fast(parts, add_special_tokens=False) for one in part.ids]
-        return [one for one in ids if one not in self._special]  # a name of one character can't be broken up
+        ids = self._of_parts([part for piece in pieces for part in (piece[:1], piece[1:]) if part])
+        if not self.control.isdisjoint(ids):  # a normalizer made the name of other characters
+            ids = self._of_parts(list(text))
+        return [one for one in ids if one not in self.control]  # a name of one character can't be broken up
+
+    def _of_parts(self, parts: list[str]) -> list[int]:
+        encoded = self._continuing.encode_batch_fast(parts, add_special_tokens=False)
+        return [one for part in encoded for one in part.ids]
+
+
+def _bare(made: dict[str, Any]) -> Tokenizer:
+    backend = Tokenizer.from_str(json.dumps(made))
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _is_text(content: str) -> bool:
+    """Whether an added token that is not special stands for ordinary text, as the model was trained.
+
+    >>> [_is_text(one) for one in ("\\n\\n", "▁▁", "COVID-19", "<think>", "[INST]", "|||EMAIL|||", "</s>")]
+    [True, True, True, False, False, False, False]
+    """
+    plain = content.replace("▁", " ").strip()
+    return len(plain) < 2 or _WORD.fullmatch(plain) is not None
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer, as tokenizer.json has it, without the blank that it puts before a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        name = "normalizers" if "normalizers" in part else "pretokenizers"
+        return {**part, name: [inner for one in part[name] if (inner := _without_prefix(one)) is not None]}
+    changes = {"prepend_scheme": "never", "add_prefix_space": False}
+    return part | {name: value for name, value in changes.items() if name in part}
+
+
+def _around(backend: Tokenizer) -> tuple[Ids, Ids]:
+    """What the tokenizer puts before and after a text: `tokenizer(text)` less what stands for the text."""
+    encoded = backend.encode(string.ascii_letters, add_special_tokens=True)
+    own = [place for place, added in enumerate(encoded.special_tokens_mask) if not added]
+    first, last = (own[0], own[-1] + 1) if own else (len(encoded), len(encoded))
+    return np.array(encoded.ids[:first], dtype=np.int32), np.array(encoded.ids[last:], dtype=np.int32)
 
 
 def settle_template(template: Template, tokenizer: Any) -> Template:
     """The template with the tokenizer's chat template written out, and the chat model's answer opened.
 
-    What comes of it depends on no chat template any more (nor on the date, which some put in), so a bundle keeps it.
+    What comes of it depends on no chat template any more, so a bundle keeps it. It holds every special token that the
+    chat template writes, BOS included, and no other: its ids are those of `apply_chat_template`.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or it does not show the wording as it is.
@@ -96,19 +182,45 @@ def settle_template(template: Template, tokenizer: Any) -> Template:
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("inputs.template.chat needs a chat template, and the tokenizer has none", remedy=remedy)
     content = (template.instruction or "") + template.text
-    try:
-        text: str = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=False,
-            add_generation_prompt=True,
-            date_string="26 Jul 2024",  # Llama-3's own default; later templates would put today's date
-        )
-    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
-        raise ConfigError(f"the tokenizer's chat template fails: {error}", remedy=remedy) from error
-    if text.count(content.strip()) != 1 or PLACE.findall(text) != PLACE.findall(content):
+    problems = []
+    for form in (content, [{"type": "text", "text": content}]):  # models of images and texts read lists of parts
+        try:
+            text = _rendered(tokenizer, form)
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+            problems.append(f"the tokenizer's chat template fails: {error}")
+            continue
+        if text.count(content.strip()) == 1 and PLACE.findall(text) == PLACE.findall(content):
+            break
+        problems.append("the tokenizer's chat template does not show the user's message once, as it is")
+    else:
+        raise ConfigError(problems[0], remedy=remedy)
+    if text.endswith("}") and text.endswith(tuple(f"{{{name}}}" for name in PLACE.findall(content))):
         raise ConfigError(
-            "the tokenizer's chat template does not show the user's message once, as it is", remedy=remedy
+            "the tokenizer's chat template writes nothing after the user's message, whose verdict is read at its end",
+            remedy="let inputs.template.text end in words of its own",
         )
-    if tokenizer.bos_token:  # the builder puts it first, as it does without a chat template
-        text = text.removeprefix(tokenizer.bos_token)
     return template.model_copy(update={"text": text, "instruction": "", "chat": False})
+
+
+def _rendered(tokenizer: Any, content: str | list[dict[str, str]]) -> str:
+    """The text of a chat of one message of the user, and the answer opened, as on the day `TODAY`."""
+    template: str = tokenizer.get_chat_template()
+    text: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=_CLOCK + template if "strftime_now" in template else template,
+        tokenize=False,
+        add_generation_prompt=True,
+        date_string=TODAY.strftime("%d %b %Y"),
+    )
+    return text
+
+
+def _clock() -> str:
+    """A macro in place of transformers' `strftime_now`: of one day, each part of a date is one text."""
+    parts = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdDeFHIjmMpSTuUVwWxXyY"]
+    replaced = "".join(f"|replace({part!r},{TODAY.strftime(part)!r})" for part in parts)
+    # Jinja drops a line break after a block, and so one of the template's own; after an expression it drops none.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}"
+
+
+_CLOCK = _clock()

@@ -370,7 +370,8 @@ def kept_bytes(config: Config, classifier: Classifier, length: int) -> tuple[lis
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # An operation that keeps its own result would hold itself, and the whole pass would never be freed.
+        return tensor.detach()
 
     pair = [length, length - 1]  # of unlike lengths, so that a padded batch has a mask
     batch = _made_up(config, classifier, pair)

@@ -39,7 +39,8 @@ def find_rows(chunks: Iterable[pl.DataFrame], ids: Sequence[str], task: Task) ->
 def show(opened: Opened, row: Row, *, coloured: bool) -> list[Text]:
     """A text an order: a line of figures, then the input, each segment in its colour (or behind its name).
 
-    Colours belong to places: what is A's in order AB is B's in order BA. Special tokens are underlined.
+    Colours belong to places: what is A's in order AB is B's in order BA. Control tokens, all
+    special ones among them, are underlined.
 
     Args:
         opened: recipe and tokenizer.
@@ -48,7 +49,7 @@ def show(opened: Opened, row: Row, *, coloured: bool) -> list[Text]:
     """
     task, tokenizer = opened.config.task, opened.tokenizer
     styles = _STYLES | dict(zip(task.fields, _FIELD_STYLES * len(task.fields), strict=False))
-    specials = set(tokenizer.all_special_ids)
+    specials = opened.builder.tokenizer.control
     encoded = opened.builder.encode([row])[0]
     texts = []
     for order, one in enumerate(encoded):

@@ -44,7 +44,7 @@ from pairclf.task import Row
 MANIFEST = "bundle.json"
 CONFIG = "config.yaml"
 TRAINED_ON = "trained_on.parquet"
-FORMAT = 4
+FORMAT = 5
 _VERSIONS = ("pairclf", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
