@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -288,12 +289,11 @@ def _averages(learner: Learner) -> dict[str, Tensor]:
 def _whole(path: Path, accelerator: Accelerator) -> Iterator[Path]:
     """`atomic_folder` for all processes at once: the main one makes it and moves it, the others write into it."""
     if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-        yield path.parent / f".tmp-{path.name}"
+        yield Path(broadcast_object_list([""])[0])
         accelerator.wait_for_everyone()
         return
     with atomic_folder(path, known_by=STATE) as new:
-        accelerator.wait_for_everyone()
+        broadcast_object_list([str(new)])
         yield new
         accelerator.wait_for_everyone()
 
