@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -166,7 +167,7 @@ def atomic_folder(path: Path, *, known_by: str) -> Iterator[Path]:
     An older folder at `path` is moved into the writer's own folder first and removed last, so that at every moment one
     whole folder exists under either name. After a kill in between, the next writer moves it back.
     """
-    if path.exists() and not (path.is_dir() and ((path / known_by).exists() or not any(path.iterdir()))):
+    if not _may_be_replaced(path, known_by):
         raise PairclfError(
             f"{path} holds something else than is to be written there (no {known_by}), and will not be replaced",
             remedy="give a new folder, or remove what is there yourself",
@@ -182,10 +183,27 @@ def atomic_folder(path: Path, *, known_by: str) -> Iterator[Path]:
     _sync(path.parent)
 
 
+def _may_be_replaced(path: Path, known_by: str) -> bool:
+    """Whether nothing is at `path`, or an empty folder, or one that holds `known_by`.
+
+    Another writer may move it aside while it is looked at; then what has come into its place is looked at.
+    """
+    while path.exists():
+        with suppress(FileNotFoundError):
+            seen = path.stat()
+            if not stat.S_ISDIR(seen.st_mode):
+                return False
+            if (path / known_by).exists() or not any(path.iterdir()):
+                return True
+            if os.path.samestat(path.stat(), seen):
+                return False
+    return True
+
+
 def _take_place(new: Path, path: Path, aside: Path) -> None:
     """Rename folder `new` to `path`. What stands there is moved into `aside`, and comes back if that fails.
 
-    Another writer of the same path may put its own there in between; then that one is moved aside, too: the last counts.
+    Another writer of the same path may put its own there in between; then that one is moved aside, too.
     """
     for turn in range(_TRIES):
         old = aside / f"{_OLD}{turn}"

@@ -135,7 +135,7 @@ def test_writers_at_once_leave_one_whole_file_and_folder(tmp_path: Path) -> None
     def write(number: int) -> None:
         try:
             start.wait()
-            for turn in range(30):
+            for turn in range(12):
                 write_text(tmp_path / "file", f"{number}-{turn}\n" * 2000)
                 with atomic_folder(tmp_path / "folder", known_by="x") as new:
                     (new / "x").write_text(f"{number}-{turn}")
