@@ -58,6 +58,16 @@ Resume = Annotated[
 ]
 
 
+TrustCheckpoint = Annotated[
+    bool,
+    typer.Option(
+        "--trust-checkpoint",
+        help="with --resume under DeepSpeed or FSDP: load a checkpoint that you did not write on this machine; its "
+        "pickles can run any code",
+    ),
+]
+
+
 def _example(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A command whose `--help` ends with an example."""
     return app.command(epilog=f"**Example:** `{text}`")
@@ -256,23 +266,30 @@ def train(
     fold: Annotated[int | None, typer.Option(help="fold to hold out and score; none: train on all rows")] = None,
     processes: Processes = None,
     resume: Resume = None,
+    trust_checkpoint: TrustCheckpoint = False,
 ) -> None:
     """Fine-tune one classifier and write its bundle."""
     settings = _load(config, overrides)
     _spread(processes)
     from pairclf.jobs.fit import fit
 
-    _say_once(fit(settings, fold, resume=resume))
+    _say_once(fit(settings, fold, resume=resume, trust_checkpoint=trust_checkpoint))
 
 
 @_example("pairclf cv configs/lmsys/gemma2-9b-qlora.yaml folds.run=[0,1]")
-def cv(config: ConfigPath, overrides: Overrides = None, processes: Processes = None, resume: Resume = None) -> None:
+def cv(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    processes: Processes = None,
+    resume: Resume = None,
+    trust_checkpoint: TrustCheckpoint = False,
+) -> None:
     """Train the folds one after another and join their out-of-fold scores."""
     settings = _load(config, overrides)
     _spread(processes)
     from pairclf.jobs.cv import cross_validate
 
-    _say_once(*cross_validate(settings, resume=resume))
+    _say_once(*cross_validate(settings, resume=resume, trust_checkpoint=trust_checkpoint))
 
 
 @_example(

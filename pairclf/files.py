@@ -1,17 +1,26 @@
 """Whole or not at all: atomic files and folders, locks, content hashes, and YAML and JSON as we write them.
 
 A reader never sees half a file: everything is written beside its destination, synced, and renamed over it.
-A killed process leaves a `.tmp-…` entry that nothing reads and that the next writer of the same path removes.
+
+Each writer works in a folder of its own, `.tmp-NAME-xxxxxxxx`, with a random ending and mode 0700: two writers of one
+path do not meet, and in a folder that several users share nobody can plant a file or a link where a writer will write.
+The folder is locked while its writer lives. A killed writer leaves it behind; nothing reads it, and the next writer of
+the same path removes it.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +30,82 @@ from pairclf.console import console
 from pairclf.errors import PairclfError
 
 _CHUNK = 1 << 20  # bytes
+_LOCK, _OLD = ".lock", ".old-"  # entries of a writer's folder, beside what it writes
+_TRIES = 1000  # of a folder to take its place, while other writers take it too
 
 
-def _temporary(path: Path) -> Path:
-    return path.parent / f".tmp-{path.name}"
+@contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that this writer alone writes into; removed at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_abandoned(path)
+    folder, lock = _new_workplace(path)
+    try:
+        yield folder
+    finally:
+        try:
+            if path.exists() or not any(folder.glob(f"{_OLD}*")):  # else an older folder could not be put back
+                _discard(folder)
+        finally:
+            os.close(lock)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _discard(folder: Path) -> None:
+    """Remove a writer's folder, its lock last: one that is half removed is still known as abandoned."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != _LOCK:
+            entry.unlink()
+    shutil.rmtree(folder)
+
+
+def _new_workplace(path: Path) -> tuple[Path, int]:
+    """The folder, and the descriptor that holds its lock."""
+    while True:
+        folder = path.parent / f".tmp-{path.name}-{secrets.token_hex(4)}"
+        try:
+            folder.mkdir(mode=0o700)  # never follows a link, and refuses a name that is taken
+        except FileExistsError:
+            continue
+        lock = os.open(folder / _LOCK, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+        with suppress(OSError):  # a file system without locks: no other writer can lock it either, and removes nothing
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / _LOCK).exists():
+            return folder, lock
+        os.close(lock)  # another writer saw the folder before it was locked, and removed it
+
+
+def _clear_abandoned(path: Path) -> None:
+    """Remove the folders of killed writers of `path`; an older folder that one had moved aside comes back first."""
+    ours = re.compile(rf"\.tmp-{re.escape(path.name)}-[0-9a-f]{{8}}")
+    for folder in [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]:
+        with suppress(OSError), _abandoned(folder) as is_abandoned:  # gone, another user's, or without its lock file
+            if not is_abandoned:
+                continue
+            for old in folder.glob(f"{_OLD}*"):
+                if not path.exists():  # killed between two renames: the old one is the whole one
+                    os.replace(old, path)
+            _discard(folder)
+
+
+@contextmanager
+def _abandoned(folder: Path) -> Iterator[bool]:
+    """Whether the folder is ours, and no living process holds its lock; held until the block ends."""
+    status = folder.lstat()
+    if not folder.is_dir() or folder.is_symlink() or status.st_uid != os.geteuid():
+        yield False
+        return
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(lock)
 
 
 def _sync(path: Path) -> None:
@@ -65,17 +139,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
         OSError: as the writing raised it (a full disk, a read-only folder); `path` is then untouched.
     """
     check_file_target(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    _remove(temporary)
-    try:
+    with _workplace(path) as folder:
+        temporary = folder / _content_name(path)
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        _remove(temporary)
-        raise
     _sync(path.parent)
+
+
+def _content_name(path: Path) -> str:
+    """The name in the writer's folder: the same, as some libraries go by its ending."""
+    return path.name if path.name != _LOCK else f"{_LOCK}-file"
 
 
 @contextmanager
@@ -90,34 +164,61 @@ def atomic_folder(path: Path, *, known_by: str) -> Iterator[Path]:
         PairclfError: something else stands at `path`.
         OSError: as the writing raised it; `path` is then untouched.
 
-    An older folder at `path` is moved aside first and removed last, so that at every moment one whole folder
-    exists under either name.
+    An older folder at `path` is moved into the writer's own folder first and removed last, so that at every moment one
+    whole folder exists under either name. After a kill in between, the next writer moves it back.
     """
-    if path.exists() and not (path.is_dir() and ((path / known_by).exists() or not any(path.iterdir()))):
+    if not _may_be_replaced(path, known_by):
         raise PairclfError(
             f"{path} holds something else than is to be written there (no {known_by}), and will not be replaced",
             remedy="give a new folder, or remove what is there yourself",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = _temporary(path), path.parent / f".tmp-old-{path.name}"
-    _remove(temporary)
-    if old.exists() and not path.exists():  # killed between the two renames below: the old one is the whole one
-        os.replace(old, path)
-    _remove(old)
-    temporary.mkdir()
-    try:
+    with _workplace(path) as folder:
+        temporary = folder / _content_name(path)
+        temporary.mkdir()
         yield temporary
         for entry in sorted(temporary.rglob("*")):
             if entry.is_file():
                 _sync(entry)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-    except BaseException:
-        _remove(temporary)
-        raise
-    _remove(old)
+        _take_place(temporary, path, folder)
     _sync(path.parent)
+
+
+def _may_be_replaced(path: Path, known_by: str) -> bool:
+    """Whether nothing is at `path`, or an empty folder, or one that holds `known_by`.
+
+    Another writer may move it aside while it is looked at; then what has come into its place is looked at.
+    """
+    while path.exists():
+        with suppress(FileNotFoundError):
+            seen = path.stat()
+            if not stat.S_ISDIR(seen.st_mode):
+                return False
+            if (path / known_by).exists() or not any(path.iterdir()):
+                return True
+            if os.path.samestat(path.stat(), seen):
+                return False
+    return True
+
+
+def _take_place(new: Path, path: Path, aside: Path) -> None:
+    """Rename folder `new` to `path`. What stands there is moved into `aside`, and comes back if that fails.
+
+    Another writer of the same path may put its own there in between; then that one is moved aside, too.
+    """
+    for turn in range(_TRIES):
+        old = aside / f"{_OLD}{turn}"
+        with suppress(FileNotFoundError):  # there is none, or another writer has just moved it
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                continue
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            raise
+        return
+    raise PairclfError(f"{path} is replaced by other processes all the time", remedy="end them, or give another path")
 
 
 @contextmanager

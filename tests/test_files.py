@@ -47,24 +47,153 @@ def test_a_disk_that_fills_while_closing_leaves_the_old(
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
+def _abandon(path: Path, name: str, text: str) -> Path:
+    """What a writer of `path` leaves that was killed when its folder held the file `name`."""
+    with pytest.raises(Stopped), pytest.MonkeyPatch.context() as patch, atomic_file(path) as temporary:
+        (temporary.parent / name).parent.mkdir(exist_ok=True)
+        (temporary.parent / name).write_text(text)
+        patch.setattr(files, "_discard", lambda folder: None)
+        raise Stopped
+    return temporary.parent
+
+
+class Stopped(BaseException):
+    """Stands for the process's end."""
+
+
 def test_killed_between_the_two_renames_the_old_folder_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "folder"
-    (tmp_path / ".tmp-old-folder").mkdir()
-    (tmp_path / ".tmp-old-folder" / "x").write_text("whole")
+    _abandon(path, ".old-0/x", "whole")
     with pytest.raises(RuntimeError), atomic_folder(path, known_by="x") as new:
         (new / "x").write_text("half")
         raise RuntimeError
     assert (path / "x").read_text() == "whole"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-a.txt").write_text("half")
-    (tmp_path / ".tmp-folder").mkdir()
-    (tmp_path / ".tmp-folder" / "stale").write_text("half")
+    _abandon(tmp_path / "a.txt", "a.txt", "half")
+    _abandon(tmp_path / "folder", "folder/stale", "half")
     write_text(tmp_path / "a.txt", "whole")
     with atomic_folder(tmp_path / "folder", known_by="x") as new:
         (new / "x").write_text("whole")
     assert sorted(sha256_tree(tmp_path)) == ["a.txt", "folder/x"]
+
+
+def test_an_old_folder_that_can_not_be_put_back_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, plain = tmp_path / "folder", os.replace
+    with atomic_folder(path, known_by="x") as new:
+        (new / "x").write_text("old")
+
+    def fails(source: Path, target: Path) -> None:
+        if target == path:
+            raise OSError(errno.EIO, "Input/output error")
+        plain(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(os, "replace", fails)
+        with atomic_folder(path, known_by="x") as new:
+            (new / "x").write_text("new")
+    with pytest.raises(RuntimeError), atomic_folder(path, known_by="x"):
+        raise RuntimeError
+    assert (path / "x").read_text() == "old"
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """The second begins and ends while the first still writes, and then the other way round."""
+    path = tmp_path / "a.txt"
+    with atomic_file(path) as first:
+        first.write_text("first, ")
+        with atomic_file(path) as second:
+            assert first != second
+            second.write_text("second")
+            with first.open("a") as stream:
+                stream.write("whole")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first, whole"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_two_writers_of_one_folder_leave_the_last_ones(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    with atomic_folder(path, known_by="x") as first:
+        (first / "x").write_text("first")
+        with atomic_folder(path, known_by="x") as second:
+            (second / "x").write_text("second")
+        assert (path / "x").read_text() == "second"
+        assert (first / "x").read_text() == "first"
+    assert (path / "x").read_text() == "first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_writers_at_once_leave_one_whole_file_and_folder(tmp_path: Path) -> None:
+    """Four threads replace the same file and folder; readers find one of them, whole, and nothing is left over."""
+    failures: list[BaseException] = []
+    start = threading.Barrier(4)
+
+    def write(number: int) -> None:
+        try:
+            start.wait()
+            for turn in range(12):
+                write_text(tmp_path / "file", f"{number}-{turn}\n" * 2000)
+                with atomic_folder(tmp_path / "folder", known_by="x") as new:
+                    (new / "x").write_text(f"{number}-{turn}")
+                    (new / "y").write_text(f"{number}-{turn}")
+        except BaseException as error:  # noqa: BLE001 - a thread's error is the test's
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        if (tmp_path / "file").exists():
+            assert len(set((tmp_path / "file").read_text().splitlines())) == 1
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert (tmp_path / "folder" / "x").read_text() == (tmp_path / "folder" / "y").read_text()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("kind", ["link", "folder link", "file"])
+def test_what_a_stranger_planted_is_neither_followed_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Under the old fixed name, and under the very name that is drawn, which is then drawn again."""
+    shared, victim = tmp_path / "shared", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("precious")
+    shared.mkdir()
+    planted = [shared / ".tmp-a.txt", shared / ".tmp-a.txt-00000000"]
+    for entry in planted:
+        if kind == "file":
+            entry.write_text("theirs")
+        else:
+            entry.symlink_to(victim / "precious" if kind == "link" else victim)
+    drawn = iter(["00000000", "11111111"])
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: next(drawn))
+    write_text(shared / "a.txt", "mine")
+    assert (shared / "a.txt").read_text() == "mine"
+    assert not (shared / "a.txt").is_symlink()
+    assert (victim / "precious").read_text() == "precious"
+    assert list(victim.iterdir()) == [victim / "precious"]
+    assert all(entry.is_symlink() or entry.read_text() == "theirs" for entry in planted)
+
+
+def test_another_users_abandoned_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be put in the place of a folder that is not there yet."""
+    left = _abandon(tmp_path / "folder", ".old-0/x", "theirs")
+    monkeypatch.setattr(os, "geteuid", lambda: left.stat().st_uid + 1)
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "folder", known_by="x"):
+        raise RuntimeError
+    assert not (tmp_path / "folder").exists()
+    assert (left / ".old-0" / "x").read_text() == "theirs"
+
+
+def test_the_file_has_the_rights_that_the_umask_gives(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "")
+    (tmp_path / "b.txt").write_text("")
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
 
 
 def test_json_refuses_what_json_has_not(tmp_path: Path) -> None:
@@ -121,7 +250,7 @@ def test_killed_at_any_moment_what_is_found_is_whole(tmp_path: Path) -> None:
         time.sleep(random.uniform(0, 0.05))
         writer.kill()
         writer.communicate()
-        standing = [folder for name in ("folder", ".tmp-old-folder") if (folder := tmp_path / name).is_dir()]
+        standing = [folder for name in ("folder", ".tmp-folder-*/.old-*") for folder in tmp_path.glob(name)]
         assert standing
         first, second = (standing[0] / "x").read_text(), (standing[0] / "y").read_text()
         alone = (tmp_path / "file").read_text()

@@ -74,8 +74,7 @@ def choose(settings: Predict, model_bytes: int) -> Placement:
 
 def place(settings: Predict, model_bytes: int, gpus: Sequence[Gpu]) -> Placement:
     """`choose` among these GPUs."""
-    named = [_named(one, len(gpus)) for one in settings.devices]
-    devices = named or [f"cuda:{index}" for index in range(len(gpus))] or ["cpu"]
+    devices = named_devices(settings, len(gpus))
     memory = {f"cuda:{index}": gpu.memory for index, gpu in enumerate(gpus)}
     shown = " + ".join(f"{one} ({gpus[int(one[5:])].name})" if one in memory else one for one in devices)
     if settings.spread == "pipeline" or (settings.spread == "auto" and not _fits_each(devices, memory, model_bytes)):
@@ -88,6 +87,16 @@ def place(settings: Predict, model_bytes: int, gpus: Sequence[Gpu]) -> Placement
         )
     each = "the whole model on each" if len(devices) > 1 else "the whole model"
     return Placement(tuple((one,) for one in devices), f"{shown}: {each}, {_gib(model_bytes)}")
+
+
+def named_devices(settings: Predict, gpus: int) -> list[str]:
+    """The devices to compute on, `cuda:0` or `cpu`, on a machine with so many GPUs.
+
+    Raises:
+        ConfigError: a device is not there.
+    """
+    named = [_named(one, gpus) for one in settings.devices]
+    return named or [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
 
 
 def _named(device: str, gpus: int) -> str:

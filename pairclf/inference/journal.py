@@ -1,11 +1,15 @@
-"""What was scored, on disk after every batch: a run that is killed goes on where it was."""
+"""What was scored, on disk after every batch: a run that is killed goes on where it was.
+
+Every record has a checksum: of a file that was damaged on disk, what is whole is kept, and the rest is scored anew.
+"""
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,20 @@ from pairclf.errors import PairclfError
 from pairclf.inference.work import Floats
 
 NOT_FINITE = "logits are not finite"
+_SHOWN = 60  # letters of a value that is shown
+FORMAT = 2
+"""Of the file; part of the identity, so that a journal of another format is another run's."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS scored (member INT, row INT, told INT, logits BLOB, PRIMARY KEY (member, row, told));
-CREATE TABLE IF NOT EXISTS failed (member INT, row INT, told INT, what TEXT, PRIMARY KEY (member, row, told));
+CREATE TABLE IF NOT EXISTS note (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS scored
+    (member INT, row INT, told INT, logits BLOB, checksum INT, PRIMARY KEY (member, row, told));
+CREATE TABLE IF NOT EXISTS failed
+    (member INT, row INT, told INT, what TEXT, checksum INT, PRIMARY KEY (member, row, told));
 """
+_Record = tuple[int, int, int, bytes | str, int]
+"""Model, row, order, logits or what went wrong, checksum."""
 
 
 class Journal:
@@ -56,7 +69,7 @@ class Journal:
         journal = cls(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            journal._continue(json.loads(json.dumps(identity)))
+            journal._continue({"format": FORMAT, **json.loads(json.dumps(identity))})
         except OSError as error:
             journal._break(error)
             journal.close()
@@ -71,25 +84,31 @@ class Journal:
         return journal
 
     def _continue(self, identity: dict[str, Any]) -> None:
+        kept: dict[str, list[_Record]] = {}
         try:
             self._file = _connect(self.path)
-            found = {key: json.loads(value) for key, value in self._file.execute("SELECT key, value FROM identity")}
+            found = _identity(self._file)
         except sqlite3.OperationalError:  # it can't be had: nothing is known of what is in it
             raise
         except (sqlite3.DatabaseError, ValueError) as error:
+            self.close()
             self.anew = f"it was damaged ({error})"
-            found = {}
+            found, kept = {}, _salvaged(self.path, identity)
         differing = sorted(key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key))
         if found and differing:
-            self.anew = f"it is of another run: {', '.join(differing)} differ"
+            self.anew = f"it is of another run: {', '.join(map(_difference(found, identity), differing))}"
         if self.anew:
-            console.print(f"the journal {self.path} was started anew: {self.anew}")
+            whole = sum(map(len, kept.values()))
+            saved = f"; {whole:,} records of it are whole, and kept" if whole else ""
+            console.print(f"the journal {self.path} was started anew: {self.anew}{saved}")
             self.remove()
             self._file = _connect(self.path)
         if self._file is not None and (self.anew or not found):
-            cells = [(key, json.dumps(value)) for key, value in identity.items()]
             with self._file:
+                cells = [(key, json.dumps(value)) for key, value in identity.items()]
                 self._file.executemany("INSERT INTO identity VALUES (?, ?)", cells)
+                for table, records in kept.items():
+                    self._file.executemany(_INSERT[table], records)
 
     def add(self, member: int, sequences: Sequence[tuple[int, int]], logits: Floats) -> None:
         """Write a batch, all of it or nothing; what is not finite goes to the failed.
@@ -101,26 +120,36 @@ class Journal:
         """
         finite = [bool(np.isfinite(values).all()) for values in logits]
         keys = [(member, int(row), int(order)) for row, order in sequences]
-        scored = [(*key, _bytes(values)) for key, values, good in zip(keys, logits, finite, strict=True) if good]
-        failed = [(*key, NOT_FINITE) for key, good in zip(keys, finite, strict=True) if not good]
+        scored = [_record(key, _bytes(values)) for key, values, good in zip(keys, logits, finite, strict=True) if good]
+        failed = [_record(key, NOT_FINITE) for key, good in zip(keys, finite, strict=True) if not good]
         self._write(
             ("DELETE FROM failed WHERE member = ? AND row = ? AND told = ?", [one[:3] for one in scored]),
-            ("INSERT OR REPLACE INTO scored VALUES (?, ?, ?, ?)", scored),
-            ("INSERT OR REPLACE INTO failed VALUES (?, ?, ?, ?)", failed),
+            (_INSERT["scored"], scored),
+            (_INSERT["failed"], failed),
         )
 
     def fail(self, member: int, row: int, order: int, what: str) -> None:
         """Note that a sequence can't be scored, and why: it is not tried again after a restart."""
-        self._write(("INSERT OR REPLACE INTO failed VALUES (?, ?, ?, ?)", [(member, row, order, what)]))
+        self._write((_INSERT["failed"], [_record((member, row, order), what)]))
 
     def scored(self) -> Iterator[tuple[int, int, int, Floats]]:
-        """`(member, row, order, logits (C,))` of all that was scored."""
-        for member, row, order, logits in self._read("SELECT * FROM scored ORDER BY member, row, told"):
+        """`(member, row, order, logits (C,))` of all that was scored; a record that was damaged on disk is left out."""
+        for member, row, order, logits, _ in self._whole("scored"):
+            assert isinstance(logits, bytes)
             yield member, row, order, np.frombuffer(logits, dtype="<f8").astype(np.float64)
 
     def failed(self) -> Iterator[tuple[int, int, int, str]]:
         """`(member, row, order, what)` of all that could not be scored."""
-        yield from self._read("SELECT * FROM failed ORDER BY member, row, told")
+        for member, row, order, what, _ in self._whole("failed"):
+            yield member, row, order, str(what)
+
+    def note(self, key: str, value: str) -> None:
+        """Remember a text about the run beside its scores, in the place of an older one of this key."""
+        self._write(("INSERT OR REPLACE INTO note VALUES (?, ?)", [(key, value)]))
+
+    def noted(self, key: str) -> str | None:
+        """What `note` remembered."""
+        return next((str(value) for (value,) in self._read("SELECT value FROM note WHERE key = ?", key)), None)
 
     def close(self) -> None:
         """Let go of the file, which stays."""
@@ -145,10 +174,21 @@ class Journal:
         except (sqlite3.Error, OSError) as error:
             self._break(error)
 
-    def _read(self, statement: str) -> Iterator[Any]:
+    def _whole(self, table: str) -> Iterator[_Record]:
+        """The table's records whose checksum is right; how many are not is said at the end."""
+        dropped = 0
+        for record in self._read(f"SELECT * FROM {table} ORDER BY member, row, told"):
+            if _is_whole(record, table):
+                yield record
+            else:
+                dropped += 1
+        if dropped:
+            console.print(f"the journal {self.path}: {dropped:,} damaged records are left out, and scored anew")
+
+    def _read(self, statement: str, *values: str) -> Iterator[Any]:
         if self._file is not None:
             try:
-                with closing(self._file.execute(statement)) as rows:
+                with closing(self._file.execute(statement, values)) as rows:
                     yield from rows
             except sqlite3.DatabaseError as error:
                 raise PairclfError(
@@ -160,6 +200,60 @@ class Journal:
         console.print(f"the journal {self.path} can't be written ({error}): if this run is killed, the rest is lost")
 
 
+_INSERT = {table: f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?, ?)" for table in ("scored", "failed")}
+
+
+def _record(key: tuple[int, int, int], content: bytes | str) -> _Record:
+    return (*key, content, _checksum(key, content))
+
+
+def _checksum(key: tuple[int, int, int], content: bytes | str) -> int:
+    return zlib.crc32(content if isinstance(content, bytes) else content.encode(), zlib.crc32(repr(key).encode()))
+
+
+def _is_whole(record: tuple[Any, ...], table: str) -> bool:
+    """Whether a record has the types and the checksum that it was written with."""
+    *key, content, checksum = record
+    kind = bytes if table == "scored" else str
+    return isinstance(content, kind) and checksum == _checksum((key[0], key[1], key[2]), content)
+
+
+def _text(content: bytes) -> str:
+    """A text that was damaged is none that its checksum fits, and no error."""
+    return content.decode(errors="replace")
+
+
+def _identity(file: sqlite3.Connection) -> dict[str, Any]:
+    return {key: json.loads(value) for key, value in file.execute("SELECT key, value FROM identity")}
+
+
+def _difference(found: dict[str, Any], identity: dict[str, Any]) -> Callable[[str], str]:
+    """What tells the two runs apart under a key; long values (hashes, seals) are not shown."""
+
+    def say(key: str) -> str:
+        was, is_now = (json.dumps(one.get(key)) for one in (found, identity))
+        return f"{key} differs" if max(len(was), len(is_now)) > _SHOWN else f"{key} was {was} and is {is_now}"
+
+    return say
+
+
+def _salvaged(path: Path, identity: dict[str, Any]) -> dict[str, list[_Record]]:
+    """The whole records of a damaged file, as far as sqlite finds them; none if it is not surely of this run."""
+    kept: dict[str, list[_Record]] = {"scored": [], "failed": []}
+    with suppress(sqlite3.Error, ValueError), closing(sqlite3.connect(path, timeout=0)) as file:
+        file.text_factory = _text
+        file.execute("PRAGMA trusted_schema = OFF")
+        file.execute("PRAGMA writable_schema = ON")  # else sqlite does not read a file that was cut at all
+        if _identity(file) != identity:
+            return {}
+        for table, records in kept.items():
+            with suppress(sqlite3.Error):  # the end of what can be read
+                for record in file.execute(f"SELECT * FROM {table} NOT INDEXED"):
+                    if _is_whole(record, table):
+                        records.append(record)
+    return kept
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     """The file with its tables, locked against every other process for as long as it is open.
 
@@ -168,8 +262,10 @@ def _connect(path: Path) -> sqlite3.Connection:
         sqlite3.DatabaseError: it is damaged, or no sqlite file.
     """
     file = sqlite3.connect(path, timeout=0)
+    file.text_factory = _text
     try:
         # An exclusive lock also spares the `-shm` file, which network file systems can't map.
+        file.execute("PRAGMA trusted_schema = OFF")  # whoever wrote the file: no function runs from its schema
         file.execute("PRAGMA locking_mode = EXCLUSIVE")
         file.execute("PRAGMA journal_mode = WAL")
         file.execute("PRAGMA synchronous = NORMAL")

@@ -6,7 +6,8 @@
         weights.safetensors      trained weights, by name
         optimizer.safetensors    its tensors; the rest of its state stands in state.json
         average.safetensors      the moving average, where there is one
-        engine/                  instead of the two above, under DeepSpeed and FSDP: as they save themselves
+        engine/                  instead of the two above, under DeepSpeed and FSDP: as they save themselves, in
+                                 pickles; state.json has their signature, and others' are not loaded
       best-00000150.safetensors  the best weights so far, where those are kept
 
 A folder is whole or not there. Random numbers are no part of it: they are drawn anew from the number of each step.
@@ -23,18 +24,22 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pairclf.config import Config
+from pairclf.console import console
 from pairclf.errors import CheckpointError
-from pairclf.files import atomic_file, atomic_folder, write_json
+from pairclf.files import atomic_file, atomic_folder, sha256_file, write_json
 from pairclf.jobs.optimizers import copy_weights
+from pairclf.jobs.signatures import is_signed, key_path, signature
 from pairclf.jobs.step import Examples, HeldOut, Learner
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
+ENGINE = "engine"
 STOPPED = "-stopped"
 FORMAT = 1
 
@@ -86,12 +91,14 @@ class Checkpoints:
         folder: where they lie.
         keep: how many stay.
         identity: what a continuation must agree with: settings, rows.
+        trusted: whether to load an engine's part that this user did not write: its pickles can run any code.
     """
 
-    def __init__(self, folder: Path, keep: int, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, keep: int, identity: dict[str, Any], *, trusted: bool = False) -> None:
         self.folder = folder
         self._keep = keep
         self._identity = identity
+        self._trusted = trusted
 
     def found(self, *, due: bool = False) -> list[Path]:
         """Whole checkpoints, the oldest first; with `due` without those that a signal had written in between."""
@@ -112,17 +119,20 @@ class Checkpoints:
         path = self.folder / f"step-{state.step:08d}{'' if due else STOPPED}"
         try:
             with _whole(path, learner.accelerator) as new:
+                digests: dict[str, str] = {}
                 if learner.engine:
-                    learner.accelerator.save_state(str(new / "engine"), safe_serialization=True)
+                    learner.accelerator.save_state(str(new / ENGINE), safe_serialization=True)
+                    learner.accelerator.wait_for_everyone()
+                    digests = _digests(new / ENGINE, learner.accelerator)
                 if learner.accelerator.is_main_process:
-                    self._write(new, state, learner)
+                    self._write(new, state, learner, signature(digests) if learner.engine else None)
         except (OSError, SafetensorError) as error:  # safetensors hides the system's error in its own
             raise _unwritten(f"the checkpoint of step {state.step}", path, error) from error
         if learner.accelerator.is_main_process:
             self._delete_old()
             self._delete_best(state)
 
-    def _write(self, new: Path, state: State, learner: Learner) -> None:
+    def _write(self, new: Path, state: State, learner: Learner, signed: str | None) -> None:
         optimizer: dict[str, Any] = {}
         if not learner.engine:
             save_file(_on_cpu(learner.weights), new / "weights.safetensors")
@@ -137,6 +147,7 @@ class Checkpoints:
             "state": asdict(state),
             "optimizer": optimizer,
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "engine": signed,
         }
         write_json(new / STATE, tree)
 
@@ -202,7 +213,8 @@ class Checkpoints:
 
     def _fill(self, path: Path, tree: dict[str, Any], learner: Learner) -> None:
         if learner.engine:
-            learner.accelerator.load_state(str(path / "engine"))
+            self._refuse_strangers(path, tree.get("engine"), learner.accelerator)
+            learner.accelerator.load_state(str(path / ENGINE))
         else:
             copy_weights(load_file(path / "weights.safetensors"), learner.weights)
             learner.optimizer.load_state_dict(unflattened(load_file(path / "optimizer.safetensors"), tree["optimizer"]))
@@ -210,6 +222,28 @@ class Checkpoints:
             copy_weights(load_file(path / "average.safetensors"), _averages(learner))
         if learner.accelerator.scaler is not None:
             learner.accelerator.scaler.load_state_dict(tree["scaler"])
+
+    def _refuse_strangers(self, path: Path, signed: object, accelerator: Accelerator) -> None:
+        """Do nothing if this user wrote the engine's files and nobody changed them, or if they are trusted.
+
+        Raises:
+            CheckpointError: in every process.
+        """
+        if self._trusted:
+            if accelerator.is_main_process:
+                console.print(f"{path / ENGINE} is loaded as it is (--trust-checkpoint): its pickles can run any code")
+            return
+        digests = _digests(path / ENGINE, accelerator)
+        whole = not any(entry.is_symlink() for entry in (path / ENGINE, *(path / ENGINE).rglob("*")))
+        verdict = [accelerator.is_main_process and whole and is_signed(digests, signed)]
+        if not broadcast_object_list(verdict)[0]:
+            raise CheckpointError(
+                "the engine's part of the checkpoint was not written by this user on this machine, or was changed "
+                "since; it is made of pickles, which can run any code",
+                where=path / ENGINE,
+                remedy="if you trust whoever wrote it, add --trust-checkpoint; to go on from your own on another "
+                f"machine, copy {key_path()} there; or start over with --no-resume",
+            )
 
     def weights_of(self, path: Path) -> dict[str, Tensor]:
         """The trained weights in one checkpoint."""
@@ -280,6 +314,14 @@ def check_disk(folder: Path, need: int) -> None:
         )
 
 
+def _digests(folder: Path, accelerator: Accelerator) -> dict[str, str]:
+    """`sha256_tree`, of which every process computes a part."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    mine = files[accelerator.process_index :: accelerator.num_processes]
+    parts = gather_object([{path.relative_to(folder).as_posix(): sha256_file(path) for path in mine}])
+    return {name: digest for part in parts for name, digest in part.items()}
+
+
 def _averages(learner: Learner) -> dict[str, Tensor]:
     return learner.average.averages if learner.average else {}
 
@@ -288,12 +330,11 @@ def _averages(learner: Learner) -> dict[str, Tensor]:
 def _whole(path: Path, accelerator: Accelerator) -> Iterator[Path]:
     """`atomic_folder` for all processes at once: the main one makes it and moves it, the others write into it."""
     if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-        yield path.parent / f".tmp-{path.name}"
+        yield Path(broadcast_object_list([""])[0])
         accelerator.wait_for_everyone()
         return
     with atomic_folder(path, known_by=STATE) as new:
-        accelerator.wait_for_everyone()
+        broadcast_object_list([str(new)])
         yield new
         accelerator.wait_for_everyone()
 

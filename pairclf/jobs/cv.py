@@ -19,7 +19,7 @@ from pairclf.jobs.run import OOF, OOF_AB, Paths, output_of
 from pairclf.model.bundle import open_bundle
 
 
-def cross_validate(config: Config, *, resume: bool | None = None) -> list[Path]:
+def cross_validate(config: Config, *, resume: bool | None = None, trust_checkpoint: bool = False) -> list[Path]:
     """Train every fold that `folds.run` names (all, if it is null) and join their held-out scores.
 
     Writes `oof.parquet` and `oof-ab.parquet` into the run folder; folds that were trained before with the same settings
@@ -36,7 +36,7 @@ def cross_validate(config: Config, *, resume: bool | None = None) -> list[Path]:
     bundles = []
     for place, fold in enumerate(chosen, start=1):
         console.rule(f"fold {fold} ({place} of {len(chosen)})", align="left")
-        bundles.append(fit(config, fold, resume=resume))
+        bundles.append(fit(config, fold, resume=resume, trust_checkpoint=trust_checkpoint))
     if make_accelerator(config).is_main_process:
         console.print(_join(config, chosen))
     return bundles

@@ -38,7 +38,7 @@ PROBES = 8
 TRAINED = "trained.json"
 
 
-def fit(config: Config, fold: int | None, *, resume: bool | None = None) -> Path:
+def fit(config: Config, fold: int | None, *, resume: bool | None = None, trust_checkpoint: bool = False) -> Path:
     """Train on all folds but `fold` (on all rows, if it is None) and write the bundle, verified by re-scoring.
 
     Beside the bundle stand `config.yaml`, `metrics.jsonl` and, where a fold was held out, its scores: `oof.parquet`
@@ -49,6 +49,7 @@ def fit(config: Config, fold: int | None, *, resume: bool | None = None) -> Path
         config: the resolved config.
         fold: the fold to hold out, or none.
         resume: as in `train`; False also makes a finished bundle anew.
+        trust_checkpoint: as in `train`.
 
     Returns:
         The bundle's folder.
@@ -77,7 +78,15 @@ def fit(config: Config, fold: int | None, *, resume: bool | None = None) -> Path
             return paths.bundle
         if main:
             (paths.folder / TRAINED).unlink(missing_ok=True)
-        classifier = train(config, examples, paths.folder, accelerator, held_out=unseen, resume=resume)
+        classifier = train(
+            config,
+            examples,
+            paths.folder,
+            accelerator,
+            held_out=unseen,
+            resume=resume,
+            trust_checkpoint=trust_checkpoint,
+        )
         if main:
             _save(config, paths, classifier, tokenizer, encoded, training, held_out)
             write_json(paths.folder / TRAINED, identity)

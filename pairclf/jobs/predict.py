@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import torch
+import transformers
 from rich.table import Table
 
 from pairclf import __version__
@@ -34,11 +36,11 @@ from pairclf.inference.backlog import Inputs, look_at
 from pairclf.inference.conduct import Conductor, Outcome, Report
 from pairclf.inference.crew import Model, ProcessCrew, warm_up
 from pairclf.inference.deadline import seconds_until, spoken
-from pairclf.inference.devices import Placement, choose, model_bytes
+from pairclf.inference.devices import Placement, choose, model_bytes, named_devices
 from pairclf.inference.journal import Journal
 from pairclf.inference.members import Ensemble, Member, open_ensemble
 from pairclf.inference.memory import Largest
-from pairclf.inference.sink import Sink
+from pairclf.inference.sink import PREVIOUS, Sink
 from pairclf.inference.standing import ORDERS, Standing
 from pairclf.inference.work import Clock
 from pairclf.inputs.cache import EncodedRows, token_cache
@@ -47,6 +49,7 @@ from pairclf.inputs.render import Encoded, InputBuilder
 from pairclf.jobs.estimate import Cost, cost_of
 from pairclf.jobs.inputs import unlabelled
 from pairclf.jobs.watch import signals
+from pairclf.model.backbone import pick_dtype
 from pairclf.model.bundle import Bundle, open_bundle
 
 TICK = 1.0
@@ -107,19 +110,20 @@ def predict(
     _check_paths(out, scores, data, sample, work)
     ensemble = open_ensemble(paths, base, overrides)
     with closing(_journal(work / JOURNAL, _identity(ensemble, data), resume=resume)) as journal:
-        sink = Sink(out, ensemble.task, sample, None, clock=clock)
-        at_once = sample is not None and not out.exists()
-        if at_once:
-            sink.write_prior(ensemble.prior)
-        rows = _read(ensemble.members[0].config, data)
-        check_ids(rows.ids, ensemble.task, sample)
-        sink.ids = rows.ids
-        if not at_once:  # a file that is there may be a good one: it is looked at when the ids are known to be right
-            sink.begin(ensemble.prior)
-        bundles = _proven(ensemble.members)
-        outcome = _conduct(ensemble, data, work, overrides, journal, sink, end, clock)
-        found = _scores(ensemble, bundles, rows, outcome.standing)
-        sink.close(outcome.standing.probabilities())
+        sink = Sink(out, ensemble.task, sample, None, clock=clock, journal=journal)
+        with sink.telling_of_older(work):
+            at_once = sample is not None and not out.exists()
+            if at_once:
+                sink.write_prior(ensemble.prior)
+            rows = _read(ensemble.members[0].config, data)
+            check_ids(rows.ids, ensemble.task, sample)
+            sink.ids = rows.ids
+            if not at_once:  # a file that is there may be a good one: it is looked at when the ids are known
+                sink.begin(ensemble.prior)
+            bundles = _proven(ensemble.members)
+            outcome = _conduct(ensemble, data, work, overrides, journal, sink, end, clock)
+            found = _scores(ensemble, bundles, rows, outcome.standing)
+            sink.close(outcome.standing.probabilities())
         if scores is not None:
             write_scores(scores, found)
         _tidy(work, journal, done=not (outcome.left or outcome.lost or outcome.stopped))
@@ -181,16 +185,25 @@ def _proven(members: Sequence[Member]) -> list[Bundle]:
 def _identity(ensemble: Ensemble, data: Path) -> dict[str, object]:
     """What makes the logits of two runs the same."""
     settings = [member.config for member in ensemble.members]
+    devices = [torch.device(one) for one in named_devices(settings[0].predict, torch.cuda.device_count())]
     return {
         "pairclf": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": sorted({one.type for one in devices}),
         "data": sha256_file(data),
         "bundles": [member.manifest.seal for member in ensemble.members],
         "bases": [str(member.base) for member in ensemble.members],
-        "dtype": [one.model.dtype for one in settings],
+        "dtype": [sorted({_dtype(one, device) for device in devices}) for one in settings],
         "attention": [one.model.attention for one in settings],
         "layout": [one.predict.layout for one in settings],
         "backend": [one.predict.backend for one in settings],
     }
+
+
+def _dtype(config: Config, device: torch.device) -> str:
+    """What the setting comes to there: `auto` is float16 on one machine and float32 on another."""
+    return str(pick_dtype(config.model.dtype, device)[0]).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,6 +410,7 @@ def _tidy(work: Path, journal: Journal, *, done: bool) -> None:
     shutil.rmtree(work / TOKENS, ignore_errors=True)
     if done:
         journal.remove()
+        (work / PREVIOUS).unlink(missing_ok=True)
         if work.is_dir() and not any(work.iterdir()):
             work.rmdir()
 

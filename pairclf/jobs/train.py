@@ -55,6 +55,7 @@ def train(
     *,
     held_out: HeldOut | None = None,
     resume: bool | None = None,
+    trust_checkpoint: bool = False,
 ) -> Classifier:
     """Fine-tune on `examples`; writes `config.yaml`, `metrics.jsonl` and `checkpoints/` into `folder`.
 
@@ -66,6 +67,7 @@ def train(
         held_out: rows for `train.evaluate_every`.
         resume: True: go on from the newest checkpoint, if there is one; False: delete what is there; None: refuse to
             start where a training stopped half-way.
+        trust_checkpoint: load an engine's checkpoint that this user did not write: its pickles can run any code.
 
     Raises:
         ModelError: the base can't be loaded; the training diverged; a row does not fit the memory.
@@ -80,7 +82,7 @@ def train(
     forget_peak(accelerator.device)
     learner = construct(config, examples, classifier, accelerator)
     identity = identity_of(config, examples, held_out)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, settings.checkpoints, identity)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, settings.checkpoints, identity, trusted=trust_checkpoint)
     log = Log(folder / "metrics.jsonl", settings.log_every, accelerator, cost_of_model(classifier.backbone))
 
     # Set up

@@ -15,7 +15,8 @@ import pytest
 
 from pairclf.data.tables import Probabilities, check_ids, check_submission
 from pairclf.errors import DataError, PairclfError
-from pairclf.inference.sink import Sink
+from pairclf.inference.journal import Journal
+from pairclf.inference.sink import PREVIOUS, Sink
 from pairclf.task import LMSYS, WSDM
 
 PRIOR = (0.5, 0.3, 0.2)
@@ -118,7 +119,8 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from pairclf.inference.sink import Sink
+from pairclf.inference.journal import Journal
+from pairclf.inference.sink import PREVIOUS, Sink
 from pairclf.task import LMSYS
 
 rows, limit = int(sys.argv[2]), 100_000
@@ -180,3 +182,67 @@ def test_ids_are_compared_before_anything_is_scored(tmp_path: Path) -> None:
     assert "rows:   2, 3" in text
     assert "have 2 ids" in text
     assert "rows:   7, 8" in text
+
+
+def earlier(folder: Path) -> tuple[Path, bytes]:
+    """A valid submission of rows a and b, an hour old."""
+    out = folder / "out.csv"
+    Sink(out, LMSYS, None, ["a", "b"], clock=Hand()).close(drawn(2, 9))
+    os.utime(out, (3600, 3600))
+    return out, out.read_bytes()
+
+
+def test_an_earlier_runs_submission_keeps_its_time_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is killed before its first scores must not seem to have written what is there."""
+    out, before = earlier(tmp_path)
+    (tmp_path / "work").mkdir()
+    sink = Sink(out, LMSYS, None, ["a", "b"], clock=Hand())
+    with pytest.raises(KeyboardInterrupt), sink.telling_of_older(tmp_path / "work"):
+        sink.begin(PRIOR)
+        raise KeyboardInterrupt
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is of an earlier run, written at 1970-01-01" in said
+    assert "is still the one of an earlier run: this run wrote none" in said
+    assert (out.read_bytes(), out.stat().st_mtime) == (before, 3600)
+
+
+def test_an_earlier_runs_submission_is_kept_while_this_run_is_not_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, before = earlier(tmp_path)
+    (tmp_path / "work").mkdir()
+    journal = Journal.open(tmp_path / "work" / "journal", {"run": 1})
+    sink = Sink(out, LMSYS, None, ["a", "b"], clock=Hand(), journal=journal)
+    with pytest.raises(KeyboardInterrupt), sink.telling_of_older(tmp_path / "work"):
+        sink.begin(PRIOR)
+        sink.write(drawn(2, 1))
+        raise KeyboardInterrupt
+    assert "this run wrote none" not in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "work" / PREVIOUS).read_bytes() == before
+    ours = out.read_bytes()
+    again = Sink(out, LMSYS, None, ["a", "b"], clock=Hand(), journal=journal)  # the same run goes on
+    with again.telling_of_older(tmp_path / "work"):
+        again.begin(PRIOR)
+    assert not again.older
+    assert "earlier run" not in " ".join(capsys.readouterr().err.split())
+    assert out.read_bytes() == ours
+    assert (tmp_path / "work" / PREVIOUS).read_bytes() == before
+    journal.close()
+    other = Journal.open(tmp_path / "work" / "journal", {"run": 2})
+    with Sink(out, LMSYS, None, ["a", "b"], clock=Hand(), journal=other).telling_of_older(tmp_path / "work"):
+        assert "is of an earlier run" in " ".join(capsys.readouterr().err.split())
+    other.close()
+
+
+def test_an_earlier_runs_file_of_other_rows_is_replaced_by_the_priors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = earlier(tmp_path)
+    sink = Sink(out, LMSYS, None, ["a", "c"], clock=Hand())
+    with pytest.raises(KeyboardInterrupt), sink.telling_of_older(tmp_path):
+        sink.begin(PRIOR)
+        raise KeyboardInterrupt
+    assert "this run wrote none" not in " ".join(capsys.readouterr().err.split())
+    assert pl.read_csv(out).rows() == [("a", *PRIOR), ("c", *PRIOR)]

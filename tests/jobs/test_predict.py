@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 import pytest
 from clocks_support import clock_in, comes_true, turned_crew
+import torch
 from polars.testing import assert_frame_equal
 
 from pairclf.config import dump_config, load_config, resolve
@@ -28,6 +29,7 @@ from pairclf.data.arena import generate, write_lmsys
 from pairclf.data.tables import check_submission
 from pairclf.errors import BundleError, ConfigError, DataError, IncompleteError
 from pairclf.inference import crew, sink, worker
+from pairclf.inference.members import open_ensemble
 from pairclf.inference.work import Floats
 from pairclf.jobs import predict as job
 from pairclf.jobs.cv import cross_validate
@@ -296,6 +298,43 @@ def test_a_submission_that_is_there_is_replaced_by_nothing_worse(run: Path, tmp_
         predict(bundles(run)[1:], **files(run, tmp_path))
     assert (tmp_path / "submission.csv").read_bytes() == before
     assert (tmp_path / "submission.work" / "notes.txt").read_text() == "mine"
+
+
+def test_a_journal_of_another_precision_is_another_runs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is float32 here and float16 on a T4: what was begun there does not go on here."""
+    ensemble, data = open_ensemble(bundles(run)[:1], None, ()), run / "test.csv"
+    here = job._identity(ensemble, data)
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "device_count", lambda: 2)
+        gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        there = job._identity(ensemble, data)
+    monkeypatch.setattr(torch, "__version__", "2.0")
+    later = job._identity(ensemble, data)
+    assert [name for name in here if here[name] != there[name]] == ["device", "dtype"]
+    assert (here["dtype"], there["dtype"]) == ([["float32"]], [["float16"]])
+    assert [name for name in here if here[name] != later[name]] == ["torch"]
+
+
+def test_killed_before_its_first_scores_a_run_leaves_the_older_submission_as_it_was(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And once the same run is done, nothing of the older one is left."""
+    out = tmp_path / "submission.csv"
+    predict(bundles(run)[1:], **files(run, tmp_path))
+    os.utime(out, (3600, 3600))
+    before = out.read_bytes()
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "_proven", killed)
+        predict(bundles(run)[:1], **files(run, tmp_path))
+    assert (out.read_bytes(), out.stat().st_mtime) == (before, 3600)
+    assert "is still the one of an earlier run" in " ".join(capsys.readouterr().err.split())
+    predict(bundles(run)[:1], **files(run, tmp_path))
+    assert out.read_bytes() != before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["submission.csv"]
 
 
 @pytest.mark.parametrize("sample", [True, False])
