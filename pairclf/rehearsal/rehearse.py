@@ -19,7 +19,7 @@ from pairclf import __version__
 from pairclf.config import Config, parse_yaml, resolve
 from pairclf.console import Advance, console, progress
 from pairclf.errors import ModelError, PackagingError
-from pairclf.files import atomic_file, locked, sha256_file
+from pairclf.files import atomic_file, locked, refuse_special_files, sha256_file
 from pairclf.inference.deadline import seconds_until
 from pairclf.packaging.metadata import KERNEL, MACHINES
 from pairclf.packaging.payload import prove
@@ -54,7 +54,7 @@ class Options:
         test: the rows to predict; None: as the package's record says.
         sample: the submission's ids, order and columns; None: likewise.
         base: folder of the base model, where the package attaches one from Kaggle.
-        out: folder for the results; None: `rehearsal` in the package, where `push` looks.
+        out: folder for the results; None: `rehearsal` in the package.
         rows: of the hidden test: the file's rows are repeated under new ids; None: as the file is.
         image: `here`: the versions of this environment; `3.12`: that Python, with the image's own; None: `here` where
             the package is for this Python, else the first one that it is for.
@@ -160,6 +160,8 @@ def _terminable() -> Iterator[None]:
 def _construct(folder: Path, options: Options) -> _Rehearsal:
     """Everything that can be refused before anything is run."""
     build = read_build(folder)
+    if options.out is not None and options.out.exists():
+        refuse_special_files(options.out)
     image = _image(build, options)
     _check_options(build, options, image)
     prove(folder, build)
@@ -229,7 +231,7 @@ def _run(rehearsal: _Rehearsal, name: str | None) -> Report:
     """One run of the kernel, and its report in `out`."""
     fault = FAULTS[name] if name else None
     report = _blank(rehearsal, name, fault)
-    with staged(rehearsal.out) as stage:
+    with staged() as stage:
         with _timed(report, "input laid out"):
             setting = _set_up(rehearsal, stage, fault)
             report.rows = read_raw(setting.sample).height
@@ -378,8 +380,11 @@ def _conclude(rehearsal: _Rehearsal, stage: Stage, setting: _Setting, fault: Fau
         with _timed(report, "forecast"):
             _project(rehearsal, stage, report)
     with _timed(report, "check"):
+        report.problems += [f"the kernel left {name}, which is no file" for name in stage.discard_others()]
         judge = Judge(rehearsal.build, setting.sample, fault, setting.spoiled, rehearsal.out / SUBMISSION)
         judge.judge(stage, report)
+    # Where files are not hidden from the kernel, it could have put a link there meanwhile.
+    refuse_special_files(rehearsal.folder if rehearsal.options.out is None else rehearsal.out)
     for name in (SUBMISSION, SCORES, SERVED, EXECUTED):
         target = rehearsal.out / f"{Path(name).stem}{report.ending}{Path(name).suffix}"
         target.unlink(missing_ok=True)

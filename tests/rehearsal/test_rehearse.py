@@ -28,8 +28,9 @@ from pairclf.files import locked, write_json
 from pairclf.packaging.metadata import KERNEL_METADATA, kernel_metadata, part_metadata
 from pairclf.packaging.payload import seal
 from pairclf.packaging.record import Build, PackedBundle, Part, Payload, identity_of, write_build
-from pairclf.rehearsal import clock, sandbox, stage
+from pairclf.rehearsal import clock, confine, sandbox, stage
 from pairclf.rehearsal import rehearse as rehearsal
+from pairclf.rehearsal.image import needed_by
 from pairclf.rehearsal.rehearse import Options, rehearse
 from pairclf.rehearsal.report import Report, Reports, Scored, read_passed
 from pairclf.rehearsal.stage import Stage
@@ -76,10 +77,19 @@ def _light(monkeypatch: pytest.MonkeyPatch) -> None:
 def isolation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Both ways of keeping the kernel in; the first where this machine allows it."""
     if request.param == "guards":
-        monkeypatch.setattr(stage, "namespaces", lambda inputs, working, disk: None)
-    elif sandbox.namespaces(tmp_path, tmp_path, 1 << 20) is None:
+        monkeypatch.setattr(stage, "namespaces", lambda view, folder, python: None)
+    elif not has_namespaces(tmp_path):
         pytest.skip("this machine allows no namespaces")
     return str(request.param)
+
+
+def has_namespaces(folder: Path) -> bool:
+    python, top = Path(sys.executable).resolve(), folder / "namespaces"
+    for name in ("root", "working"):
+        (top / name).mkdir(parents=True)
+    shown = [str(path) for path in needed_by(Path(sys.executable))]
+    view = confine.View(root=str(top / "root"), shown=shown, changed=[], working=str(top / "working"), disk=1 << 20)
+    return sandbox.namespaces(view, top, python) is not None
 
 
 @pytest.fixture
@@ -301,8 +311,8 @@ def test_working_folder_has_the_limit(packaged: Packager, isolation: str) -> Non
 
 
 def test_sandbox_that_does_not_hold_is_refused(packaged: Packager, monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = sandbox.Sandbox((), "nothing", "nothing", "nothing", guarded=False)
-    monkeypatch.setattr(stage, "namespaces", lambda inputs, working, disk: nothing)
+    nothing = sandbox.Sandbox((), "nothing", "nothing", "nothing", "nothing", guarded=False)
+    monkeypatch.setattr(stage, "namespaces", lambda view, folder, python: nothing)
     with pytest.raises(PackagingError, match="does not hold"):
         run(packaged({"check": FIND, "predict": PREDICT}))
 
@@ -492,7 +502,7 @@ def make(folder, hidden):
 
 stage.make_image = make
 if sys.argv[2] == "guards":
-    stage.namespaces = lambda inputs, working, disk: None
+    stage.namespaces = lambda view, folder, python: None
 rehearse(Path(sys.argv[1]), Options(layouts=("flat",), late=0.0))
 """
 
