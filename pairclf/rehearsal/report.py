@@ -225,9 +225,10 @@ def read_passed(build: Path) -> Report:
     record = read_build(build)
     path, remedy = rehearsal_path(record.identity), f"run `pairclf rehearse {build}`"
     if not is_regular(path):
-        there = f"; {REHEARSAL}/{REPORT} in it was written elsewhere" if (build / REHEARSAL / REPORT).exists() else ""
+        there = f"; {REHEARSAL}/{REPORT} in it is no proof: anybody can write it"
         raise PackagingError(
-            f"{build} was never rehearsed on this machine as it is now (build {record.identity[:12]}){there}",
+            f"{build} was never rehearsed on this machine as it is now (build {record.identity[:12]})"
+            f"{there if (build / REHEARSAL / REPORT).exists() else ''}",
             where=path,
             remedy=f"{remedy} here, without --commit, --speed and --inject",
         )
