@@ -141,7 +141,14 @@ def test_addresses_and_tokens_that_lie_in_the_package_are_not_used(
 
 def test_version_that_the_package_names_is_not_submitted(package: Path, kaggle: FakeKaggle, tmp_path: Path) -> None:
     build = read_build(package)
-    pushed = {"build": build.identity, "kernel": "someone/other", "version": 7, "url": "", "when": "", "output": "s.csv"}
+    pushed = {
+        "build": build.identity,
+        "kernel": "someone/other",
+        "version": 7,
+        "url": "",
+        "when": "",
+        "output": "s.csv",
+    }
     (package / "push.json").write_text(json.dumps(pushed))
     for go in (False, True):
         with pytest.raises(PackagingError, match="has not pushed the build"):

@@ -480,7 +480,7 @@ def test_terminated_rehearsal_leaves_nothing(packaged: Packager, isolation: str,
     package, mark = holding(packaged, tmp_path)
 
     def terminate() -> None:
-        assert comes_true(lambda: bool(marked(mark)), 30)
+        assert comes_true(lambda: bool(marked(mark)), 300)
         os.kill(os.getpid(), signal.SIGTERM)
 
     before, thread = signal.getsignal(signal.SIGTERM), Thread(target=terminate)
@@ -521,7 +521,7 @@ def test_killed_rehearsal_leaves_no_process_and_the_next_one_no_folder(
     environment = {**os.environ, "TMPDIR": str(temporary)}
     command = [sys.executable, "-c", REHEARSE, str(package), isolation]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        assert comes_true(lambda: process.poll() is not None or bool(marked(mark)), 30)
+        assert comes_true(lambda: process.poll() is not None or bool(marked(mark)), 300)
         assert process.poll() is None
         process.kill()
     assert comes_true(lambda: not marked(mark), 10)

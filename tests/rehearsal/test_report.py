@@ -46,7 +46,8 @@ def make_report(**changes: object) -> Report:
 def build(tmp_path: Path) -> Path:
     bundle = PackedBundle(folder="fold0-01234567", name="fold0", seal="0" * 64, fold=0, metrics={}, base="embedded:x")
     record = Build(
-        pairclf="0.1.0", identity="a" * 64, package=Package(owner="someone", name="a-notebook"), task=LMSYS, kernel="someone/a-notebook",
+        pairclf="0.1.0", identity="a" * 64, package=Package(owner="someone", name="a-notebook"), task=LMSYS,
+        kernel="someone/a-notebook",
         code_file="a-notebook.ipynb", parts=[], bundles=[bundle], requirements={}, config="demo", out_of_fold=None,
         test=None, sample=None,
     )  # fmt: skip
