@@ -15,7 +15,16 @@ from pydantic import Field
 
 from pairclf.config import Package, Section, checked
 from pairclf.errors import PackagingError
-from pairclf.files import check_name, check_path, refuse_special_files, sha256_file, write_text
+from pairclf.files import (
+    check_name,
+    check_path,
+    is_regular,
+    refuse_special_files,
+    sha256_file,
+    state_folder,
+    write_private,
+    write_text,
+)
 from pairclf.packaging.metadata import KERNEL, KERNEL_METADATA, check_package, folder_of, source_of
 from pairclf.task import Task
 
@@ -76,7 +85,24 @@ class Build(Section):
 
 
 def write_build(folder: Path, build: Build) -> None:
+    """Write the record, and let this machine know which files outside the package it names."""
     write_text(folder / BUILD, build.model_dump_json(indent=2) + "\n")
+    write_private(_own_path(build), _outside(build))
+
+
+def is_own(build: Build) -> bool:
+    """Whether this machine packaged this build, and its record names no other files outside the package since."""
+    path = _own_path(build)
+    return is_regular(path) and path.read_text(encoding="utf-8") == _outside(build)
+
+
+def _own_path(build: Build) -> Path:
+    return state_folder() / "packages" / f"{build.identity}.json"
+
+
+def _outside(build: Build) -> str:
+    paths = {"test": build.test, "sample": build.sample, "images": build.package.images}
+    return json.dumps({name: None if path is None else str(path) for name, path in paths.items()}) + "\n"
 
 
 def read_build(folder: Path) -> Build:

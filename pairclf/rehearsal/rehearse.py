@@ -23,7 +23,7 @@ from pairclf.files import atomic_file, locked, refuse_special_files, sha256_file
 from pairclf.inference.deadline import seconds_until
 from pairclf.packaging.metadata import KERNEL, MACHINES
 from pairclf.packaging.payload import prove
-from pairclf.packaging.record import Build, read_build
+from pairclf.packaging.record import Build, is_own, read_build
 from pairclf.rehearsal import gateway
 from pairclf.rehearsal.clock import link_bundles, project
 from pairclf.rehearsal.faults import FAULTS, Fault, spoil_file
@@ -159,7 +159,7 @@ def _terminable() -> Iterator[None]:
 
 def _construct(folder: Path, options: Options) -> _Rehearsal:
     """Everything that can be refused before anything is run."""
-    build = read_build(folder)
+    build = _without_strange_paths(read_build(folder))
     if options.out is not None and options.out.exists():
         refuse_special_files(options.out)
     image = _image(build, options)
@@ -168,7 +168,8 @@ def _construct(folder: Path, options: Options) -> _Rehearsal:
     test, sample = options.test or build.test, options.sample or build.sample
     if test is None or sample is None:
         raise PackagingError(
-            "the package names no test file and sample submission: it was made of bundles, or its config has none",
+            "the package names no test file and sample submission: it was made of bundles, or on another machine, or "
+            "its config has none",
             remedy="give --test and --sample",
         )
     for path in (test, sample):
@@ -189,6 +190,18 @@ def _construct(folder: Path, options: Options) -> _Rehearsal:
         disk=round(GB * (options.disk_gb or machine.disk_gb)),
         deadline=seconds_until(build.package.deadline, datetime.now(UTC)),
     )
+
+
+def _without_strange_paths(build: Build) -> Build:
+    """The record as it is where this machine packaged it; else without the files outside the package that it names."""
+    if is_own(build):
+        return build
+    console.print(
+        "note: this machine did not make this package. Its kernel is code, and the rehearsal runs it: rehearse those "
+        "of people whom you trust. Its paths of test file, sample submission and image profiles are not used"
+    )
+    package = build.package.model_copy(update={"images": None})
+    return build.model_copy(update={"test": None, "sample": None, "package": package})
 
 
 def _image(build: Build, options: Options) -> str:

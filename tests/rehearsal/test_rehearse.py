@@ -24,7 +24,7 @@ from rich.console import Console
 
 from pairclf.config import Config, Package, dump_config
 from pairclf.errors import PackagingError, PairclfError
-from pairclf.files import cache_folder, locked, write_json
+from pairclf.files import cache_folder, locked, state_folder, write_json
 from pairclf.packaging.metadata import KERNEL_METADATA, kernel_metadata, part_metadata
 from pairclf.packaging.payload import seal
 from pairclf.packaging.record import Build, PackedBundle, Part, Payload, identity_of, write_build
@@ -622,7 +622,27 @@ def test_results_are_written_through_no_link(packaged: Packager, tmp_path: Path,
     assert [path.name for path in other.iterdir()] == ["report.json"]
 
 
-def test_image_of_a_strangers_package_names_no_other_place(packaged: Packager) -> None:
+def test_package_of_another_machine_does_not_say_what_is_opened(
+    packaged: Packager, competition: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows to rehearse with are the user's own files, at paths that only his own `package` wrote down."""
+    package = packaged({"check": FIND, "predict": PREDICT})
+    path = package / "build.json"
+    for change in ({"test": str(tmp_path / "salaries.csv")}, {"sample": str(tmp_path / "salaries.csv")}):
+        shutil.copyfile(competition[0], tmp_path / "salaries.csv")
+        build = path.read_text()
+        path.write_text(json.dumps(json.loads(build) | change))
+        with pytest.raises(PackagingError, match=r"names no test file[\s\S]*give --test and --sample"):
+            run(package)
+        assert "this machine did not make this package" in " ".join(capsys.readouterr().err.split())
+        path.write_text(build)
+    shutil.rmtree(state_folder())  # as on another machine
+    with pytest.raises(PackagingError, match="names no test file"):
+        run(package)
+    assert run(package, test=competition[0], sample=competition[1], layouts=("flat",), late=0.1).passed
+
+
+def test_bundle_of_a_strangers_package_names_no_other_place(packaged: Packager) -> None:
     package = packaged({"check": FIND})
     build = json.loads((package / "build.json").read_text())
     build["bundles"][0]["folder"] = "../../elsewhere"
