@@ -523,9 +523,7 @@ def rehearse(
     test: Annotated[Path | None, typer.Option(help="test file; none: the config's data.test")] = None,
     sample: Annotated[Path | None, typer.Option(help="its sample submission; none: the config's")] = None,
     base: BaseFolder = None,
-    out: Annotated[
-        Path | None, typer.Option(help="where report and submission go; none: PACKAGE/rehearsal, where push looks")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="where report and submission go; none: PACKAGE/rehearsal")] = None,
     rows: Annotated[
         int | None,
         typer.Option(min=1, help="rows of the hidden test: the file's, repeated with new ids; none: as it is"),

@@ -6,6 +6,9 @@ Each writer works in a folder of its own, `.tmp-NAME-xxxxxxxx`, with a random en
 path do not meet, and in a folder that several users share nobody can plant a file or a link where a writer will write.
 The folder is locked while its writer lives. A killed writer leaves it behind; nothing reads it, and the next writer of
 the same path removes it.
+
+What another person wrote is checked here before it is used: `check_name` and `check_path` for names that a file gives,
+`refuse_special_files` for a folder. What this machine alone must be able to say lies in `state_folder`.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from pairclf.errors import PairclfError
 _CHUNK = 1 << 20  # bytes
 _LOCK, _OLD = ".lock", ".old-"  # entries of a writer's folder, beside what it writes
 _TRIES = 1000  # of a folder to take its place, while other writers take it too
+_CLONE = 0x40049409  # FICLONE of ioctl_ficlone(2): the copy shares its blocks until one of the two is changed
+_LONGEST_NAME = 255  # bytes of a name, of every usual file system
 
 
 @contextmanager
@@ -242,12 +247,29 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # another file system, or another owner
-        shutil.copyfile(source, target)
+        copy_file(source, target)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A copy of a file's bytes in the new file `target`; it takes no room where the file system can share blocks."""
+    with source.open("rb") as stream, target.open("xb") as sink:
+        try:
+            fcntl.ioctl(sink.fileno(), _CLONE, stream.fileno())
+        except OSError:  # another file system, or one that has no such copies
+            shutil.copyfileobj(stream, sink, _CHUNK)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically, into a file (0600) and a folder (0700) that its owner alone can open."""
+    private_folder(path.parent)
+    with atomic_file(path) as temporary:
+        temporary.touch(0o600, exist_ok=False)
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -270,3 +292,133 @@ def sha256_tree(folder: Path, *, without: frozenset[str] = frozenset()) -> dict[
     files = (entry for entry in sorted(folder.rglob("*")) if entry.is_file())
     names = ((entry, entry.relative_to(folder).as_posix()) for entry in files)
     return {name: sha256_file(entry) for entry, name in names if name not in without}
+
+
+# --- what another person wrote ---------------------------------------------------------------------------------------
+
+
+def check_name(name: str, what: str) -> str:
+    """Return `name` if it is the name of one file or folder, so that `folder / name` lies in `folder`.
+
+    Args:
+        name: from a file or a server.
+        what: has the name, for the message: "a part's folder".
+
+    Raises:
+        PairclfError: it is empty, `.` or `..`, is longer than 255 bytes, or holds `/`, `\\` or a control character.
+    """
+    rule = next((rule for broken, rule in _broken_rules(name) if broken), None)
+    if rule is not None:
+        raise PairclfError(f"{what} has the name {_shown(name)}, which {rule}", remedy="do not use this folder")
+    return name
+
+
+def _broken_rules(name: str) -> Iterator[tuple[bool, str]]:
+    yield not name, "is empty"
+    yield name in (".", ".."), "is no name"
+    yield "/" in name or "\\" in name, "is a path and no name"
+    yield any(not letter.isprintable() for letter in name), "holds a character that can't be printed"
+    yield len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME, f"is longer than {_LONGEST_NAME} bytes"
+
+
+def check_path(path: str, what: str) -> str:
+    """Return `path` if it is a relative path of names (see `check_name`) with `/` between them.
+
+    Raises:
+        PairclfError: it is absolute, or one of its names is none.
+    """
+    for name in path.split("/"):
+        try:
+            check_name(name, what)
+        except PairclfError as error:
+            raise PairclfError(
+                f"{what} has the path {_shown(path)}, which leads out of its folder or is none",
+                remedy=error.remedy,
+            ) from error
+    return path
+
+
+def _shown(text: str) -> str:
+    """As it may be printed: what a file holds may be long, and a command to the terminal."""
+    return ascii(text if len(text) <= 100 else text[:100] + "...")
+
+
+def refuse_special_files(folder: Path) -> list[str]:
+    """List the regular files below `folder`, and refuse whatever is neither one nor a folder. No link is followed.
+
+    Args:
+        folder: may itself be reached through links, as its user gave it.
+
+    Returns:
+        Relative posix paths, sorted.
+
+    Raises:
+        PairclfError: a link, a device, a pipe or a socket lies there; names it.
+        OSError: a folder below can't be read.
+    """
+    found: list[str] = []
+    waiting = [""]
+    while waiting:
+        below = waiting.pop()
+        with os.scandir(folder / below) as entries:
+            for entry in entries:
+                name = f"{below}{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(f"{name}/")
+                elif entry.is_file(follow_symlinks=False):
+                    found.append(name)
+                else:
+                    raise PairclfError(
+                        f"{_shown(name)} is {_kind_of(entry)}, and only files and folders may lie there",
+                        where=folder,
+                        remedy="remove it, or do not use this folder if it is not yours",
+                    )
+    return sorted(found)
+
+
+def _kind_of(entry: os.DirEntry[str]) -> str:
+    mode = entry.stat(follow_symlinks=False).st_mode
+    kinds = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a file itself lies at `path`, and no link to one."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return False
+        raise
+
+
+# --- this machine's own ----------------------------------------------------------------------------------------------
+
+
+def state_folder() -> Path:
+    """Where this user's pairclf keeps what no other folder may claim: `$XDG_STATE_HOME/pairclf`."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state", "pairclf")
+
+
+def cache_folder() -> Path:
+    """Where it keeps what it can make again: `$XDG_CACHE_HOME/pairclf`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pairclf")
+
+
+def private_folder(path: Path) -> Path:
+    """Make the folder `path`, which only its owner can enter (0700), and return it.
+
+    Raises:
+        PairclfError: a link, a file or another user's folder is there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(0o700)
+    except FileExistsError:
+        found = os.lstat(path)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise PairclfError(
+                f"{path} is not a folder of this user", remedy="remove it, or set XDG_STATE_HOME and XDG_CACHE_HOME"
+            ) from None
+        path.chmod(0o700)
+    return path

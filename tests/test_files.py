@@ -15,7 +15,21 @@ import pytest
 
 from pairclf import files
 from pairclf.errors import PairclfError
-from pairclf.files import atomic_file, atomic_folder, locked, sha256_tree, write_json, write_text
+from pairclf.files import (
+    atomic_file,
+    atomic_folder,
+    check_name,
+    check_path,
+    copy_file,
+    is_regular,
+    locked,
+    private_folder,
+    refuse_special_files,
+    sha256_tree,
+    write_json,
+    write_private,
+    write_text,
+)
 
 
 def _full_disk(*_: object, **__: object) -> None:
@@ -284,3 +298,82 @@ def test_a_lock_is_waited_for_and_falls_with_its_holder(
     assert "waiting for another process" in said[0]
     with locked(path):  # and again, at once
         assert capsys.readouterr().err == ""
+
+
+# --- what another person wrote ---------------------------------------------------------------------------------------
+
+NO_NAMES = ["", ".", "..", "a/b", "/a", "../a", "a\\b", "a\x00b", "a\nb", "a\x1b[2J", "n" * 256, "\u00e9" * 128]
+NO_PATHS = ["", "/a", "../a", "a/../b", "a/..", "a//b", "a/", "./a", "a/\x00"]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_what_is_no_name_is_refused_and_shown_short(name: str) -> None:
+    with pytest.raises(PairclfError, match="a part has the name") as caught:
+        check_name(name, "a part")
+    assert len(str(caught.value)) < 700
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", NO_PATHS)
+def test_path_that_leads_out_is_refused(path: str) -> None:
+    with pytest.raises(PairclfError, match="leads out of its folder or is none"):
+        check_path(path, "a file")
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "...", ".hidden", "model-00001-of-00002.safetensors", "torch-2.11.0+cu128-py3.whl"]
+)
+def test_names_stay_as_they_are(name: str) -> None:
+    assert check_name(name, "a part") == name
+    assert check_path(f"a/{name}", "a file") == f"a/{name}"
+
+
+def test_only_files_and_folders_pass(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    (folder / "deep" / "empty").mkdir(parents=True)
+    other.mkdir()
+    (other / "secret").write_text("secret")
+    for name in ("b.txt", "deep/a.txt"):
+        (folder / name).touch()
+    assert refuse_special_files(folder) == ["b.txt", "deep/a.txt"]
+    (tmp_path / "given").symlink_to(folder)
+    assert refuse_special_files(tmp_path / "given") == ["b.txt", "deep/a.txt"], "what the user gave may be a link"
+    odd = folder / "deep" / "odd"
+    for target in (other, other / "secret", other / "missing", folder):
+        odd.symlink_to(target)
+        with pytest.raises(PairclfError, match="'deep/odd' is a link"):
+            refuse_special_files(folder)
+        odd.unlink()
+    os.mkfifo(odd)
+    with pytest.raises(PairclfError, match="'deep/odd' is a pipe"):
+        refuse_special_files(folder)
+
+
+def test_regular_is_neither_link_nor_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    names = ("file", "link", ".", "missing", "file/below")
+    assert [is_regular(tmp_path / name) for name in names] == [True, False, False, False, False]
+
+
+def test_private_files_and_folders_are_their_owners(tmp_path: Path) -> None:
+    write_private(tmp_path / "own" / "a.json", "{}")
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("own", "own/a.json")] == [0o700, 0o600]
+    (tmp_path / "own").chmod(0o755)
+    private_folder(tmp_path / "own")
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to("own")
+    for name in ("link", "own/a.json"):
+        with pytest.raises(PairclfError, match="is not a folder of this user"):
+            private_folder(tmp_path / name)
+
+
+def test_copy_has_the_bytes_and_no_bond(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(bytes(range(256)) * 9000)
+    copy_file(source, target)
+    assert target.read_bytes() == source.read_bytes()
+    target.write_bytes(b"changed")
+    assert source.stat().st_size == 256 * 9000
+    with pytest.raises(FileExistsError):
+        copy_file(source, target)

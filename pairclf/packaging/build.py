@@ -22,7 +22,7 @@ from pairclf import __version__
 from pairclf.config import Config, Package
 from pairclf.console import console
 from pairclf.errors import PackagingError
-from pairclf.files import atomic_folder, link_or_copy, sha256_tree, write_json, write_text
+from pairclf.files import atomic_folder, link_or_copy, refuse_special_files, sha256_tree, write_json, write_text
 from pairclf.inference.members import Ensemble, EnsembleFile, open_ensemble, read_ensemble
 from pairclf.model.bundle import Bundle, open_bundle
 from pairclf.packaging.closure import prove_closure
@@ -178,6 +178,7 @@ def _check_shares(ensemble: Ensemble, settings: Package) -> None:
 def _fill_bundles(folder: Path, models: _Models) -> list[str]:
     """Lay the bundles into the payload; returns what predicts there: their folders, or the ensemble's file."""
     for name, bundle in models.bundles.items():
+        refuse_special_files(bundle.folder)  # a link would bring a file of this machine along
         shutil.copytree(bundle.folder, folder / name, copy_function=_link)
     if not models.weighted:
         return list(models.bundles)

@@ -108,7 +108,7 @@ MARGIN = 300.0
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PROJECT = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
-_SOURCE = re.compile(r"[\w.-]+/[\w.-]+((/[\w.-]+){2}/[1-9]\d*)?")
+_SOURCE = re.compile(r"\w[\w.-]*/\w[\w.-]*((/\w[\w.-]*){2}/[1-9]\d*)?")  # a mount's folder is made of it: no ..
 _NAME_LENGTHS = (5, 40)  # a notebook's slug has 5 to 50 characters, a dataset's 6 to 50, and `-bundle-99` takes 10
 
 

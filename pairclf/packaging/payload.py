@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from pairclf.errors import PackagingError
-from pairclf.files import sha256_file, sha256_tree, write_json
+from pairclf.files import refuse_special_files, sha256_file, sha256_tree, write_json
 from pairclf.packaging.metadata import (
     KERNEL,
     KERNEL_METADATA,
@@ -27,7 +27,16 @@ from pairclf.packaging.metadata import (
     kernel_metadata,
     part_metadata,
 )
-from pairclf.packaging.record import BUILD, Build, Part, Payload, identity_of, parse_json
+from pairclf.packaging.record import (
+    BUILD,
+    Build,
+    Part,
+    Payload,
+    identity_of,
+    marker_name,
+    parse_json,
+    read_marker,
+)
 
 
 def divide(sizes: Mapping[str, int], limits: Limits) -> list[list[str]]:
@@ -92,7 +101,7 @@ def seal(folder: Path, payload: Payload, number: int) -> tuple[Path, str]:
     files = sha256_tree(folder)
     write_json(unnamed, {"payload": payload, "part": number, "files": files})
     digest = sha256_file(unnamed)
-    marker = folder / f"pairclf-{payload}-{digest[:12]}.json"
+    marker = folder / marker_name(payload, digest)
     os.rename(unnamed, marker)
     return marker, digest
 
@@ -122,15 +131,14 @@ def _prove_part(folder: Path, part: Part, build: Build) -> None:
     marker = folder / part.folder / part.marker
     if not marker.is_file() or sha256_file(marker) != part.sha256:
         raise _changed(f"{part.folder}/{part.marker}", "was changed or removed")
-    tree = parse_json(marker)
-    assert isinstance(tree, dict)  # its hash is right
-    for name, digest in tree["files"].items():
+    files = read_marker(marker)
+    for name, digest in files.items():
         path = folder / part.folder / name
         if not path.is_file() or sha256_file(path) != digest:
             raise _changed(f"{part.folder}/{name}", "was changed" if path.is_file() else "is gone")
     metadata = part_metadata(build.package, part.payload, part.source)
     _prove_metadata(folder, {f"{part.folder}/{name}": tree for name, tree in metadata.items()})
-    _refuse_others(folder, folder / part.folder, {part.marker, *tree["files"], *metadata})
+    _refuse_others(folder, folder / part.folder, {part.marker, *files, *metadata})
 
 
 def _prove_metadata(folder: Path, expected: Mapping[str, object]) -> None:
@@ -140,10 +148,9 @@ def _prove_metadata(folder: Path, expected: Mapping[str, object]) -> None:
 
 
 def _refuse_others(top: Path, folder: Path, known: set[str]) -> None:
-    found = (path for path in sorted(folder.rglob("*")) if not path.is_dir() or path.is_symlink())
-    for path in found:
-        if path.relative_to(folder).as_posix() not in known:
-            raise _changed(path.relative_to(top).as_posix(), "was added")
+    for name in refuse_special_files(folder):
+        if name not in known:
+            raise _changed((folder / name).relative_to(top).as_posix(), "was added")
 
 
 def _changed(name: str, how: str) -> PackagingError:

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import (
+    InvalidName,
     InvalidSdistFilename,
     InvalidWheelFilename,
     canonicalize_name,
@@ -26,6 +27,7 @@ from packaging.utils import (
 from packaging.version import InvalidVersion, Version
 
 from pairclf.errors import PackagingError
+from pairclf.files import check_name
 from pairclf.packaging.sources import shipped
 
 IMAGES = "kaggle/images"
@@ -100,28 +102,29 @@ def _entries(path: Path, including: frozenset[Path]) -> Iterator[tuple[str, Vers
     for number, raw in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         line = raw.strip()
         if line.startswith(("-r ", "--requirement ")):
-            yield from _entries(path.parent / line.split(maxsplit=1)[1], including | {path})
+            beside = check_name(line.split(maxsplit=1)[1], f"the profile that {path}, line {number} includes")
+            yield from _entries(path.parent / beside, including | {path})
         elif line.startswith(("-e ", "--editable ")):
-            yield from _editable(line, editable)
+            yield from _editable(line, editable, f"{path}, line {number}")
         elif line and not line.startswith("#"):
             yield _entry(line, f"{path}, line {number}")
         editable = line
 
 
-def _editable(line: str, before: str | None) -> Iterator[tuple[str, Version | None]]:
+def _editable(line: str, before: str | None, where: str) -> Iterator[tuple[str, Version | None]]:
     """An editable install is named in its address or in the comment before; one that is not is passed over."""
     if found := _EDITABLE.match(before or ""):
         name, _, version = found["pin"].partition("==")
-        yield canonicalize_name(name), parse_version(version)
+        yield _project(name, where), parse_version(version)
     elif found := _EGG.search(line):
-        yield canonicalize_name(found["name"]), None
+        yield _project(found["name"], where), None
 
 
 def _entry(line: str, where: str) -> tuple[str, Version | None]:
     """`name==version`, or `name @ address`, the file name of which may tell the version."""
     name, exact, version = line.partition("===" if "===" in line else "==")
     if exact and "@" not in name:
-        return canonicalize_name(name.strip()), parse_version(version.partition(" ")[0].partition(";")[0])
+        return _project(name.strip(), where), parse_version(version.partition(" ")[0].partition(";")[0])
     try:
         requirement = Requirement(line)
     except InvalidRequirement as error:
@@ -129,6 +132,18 @@ def _entry(line: str, where: str) -> tuple[str, Version | None]:
     if requirement.url is None:
         raise PackagingError(f"{line!r} pins no version", where=where, remedy=_REFRESH)
     return canonicalize_name(requirement.name), _version_in(requirement.url)
+
+
+def _project(name: str, where: str) -> str:
+    """The normalised name of a project: a file is named after it, so it must be a name.
+
+    Raises:
+        PackagingError: it is none.
+    """
+    try:
+        return canonicalize_name(name, validate=True)
+    except InvalidName as error:
+        raise PackagingError(f"{name!r} is no name of a package", where=where, remedy=_REFRESH) from error
 
 
 def parse_version(text: str) -> Version | None:

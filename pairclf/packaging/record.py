@@ -15,8 +15,17 @@ from pydantic import Field
 
 from pairclf.config import Package, Section, checked
 from pairclf.errors import PackagingError
-from pairclf.files import sha256_file, write_text
-from pairclf.packaging.metadata import KERNEL, KERNEL_METADATA
+from pairclf.files import (
+    check_name,
+    check_path,
+    is_regular,
+    refuse_special_files,
+    sha256_file,
+    state_folder,
+    write_private,
+    write_text,
+)
+from pairclf.packaging.metadata import KERNEL, KERNEL_METADATA, check_package, folder_of, source_of
 from pairclf.task import Task
 
 BUILD = "build.json"
@@ -35,7 +44,7 @@ class Part(Section):
     folder: str = Field(description="its folder below the package's: bundle, bundle-2, wheels")
     source: str = Field(description="owner/slug of a dataset, owner/model/framework/instance of a model")
     marker: str = Field(description="name of its marker file: pairclf-PAYLOAD-HASH.json")
-    sha256: str = Field(description="of the marker file, in hex")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the marker file, in hex")
     bytes: int = Field(description="of all its files")
 
 
@@ -55,7 +64,9 @@ class Build(Section):
 
     pairclf: str = Field(description="version that built it")
     identity: str = Field(
-        description="SHA-256 over the kernel's file and metadata and the markers: one build, one identity"
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 over names and hashes of the kernel's file and metadata and the markers: one build, one "
+        "identity",
     )
     package: Package = Field(description="the settings")
     task: Task = Field(description="what the bundles answer")
@@ -74,27 +85,103 @@ class Build(Section):
 
 
 def write_build(folder: Path, build: Build) -> None:
+    """Write the record, and let this machine know which files outside the package it names."""
     write_text(folder / BUILD, build.model_dump_json(indent=2) + "\n")
+    write_private(_own_path(build), _outside(build))
+
+
+def is_own(build: Build) -> bool:
+    """Whether this machine packaged this build, and its record names no other files outside the package since."""
+    path = _own_path(build)
+    return is_regular(path) and path.read_text(encoding="utf-8") == _outside(build)
+
+
+def _own_path(build: Build) -> Path:
+    return state_folder() / "packages" / f"{build.identity}.json"
+
+
+def _outside(build: Build) -> str:
+    paths = {"test": build.test, "sample": build.sample, "images": build.package.images}
+    return json.dumps({name: None if path is None else str(path) for name, path in paths.items()}) + "\n"
 
 
 def read_build(folder: Path) -> Build:
     """What `package` wrote into `folder`.
 
+    The folder may be a stranger's: what is read here names no folder, no file and nothing on Kaggle that `package`
+    would not have named so, and no link, pipe or device lies anywhere in it.
+
     Raises:
-        PackagingError: the folder is no package.
+        PackagingError: the folder is no package, or one of its record's names is not what `package` gives.
+        PairclfError: something that is neither a file nor a folder lies in it.
         ConfigError: its record is of another version of pairclf, or was changed.
     """
+    refuse_special_files(folder)
     path = folder / BUILD
     if not path.is_file():
         raise PackagingError(
             f"{folder} is no package: it has no {BUILD}", remedy="give the folder that `pairclf package` made"
         )
     tree = parse_json(path)
-    return checked(Build, tree, path, "package again")
+    build = checked(Build, tree, path, "package again")
+    _check_names(build, path)
+    return build
+
+
+def _check_names(build: Build, where: Path) -> None:
+    """Refuse every name in the record that is not the one that `package` would have made of its settings.
+
+    Raises:
+        PackagingError: says which, and what it must be.
+    """
+    check_package(build.package)
+    package = build.package
+    suffix = "py" if package.kernel == "script" else "ipynb"
+    wanted = [
+        ("kernel", build.kernel, f"{package.owner}/{package.name}"),
+        ("code_file", build.code_file, f"{package.name}.{suffix}"),
+    ]
+    for payload in PAYLOADS:
+        for number, part in enumerate(build.of(payload), 1):
+            as_model = payload == "bundle" and package.bundles_as == "model"
+            wanted += [
+                ("parts.folder", part.folder, folder_of(payload, number)),
+                ("parts.source", part.source, source_of(package, payload, number)),
+                ("parts.kind", part.kind, "model" if as_model else "dataset"),
+                ("parts.marker", part.marker, marker_name(payload, part.sha256)),
+            ]
+    for name, found, right in wanted:
+        if found != right:
+            raise PackagingError(
+                f"{name}={found[:100]!r} in the record is not what `package` writes there, {right!r}",
+                where=where,
+                remedy="package again; do not use a package that is not yours",
+            )
+    for bundle in build.bundles:
+        check_name(bundle.folder, f"a bundle in {where}")
+
+
+def marker_name(payload: Payload, digest: str) -> str:
+    """Of the marker file with this SHA-256: `pairclf-bundle-0123456789ab.json`."""
+    return f"pairclf-{payload}-{digest[:12]}.json"
+
+
+def read_marker(path: Path) -> dict[str, str]:
+    """`{posix path: hex SHA-256}` of a marker: the files of its part, none of which lies outside the marker's folder.
+
+    Raises:
+        PackagingError: it is no marker of a package.
+        PairclfError: a path leads out of the folder.
+    """
+    tree = parse_json(path)
+    files = tree.get("files") if isinstance(tree, dict) else None
+    if not isinstance(files, dict):
+        raise PackagingError(f"{path.name} is no marker of a package", where=path, remedy="package again")
+    return {check_path(str(name), f"a file in {path.name}"): str(digest) for name, digest in files.items()}
 
 
 def identity_of(folder: Path, kernel_file: str, parts: Sequence[Part]) -> str:
-    """A build's identity, in hex, of the files as they lie in `folder` now.
+    """A build's identity, in hex, of the files as they lie in `folder` now, and of the names that they have there.
 
     Args:
         folder: of the package.
@@ -104,9 +191,11 @@ def identity_of(folder: Path, kernel_file: str, parts: Sequence[Part]) -> str:
     Raises:
         OSError: a file is missing.
     """
-    kernel = [folder / KERNEL / kernel_file, folder / KERNEL / KERNEL_METADATA]
-    hashes = map(sha256_file, [*kernel, *(folder / part.folder / part.marker for part in parts)])
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    names = [f"{KERNEL}/{kernel_file}", f"{KERNEL}/{KERNEL_METADATA}"]
+    names += [f"{part.folder}/{part.marker}" for part in parts]
+    places = ["", "", *(f" {part.kind} {part.source}" for part in parts)]
+    lines = [f"{sha256_file(folder / name)} {name}{place}\n" for name, place in zip(names, places, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def parse_json(path: Path) -> object:

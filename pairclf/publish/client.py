@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from pairclf.console import console
 from pairclf.errors import PackagingError
@@ -32,6 +33,8 @@ ATTEMPTS = 6
 """Tries of a request that was lost on its way, or held back by a limit on their number."""
 
 FAILED_KERNEL = ("ERROR", "CANCEL_REQUESTED", "CANCEL_ACKNOWLEDGED")
+_STORES = ("kaggle.com", "storage.googleapis.com", "www.googleapis.com")
+"""Hosts, and those below them, to which Kaggle sends an upload's bytes."""
 _TIMEOUT = (30.0, 300.0)  # seconds to connect, and between two bytes of an answer
 _LONGEST_PAUSE = 900.0  # seconds, whatever Retry-After says
 _PAGE = 200  # entries
@@ -279,6 +282,25 @@ class Kaggle:
         with _told(f"uploading {path.name}"), self._client() as client:
             answer = client.blobs.blob_api_client.start_blob_upload(request)
         return answer.create_url, answer.token
+
+    def check_store(self, url: str) -> None:
+        """Refuse to send a file's bytes to an address that is none of Kaggle's.
+
+        Raises:
+            PackagingError: the address has neither the origin to which the client sends its requests, nor https and
+                the host of a store that Kaggle uses.
+        """
+        from kagglesdk.kaggle_env import get_endpoint, get_env
+
+        given, own = urlsplit(url), urlsplit(get_endpoint(get_env()))
+        host = (given.hostname or "").lower()
+        is_store = any(host == store or host.endswith(f".{store}") for store in _STORES)
+        plain = given.scheme == "https" and given.netloc.lower() in (host, f"{host}:443")
+        if not (plain and is_store) and (given.scheme, given.netloc) != (own.scheme, own.netloc):
+            raise PackagingError(
+                f"an upload would go to {given.scheme}://{given.netloc[-100:]}, which is none of {', '.join(_STORES)}",
+                remedy="nothing was sent there; push again from another network, and report it if it stays",
+            )
 
     # --- models ------------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,10 @@ class Pretend:
     def _answer(self, name: str, body: dict[str, Any], files: list[str]) -> dict[str, Any]:
         listed = [{"name": file} for file in files]
         answers: dict[str, dict[str, Any]] = {
-            "StartBlobUpload": {"token": body.get("name"), "createUrl": f"https://upload/{body.get('name')}"},
+            "StartBlobUpload": {
+                "token": body.get("name"),
+                "createUrl": f"https://storage.googleapis.com/{body.get('name')}",
+            },
             "GetDatasetStatus": {"status": "READY"},
             "ListDatasetFiles": {"datasetFiles": listed},
             "GetModelInstance": {"versionNumber": 1},

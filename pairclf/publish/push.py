@@ -20,17 +20,16 @@ from pydantic import Field
 from pairclf.config import Section, checked
 from pairclf.console import console, output
 from pairclf.errors import PackagingError
-from pairclf.files import locked, write_json, write_text
+from pairclf.files import is_regular, state_folder, write_json, write_private
 from pairclf.packaging.metadata import KERNEL, KERNEL_METADATA, LIMITS
 from pairclf.packaging.payload import prove
 from pairclf.packaging.record import Build, Part, parse_json, read_build
 from pairclf.packaging.secrets import refuse_secrets
 from pairclf.publish.client import FAILED_KERNEL, Clock, Kaggle, KaggleError, Kernel, Output
 from pairclf.publish.dry import Pretend
-from pairclf.publish.uploads import UPLOAD, Shipment
+from pairclf.publish.uploads import Shipment, upload_folder
 from pairclf.rehearsal.report import read_passed
 
-PUSHED = "push.json"
 SUBMISSIONS = ("submission.parquet", "submission.csv")
 """Kaggle's gateways write the first; a notebook of ours the second."""
 DATASET_BYTES = 2 * LIMITS.size
@@ -43,7 +42,10 @@ _TRIES = 10  # of a version that is refused although the dataset says that it is
 
 
 class Pushed(Section):
-    """`push.json`: the kernel's version that holds this build."""
+    """The kernel's version that holds a build: `$XDG_STATE_HOME/pairclf/pushed/IDENTITY.json`.
+
+    It is kept on the machine that pushed, and not in the package: a stranger's would say which version is submitted.
+    """
 
     build: str = Field(description="the build's identity")
     kernel: str = Field(description="owner/slug")
@@ -73,17 +75,16 @@ def push(folder: Path, *, go: bool, clock: Clock | None = None) -> None:
     kaggle = Kaggle(clock or Clock()) if go else Kaggle(Clock(sleep=lambda seconds: None), Pretend())
     if not go:
         _summarise(folder, build)
-    with locked(folder / ".push.lock"):
+    with upload_folder(build, dry=kaggle.dry) as uploads:
         _check_owner(build, kaggle)
         versions: dict[str, int] = {}
         for part in build.parts:
-            version = _bring(Shipment(folder, part, kaggle), kaggle)
+            version = _bring(Shipment(folder, part, kaggle, uploads), kaggle)
             if version is not None:
                 versions[part.source] = version
-        kernel = _stage_kernel(folder, build, versions)
-        pushed = kaggle.again(build.kernel, lambda: _kernel(folder, build, kernel, kaggle))
-        _complete(folder, build, pushed, kaggle)
-        shutil.rmtree(folder / UPLOAD)
+        kernel = _stage_kernel(folder / KERNEL, uploads / KERNEL, versions)
+        pushed = kaggle.again(build.kernel, lambda: _kernel(build, kernel, kaggle))
+        _complete(build, pushed, kaggle)
     if not go:
         console.print("nothing was sent: these are the requests of a first push, which --go sends")
 
@@ -102,21 +103,28 @@ def _summarise(folder: Path, build: Build) -> None:
 
 
 def read_pushed(folder: Path, build: Build) -> Pushed:
-    """What `push` left of this very build.
+    """What `push` left of this very build, on this machine.
 
     Raises:
-        PackagingError: nothing, or of another build, or its run is not complete.
+        PackagingError: nothing, or its run is not complete.
     """
-    path = folder / PUSHED
+    path = pushed_path(build)
     remedy = f"pairclf push {folder} --go"
-    if not path.is_file():
-        raise PackagingError(f"{folder} was not pushed: it has no {PUSHED}", remedy=remedy)
+    if not is_regular(path):
+        raise PackagingError(
+            f"this machine has not pushed the build in {folder}",
+            where=path,
+            remedy=f"{remedy}; what is on Kaggle already is left alone",
+        )
     pushed = checked(Pushed, parse_json(path), path, remedy)
-    if pushed.build != build.identity:
-        raise PackagingError(f"another build than the one in {folder} was pushed from there", remedy=remedy)
     if pushed.output is None:
         raise PackagingError(f"version {pushed.version} of {pushed.kernel} has not run to its end", remedy=remedy)
     return pushed
+
+
+def pushed_path(build: Build) -> Path:
+    """Where this machine keeps which version of the kernel a build became."""
+    return state_folder() / "pushed" / f"{build.identity}.json"
 
 
 def _check_owner(build: Build, kaggle: Kaggle) -> None:
@@ -231,11 +239,10 @@ def _notes(part: Part) -> str:
 # --- the kernel ------------------------------------------------------------------------------------------------------
 
 
-def _stage_kernel(folder: Path, build: Build, versions: Mapping[str, int]) -> Path:
+def _stage_kernel(kernel: Path, staged: Path, versions: Mapping[str, int]) -> Path:
     """The kernel's folder with the versions of our model instances in its metadata, which only now are known."""
-    staged = folder / UPLOAD / "kernel"
     shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(folder / KERNEL, staged)
+    shutil.copytree(kernel, staged)
     metadata = _metadata(staged)
     others = [source for source in metadata["model_sources"] if source.rpartition("/")[0] not in versions]
     metadata["model_sources"] = [*(f"{source}/{version}" for source, version in versions.items()), *others]
@@ -249,18 +256,18 @@ def _metadata(kernel: Path) -> dict[str, Any]:
     return tree
 
 
-def _kernel(folder: Path, build: Build, staged: Path, kaggle: Kaggle) -> Pushed:
+def _kernel(build: Build, staged: Path, kaggle: Kaggle) -> Pushed:
     """See to it that the kernel's newest version is this one, and that it runs, ran, or waits for a machine."""
     there = kaggle.kernel(build.kernel)
     if there is not None and _same(there, staged, build):
         state, _ = kaggle.kernel_status(build.kernel)
         if state not in FAILED_KERNEL:
             kaggle.say(f"{build.kernel}, version {there.version}, is this build already")
-            return _record(folder, build, there.version, f"https://www.kaggle.com/code/{build.kernel}", kaggle)
+            return _record(build, there.version, f"https://www.kaggle.com/code/{build.kernel}", kaggle)
     version, url = kaggle.push_kernel(staged)
     kaggle.say(f"pushed {build.kernel}, version {version}: {url}")
     kaggle.clock.sleep(10.0)  # until its page shows the new run's status, and no longer the last one's
-    return _record(folder, build, version, url, kaggle)
+    return _record(build, version, url, kaggle)
 
 
 def _same(there: Kernel, staged: Path, build: Build) -> bool:
@@ -288,19 +295,19 @@ def _code(source: str) -> list[tuple[str, str]]:
     return [(cell["cell_type"], "".join(cell["source"]).strip()) for cell in cells]
 
 
-def _record(folder: Path, build: Build, version: int, url: str, kaggle: Kaggle) -> Pushed:
+def _record(build: Build, version: int, url: str, kaggle: Kaggle) -> Pushed:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     pushed = Pushed(build=build.identity, kernel=build.kernel, version=version, url=url, when=now)
-    _write(folder, pushed, kaggle)
+    _write(build, pushed, kaggle)
     return pushed
 
 
-def _write(folder: Path, pushed: Pushed, kaggle: Kaggle) -> None:
+def _write(build: Build, pushed: Pushed, kaggle: Kaggle) -> None:
     if not kaggle.dry:
-        write_text(folder / PUSHED, pushed.model_dump_json(indent=2) + "\n")
+        write_private(pushed_path(build), pushed.model_dump_json(indent=2) + "\n")
 
 
-def _complete(folder: Path, build: Build, pushed: Pushed, kaggle: Kaggle) -> None:
+def _complete(build: Build, pushed: Pushed, kaggle: Kaggle) -> None:
     """Wait for the run, and see that it left a submission.
 
     Raises:
@@ -320,7 +327,7 @@ def _complete(folder: Path, build: Build, pushed: Pushed, kaggle: Kaggle) -> Non
     if not found:
         raise _failed(f"left no {' or '.join(SUBMISSIONS)}, but {left.files}", build, pushed, left)
     pushed.output, pushed.seconds = found[0], left.seconds
-    _write(folder, pushed, kaggle)
+    _write(build, pushed, kaggle)
     kaggle.say(f"{build.kernel}, version {pushed.version}, is complete and left {found[0]}")
 
 

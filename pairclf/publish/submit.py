@@ -8,12 +8,12 @@ from typing import Any
 
 from pairclf.console import console
 from pairclf.errors import PackagingError
-from pairclf.files import locked
 from pairclf.packaging.record import Build, PackedBundle, read_build
 from pairclf.publish import ledger as table
 from pairclf.publish.client import Clock, Kaggle
 from pairclf.publish.dry import Pretend
 from pairclf.publish.push import Pushed, read_pushed
+from pairclf.publish.uploads import upload_lock
 from pairclf.rehearsal.report import read_passed
 
 _QUEUE = 7200.0  # seconds in which the rerun gets a machine, beside the competition's hours
@@ -50,7 +50,7 @@ def submit(
         return
     kaggle, row = Kaggle(clock or Clock()), _row(folder, build, pushed, message)
     table.prepare(ledger)
-    with locked(folder / ".push.lock"):
+    with upload_lock(build):
 
         def make() -> int:
             made = None if again else _made(kaggle.submissions(competition), description) or _noted(ledger, row)

@@ -1,8 +1,12 @@
 """A part on its way to Kaggle: folders as archives, what older versions held, bytes that go on where they stopped.
 
-PACKAGE/upload/PART/        what goes up, no folders in it: FOLDER.zip, files, metadata
-PACKAGE/upload/PART.json    how far each file has come
-PACKAGE/upload/PART-old/    files of older versions, which a new version would drop
+All of it lies in a folder of this machine's own, named by the build's identity, and none of it in the package: a
+package that another person made must not say where bytes go, what was sent, or which folders are removed.
+
+$XDG_CACHE_HOME/pairclf/uploads/IDENTITY/PART/        what goes up, no folders in it: FOLDER.zip, files, metadata
+                                         PART.json    how far each file has come
+                                         PART-old/    files of older versions, which a new version would drop
+                                         kernel/      the kernel with the versions of its models
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ import shutil
 import time
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from io import BufferedReader
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import Field
@@ -23,12 +28,11 @@ from pydantic import Field
 from pairclf.config import Section, checked
 from pairclf.console import Advance, console, progress
 from pairclf.errors import ConfigError, PackagingError
-from pairclf.files import atomic_file, sha256_file, write_text
+from pairclf.files import atomic_file, cache_folder, check_name, locked, private_folder, sha256_file, write_private
 from pairclf.packaging.metadata import DATASET_METADATA, INSTANCE_METADATA, MODEL_METADATA
-from pairclf.packaging.record import Part, parse_json
+from pairclf.packaging.record import Build, Part, parse_json, read_marker
 from pairclf.publish.client import ATTEMPTS, Kaggle, KaggleError
 
-UPLOAD = "upload"
 _METADATA = (DATASET_METADATA, MODEL_METADATA, INSTANCE_METADATA)
 _ZIP_DATE = (2020, 2, 2, 0, 0, 0)
 _EPOCH = 1_580_601_600  # 2020-02-02: the same files give the same archive, and an upload of it can be gone on with
@@ -53,21 +57,48 @@ class State(Section):
     blobs: dict[str, Blob] = Field({}, description="by file name")
 
 
+@contextmanager
+def upload_folder(build: Build, *, dry: bool) -> Iterator[Path]:
+    """The folder for a build's uploads, held against other processes; it stays until an upload is complete.
+
+    Args:
+        build: its identity names the folder.
+        dry: an empty folder instead, which is removed in any case.
+    """
+    top = private_folder(private_folder(cache_folder()) / "uploads")
+    if dry:
+        with TemporaryDirectory(dir=top, prefix="dry-") as scratch:
+            yield Path(scratch)
+        return
+    with upload_lock(build):
+        yield private_folder(top / build.identity)
+        shutil.rmtree(top / build.identity)
+
+
+@contextmanager
+def upload_lock(build: Build) -> Iterator[None]:
+    """Hold a build: one process at a time pushes or submits it."""
+    top = private_folder(private_folder(cache_folder()) / "uploads")
+    with locked(top / f"{build.identity}.lock"):
+        yield
+
+
 class Shipment:
     """One part, and how far it is.
 
     Args:
-        package: the package's folder.
+        package: the package's folder, which is only read.
         part: one of its parts.
         kaggle: takes it.
+        uploads: see `upload_folder`.
     """
 
-    def __init__(self, package: Path, part: Part, kaggle: Kaggle) -> None:
+    def __init__(self, package: Path, part: Part, kaggle: Kaggle, uploads: Path) -> None:
         self.part, self._kaggle = part, kaggle
         self.source = package / part.folder
-        self.folder = package / UPLOAD / part.folder
-        self._old = package / UPLOAD / f"{part.folder}-old"
-        self._path = package / UPLOAD / f"{part.folder}{'.dry' * kaggle.dry}.json"
+        self.folder = uploads / part.folder
+        self._old = uploads / f"{part.folder}-old"
+        self._path = uploads / f"{part.folder}.json"
         self._state = self._read()
 
     @property
@@ -86,7 +117,7 @@ class Shipment:
         return State(marker=self.part.marker)
 
     def _write(self) -> None:
-        write_text(self._path, self._state.model_dump_json(indent=2) + "\n")
+        write_private(self._path, self._state.model_dump_json(indent=2) + "\n")
 
     def mark_sent(self) -> None:
         self._state.sent = True
@@ -100,7 +131,7 @@ class Shipment:
 
     def complete(self, listed: Collection[str]) -> bool:
         """Whether one folder of what is `listed` holds the marker and every file that it names: all of the part."""
-        files = _marked(self.source / self.part.marker)
+        files = read_marker(self.source / self.part.marker)
         markers = (path for path in listed if path.rpartition("/")[2] == self.part.marker)
         roots = (path.removesuffix(self.part.marker) for path in markers)
         return any(all(f"{root}{name}" in listed for name in files) for root in roots)
@@ -153,9 +184,10 @@ class Shipment:
         got: dict[str, Path] = {}
         for marker in sorted(name for name in listed if self._is_older(name)):
             root, _, name = marker.rpartition("/")
+            check_name(name, f"a file of {self.part.source}")
             home = name.removesuffix(".json")
             got[f"{home}/{name}"] = self._fetch(marker, f"{home}/{name}", None)
-            for path, digest in _marked(got[f"{home}/{name}"]).items():
+            for path, digest in read_marker(got[f"{home}/{name}"]).items():
                 wanted[f"{home}/{path}"] = (f"{root}/{path}".lstrip("/"), digest)
         self._check_room(listed, wanted, len(got), size, top)
         for path, (there, digest) in wanted.items():
@@ -237,6 +269,7 @@ class Shipment:
         """Send what the store lacks. True: it has all; false: it broke off; `None`: it has forgotten the upload."""
         import requests
 
+        self._kaggle.check_store(url)
         size, start = path.stat().st_size, 0
         with requests.Session() as session:
             put = partial(self._request, session, url)
@@ -262,7 +295,7 @@ class Shipment:
 
         request = session.prepare_request(requests.Request("PUT", url, headers=dict(headers), data=data))
         try:
-            return self._kaggle.send(session.send, request)
+            return self._kaggle.send(partial(session.send, allow_redirects=False), request)
         except requests.RequestException:  # what arrived is asked of the store
             return None
 
@@ -305,17 +338,6 @@ def _zip(files: Mapping[str, Path], target: Path) -> None:
             member.file_size = path.stat().st_size
             with path.open("rb") as source, archive.open(member, "w") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
-
-
-def _marked(marker: Path) -> dict[str, str]:
-    """`{posix path: SHA-256}` of a marker; paths that lead out of the folder are refused."""
-    tree = parse_json(marker)
-    files = tree.get("files") if isinstance(tree, dict) else None
-    if not isinstance(files, dict) or any(
-        PurePosixPath(name).is_absolute() or ".." in name.split("/") for name in files
-    ):
-        raise PackagingError(f"{marker.name} is no marker of a package", remedy="package again")
-    return {str(name): str(digest) for name, digest in files.items()}
 
 
 def _unwrap(path: Path, digest: str | None) -> None:

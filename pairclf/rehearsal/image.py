@@ -29,6 +29,8 @@ _PINS = "pins.txt"  # written last: an environment without it was not finished
 _SITES = (
     "import sys; print(*(path for path in sys.path if path.endswith(('site-packages', 'dist-packages'))), sep='\\n')"
 )
+_NEEDED = "import sys; print(sys.base_prefix, *sys.path, sep='\\n')"
+_OF_PYTHON = ("bin", "lib", "lib64", "libexec", "share", "ssl")  # folders below its prefix that it may read
 _PROBE = """
 import importlib.metadata, importlib.util, sys
 for name in sys.argv[1:]:
@@ -52,8 +54,9 @@ for module, projects in importlib.metadata.packages_distributions().items():
 def make_image(folder: Path, hidden: Collection[str], environment: Path | None = None) -> Path:
     """Make a virtual environment in `folder`, and return its interpreter.
 
-    Its files are links to those of another environment, hard ones where the file system allows them: that takes
-    seconds and no room. Its folders are its own, so whatever pip removes or writes anew in there stays in there.
+    Its files are symbolic links to those of another environment: that takes seconds and no room. Its folders are its
+    own, so whatever pip removes or writes anew in there stays in there. No link is a hard one: the kernel may write to
+    this environment, and through a hard link it would write to the other one.
 
     Args:
         folder: does not exist yet.
@@ -179,7 +182,20 @@ def _link_tree(source: Path, target: Path, left_out: Collection[Path]) -> None:
 
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or another owner
-        target.symlink_to(source)
+    target.symlink_to(source)
+
+
+def needed_by(python: Path) -> list[Path]:
+    """The folders that an image's interpreter reads where `python` was the environment that it was made of.
+
+    Those of the interpreter itself, and the environment's site-packages; what an editable install adds is not there.
+    """
+    base, *paths = map(Path, _run("look", str(python), "-I", "-c", _NEEDED).splitlines())
+    found = [base / name for name in _OF_PYTHON]
+    found += [path for path in paths if path.is_relative_to(base) or path.name in ("site-packages", "dist-packages")]
+    link = python
+    while link.is_symlink():
+        link = Path(os.path.normpath(link.parent / os.readlink(link)))
+        found.append(link.parent)
+    existing = [path for path in found if path.exists()]
+    return [*existing, *map(Path.resolve, existing)]

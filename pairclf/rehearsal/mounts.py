@@ -6,14 +6,14 @@ typed   datasets/OWNER/SLUG/        competitions/SLUG/       models/OWNER/MODEL/
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from pairclf.errors import PackagingError
-from pairclf.files import link_or_copy
+from pairclf.files import copy_file, link_or_copy
 from pairclf.packaging.metadata import DATASET_METADATA, INSTANCE_METADATA, MODEL_METADATA
 from pairclf.packaging.record import Build
 
@@ -103,13 +103,13 @@ def fill(inputs: Path, mount: Mount, layout: str, *, copies: bool) -> None:
         inputs: the folder of all mounts.
         mount: whose.
         layout: key of `LAYOUTS`.
-        copies: no hard links: a file's permissions, which belong to it and not to its name, are to be changed.
+        copies: no hard links: what keeps the kernel from writing is not the mount, and a link's file is the package's.
     """
     top = inputs / LAYOUTS[layout](mount)
     for name, source in mount.files.items():
         target = top / PurePosixPath(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if copies:
-            shutil.copyfile(source, target)
+        if copies or source.stat().st_uid != os.geteuid():  # another's may not be readable without root's rights
+            copy_file(source, target)
         else:
             link_or_copy(source, target)

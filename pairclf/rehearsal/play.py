@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -53,18 +54,22 @@ def play(what: Play, scene: Scene, sandbox: Sandbox, report: Report, advance: Ad
         PackagingError: it could not be started, or the sandbox did not hold.
     """
     stage = scene.stage
+    code = stage.job / what.code.name
+    shutil.copyfile(what.code, code)
     plan = runner.Plan(
-        code=str(what.code.resolve()),
+        code=str(code),
         inputs=str(scene.input),
         kept=str(stage.kept),
         results=[SUBMISSION, SCORES, VERIFIED, SERVED],
         prelude=what.prelude,
         cells=what.cells,
+        hidden="" if sandbox.guarded else str(stage.canary),
     )
-    written = stage.home / "plan.json"
+    # Not in the stage's home: a kernel that ran in another layout may have put a link there.
+    written = stage.job / "plan.json"
     written.write_text(json.dumps(plan), encoding="utf-8")
     command = [*sandbox.prefix, str(stage.python), "-I", str(Path(runner.__file__)), str(written)]
-    log = stage.home / "runner.log"
+    log = stage.top / "runner.log"
     with log.open("w") as errors:
         process = subprocess.Popen(
             command,
@@ -123,11 +128,13 @@ def _note(event: Mapping[str, Any], sandbox: Sandbox, report: Report) -> None:
     """
     if "blocked" in event:
         report.python, report.working = event["python"], sandbox.working
-        for name, means in (("network", sandbox.network), ("input", sandbox.input)):
+        report.files = sandbox.files
+        for name, means in (("network", sandbox.network), ("input", sandbox.input), ("files", sandbox.files)):
             reason = event["blocked"][name]
             if reason is None:
                 raise PackagingError(f"the sandbox does not hold: {name} is open in spite of: {means}")
-            setattr(report, name, f"{means} ({reason})")
+            if reason:
+                setattr(report, name, f"{means} ({reason})")
     elif "cell" in event:
         report.seconds[f"cell {event['cell']}"] = event["seconds"]
         if event["failed"]:

@@ -20,11 +20,11 @@ from pairclf.config import Config, parse_yaml, resolve
 from pairclf.console import Advance, console, progress
 from pairclf.dispositions import answering
 from pairclf.errors import ModelError, PackagingError
-from pairclf.files import atomic_file, locked, sha256_file
+from pairclf.files import atomic_file, locked, refuse_special_files, sha256_file
 from pairclf.inference.deadline import seconds_until
 from pairclf.packaging.metadata import KERNEL, MACHINES
 from pairclf.packaging.payload import prove
-from pairclf.packaging.record import Build, read_build
+from pairclf.packaging.record import Build, is_own, read_build
 from pairclf.rehearsal import gateway
 from pairclf.rehearsal.clock import link_bundles, project
 from pairclf.rehearsal.faults import FAULTS, Fault, spoil_file
@@ -55,7 +55,7 @@ class Options:
         test: the rows to predict; None: as the package's record says.
         sample: the submission's ids, order and columns; None: likewise.
         base: folder of the base model, where the package attaches one from Kaggle.
-        out: folder for the results; None: `rehearsal` in the package, where `push` looks.
+        out: folder for the results; None: `rehearsal` in the package.
         rows: of the hidden test: the file's rows are repeated under new ids; None: as the file is.
         image: `here`: the versions of this environment; `3.12`: that Python, with the image's own; None: `here` where
             the package is for this Python, else the first one that it is for.
@@ -157,14 +157,17 @@ def _terminable() -> Iterator[None]:
 
 def _construct(folder: Path, options: Options) -> _Rehearsal:
     """Everything that can be refused before anything is run."""
-    build = read_build(folder)
+    build = _without_strange_paths(read_build(folder))
+    if options.out is not None and options.out.exists():
+        refuse_special_files(options.out)
     image = _image(build, options)
     _check_options(build, options, image)
     prove(folder, build)
     test, sample = options.test or build.test, options.sample or build.sample
     if test is None or sample is None:
         raise PackagingError(
-            "the package names no test file and sample submission: it was made of bundles, or its config has none",
+            "the package names no test file and sample submission: it was made of bundles, or on another machine, or "
+            "its config has none",
             remedy="give --test and --sample",
         )
     for path in (test, sample):
@@ -185,6 +188,18 @@ def _construct(folder: Path, options: Options) -> _Rehearsal:
         disk=round(GB * (options.disk_gb or machine.disk_gb)),
         deadline=seconds_until(build.package.deadline, datetime.now(UTC)),
     )
+
+
+def _without_strange_paths(build: Build) -> Build:
+    """The record as it is where this machine packaged it; else without the files outside the package that it names."""
+    if is_own(build):
+        return build
+    console.print(
+        "note: this machine did not make this package. Its kernel is code, and the rehearsal runs it: rehearse those "
+        "of people whom you trust. Its paths of test file, sample submission and image profiles are not used"
+    )
+    package = build.package.model_copy(update={"images": None})
+    return build.model_copy(update={"test": None, "sample": None, "package": package})
 
 
 def _image(build: Build, options: Options) -> str:
@@ -227,7 +242,7 @@ def _run(rehearsal: _Rehearsal, name: str | None) -> Report:
     """One run of the kernel, and its report in `out`."""
     fault = FAULTS[name] if name else None
     report = _blank(rehearsal, name, fault)
-    with staged(rehearsal.out) as stage:
+    with staged() as stage:
         with _timed(report, "input laid out"):
             setting = _set_up(rehearsal, stage, fault)
             report.rows = read_raw(setting.sample).height
@@ -369,8 +384,11 @@ def _conclude(rehearsal: _Rehearsal, stage: Stage, setting: _Setting, fault: Fau
         with _timed(report, "forecast"):
             _project(rehearsal, stage, report)
     with _timed(report, "check"):
+        report.problems += [f"the kernel left {name}, which is no file" for name in stage.discard_others()]
         judge = Judge(rehearsal.build, setting.sample, fault, setting.spoiled, rehearsal.out / SUBMISSION)
         judge.judge(stage, report)
+    # Where files are not hidden from the kernel, it could have put a link there meanwhile.
+    refuse_special_files(rehearsal.folder if rehearsal.options.out is None else rehearsal.out)
     for name in (SUBMISSION, SCORES, SERVED, EXECUTED):
         target = rehearsal.out / f"{Path(name).stem}{report.ending}{Path(name).suffix}"
         target.unlink(missing_ok=True)

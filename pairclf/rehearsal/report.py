@@ -1,4 +1,8 @@
-"""What a rehearsal found, and whether that is enough to push: `rehearsal/report.json`."""
+"""What a rehearsal found, and whether that is enough to push.
+
+The report lies twice: beside the results as `rehearsal/report.json`, for people, and in a folder of this machine's own
+under the build's identity, which `push` reads: whoever made a package could have written the first.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from rich.table import Table
 from pairclf.config import Section, checked
 from pairclf.console import table
 from pairclf.errors import PackagingError
-from pairclf.files import write_text
+from pairclf.files import is_regular, state_folder, write_private, write_text
 from pairclf.inference.deadline import spoken
 from pairclf.packaging.record import parse_json, read_build
 from pairclf.rehearsal.meter import GB
@@ -80,6 +84,7 @@ class Report(Section):
     network: str = Field("", description="how it was cut")
     input: str = Field("", description="how it was kept from writing there")
     working: str = Field("", description="how its size was kept")
+    files: str = Field("", description="how this machine's other files were kept from it")
     seconds: dict[str, float] = Field({}, description="by stage: ours, then the cells by their ids")
     memory_peak: int = Field(0, description="bytes of all processes together")
     memory_limit: int = Field(description="bytes")
@@ -122,6 +127,7 @@ class Report(Section):
         made.add_row("its limit", self.working)
         made.add_row("network", self.network)
         made.add_row("input", self.input)
+        made.add_row("other files", self.files)
         self._render_result(made)
         return made
 
@@ -190,7 +196,16 @@ def _share(found: float, limit: float) -> str:
 
 
 def write_report(folder: Path, report: Report) -> None:
-    write_text(folder / f"report{report.ending}.json", report.model_dump_json(indent=2) + "\n")
+    """Write it beside the results; that of an undisturbed rehearsal, passed or not, to this machine's own too."""
+    text = report.model_dump_json(indent=2) + "\n"
+    write_text(folder / f"report{report.ending}.json", text)
+    if not report.ending:
+        write_private(rehearsal_path(report.build), text)
+
+
+def rehearsal_path(identity: str) -> Path:
+    """Where this machine keeps the report of its last rehearsal of a build."""
+    return state_folder() / "rehearsals" / f"{identity}.json"
 
 
 def read_report(path: Path) -> Report:
@@ -199,32 +214,30 @@ def read_report(path: Path) -> Report:
 
 
 def read_passed(build: Path) -> Report:
-    """The report of a rehearsal that passed, without faults, for exactly this build.
+    """The report of a rehearsal that passed, without faults, on this machine, for exactly this build.
+
+    Args:
+        build: folder of the package, of which the record alone is read.
 
     Raises:
         PackagingError: there is none, and nothing must be pushed; says why.
     """
-    path, remedy = build / REHEARSAL / REPORT, f"run `pairclf rehearse {build}`"
     record = read_build(build)
-    identity = record.identity
-    if not path.is_file():
-        raise PackagingError(f"{build} was never rehearsed", where=path, remedy=remedy)
-    report = read_report(path)
-    if report.build != identity:
+    path, remedy = rehearsal_path(record.identity), f"run `pairclf rehearse {build}`"
+    if not is_regular(path):
+        there = f"; {REHEARSAL}/{REPORT} in it is no proof: anybody can write it"
         raise PackagingError(
-            f"what was rehearsed is another build ({report.build[:12]}) than this one ({identity[:12]})",
+            f"{build} was never rehearsed on this machine as it is now (build {record.identity[:12]})"
+            f"{there if (build / REHEARSAL / REPORT).exists() else ''}",
             where=path,
-            remedy=remedy,
+            remedy=f"{remedy} here, without --commit, --speed and --inject",
         )
+    report = read_report(path)
+    if report.build != record.identity or report.ending:
+        raise PackagingError("the report is not that of this build as Kaggle scores it", where=path, remedy=remedy)
     if not report.passed or report.problems:
         problems = "".join(f"\n  {problem}" for problem in report.problems)
         raise PackagingError(f"the rehearsal of this build did not pass:{problems}", where=path, remedy=remedy)
-    if report.ending:
-        raise PackagingError(
-            "what lies there is a trial, or had a fault, which is not how Kaggle scores this build",
-            where=path,
-            remedy=f"{remedy} without --commit, --speed and --inject",
-        )
     _check_rows(report, path, remedy)
     proven = {one.bundle for one in report.parity if one.holds}
     if unproven := [one.folder for one in record.bundles if one.folder not in proven]:

@@ -3,7 +3,7 @@
 Started by path with the stand-in's interpreter, where pairclf is not installed: it imports nothing of ours. It reads a
 plan (see `Plan`), proves that the sandbox holds, and prints one line of JSON for each thing that happens:
 
-    {"python": "3.12.1", "blocked": {"network": why, "input": why}}
+    {"python": "3.12.1", "blocked": {"network": why, "input": why, "files": why}}
     {"begun": id}
     {"cell": id, "seconds": 1.2, "failed": false, "output": text}
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import platform
@@ -20,7 +19,6 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -36,7 +34,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 EXECUTED = "executed.ipynb"
-_GET_FLAGS, _SET_FLAGS, _UP = 0x8913, 0x8914, 1  # ioctls and flag of Linux' netdevice(7)
+_REMOUNT = 0x1020  # MS_REMOUNT and MS_BIND of mount(2): with no other flag, the mount can be written to
 _LOOK = 0.5  # seconds between two looks whether the rehearsal lives
 _ADOPT = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _OUTSIDE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))  # reserved for documentation, RFC 5737
@@ -55,6 +53,7 @@ class Plan(TypedDict):
         results: names of files that are copied there after each cell.
         prelude: code that runs before the first cell.
         cells: how many are run; None: all.
+        hidden: a file that must not be found; empty: files are not hidden.
     """
 
     code: str
@@ -63,6 +62,7 @@ class Plan(TypedDict):
     results: list[str]
     prelude: str
     cells: int | None
+    hidden: str
 
 
 def say(**event: Any) -> None:
@@ -89,15 +89,6 @@ def children(process: int) -> list[int]:
     return [int(number) for path in lists for number in path.read_text().split()]
 
 
-def raise_loopback() -> None:
-    """Bring `lo` up, which is down in a new network namespace; the notebook's kernel talks over it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
-        answer = fcntl.ioctl(channel, _GET_FLAGS, struct.pack("16sh14x", b"lo", 0))
-        flags = struct.unpack("16sh14x", answer)[1]
-        if not flags & _UP:
-            fcntl.ioctl(channel, _SET_FLAGS, struct.pack("16sh14x", b"lo", flags | _UP))
-
-
 def why_no_network() -> str | None:
     """The system's word when a route to the outside is asked for; `None` if there is one. Nothing is sent."""
     reason = None
@@ -113,8 +104,12 @@ def why_no_network() -> str | None:
 
 
 def why_no_writing(inputs: Path) -> str | None:
-    """The system's word when a file is made, or one is opened for writing, in the input; `None` if either went."""
+    """The system's word when a file is made, or one is opened for writing, in the input; `None` if either went, or
+    if the input can be mounted anew so that it went.
+    """
     reason = None
+    if ctypes.CDLL(None).mount(None, os.fsencode(inputs), None, ctypes.c_ulong(_REMOUNT), None) == 0:
+        return None
     for path in (inputs / ".probe", *(entry for entry in inputs.rglob("*") if entry.is_file())):
         try:
             path.open("ab").close()
@@ -123,6 +118,17 @@ def why_no_writing(inputs: Path) -> str | None:
         else:
             return None
     return reason
+
+
+def why_not_found(hidden: str) -> str | None:
+    """The system's word when a file of this machine that is hidden is looked for; `None` if it is there."""
+    if not hidden:
+        return ""
+    try:
+        os.lstat(hidden)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def run_notebook(plan: Plan) -> bool:
@@ -213,8 +219,12 @@ def main(source: str) -> int:
     plan: Plan = json.loads(Path(source).read_text(encoding="utf-8"))
     ctypes.CDLL(None).prctl(_ADOPT, 1)  # what outlives its parent is still found below this process
     threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
-    raise_loopback()
-    blocked = {"network": why_no_network(), "input": why_no_writing(Path(plan["inputs"]))}
+    inputs = Path(plan["inputs"])
+    blocked = {
+        "network": why_no_network(),
+        "input": why_no_writing(inputs),
+        "files": why_not_found(plan["hidden"]),
+    }
     say(python=platform.python_version(), blocked=blocked)
     if None in blocked.values():
         return 1

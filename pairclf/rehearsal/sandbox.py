@@ -1,19 +1,23 @@
-"""No network, a read-only input and a small disk: by namespaces where the kernel lets us, by weaker means elsewhere."""
+"""No network, a read-only input, a small disk, nothing else of this machine: by namespaces where the system has them.
+
+Where it has none, weaker means stand in: they keep a kernel from doing harm by mistake, and no kernel that means it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-# $0: the input, $1: the working folder, $2: its size. The shell still stands in what the new file system covers.
-_MOUNT = (
-    'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && mount -t tmpfs -o size="$2" tmpfs "$1" && '
-    'cd "$1" && shift 2 && exec "$@"'
-)
+from pairclf.console import console
+from pairclf.rehearsal import confine
+
+_NAMESPACES = ("--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child")
 _GUARD_MODULE = "pairclf_network_guard"
 _GUARD = '''
 """Refuses, in every Python process of this environment, to reach beyond this machine."""
@@ -51,7 +55,7 @@ class Sandbox:
 
     Attributes:
         prefix: of the command.
-        network, input, working: by which means.
+        network, input, working, files: by which means; `files` are all others of this machine.
         guarded: by permissions, which have to be set again when files are added to the input.
     """
 
@@ -59,23 +63,40 @@ class Sandbox:
     network: str
     input: str
     working: str
+    files: str
     guarded: bool
 
 
-def namespaces(inputs: Path, working: Path, disk: int) -> Sandbox | None:
-    """Own network and mount namespaces; `None` where this machine does not allow them.
+def namespaces(view: confine.View, folder: Path, python: Path) -> Sandbox | None:
+    """Own namespaces and an own file system, see `confine`; `None` where this machine does not allow them.
 
-    The working folder is a file system in memory of `disk` bytes, so that what is written past it fails with the very
-    error that Kaggle's disk gives. Outside root, a user namespace maps this user to root, which owns the others.
+    The working folder is a file system in memory, so that what is written past its size fails with the very error that
+    Kaggle's disk gives. Outside root, a user namespace maps this user to root, which owns the others.
+
+    Args:
+        view: what can be seen.
+        folder: for the note that says so; not in the view.
+        python: must start in there.
     """
-    if shutil.which("unshare") is None or shutil.which("mount") is None:
+    if shutil.which("unshare") is None:
         return None
+    note = folder / "view.json"
+    note.write_text(json.dumps(view), encoding="utf-8")
+    said = ""
     for user in ((), ("--map-root-user",)):
-        head = (*_ends_with_us(), "unshare", *user, *_NAMESPACES, "--", "sh", "-c", _MOUNT)
-        prefix = (*head, str(inputs), str(working), str(disk))
-        if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0:
-            return Sandbox(prefix, "namespace of its own", "read-only mount", "file system of its own", guarded=False)
+        launcher = (sys.executable, "-I", "-S", str(Path(confine.__file__)), str(note))
+        prefix = (*_ends_with_us(), "unshare", *user, *_NAMESPACES, "--", *launcher)
+        done = _try([*prefix, str(python), "-I", "-c", "pass"])
+        if done.returncode == 0:
+            means = "namespace of its own", "read-only mount", "file system of its own", "not there"
+            return Sandbox(prefix, *means, guarded=False)
+        said = next(reversed(done.stderr.strip().splitlines()), "")
+    console.print(f"note: this machine allows no sandbox of namespaces, weaker means stand in: {said}")
     return None
+
+
+def _try(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", stdin=subprocess.DEVNULL)
 
 
 def _ends_with_us() -> tuple[str, ...]:
@@ -87,25 +108,28 @@ def guards(site_packages: Path) -> Sandbox:
     """Where namespaces are not allowed: an audit hook on Python's sockets, and no write permission on the input.
 
     Native code that opens sockets of its own is not held back by it. Root passes over permissions, so root starts
-    without the capability that lets it. The size of the working folder is watched.
+    without its capabilities, and nobody can get new ones. The size of the working folder is watched. All that this
+    user can read and write elsewhere, the kernel can.
     """
     (site_packages / f"{_GUARD_MODULE}.py").write_text(_GUARD, encoding="utf-8")
     (site_packages / f"{_GUARD_MODULE}.pth").write_text(f"import {_GUARD_MODULE}\n", encoding="utf-8")
-    prefix = (
-        ("setpriv", "--bounding-set", "-dac_override", "--") if os.geteuid() == 0 and shutil.which("setpriv") else ()
-    )
-    return Sandbox(prefix, "guard on Python's sockets", "no permission to write", "watched", guarded=True)
+    prefix: tuple[str, ...] = ()
+    if shutil.which("setpriv"):
+        root = ("--bounding-set", "-all", "--inh-caps", "-all") if os.geteuid() == 0 else ()
+        prefix = ("setpriv", "--no-new-privs", *root, "--")
+    means = "guard on Python's sockets", "no permission to write", "watched", "not hidden"
+    return Sandbox(prefix, *means, guarded=True)
 
 
 def protect(inputs: Path) -> None:
     """Take the right to write away."""
-    for root, _, names in os.walk(inputs):
+    for _, _, names, folder in os.fwalk(inputs, follow_symlinks=False):
         for name in names:
-            os.chmod(Path(root, name), 0o444)
-        os.chmod(root, 0o555)
+            os.chmod(name, 0o444, dir_fd=folder)
+        os.fchmod(folder, 0o555)
 
 
 def release(inputs: Path) -> None:
-    """Give the right to write back, so that files can be added and the folder removed."""
-    for root, _, _ in os.walk(inputs):
-        os.chmod(root, 0o755)
+    """Give the right to write back, so that files can be added and the folder removed. No link is followed."""
+    for _, _, _, folder in os.fwalk(inputs, follow_symlinks=False):
+        os.fchmod(folder, 0o755)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
+from filelock import FileLock, Timeout
+
+from pairclf.files import cache_folder, is_regular, locked, private_folder
 from pairclf.packaging.profiles import profile_path
 from pairclf.packaging.wheelhouse import Wheel
+from pairclf.rehearsal import confine, runner
 from pairclf.rehearsal.faults import HOOK
-from pairclf.rehearsal.image import image_environment, make_image
+from pairclf.rehearsal.image import image_environment, make_image, needed_by
 from pairclf.rehearsal.mounts import Mount, fill, lay_out
 from pairclf.rehearsal.sandbox import Sandbox, guards, namespaces, protect, release
 
 HERE = "here"
 _PREFIX = "pairclf-"
-_HOME = "home"  # a link to the stage's home, so that the next rehearsal finds that of a killed one
+_HELD = "held.lock"  # by a rehearsal that lives
+_HOME = "home.txt"  # path of the stage's home, so that the next rehearsal finds that of a killed one
 _PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
@@ -28,12 +34,14 @@ class Stage:
     """The folders of one rehearsal.
 
     Attributes:
-        top: of most of them, below the results, so that files can be linked rather than copied.
+        top: of most of them, in this user's cache: a package, which another person may have made, holds none of them.
         home: home and temporary files; elsewhere, as a socket's path must be short.
+        shown: what lies elsewhere and the kernel must read, such as the interpreter.
     """
 
     top: Path
     home: Path
+    shown: list[Path] = field(default_factory=list)
 
     @property
     def image(self) -> Path:
@@ -54,14 +62,38 @@ class Stage:
         """Files made for the input."""
         return self.top / "props"
 
+    @property
+    def job(self) -> Path:
+        """What the runner is told to run: the kernel reads it, and can't change it where namespaces are allowed."""
+        return self.top / "job"
+
+    @property
+    def canary(self) -> Path:
+        """A file that the kernel must not find where other files are hidden."""
+        return self.top / _HELD
+
     def scene(self, layout: str) -> Scene:
         """Empty folders for a run in a layout."""
         scene = Scene(self, layout)
-        for left in self.kept.iterdir():  # by a run in another layout
-            left.unlink()
+        shutil.rmtree(self.kept)  # it may hold what a run in another layout left
+        self.kept.mkdir()
         scene.input.mkdir(parents=True)
         scene.working.mkdir()
         return scene
+
+    def discard_others(self) -> list[str]:
+        """Remove from what was kept all that is no file, a link to one for instance, and return the names.
+
+        A kernel can put a link there, and whoever follows it reads a file that the kernel could not.
+        """
+        with os.scandir(self.kept) as entries:
+            others = [entry for entry in entries if not entry.is_file(follow_symlinks=False)]
+        for entry in others:
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+        return sorted(entry.name for entry in others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +131,20 @@ class Scene:
 
     def sandbox(self, disk: int) -> Sandbox:
         """The best that this machine allows."""
-        site = next(self.stage.image.glob("lib/python*/site-packages"))
-        return namespaces(self.input, self.working, disk) or guards(site)
+        stage = self.stage
+        libraries = [Path(one) for one in os.environ.get("LD_LIBRARY_PATH", "").split(":") if one.startswith("/")]
+        shown = [*stage.shown, *filter(Path.is_dir, libraries), self.input, stage.job, Path(runner.__file__)]
+        root = stage.top / self.layout / "root"
+        root.mkdir()
+        view = confine.View(
+            root=str(root),
+            shown=sorted({str(path.absolute()) for path in shown}),
+            changed=[str(stage.home), str(stage.kept), str(stage.image)],
+            working=str(self.working),
+            disk=disk,
+        )
+        site = next(stage.image.glob("lib/python*/site-packages"))
+        return namespaces(view, root.parent, stage.python) or guards(site)
 
     def mount(self, mounts: Sequence[Mount], late: Sequence[Mount], sandbox: Sandbox) -> None:
         """Lay out all mounts, and fill those that are not late."""
@@ -117,28 +161,48 @@ class Scene:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Stage]:
-    """A stage in `out`, removed at the end; what a killed rehearsal left there goes first."""
-    top = out.resolve() / ".tmp-rehearsal"
+def staged() -> Iterator[Stage]:
+    """A stage of fresh folders, removed at the end; what killed rehearsals left goes first."""
+    below = private_folder(private_folder(cache_folder()) / "rehearsals")
+    with locked(below / ".lock"):
+        for left in below.glob(f"{_PREFIX}*"):
+            _clear_left(left)
+        top = Path(mkdtemp(prefix=_PREFIX, dir=below)).resolve()
+        held = FileLock(top / _HELD)
+        held.acquire()
+    try:
+        home = Path(mkdtemp(prefix=_PREFIX)).resolve()
+        (top / _HOME).write_text(str(home), encoding="utf-8")
+        stage = Stage(top, home)
+        for folder in (stage.kept, stage.props, stage.job):
+            folder.mkdir()
+        yield stage
+    finally:
+        _clear(top)
+        held.release()
+
+
+def _clear_left(top: Path) -> None:
+    """Remove the folders of a rehearsal that was killed; one that lives holds its lock."""
+    held = FileLock(top / _HELD)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        return
     _clear(top)
-    with TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as home:
-        stage = Stage(top, Path(home))
-        for folder in (stage.kept, stage.props):
-            folder.mkdir(parents=True)
-        (top / _HOME).symlink_to(home)
-        try:
-            yield stage
-        finally:
-            _clear(top)
+    held.release()
 
 
 def _clear(top: Path) -> None:
-    if top.exists():
-        if (home := (top / _HOME).resolve()).name.startswith(_PREFIX):
-            shutil.rmtree(home, ignore_errors=True)  # a rehearsal that was not killed removes it itself
-        for inputs in top.glob("*/input"):
-            release(inputs)
-        shutil.rmtree(top)
+    """Remove a stage's folders, all of them made by `staged`."""
+    if is_regular(top / _HOME):
+        home = Path((top / _HOME).read_text(encoding="utf-8"))
+        if home.name.startswith(_PREFIX) and home.is_dir() and home.stat().st_uid == os.geteuid():
+            shutil.rmtree(home, ignore_errors=True)  # refuses a link
+    for scene in top.iterdir():
+        if not scene.is_symlink() and (scene / "input").exists():
+            release(scene / "input")
+    shutil.rmtree(top)
 
 
 def furnish(stage: Stage, image: str, images: Path | None, wheels: Sequence[Path], hook: str) -> None:
@@ -157,14 +221,12 @@ def furnish(stage: Stage, image: str, images: Path | None, wheels: Sequence[Path
     hidden = {Wheel.parse(path.name).project for folder in wheels for path in folder.rglob("*.whl")}
     if image == HERE:
         make_image(stage.image, hidden)
+        stage.shown.extend(needed_by(Path(sys.executable)))
     else:
-        make_image(stage.image, hidden, image_environment(image, profile_path(image, images), cache()))
+        environment = image_environment(image, profile_path(image, images), cache_folder() / "images")
+        make_image(stage.image, hidden, environment)
+        stage.shown.extend(needed_by(environment))
     if hook:
         site = next(stage.image.glob("lib/python*/site-packages"))
         (site / f"{HOOK}.py").write_text(hook, encoding="utf-8")
         (site / f"{HOOK}.pth").write_text(f"import {HOOK}\n", encoding="utf-8")
-
-
-def cache() -> Path:
-    """Where environments with the images' versions are kept: they take minutes to make and gigabytes to keep."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pairclf", "images")

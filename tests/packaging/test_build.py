@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -11,9 +12,10 @@ import pytest
 import yaml
 
 from pairclf.config import Config
-from pairclf.errors import BundleError, ConfigError, PackagingError
+from pairclf.errors import BundleError, ConfigError, PackagingError, PairclfError
 from pairclf.files import sha256_file, sha256_tree
 from pairclf.inference.members import open_ensemble
+from pairclf.model.bundle import open_bundle
 from pairclf.packaging import build, payload
 from pairclf.packaging.build import package
 from pairclf.packaging.metadata import KERNEL_METADATA, Limits
@@ -222,7 +224,7 @@ def test_package_is_proven_file_by_file(config: Config, bundle: Path, tmp_path: 
         path.write_bytes(content)
     prove(made, build)
     (made / "bundle" / "link").symlink_to(tmp_path)
-    with pytest.raises(PackagingError, match="bundle/link was added"):
+    with pytest.raises(PairclfError, match="'link' is a link"):
         prove(made, build)
 
 
@@ -260,3 +262,22 @@ def test_changed_bundle_is_not_packaged(config: Config, bundle: Path, tmp_path: 
     (bundle / "head.safetensors").write_text("other weights")
     with pytest.raises(BundleError, match=r"head\.safetensors"):
         package(config, [bundle], tmp_path / "out")
+
+
+@pytest.mark.usefixtures("wheels")
+@pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "pipe"])
+def test_bundle_that_brings_other_files_along_is_refused(
+    config: Config, bundle: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "id_ed25519").write_text("secret")
+    opened = [open_bundle(bundle)]
+    monkeypatch.setattr(build, "open_bundle", lambda folder: opened[0])  # what it refuses itself is not the question
+    if kind == "pipe":
+        os.mkfifo(bundle / "more")
+    else:
+        (bundle / "more").symlink_to(secret if kind.endswith("folder") else secret / "id_ed25519")
+    with pytest.raises(PairclfError, match="'more' is a"):
+        package(config, [bundle], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

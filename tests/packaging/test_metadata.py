@@ -34,7 +34,7 @@ def parts_of(package: Package, bundles: int = 1) -> list[Part]:
             folder="",
             source=source_of(package, payload, number),
             marker="",
-            sha256="",
+            sha256="0" * 64,
             bytes=0,
         )
         for payload, number in payloads
@@ -54,6 +54,8 @@ def parts_of(package: Package, bundles: int = 1) -> list[Part]:
         ("base_model_source", "google/gemma-2/transformers/gemma-2-9b-it", "five parts"),
         ("base_model_source", "google/gemma-2/transformers/gemma-2-9b-it/latest", "version is a number"),
         ("base_model_source", "gemma-2-9b-it", "or two"),
+        ("base_model_source", "../..", "or two"),
+        ("base_model_source", "google/../../../1", "or two"),
         ("machine_shape", "", "none of NvidiaTeslaT4"),
         ("machine_shape", "NvidiaTeslaT4x2", "the nearest is NvidiaTeslaT4"),
         ("machine_shape", "NvidiaTeslaP100", "retired"),

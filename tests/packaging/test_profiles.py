@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from pairclf.errors import PackagingError
+from pairclf.errors import PackagingError, PairclfError
 from pairclf.packaging.notebook import make_notebook
 from pairclf.packaging.profiles import is_stub, profile_path, read_profile, stub_version, write_stubs
 from pairclf.packaging.sources import shipped
@@ -125,3 +125,31 @@ def test_notebook_that_refreshes_a_profile_writes_one(tmp_path: Path) -> None:
     profile = read_profile(python, profile_path(python, tmp_path))
     assert profile.versions["polars"] == Version(version("polars"))
     assert profile.versions["pip"] == Version(version("pip"))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "../../outside/x==1.0",
+        "/outside/x===1.0",
+        "..==1.0",
+        "a b==1.0",
+        "==1.0",
+        "# Editable install with no version control (../../outside/x==1.0)\n-e /src/x",
+        "-e git+https://some.where/x#egg=..",
+        "-r ../outside/python3.13.txt",
+        "-r /outside/python3.13.txt",
+    ],
+)
+def test_a_line_can_not_name_a_file_elsewhere(tmp_path: Path, lines: str) -> None:
+    """A stub is named after its project: what the profile of a stranger names must be names."""
+    for name in ("outside", "images", "scratch/stubs"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "outside" / "python3.13.txt").write_text("secret\n")
+    path = tmp_path / "images" / "python3.12.txt"
+    path.write_text(f"absl-py==1.4.0\n{lines}\n")
+    with pytest.raises(PairclfError, match=r"is no name of a package|is a path and no name") as caught:
+        write_stubs(read_profile("3.12", path), tmp_path / "scratch" / "stubs")
+    assert "line " in str(caught.value), "the line is named"
+    assert "secret" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "outside").iterdir()] == ["python3.13.txt"]

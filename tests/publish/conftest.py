@@ -29,6 +29,8 @@ def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKagg
     home.mkdir()
     for name in ("KAGGLE_API_TOKEN", "KAGGLE_API_ENVIRONMENT", "KAGGLE_KERNEL_RUN_TYPE"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": home, "KAGGLE_CONFIG_DIR": home, "KAGGLE_USERNAME": USER, "KAGGLE_KEY": KEY}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(tempfile, "tempdir", str(home))  # where the client keeps notes on uploads

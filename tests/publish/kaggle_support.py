@@ -13,7 +13,7 @@ from fake_kaggle import USER
 from pairclf.config import Package
 from pairclf.packaging.metadata import kernel_metadata, part_metadata, source_of
 from pairclf.packaging.payload import seal
-from pairclf.packaging.record import Build, PackedBundle, Part, Payload, identity_of, write_build
+from pairclf.packaging.record import Build, PackedBundle, Part, Payload, identity_of, marker_name, write_build
 from pairclf.publish.client import Clock
 from pairclf.task import LMSYS
 
@@ -41,8 +41,12 @@ def small_package(
     bundles_as: str = "dataset",
     code: str = "print(1)",
     machine: str = "NvidiaTeslaT4",
+    extra: dict[str, str] | None = None,
 ) -> Path:
-    """A folder as `package` leaves it, with a bundle of a few bytes and a wheel that is none."""
+    """A folder as `package` leaves it, with a bundle of a few bytes and a wheel that is none.
+
+    `extra`: further `{path: SHA-256}` in the bundle's marker, of files that are not there.
+    """
     for name in ("bundle", "wheels", "kernel"):
         shutil.rmtree(folder / name, ignore_errors=True)
     sealed = hashlib.sha256(weights.encode()).hexdigest()
@@ -51,7 +55,7 @@ def small_package(
     )
     bundle = {f"fold0-{sealed[:8]}/adapter/weights.bin": weights * 1000, f"fold0-{sealed[:8]}/manifest.json": "{}"}
     parts = [
-        _part(folder, package, "bundle", bundle),
+        _part(folder, package, "bundle", bundle, extra or {}),
         _part(folder, package, "wheels", {"pairclf-0.1.0-py3-none-any.whl": "a wheel"}),
     ]
     cell: dict[str, object] = {
@@ -90,10 +94,19 @@ def small_package(
     return folder
 
 
-def _part(folder: Path, package: Package, payload: Payload, files: dict[str, str]) -> Part:
+def _part(
+    folder: Path, package: Package, payload: Payload, files: dict[str, str], extra: dict[str, str] | None = None
+) -> Part:
     where, source = folder / payload, source_of(package, payload, 1)
     _write(where, files)
     marker, digest = seal(where, payload, 1)
+    if extra:
+        tree = json.loads(marker.read_text())
+        marker.unlink()
+        text = json.dumps(tree | {"files": tree["files"] | extra})
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        marker = where / marker_name(payload, digest)
+        marker.write_text(text)
     metadata = part_metadata(package, payload, source)
     _write(where, {path: json.dumps(tree) for path, tree in metadata.items()})
     return Part(

@@ -15,10 +15,11 @@ from fake_kaggle import KEY, TOKEN, FakeKaggle, Fault, Run
 from kaggle_support import Ticks, small_package
 
 from pairclf.errors import PackagingError
+from pairclf.files import cache_folder
 from pairclf.packaging.record import read_build
 from pairclf.publish import push as push_module
 from pairclf.publish.client import Kaggle, KaggleError
-from pairclf.publish.push import PUSHED, push, read_pushed
+from pairclf.publish.push import push, pushed_path, read_pushed
 
 DROPPED = Fault()
 LOST = Fault(after=True)
@@ -28,6 +29,11 @@ pytestmark = pytest.mark.usefixtures("rehearsed")
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     return small_package(tmp_path / "package")
+
+
+def uploads() -> list[str]:
+    """What is on its way, on this machine."""
+    return [path.name for path in (cache_folder() / "uploads").iterdir() if path.suffix != ".lock"]
 
 
 def held(kaggle: FakeKaggle) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def test_push_brings_parts_and_kernel_and_waits_for_the_run(package: Path, kaggl
     )
     pushed = read_pushed(package, build)
     assert (pushed.version, pushed.output, pushed.seconds) == (1, "submission.csv", 61.0)
-    assert not (package / "upload").exists()
+    assert uploads() == []
 
 
 def test_repeated_push_changes_nothing(package: Path, kaggle: FakeKaggle, ticks: Ticks) -> None:
@@ -80,7 +86,7 @@ def test_dry_run_prints_every_request_and_sends_none(
     push(package, go=False)
     shown = capsys.readouterr().out
     assert kaggle.calls == []
-    assert not (package / PUSHED).exists()
+    assert not pushed_path(read_build(package)).exists()
     push(package, go=True, clock=ticks.clock)
     changing = {name for name in kaggle.names() if not name.startswith(("Get", "List")) and name != "PUT"}
     for name in changing:
@@ -349,8 +355,9 @@ def test_part_that_lacks_a_file_is_brought_again(
 def test_torn_note_of_an_upload_begins_it_again(
     package: Path, kaggle: FakeKaggle, ticks: Ticks, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (package / "upload").mkdir()
-    (package / "upload" / "bundle.json").write_text('{"marker": "pair')
+    folder = cache_folder() / "uploads" / read_build(package).identity
+    folder.mkdir(parents=True)
+    (folder / "bundle.json").write_text('{"marker": "pair')
     push(package, go=True, clock=ticks.clock)
     assert "the upload of bundle begins again" in capsys.readouterr().err
     assert read_pushed(package, read_build(package)).version == 1
@@ -397,7 +404,7 @@ def test_error_in_an_answer_of_status_200_is_an_error(
     kaggle.errors[name] = said
     with pytest.raises(KaggleError, match=match):
         push(package, go=True, clock=ticks.clock)
-    assert not (package / PUSHED).exists()
+    assert not pushed_path(read_build(package)).exists()
 
 
 def test_failed_kernel_is_told_with_the_end_of_its_log(package: Path, kaggle: FakeKaggle, ticks: Ticks) -> None:
@@ -533,7 +540,7 @@ def test_push_that_is_killed_at_any_request_can_be_repeated(
         for store in (kaggle.datasets, kaggle.models, kaggle.instances, kaggle.kernels, kaggle.blobs):
             store.clear()
         kaggle.received, left[0] = 0, stop
-        (package / PUSHED).unlink(missing_ok=True)
+        pushed_path(read_build(package)).unlink(missing_ok=True)
         with pytest.raises(Killed):
             push(package, go=True, clock=Ticks().clock)
         left[0] = -1

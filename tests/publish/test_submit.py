@@ -133,10 +133,10 @@ def test_ledger_that_cannot_be_written_is_told_before_anything_is_submitted(
 def test_only_what_was_pushed_can_be_submitted(
     tmp_path: Path, pushed: Path, kaggle: FakeKaggle, ledger: Path, go: bool
 ) -> None:
-    with pytest.raises(PackagingError, match="was not pushed"):
-        submit(small_package(tmp_path / "other"), "one", go=go, ledger=ledger)
+    with pytest.raises(PackagingError, match="has not pushed"):
+        submit(small_package(tmp_path / "other", code="print(3)"), "one", go=go, ledger=ledger)
     small_package(pushed, code="print(2)")  # packaged again, not pushed again
-    with pytest.raises(PackagingError, match="another build"):
+    with pytest.raises(PackagingError, match="has not pushed"):
         submit(pushed, "one", go=go, ledger=ledger)
     assert kaggle.calls == []
 

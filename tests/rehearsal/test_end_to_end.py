@@ -21,9 +21,14 @@ from pairclf.files import sha256_tree
 from pairclf.jobs.predict import predict
 from pairclf.packaging.record import identity_of, read_build, write_build
 from pairclf.rehearsal import stage
-from pairclf.rehearsal.image import make_image
+from pairclf.rehearsal.image import make_image, needed_by
 from pairclf.rehearsal.rehearse import Options, rehearse
 from pairclf.rehearsal.report import Report, read_passed
+
+
+@pytest.fixture(autouse=True)
+def machine() -> None:
+    """One for all tests, see `made`: what it has rehearsed is asked for by several."""
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +38,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         linked = make_image(folder / "image", {"pairclf"})
         patch.setattr(stage, "make_image", lambda target, hidden: beside(target, linked))
+        patch.setattr(stage, "needed_by", lambda python: [*needed_by(python), linked.parents[1]])
+        for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+            patch.setenv(name, str(folder / "machine" / name))
         package = tiny_package(folder)
         before = sha256_tree(package)
         test, sample = files_of(folder)

@@ -54,6 +54,7 @@ def test_what_happens_in_the_image_stays_there(site: Path, tmp_path: Path) -> No
     python = make_image(tmp_path / "image", {"plain"})
     linked = next((tmp_path / "image").rglob("neigh_bour.py"))
     assert linked.stat().st_ino == (site / "neigh_bour.py").stat().st_ino
+    assert {path.stat().st_nlink for path in site.rglob("*.py")} == {1}, "a hard link can be written through"
     linked.unlink()  # as pip does before it writes a file anew
     linked.write_text("answer = 0\n")
     assert (site / "neigh_bour.py").read_text() == "answer = 42\n"
@@ -69,16 +70,13 @@ def test_project_that_can_not_be_hidden_is_told(site: Path, tmp_path: Path) -> N
         make_image(tmp_path / "image", {"by-hand"})
 
 
-def test_symbolic_links_where_hard_ones_can_not_be(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError("another file system")
-
-    monkeypatch.setattr(image.os, "link", refuse)
-    python = make_image(tmp_path / "image", {"plain"})
-    assert imports(python, "neigh_bour")
-    assert not imports(python, "plain")
-    next((tmp_path / "image").rglob("neigh_bour.py")).unlink()
-    assert (site / "neigh_bour.py").is_file()
+def test_folders_that_the_interpreter_needs() -> None:
+    needed = image.needed_by(Path(sys.executable))
+    assert all(path.exists() for path in needed)
+    for module in ("json", "polars"):
+        place = Path(str(sys.modules[module].__file__))
+        assert any(place.is_relative_to(path) for path in needed), module
+    assert not any(Path(image.__file__).is_relative_to(path) for path in needed), "the checkout is not needed"
 
 
 def test_running_environment_is_seen_through_its_own_paths() -> None:

@@ -24,13 +24,14 @@ from clocks_support import comes_true
 from rich.console import Console
 
 from pairclf.config import Config, Package, dump_config
-from pairclf.errors import PackagingError
-from pairclf.files import locked, write_json
+from pairclf.errors import PackagingError, PairclfError
+from pairclf.files import cache_folder, locked, state_folder, write_json
 from pairclf.packaging.metadata import KERNEL_METADATA, kernel_metadata, part_metadata
 from pairclf.packaging.payload import seal
 from pairclf.packaging.record import Build, PackedBundle, Part, Payload, identity_of, write_build
-from pairclf.rehearsal import clock, sandbox, stage
+from pairclf.rehearsal import clock, confine, sandbox, stage
 from pairclf.rehearsal import rehearse as rehearsal
+from pairclf.rehearsal.image import needed_by
 from pairclf.rehearsal.rehearse import Options, rehearse
 from pairclf.rehearsal.report import Report, Reports, Scored, read_passed
 from pairclf.rehearsal.stage import Stage
@@ -78,10 +79,19 @@ def _light(monkeypatch: pytest.MonkeyPatch) -> None:
 def isolation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Both ways of keeping the kernel in; the first where this machine allows it."""
     if request.param == "guards":
-        monkeypatch.setattr(stage, "namespaces", lambda inputs, working, disk: None)
-    elif sandbox.namespaces(tmp_path, tmp_path, 1 << 20) is None:
+        monkeypatch.setattr(stage, "namespaces", lambda view, folder, python: None)
+    elif not has_namespaces(tmp_path):
         pytest.skip("this machine allows no namespaces")
     return str(request.param)
+
+
+def has_namespaces(folder: Path) -> bool:
+    python, top = Path(sys.executable).resolve(), folder / "namespaces"
+    for name in ("root", "working"):
+        (top / name).mkdir(parents=True)
+    shown = [str(path) for path in needed_by(Path(sys.executable))]
+    view = confine.View(root=str(top / "root"), shown=shown, changed=[], working=str(top / "working"), disk=1 << 20)
+    return sandbox.namespaces(view, top, python) is not None
 
 
 @pytest.fixture
@@ -159,6 +169,11 @@ def results(out: Path) -> list[str]:
     return sorted(path.name for path in out.iterdir() if path.name != ".rehearsal.lock")
 
 
+def stages() -> list[str]:
+    """Folders in which rehearsals are, or were."""
+    return [path.name for path in (cache_folder() / "rehearsals").iterdir() if path.name != ".lock"]
+
+
 def render(report: Report) -> str:
     console = Console(width=200)
     with console.capture() as captured:
@@ -210,6 +225,7 @@ def test_submission_comes_out_and_nothing_else_gets_through(
     assert (report.input, report.working) == (inputs, working)
     assert [name for name in report.seconds if name.startswith("cell")] == ["cell check", "cell pry", "cell predict"]
     assert report.seconds["cell check"] >= 0.4, "the first mount was late, and nobody waited for it"
+    assert report.files == ("not there (No such file or directory)" if isolation == "namespaces" else "not hidden")
     assert report.memory_peak > 10e6
     assert report.disk_peak > 100
     assert report.python.startswith(RUNNING)
@@ -306,8 +322,8 @@ def test_working_folder_has_the_limit(packaged: Packager, isolation: str) -> Non
 
 
 def test_sandbox_that_does_not_hold_is_refused(packaged: Packager, monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = sandbox.Sandbox((), "nothing", "nothing", "nothing", guarded=False)
-    monkeypatch.setattr(stage, "namespaces", lambda inputs, working, disk: nothing)
+    nothing = sandbox.Sandbox((), "nothing", "nothing", "nothing", "nothing", guarded=False)
+    monkeypatch.setattr(stage, "namespaces", lambda view, folder, python: nothing)
     with pytest.raises(PackagingError, match="does not hold"):
         run(packaged({"check": FIND, "predict": PREDICT}))
 
@@ -315,8 +331,6 @@ def test_sandbox_that_does_not_hold_is_refused(packaged: Packager, monkeypatch: 
 def test_older_results_of_another_outcome_do_not_stay(packaged: Packager) -> None:
     package = packaged({"check": FIND, "predict": PREDICT})
     out = package / "rehearsal"
-    (out / ".tmp-rehearsal" / "flat" / "input").mkdir(parents=True)
-    (out / ".tmp-rehearsal" / "flat" / "input").chmod(0o555)
     run(package, layouts=("flat",), late=0.1)
     failing(packaged({"check": FIND, "score": "1"}))
     assert results(out) == ["executed.ipynb", "report.json"]
@@ -480,7 +494,7 @@ def test_terminated_rehearsal_leaves_nothing(packaged: Packager, isolation: str,
         run(package, layouts=("flat",), late=0.0)
     thread.join()
     assert comes_true(lambda: not marked(mark))
-    assert not (package / "rehearsal" / ".tmp-rehearsal").exists()
+    assert stages() == []
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -497,7 +511,7 @@ def make(folder, hidden):
 
 stage.make_image = make
 if sys.argv[2] == "guards":
-    stage.namespaces = lambda inputs, working, disk: None
+    stage.namespaces = lambda view, folder, python: None
 rehearse(Path(sys.argv[1]), Options(layouts=("flat",), late=0.0))
 """
 
@@ -517,8 +531,11 @@ def test_killed_rehearsal_leaves_no_process_and_the_next_one_no_folder(
         process.kill()
     assert comes_true(lambda: not marked(mark))
     assert [path.name.startswith("pairclf-") for path in temporary.iterdir()] == [True]
-    with stage.staged(package / "rehearsal"):
-        pass
+    assert len(stages()) == 1
+    with stage.staged() as own:
+        assert stages() == [own.top.name]
+        own.home.rmdir()
+    assert stages() == []
     assert results(package / "rehearsal") == []
     assert not [*temporary.iterdir()]
 
@@ -561,3 +578,175 @@ def test_guard_lets_loopback_through() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "refused\n"
+
+
+# --- packages of strangers -------------------------------------------------------------------------------------------
+
+
+def test_what_lies_in_a_package_is_neither_removed_nor_made_readable(packaged: Packager, tmp_path: Path) -> None:
+    """A folder of the name that rehearsals once had is the package's own, and links in it lead nowhere."""
+    private, dear = tmp_path / "private", tmp_path / "pairclf-dear"
+    for folder in (private, dear):
+        folder.mkdir(mode=0o700)
+        (folder / "dear.txt").write_text("dear")
+    package = packaged({"check": FIND, "predict": PREDICT})
+    old = package / "rehearsal" / ".tmp-rehearsal"
+    (old / "flat" / "input").mkdir(parents=True)
+    for link, target in ((old / "home", dear), (old / "x", private)):
+        link.symlink_to(target)
+        with pytest.raises(PairclfError, match=f"'rehearsal/.tmp-rehearsal/{link.name}' is a link"):
+            run(package, layouts=("flat",), late=0.1)
+        link.unlink()
+    assert run(package, layouts=("flat",), late=0.1).passed
+    assert (old / "flat" / "input").is_dir(), "it is not the rehearsal's"
+    assert [(folder / "dear.txt").read_text() for folder in (private, dear)] == ["dear", "dear"]
+    assert [folder.stat().st_mode & 0o777 for folder in (private, dear)] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["in the package", "given"])
+def test_results_are_written_through_no_link(packaged: Packager, tmp_path: Path, given: bool) -> None:
+    package, other = packaged({"check": FIND}), tmp_path / "other"
+    other.mkdir()
+    (other / "report.json").write_text("another's")
+    out = tmp_path / "out" if given else package / "rehearsal"
+    if given:
+        out.mkdir()
+        (out / ".rehearsal.lock").symlink_to(other / "report.json")
+    else:
+        out.symlink_to(other)
+    with pytest.raises(PairclfError, match="is a link"):
+        run(package, **({"out": out} if given else {}))
+    assert (other / "report.json").read_text() == "another's"
+    assert [path.name for path in other.iterdir()] == ["report.json"]
+
+
+def test_package_of_another_machine_does_not_say_what_is_opened(
+    packaged: Packager, competition: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows to rehearse with are the user's own files, at paths that only his own `package` wrote down."""
+    package = packaged({"check": FIND, "predict": PREDICT})
+    path = package / "build.json"
+    for change in ({"test": str(tmp_path / "salaries.csv")}, {"sample": str(tmp_path / "salaries.csv")}):
+        shutil.copyfile(competition[0], tmp_path / "salaries.csv")
+        build = path.read_text()
+        path.write_text(json.dumps(json.loads(build) | change))
+        with pytest.raises(PackagingError, match=r"names no test file[\s\S]*give --test and --sample"):
+            run(package)
+        assert "this machine did not make this package" in " ".join(capsys.readouterr().err.split())
+        path.write_text(build)
+    shutil.rmtree(state_folder())  # as on another machine
+    with pytest.raises(PackagingError, match="names no test file"):
+        run(package)
+    assert run(package, test=competition[0], sample=competition[1], layouts=("flat",), late=0.1).passed
+
+
+def test_bundle_of_a_strangers_package_names_no_other_place(packaged: Packager) -> None:
+    package = packaged({"check": FIND})
+    build = json.loads((package / "build.json").read_text())
+    build["bundles"][0]["folder"] = "../../elsewhere"
+    (package / "build.json").write_text(json.dumps(build))
+    with pytest.raises(PairclfError, match="a bundle in"):
+        run(package)
+
+
+ESCAPE = """
+import ctypes, socket
+libc = ctypes.CDLL(None, use_errno=True)
+REMOUNT, BIND = 32, 4096
+for place in (INPUT, marker.parent, "/", "/usr", "/proc"):
+    target = os.fsencode(place)
+    assert libc.mount(None, target, None, ctypes.c_ulong(REMOUNT | BIND), None) == -1, f"{place} was mounted anew"
+    assert libc.mount(b"tmpfs", target, b"tmpfs", ctypes.c_ulong(0), None) == -1, f"{place} was covered"
+assert subprocess.run(["mount", "-o", "remount,bind,rw", str(INPUT)]).returncode != 0
+again = f"mount -o remount,bind,rw {INPUT} && touch {test}"
+assert subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", again]).returncode != 0
+for path in (marker, test, sample, INPUT / "new", "/usr/new", "/new", "/proc/sys/kernel/core_pattern", os.__file__):
+    try:
+        open(path, "a")
+    except OSError:
+        continue
+    raise SystemExit(f"{path} can be written to")
+rights = [line.split()[1] for line in open("/proc/self/status") if line.startswith("Cap")]
+assert rights == ["0" * 16] * 5, rights
+SEEN
+home = pathlib.Path(os.environ["HOME"], "new")
+home.write_text("1")
+pathlib.Path("/tmp/new").write_text("1")
+"""
+
+
+def test_kernel_reaches_nothing_of_this_machine(
+    packaged: Packager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is root in there, or the user himself: what it tries is what a notebook of a stranger would."""
+    if not has_namespaces(tmp_path):
+        pytest.skip("this machine allows no namespaces")
+    home = tmp_path / "home"
+    for name in (".kaggle/kaggle.json", ".netrc", ".cache/huggingface/token", ".ssh/id_ed25519"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("canary")
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("KAGGLE_KEY", "HF_TOKEN", "SSH_AUTH_SOCK"):
+        monkeypatch.setenv(name, "canary")
+    package = tmp_path / "package"
+    hidden = [*map(str, home.rglob("*")), str(package / "build.json"), "/etc/shadow", str(Path(__file__))]
+    devices = [str(path) for path in Path("/dev").iterdir() if path.is_block_device()]
+    seen = (
+        f"for path in {hidden + devices!r}:\n    assert not os.path.lexists(path), path\n"
+        "assert 'canary' not in str(dict(os.environ))\nassert not os.listdir('/run')"
+    )
+    packaged({"check": FIND, "escape": ESCAPE.replace("SEEN", seen), "predict": PREDICT})
+    before = {path: (path.read_bytes(), path.stat().st_mode) for path in package.rglob("*") if path.is_file()}
+    report = run(package, layouts=("flat",), late=0.1)
+    assert report.passed, report.said
+    assert not Path("/tmp/new").exists()
+    for path, was in before.items():
+        assert (path.read_bytes(), path.stat().st_mode) == was
+
+
+PLANT = """
+for name in ("plan.json", "runner.log"):
+    if not os.path.lexists(os.path.join(os.environ["HOME"], name)):
+        os.symlink("DEAR", os.path.join(os.environ["HOME"], name))
+"""
+
+
+def test_links_that_a_kernel_leaves_are_not_followed(packaged: Packager, isolation: str, tmp_path: Path) -> None:
+    """Its first run, in another layout, lays them where the rehearsal wrote for the second one."""
+    dear = tmp_path / "dear.txt"
+    dear.write_text("dear")
+    assert run(packaged({"check": FIND + PLANT.replace("DEAR", str(dear)), "predict": PREDICT}), late=0.1).passed
+    assert dear.read_text() == "dear"
+
+
+def test_results_that_are_no_files_are_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    with stage.staged() as own:
+        (own.kept / "submission.csv").symlink_to(tmp_path / "secret")
+        (own.kept / "folder").mkdir()
+        os.mkfifo(own.kept / "scores.parquet")
+        (own.kept / "served.json").write_text("{}")
+        assert own.discard_others() == ["folder", "scores.parquet", "submission.csv"]
+        assert [path.name for path in own.kept.iterdir()] == ["served.json"]
+    assert (tmp_path / "secret").read_text() == "secret"
+
+
+def test_rehearsals_at_once_leave_each_other_alone() -> None:
+    with stage.staged() as one, stage.staged() as other:
+        assert one.top.is_dir()
+        assert one.top != other.top
+        assert one.top.stat().st_mode & 0o777 == 0o700
+
+
+def test_home_in_the_note_of_a_killed_rehearsal_must_be_ours(tmp_path: Path) -> None:
+    """What the note names is removed if it has the name of such a folder, and is no link to one."""
+    dear = tmp_path / "pairclf-dear"
+    dear.mkdir()
+    (tmp_path / "pairclf-link").symlink_to(dear)
+    (tmp_path / "other").mkdir()
+    for name in ("pairclf-link", "other"):
+        with stage.staged() as own:
+            own.home.rmdir()
+            (own.top / "home.txt").write_text(str(tmp_path / name))
+    assert dear.is_dir()
+    assert (tmp_path / "other").is_dir()

@@ -19,6 +19,7 @@ from pairclf.rehearsal.report import (
     Scored,
     read_passed,
     read_report,
+    rehearsal_path,
     write_report,
 )
 from pairclf.task import LMSYS
@@ -45,7 +46,8 @@ def make_report(**changes: object) -> Report:
 def build(tmp_path: Path) -> Path:
     bundle = PackedBundle(folder="fold0-01234567", name="fold0", seal="0" * 64, fold=0, metrics={}, base="embedded:x")
     record = Build(
-        pairclf="0.1.0", identity="a" * 64, package=Package(), task=LMSYS, kernel="someone/a-notebook",
+        pairclf="0.1.0", identity="a" * 64, package=Package(owner="someone", name="a-notebook"), task=LMSYS,
+        kernel="someone/a-notebook",
         code_file="a-notebook.ipynb", parts=[], bundles=[bundle], requirements={}, config="demo", out_of_fold=None,
         test=None, sample=None,
     )  # fmt: skip
@@ -112,7 +114,7 @@ def test_report_is_read_as_it_was_written(build: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"build": "c" * 64}, r"another build \(cccccccccccc\) than this one \(aaaaaaaaaaaa\)"),
+        ({"build": "c" * 64}, r"never rehearsed on this machine as it is now \(build aaaaaaaaaaaa\)"),
         ({"passed": False, "problems": ["no row was scored"]}, r"did not pass:\n  no row was scored"),
         ({"scored": Scored(both=38, one=1, prior=1)}, "scored 39 of 40 rows"),
         ({"scored": None}, "scored 0 of 40 rows"),
@@ -136,19 +138,34 @@ def test_nothing_else_is_let_through(build: Path, changes: dict[str, object], sa
 def test_faults_and_trials_alone_are_not_let_through(build: Path, changes: dict[str, object]) -> None:
     report = make_report(**changes)
     write_report(build / "rehearsal", report)
-    with pytest.raises(PackagingError, match="was never rehearsed"):
+    with pytest.raises(PackagingError, match=r"was never rehearsed[\s\S]*without --commit"):
         read_passed(build)
-    (build / "rehearsal" / f"report{report.ending}.json").rename(build / "rehearsal" / "report.json")
-    with pytest.raises(PackagingError, match=r"lies there is a trial[\s\S]*without --commit"):
+    write_report(build / "rehearsal", make_report())
+    rehearsal_path(report.build).write_text(report.model_dump_json())
+    with pytest.raises(PackagingError, match="not that of this build as Kaggle scores it"):
         read_passed(build)
 
 
 def test_changed_report_is_refused(build: Path) -> None:
     write_report(build / "rehearsal", make_report())
-    path = build / "rehearsal" / "report.json"
+    path = rehearsal_path("a" * 64)
     path.write_text(path.read_text()[:-10])
     with pytest.raises(PackagingError, match="is not JSON"):
         read_passed(build)
     path.write_text(json.dumps({"passed": True}))
     with pytest.raises(Exception, match="settings can't be used"):
         read_passed(build)
+
+
+def test_a_report_that_came_with_the_package_is_none(build: Path) -> None:
+    """Whoever made the package can have written it; what counts is what this machine rehearsed."""
+    write_report(build / "rehearsal", make_report())
+    rehearsal_path("a" * 64).unlink()
+    with pytest.raises(PackagingError, match=r"report\.json in it is no proof[\s\S]*pairclf rehearse"):
+        read_passed(build)
+
+
+def test_reports_of_this_machine_are_its_users_alone(build: Path) -> None:
+    write_report(build / "rehearsal", make_report())
+    path = rehearsal_path("a" * 64)
+    assert [one.stat().st_mode & 0o777 for one in (path.parent, path)] == [0o700, 0o600]
