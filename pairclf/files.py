@@ -6,10 +6,12 @@ A killed process leaves a `.tmp-…` entry that nothing reads and that the next 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,6 +155,25 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with a closing newline, atomically. NaN and infinity are refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_plain(path: Path, most: int) -> str:
+    """The text of a regular UTF-8 file, or of the one that a link leads to.
+
+    A FIFO or a device is not opened: to read it may never end. `most`: bytes that such a file may have.
+
+    Raises:
+        OSError: it can't be read, is not a regular file, or is larger.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with path.open("rb") as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
+    return content.decode("utf-8")
 
 
 def sha256_file(path: Path) -> str:

@@ -14,14 +14,14 @@ PACKAGE = Path(__file__).parents[1] / "pairclf"
 FLOORS = {
     "pairclf": 0, "errors": 0, "task": 0, "config": 0, "files": 0, "console": 0,
     "data": 1, "scores": 1, "inputs": 2, "model": 3, "jobs": 4, "inference": 4, "packaging": 4, "rehearsal": 4,
-    "publish": 4, "cli": 5, "__main__": 5,
+    "trust": 0, "publish": 4, "cli": 5, "__main__": 5,
 }  # fmt: skip
 ROOMS = {
-    "words": ["errors", "console", "files", "task", "config"],
+    "words": ["errors", "console", "files", "trust", "task", "config"],
     "data": ["formats", "tables", "arena", "duplicates", "folds", "audit"],
     "scores": ["metrics", "calibration", "blend"],
     "inputs": ["truncate", "tokenise", "render", "plan", "cache"],
-    "model": ["batch", "layouts", "attention", "trim", "precision", "readout", "backbone", "engine", "bundle"],
+    "model": ["batch", "layouts", "attention", "trim", "precision", "readout", "folder", "backbone", "engine", "bundle"],
 }
 TO_KAGGLE = ["packaging", "rehearsal", "publish"]
 """Rooms of one floor, each of which builds on those before it."""
