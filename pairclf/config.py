@@ -273,6 +273,7 @@ class Model(Section):
         if tree["trust_remote_code"] is not False:
             raise ValueError(f"trust_remote_code is not a setting: give {REMOTE_CODE} on the command line instead")
         return {name: value for name, value in tree.items() if name != "trust_remote_code"}
+
     @model_validator(mode="after")
     def _legal(self) -> Model:
         if self.quantization != "none" and self.lora is None:
@@ -668,7 +669,9 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise ConfigError(f"extends comes back to {path}", where=seen[0])
         text = read_plain(path, MAX_YAML)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"config {cut(path)} can't be read: {cut(error)}", remedy="give the path of a YAML file") from error
+        raise ConfigError(
+            f"config {cut(path)} can't be read: {cut(error)}", remedy="give the path of a YAML file"
+        ) from error
     tree = parse_yaml(text, path)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):

@@ -140,6 +140,8 @@ def as_task(value: Any) -> Any:
     """A preset's name as the preset; anything else is left to pydantic (a mapping spells out a task)."""
     if isinstance(value, str):
         if value not in PRESETS:
-            raise ValueError(f"task {quoted(value)} is no preset; give one of {sorted(PRESETS)} or spell out its fields")
+            raise ValueError(
+                f"task {quoted(value)} is no preset; give one of {sorted(PRESETS)} or spell out its fields"
+            )
         return PRESETS[value]
     return value

@@ -21,7 +21,18 @@ ROOMS = {
     "data": ["formats", "tables", "arena", "duplicates", "folds", "audit"],
     "scores": ["metrics", "calibration", "blend"],
     "inputs": ["truncate", "tokenise", "render", "plan", "cache"],
-    "model": ["batch", "layouts", "attention", "trim", "precision", "readout", "folder", "backbone", "engine", "bundle"],
+    "model": [
+        "batch",
+        "layouts",
+        "attention",
+        "trim",
+        "precision",
+        "readout",
+        "folder",
+        "backbone",
+        "engine",
+        "bundle",
+    ],
 }
 TO_KAGGLE = ["packaging", "rehearsal", "publish"]
 """Rooms of one floor, each of which builds on those before it."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pairclf.config import Config, Lora, override
 from pairclf.console import console
-from pairclf.errors import BundleError, ConfigError, ModelError
+from pairclf.errors import BundleError, ConfigError
 from pairclf.files import atomic_folder
 from pairclf.jobs.fit import free_memory, pick_probes
 from pairclf.jobs.proof import Sample, draw, judge, logits_of, measure, probabilities_of, reference, render

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
 )
-from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -136,13 +136,14 @@ def read_settings(source: str | Path) -> PretrainedConfig:
         ModelError: it can't be read.
     """
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=granted().remote_code)
+        made: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=granted().remote_code)
     except _UNREADABLE as error:
         raise ModelError(
             f"the model {source} can't be loaded: {_said(error)}",
-            remedy="give a folder with config.json and *.safetensors, or a hub id this machine can reach (a bundle's base "
-            "is not fetched: `hf download ID` does it, or --base names its folder)",
+            remedy="give a folder with config.json and *.safetensors, or a hub id that this machine can reach; what a "
+            "bundle names is not fetched: run `hf download ID` before, or give its folder with --base",
         ) from error
+    return made
 
 
 def empty_model(settings: PretrainedConfig) -> nn.Module:

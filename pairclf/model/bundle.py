@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import polars as pl
 import torch
@@ -67,8 +67,8 @@ _TOKENIZER = (
 _FILES = {
     "": r"bundle\.json|config\.yaml|trained_on\.parquet|head\.safetensors",
     "adapter": r"adapter_config\.json|adapter_model\.safetensors",
-    "backbone": r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_|quantize_)?config\.json|"
-    rf"quant_log\.csv|{_TOKENIZER}",
+    "backbone": r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|quant_log\.csv|"
+    rf"(generation_|quantize_)?config\.json|{_TOKENIZER}",
     "tokenizer": _TOKENIZER,
     "tokenizer/additional_chat_templates": r"[\w-]+\.jinja",
     "backbone/additional_chat_templates": r"[\w-]+\.jinja",
@@ -94,6 +94,12 @@ def _printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("it holds characters that can't be printed")
     return text
+
+
+def _dtype(name: str) -> str:
+    if name not in TOLERANCE:
+        raise ValueError(f"it must be one of {', '.join(TOLERANCE)}")
+    return name
 
 
 _Name = Annotated[str, Field(max_length=4096), AfterValidator(_printable)]
@@ -129,7 +135,7 @@ class Manifest:
     fold: Annotated[int, Field(ge=0)] | None
     base: _Name
     base_fingerprint: _Name
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Annotated[str, AfterValidator(_dtype)]
     classes: list[_Name]
     metrics: dict[_Name, float]
     prior: list[Annotated[float, Field(ge=0, le=1)]]

@@ -120,7 +120,7 @@ def _code(path: Path, what: str) -> ModelError:
     return ModelError(
         f"{what}, and code that comes with a model is not run",
         where=path,
-        remedy=f"read it, and give {REMOTE_CODE} if you trust its author; or remove it, if transformers knows the model",
+        remedy=f"read it, and give {REMOTE_CODE} if you trust it; or remove it, if transformers knows the model",
     )
 
 
