@@ -16,7 +16,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from pairclf import __version__
-from pairclf.config import Config, describe_config, load_config, override, resolve
+from pairclf.config import Config, Data, describe_config, load_config, override, resolve, run_folder
 from pairclf.console import console, output
 from pairclf.errors import ConfigError, PackagingError, PairclfError
 from pairclf.task import PRESETS
@@ -539,9 +539,19 @@ def _packaged(what: list[str], overrides: list[str]) -> tuple[Config, list[Path]
     if paths[0].is_dir() and not (paths[0] / "bundle.json").is_file():
         raise ConfigError(f"{paths[0]} is no bundle", remedy="give bundles, such as RUN/fold0/bundle, or a config")
     if paths[0].is_dir():
-        config = _load(paths[0] / "config.yaml", overrides)
+        config = _of_bundle(paths[0], overrides)
         return config, paths, config.package.name
     return _load(paths[0], overrides), paths[1:], paths[0].stem
+
+
+def _of_bundle(folder: Path, overrides: list[str]) -> Config:
+    """A bundle's settings, without those that would let a stranger's bundle choose files and wheels."""
+    from pairclf.model.bundle import open_bundle
+
+    config = open_bundle(folder, proven=True).config
+    named = config.package.model_copy(update={"ensemble": None, "images": None, "wheels": []})
+    update = {"output": run_folder(folder / "config.yaml"), "package": named, "data": Data(rules=config.data.rules)}
+    return override(config.model_copy(update=update), overrides)
 
 
 def _needs_kaggle() -> None:

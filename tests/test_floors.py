@@ -20,7 +20,7 @@ ROOMS = {
     "words": ["errors", "console", "files", "trust", "task", "config"],
     "data": ["formats", "tables", "arena", "duplicates", "folds", "audit"],
     "scores": ["metrics", "calibration", "blend"],
-    "inputs": ["truncate", "tokenise", "render", "plan", "cache"],
+    "inputs": ["truncate", "chat", "tokenise", "render", "plan", "cache"],
     "model": [
         "batch",
         "layouts",

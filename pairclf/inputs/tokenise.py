@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from pairclf.config import PLACE, Template
 from pairclf.errors import ConfigError, ModelError
+from pairclf.inputs.chat import REMEDY, render_chat_template
 from pairclf.inputs.truncate import Ids
 
 
@@ -92,22 +92,18 @@ def settle_template(template: Template, tokenizer: Any) -> Template:
     """
     if not template.chat:
         return template
-    remedy = "set inputs.template.chat=false, or use an instruct model's tokenizer"
     if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError("inputs.template.chat needs a chat template, and the tokenizer has none", remedy=remedy)
+        raise ConfigError("inputs.template.chat needs a chat template, and the tokenizer has none", remedy=REMEDY)
     content = (template.instruction or "") + template.text
-    try:
-        text: str = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=False,
-            add_generation_prompt=True,
-            date_string="26 Jul 2024",  # Llama-3's own default; later templates would put today's date
-        )
-    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
-        raise ConfigError(f"the tokenizer's chat template fails: {error}", remedy=remedy) from error
+    text = render_chat_template(
+        tokenizer,
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        date_string="26 Jul 2024",  # Llama-3's own default; later templates would put today's date
+    )
     if text.count(content.strip()) != 1 or PLACE.findall(text) != PLACE.findall(content):
         raise ConfigError(
-            "the tokenizer's chat template does not show the user's message once, as it is", remedy=remedy
+            "the tokenizer's chat template does not show the user's message once, as it is", remedy=REMEDY
         )
     if tokenizer.bos_token:  # the builder puts it first, as it does without a chat template
         text = text.removeprefix(tokenizer.bos_token)
