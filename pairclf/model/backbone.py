@@ -125,7 +125,7 @@ def load_tokenizer(source: str) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=granted().remote_code)
-    except _UNREADABLE as error:
+    except Exception as error:  # noqa: BLE001 - tokenizers raises no other kind for a tokenizer.json that it can't read
         raise ModelError(f"the tokenizer of {source} can't be loaded: {_said(error)}") from error
 
 

@@ -112,7 +112,8 @@ def _check_settings(path: Path) -> None:
         if refused:
             raise ModelError(f"{key}: {quoted(value)} is not what a model's files may ask for", where=path)
     named = tree.get("tokenizer_class") if isinstance(tree, dict) else None
-    if named is not None and not (isinstance(named, str) and _TOKENIZER_CLASS.fullmatch(named)):
+    known = isinstance(named, str) and _TOKENIZER_CLASS.fullmatch(named)
+    if named is not None and not known and not granted().remote_code:
         raise ModelError(f"tokenizer_class: {quoted(named)} is no tokenizer of transformers", where=path)
 
 

@@ -103,5 +103,3 @@ def test_a_child_that_hangs_is_given_up(tokenizer: Any, monkeypatch: pytest.Monk
     tokenizer.chat_template = SOUND
     with pytest.raises(ConfigError, match="ended at its limits"):
         render_chat_template(tokenizer, MESSAGES)
-
-
