@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -70,7 +71,7 @@ def resolve_base(base: str, override: Path | None = None) -> str:
             shipped = sorted(entry.parent.name for entry in folder.parent.glob("*/config.json"))
             raise ModelError(f"model.base={base} is not shipped with pairclf", remedy=f"one of {shipped}")
         return str(folder)
-    folder = Path(base).expanduser()
+    folder = Path(os.path.expanduser(base))  # noqa: PTH111 - Path's own raises for a user who is not there
     if folder.is_dir():
         check_model_folder(folder)
         return str(folder)
