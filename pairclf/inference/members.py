@@ -202,8 +202,8 @@ def read_ensemble(paths: Sequence[Path]) -> EnsembleFile:
 def _beside(file: Path, named: Path) -> Path:
     """A folder that an ensemble's file names. One that is not below the file's own folder is said: it may be a slip, or
     a stranger's file that leads to models of yours."""
-    folder = file.parent / os.path.expanduser(named)  # noqa: PTH111 - Path's own raises for a user who is not there
-    if not Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(file.parent)):  # noqa: PTH100 - links stay
+    folder = file.parent / os.path.expanduser(named)  # Path's own raises for a user who is not there
+    if not folder.resolve().is_relative_to(file.parent.resolve()):
         console.print(f"note: {file} names a folder outside of its own: {cut(visible(folder))}")
     return folder
 

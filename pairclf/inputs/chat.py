@@ -30,7 +30,7 @@ LONGEST = 1 << 20
 """Characters of a template, and of what it may write."""
 
 PATIENCE = 120.0
-"""Seconds on the clock after which a child that neither computes nor ends is given up: its CPU time would not end it."""
+"""Seconds on the clock after which a child that neither computes nor ends is given up: CPU time would not end it."""
 
 REMEDY = "set inputs.template.chat=false, or use an instruct model's tokenizer"
 
@@ -46,7 +46,7 @@ def render_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], 
         raise ConfigError(f"the tokenizer's chat template has more than {LONGEST:,} characters", remedy=REMEDY)
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        # Python warns of forks beside threads: the child takes none of their locks, as it renders text and nothing else.
+        # Python warns of forks beside threads: the child takes none of their locks, as all it does is render text.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:

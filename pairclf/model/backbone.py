@@ -71,7 +71,7 @@ def resolve_base(base: str, override: Path | None = None) -> str:
             shipped = sorted(entry.parent.name for entry in folder.parent.glob("*/config.json"))
             raise ModelError(f"model.base={base} is not shipped with pairclf", remedy=f"one of {shipped}")
         return str(folder)
-    folder = Path(os.path.expanduser(base))  # noqa: PTH111 - Path's own raises for a user who is not there
+    folder = Path(os.path.expanduser(base))  # Path's own raises for a user who is not there
     if folder.is_dir():
         check_model_folder(folder)
         return str(folder)
@@ -126,7 +126,7 @@ def load_tokenizer(source: str) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=granted().remote_code)
-    except Exception as error:  # noqa: BLE001 - tokenizers raises no other kind for a tokenizer.json that it can't read
+    except Exception as error:  # tokenizers raises no other kind for a tokenizer.json that it can't read
         raise ModelError(f"the tokenizer of {source} can't be loaded: {_said(error)}") from error
 
 

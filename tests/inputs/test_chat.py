@@ -52,7 +52,9 @@ def test_it_writes_what_transformers_writes(tokenizer: Any) -> None:
 def test_the_sandbox_holds(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, escape: str) -> None:
     monkeypatch.chdir(tmp_path)
     tokenizer.chat_template = escape
-    with pytest.raises(ConfigError, match="(?s)chat template fails: (SecurityError|UndefinedError|TypeError|Template)"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)chat template fails: (SecurityError|UndefinedError|TypeError|Template)"
+    ):
         render_chat_template(tokenizer, MESSAGES)
     assert list(tmp_path.iterdir()) == []
 

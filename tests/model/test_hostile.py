@@ -19,7 +19,7 @@ from peft import PeftModel
 from test_bundle import write_bundle
 
 from pairclf.config import resolve
-from pairclf.errors import BundleError, ConfigError, ModelError
+from pairclf.errors import BundleError, ConfigError, ModelError, PairclfError
 from pairclf.files import sha256_tree, write_json
 from pairclf.jobs.verify import verify
 from pairclf.model import bundle as bundles
@@ -373,6 +373,15 @@ def test_each_field_of_the_manifest_is_looked_at(copy: Path, changes: dict[str, 
     assert str(raised.value).isprintable() or "\x1b" not in str(raised.value)
 
 
+def complaint(call: Change, folder: Path) -> str:
+    """What a user reads, which is never long; empty: nothing. Any other exception is a traceback, and fails."""
+    try:
+        call(folder)
+    except PairclfError as error:
+        return str(error) if len(str(error)) < 4000 else pytest.fail("too long")
+    return ""
+
+
 STRANGE = [
     None,
     True,
@@ -422,11 +431,7 @@ def test_a_mutated_manifest_is_good_or_refused(copy: Path, seed: int) -> None:
         else:
             text = draw.choice(["null", "[]", "[" * 50_000, "", "\ufeff{}", '{"format": 4}', '{"format": 1e999}'])
         (copy / MANIFEST).write_text(text)
-        try:
-            open_bundle(copy)
-        except BundleError as error:
-            refused += 1
-            assert len(str(error)) < 3000
+        refused += len(complaint(open_bundle, copy)) > 0
     assert refused > 200
 
 
@@ -441,10 +446,7 @@ def test_a_mutated_byte_of_any_other_file_is_refused(copy: Path) -> None:
             content[start : start + draw.choice([1, 8, 5000])] = draw.randbytes(draw.choice([0, 1, 8]))
             path.write_bytes(bytes(content))
             reseal(copy)
-            try:
-                look(copy)
-            except (BundleError, ModelError, ConfigError) as error:
-                assert len(str(error)) < 4000
+            complaint(look, copy)
             path.write_bytes(originals[path])
 
 
