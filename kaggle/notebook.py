@@ -18,7 +18,7 @@ the bundles at home.
 # {{bundle_table}}
 #
 # Before a row is scored, every file is compared with the hash it had at home, and every bundle scores the probe
-# rows that it was validated with: the model that runs here is the model that was measured.
+# rows that it was validated with: the model that runs here is the model that was measured.{{note_of_trust}}
 #
 # ## Check
 # The first cell looks before anything is done: Python, torch, GPUs, and each input, by name and hash, wherever it is
@@ -51,6 +51,7 @@ MEMBERS = "{{members}}"  # what predicts: these, or an ensemble's file
 STANDALONE = "{{standalone}}"  # bundles that need no base model
 BASE = "{{base}}"  # owner/model/framework/instance/version, or owner/slug of a dataset; empty: in the bundles
 PRIOR = "{{prior}}"  # by column of the submission
+TRUST = "{{trust}}"  # flags that `pairclf package` was given, and that the commands below are given
 GPUS = "{{gpus}}"
 DEADLINE = "{{deadline}}"  # seconds from now on
 LIMIT = "{{limit}}"  # likewise, when Kaggle ends the run
@@ -307,7 +308,7 @@ if not lacking:
 
 # %% verify
 SERVE_SECONDS = 600  # until which the rerun must be about to serve: Kaggle gives 15 minutes
-attached = ["--base", base] if base else []
+attached = [*(["--base", base] if base else []), *TRUST, "--linked-files"]  # `assemble` linked them, each as it was
 if not lacking:
     folders = [bundles / name for name in BUNDLES]
     longest = SERVE_SECONDS if RERUN and SERVES else DEADLINE / 4
@@ -413,9 +414,11 @@ from kaggle_evaluation.default_inference_server import DefaultInferenceServer
 if not lacking:
     try:
         from pairclf.jobs.serve import Server
+        from pairclf.trust import Trust
 
         members, left = [bundles / name for name in MEMBERS], STARTED + DEADLINE / SPEED - time.time()
-        server = Server(members, base=base, seconds=left, batch_seconds=300 / SPEED, strict=not RERUN)
+        trust = Trust(remote_code=bool(TRUST), linked_files=True)
+        server = Server(members, base=base, seconds=left, batch_seconds=300 / SPEED, strict=not RERUN, trust=trust)
     except Exception as error:
         if not RERUN:
             raise

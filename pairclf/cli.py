@@ -16,10 +16,11 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from pairclf import __version__
-from pairclf.config import Config, describe_config, load_config, override, resolve
+from pairclf.config import Config, Data, describe_config, load_config, override, resolve, run_folder
 from pairclf.console import console, output
 from pairclf.errors import ConfigError, PackagingError, PairclfError
 from pairclf.task import PRESETS
+from pairclf.trust import LINKED_FILES, REMOTE_CODE, Trust, grant
 
 app = typer.Typer(
     name="pairclf",
@@ -37,6 +38,13 @@ Overrides = Annotated[
 ]
 Bundles = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="bundle folders")]
 BaseFolder = Annotated[Path | None, typer.Option("--base", help="folder of the base model on this machine")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(REMOTE_CODE, help="run Python files that come with a model: they can do all that you can do"),
+]
+LinkedFiles = Annotated[
+    bool, typer.Option(LINKED_FILES, help="a bundle's files may be symbolic links, as the hub's cache has them")
+]
 PackageFolder = Annotated[Path, typer.Argument(metavar="PACKAGE", help="folder that `pairclf package` wrote")]
 
 
@@ -73,6 +81,19 @@ def _example(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return app.command(epilog=f"**Example:** `{text}`")
 
 
+def _permit(trust_remote_code: bool, linked_files: bool = False, *, bundles_only: bool = False) -> None:
+    """Grant what the person at the command permits, and say so.
+
+    `bundles_only`: nothing but bundles says what to load. What a stranger's bundle names is not fetched from a hub
+    then, unless HF_HUB_OFFLINE=0 asks for it.
+    """
+    grant(Trust(remote_code=trust_remote_code, linked_files=linked_files))
+    if trust_remote_code and os.environ.get("RANK", "0") == "0":
+        console.print(f"note: {REMOTE_CODE}: Python files that come with a model are run")
+    if bundles_only:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         output.print(f"pairclf {__version__}")
@@ -94,8 +115,10 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
 def demo(
     folder: Annotated[Path, typer.Option(help="where everything of the demo goes")] = Path("runs/demo"),
     overrides: Overrides = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run the whole job on a synthetic arena: rows, folds, QLoRA, evaluation, an offline notebook's submission."""
+    _permit(trust_remote_code)
     from pairclf.jobs.demo import demo as job
 
     job(folder, overrides or [])
@@ -196,8 +219,10 @@ def show(
     data: Annotated[
         Path | None, typer.Option(help="unlabelled file to look in, by its own path; none: data.train")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print what the model sees of a row, in both orders: segments in colour, and what was cut."""
+    _permit(trust_remote_code)
     from pairclf.jobs.inputs import chunks_of, open_inputs
     from pairclf.jobs.show import find_rows
     from pairclf.jobs.show import show as job
@@ -229,8 +254,10 @@ def lengths(
         ),
     ] = 48,
     out: Annotated[Path | None, typer.Option(help="folder for lengths.json and lengths.html; none: the run's")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare budgets: rows cut, tokens lost, pairs made identical, padding, hours; as a table and as a plot."""
+    _permit(trust_remote_code)
     from pairclf.jobs.lengths import Scale, lengths_of, measure, render, write_report
     from pairclf.jobs.run import output_of
 
@@ -267,8 +294,10 @@ def train(
     processes: Processes = None,
     resume: Resume = None,
     trust_checkpoint: TrustCheckpoint = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Fine-tune one classifier and write its bundle."""
+    _permit(trust_remote_code)
     settings = _load(config, overrides)
     _spread(processes)
     from pairclf.jobs.fit import fit
@@ -283,8 +312,10 @@ def cv(
     processes: Processes = None,
     resume: Resume = None,
     trust_checkpoint: TrustCheckpoint = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train the folds one after another and join their out-of-fold scores."""
+    _permit(trust_remote_code)
     settings = _load(config, overrides)
     _spread(processes)
     from pairclf.jobs.cv import cross_validate
@@ -318,11 +349,14 @@ def predict(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    linked_files: LinkedFiles = False,
 ) -> None:
     """Score a test file with one or more bundles and write the submission: a valid one at once, then better ones.
 
     A run that was killed goes on where it was, if it is started again. See docs/prediction.md.
     """
+    _permit(trust_remote_code, linked_files, bundles_only=True)
     from pairclf.jobs.predict import predict as job
 
     job(
@@ -363,8 +397,11 @@ def forecast(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    linked_files: LinkedFiles = False,
 ) -> None:
     """Simulate a prediction: hours by stage, and what a deadline buys; the planner is that of the real run."""
+    _permit(trust_remote_code, linked_files, bundles_only=True)
     from datetime import UTC, datetime
 
     from pairclf.inference.deadline import seconds_until
@@ -440,8 +477,11 @@ def merge(
     ] = 0.002,
     rows: Annotated[int | None, typer.Option(min=1, help="out-of-fold rows to score; none: all")] = None,
     base: BaseFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
+    linked_files: LinkedFiles = False,
 ) -> None:
     """Average the folds' adapters, or merge one into the weights; keep it if it still scores as before."""
+    _permit(trust_remote_code, linked_files)
     from pairclf.jobs.merge import merge as job
 
     settings = _load(config, overrides)
@@ -462,8 +502,11 @@ def export(
     ] = 0.01,
     rows: Annotated[int | None, typer.Option(min=1, help="held-out rows to score; none: all")] = None,
     base: BaseFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
+    linked_files: LinkedFiles = False,
 ) -> None:
     """Write a bundle without adapters, whole or quantised, for inference; keep it if it still scores as before."""
+    _permit(trust_remote_code, linked_files)
     from pairclf.jobs.export import export as job
 
     settings = _load(config, overrides)
@@ -483,8 +526,11 @@ def package(
     out: Annotated[
         Path | None, typer.Option(help="folder; none: kaggle/build/ + the config's file name, or package.name")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    linked_files: LinkedFiles = False,
 ) -> None:
     """Build the folder to push to Kaggle: a kernel, the bundles, the wheels, their metadata. See docs/kaggle.md."""
+    _permit(trust_remote_code, linked_files)
     from pairclf.jobs.run import bundles_of
 
     _needs_kaggle()
@@ -505,9 +551,19 @@ def _packaged(what: list[str], overrides: list[str]) -> tuple[Config, list[Path]
     if paths[0].is_dir() and not (paths[0] / "bundle.json").is_file():
         raise ConfigError(f"{paths[0]} is no bundle", remedy="give bundles, such as RUN/fold0/bundle, or a config")
     if paths[0].is_dir():
-        config = _load(paths[0] / "config.yaml", overrides)
+        config = _of_bundle(paths[0], overrides)
         return config, paths, config.package.name
     return _load(paths[0], overrides), paths[1:], paths[0].stem
+
+
+def _of_bundle(folder: Path, overrides: list[str]) -> Config:
+    """A bundle's settings, without those that would let a stranger's bundle choose files and wheels."""
+    from pairclf.model.bundle import open_bundle
+
+    config = open_bundle(folder, proven=True).config
+    named = config.package.model_copy(update={"ensemble": None, "images": None, "wheels": []})
+    update = {"output": run_folder(folder / "config.yaml"), "package": named, "data": Data(rules=config.data.rules)}
+    return override(config.model_copy(update=update), overrides)
 
 
 def _needs_kaggle() -> None:
@@ -618,8 +674,11 @@ def verify(
     bundles: Bundles,
     base: BaseFolder = None,
     out: Annotated[Path | None, typer.Option(help="write what was found as JSON too")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    linked_files: LinkedFiles = False,
 ) -> None:
     """Prove that bundles are what was saved: hashes of every file, and their probe rows scored again."""
+    _permit(trust_remote_code, linked_files, bundles_only=True)
     from pairclf.jobs.verify import verify as job
 
     for folder, found in job(bundles, base, out):

@@ -16,8 +16,16 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pairclf.errors import ConfigError
+from pairclf.errors import ConfigError, cut, quoted
+from pairclf.files import read_plain
 from pairclf.task import LMSYS, Task, as_task
+from pairclf.trust import REMOTE_CODE
+
+MAX_YAML, MAX_NODES = 1 << 20, 100_000
+"""Bytes of a YAML file, and values that it may stand for once every alias is written out."""
+
+MAX_ISSUES = 50
+"""Settings of which an error says what is wrong with them."""
 
 
 class Section(BaseModel):
@@ -263,7 +271,16 @@ class Model(Section):
     label_words: dict[str, str] = Field(
         {}, description="class: word; a linear head starts from the rows of the base's lm_head for these words"
     )
-    trust_remote_code: bool = Field(False, description="run code that comes with the base model")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trusts_nobody(cls, tree: Any) -> Any:
+        """Files of older versions say `trust_remote_code: false`, which is what holds now; none may say `true`."""
+        if not isinstance(tree, Mapping) or "trust_remote_code" not in tree:
+            return tree
+        if tree["trust_remote_code"] is not False:
+            raise ValueError(f"trust_remote_code is not a setting: give {REMOTE_CODE} on the command line instead")
+        return {name: value for name, value in tree.items() if name != "trust_remote_code"}
 
     @model_validator(mode="after")
     def _legal(self) -> Model:
@@ -596,7 +613,28 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `off` and `no` are words and `1e-4` is a number (PyYAML alone reads YAML 1.1)."""
+    """YAML 1.2's scalars: `off` and `no` are words and `1e-4` is a number (PyYAML alone reads YAML 1.1).
+
+    Aliases of aliases, which let a few lines stand for billions of values, are refused before a value is made.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _expanded(node, {}) > MAX_NODES:
+            raise yaml.YAMLError(f"with its aliases written out it has more than {MAX_NODES:,} values")
+        return node
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values that a node stands for. One that stands within itself stands for more than any limit."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1  # until it is counted, whoever meets it is within it
+        pairs = isinstance(node, yaml.MappingNode)
+        children = [one for pair in node.value for one in pair] if pairs else node.value
+        known[id(node)] = min(1 + sum(_expanded(one, known) for one in children), MAX_NODES + 1)
+    return known[id(node)]
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -619,8 +657,8 @@ def parse_yaml(text: str, where: object) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=where) from error
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+        raise ConfigError(f"not valid YAML: {cut(' '.join(str(error).split()), 1000)}", where=where) from error
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -635,12 +673,15 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, laid on the file that its `extends` names (relative to it)."""
-    if path.resolve() in seen:
-        raise ConfigError(f"extends comes back to {path}", where=seen[0])
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} can't be read: {error}", remedy="give the path of a YAML file") from error
+        whole = path.resolve()
+        if whole in seen:
+            raise ConfigError(f"extends comes back to {path}", where=seen[0])
+        text = read_plain(path, MAX_YAML)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"config {cut(path)} can't be read: {cut(error)}", remedy="give the path of a YAML file"
+        ) from error
     tree = parse_yaml(text, path)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -648,14 +689,14 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    return _merge(_read(path.parent / str(parent), (*seen, path.resolve())), tree)
+    return _merge(_read(path.parent / str(parent), (*seen, whole)), tree)
 
 
 def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form key=value", remedy="e.g. train.epochs=2")
-    value = parse_yaml(text, f"override {override!r}")
+        raise ConfigError(f"override {quoted(override)} is not of the form key=value", remedy="e.g. train.epochs=2")
+    value = parse_yaml(text, f"override {quoted(override)}")
     for part in reversed(key.split(".")):
         value = {part: value}
     return _merge(tree, value)
@@ -697,14 +738,15 @@ def _choices(annotation: Any) -> list[Any]:
 def _explain(error: ValidationError, section: type[Section]) -> str:
     known = [key for key, _ in settings(section)]
     lines = []
-    for issue in error.errors():
-        key = ".".join(str(part) for part in issue["loc"])
+    for issue in error.errors()[:MAX_ISSUES]:
+        key = cut(".".join(str(part) for part in issue["loc"]))
         if issue["type"] == "extra_forbidden":
             near = difflib.get_close_matches(re.sub(r"\.\d+\.", ".", key), known, n=1, cutoff=0.0)
             lines.append(f"{key}: no such setting; the nearest is {near[0]}")
         else:
-            shown = "" if isinstance(issue["input"], dict | Section) else f" (given: {issue['input']!r})"
-            lines.append(f"{key}: {issue['msg']}{shown}".removeprefix(": ").replace("Value error, ", "", 1))
+            shown = "" if isinstance(issue["input"], dict | Section) else f" (given: {quoted(issue['input'])})"
+            lines.append(f"{key}: {cut(issue['msg'], 1000)}{shown}".removeprefix(": ").replace("Value error, ", "", 1))
+    lines += [f"... and {error.error_count() - MAX_ISSUES:,} more"] * (error.error_count() > MAX_ISSUES)
     return "\n".join(f"  {line}" for line in lines)
 
 

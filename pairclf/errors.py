@@ -7,8 +7,14 @@ exits with its `exit_code`; anything else that escapes is a bug of ours and keep
 from __future__ import annotations
 
 from collections.abc import Sequence
+from reprlib import Repr
 
 MAX_ROWS_SHOWN = 5
+MAX_SHOWN = 200
+"""Characters of a value, a name or another program's message that an error shows."""
+
+MAX_MESSAGE = 20_000
+"""Characters of a whole message."""
 
 # C0 (less tab and line feed), DEL, C1, and what turns the direction of text: a terminal obeys them.
 _OBEYED = [*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F)]
@@ -22,6 +28,31 @@ def visible(text: object) -> str:
     'a\\\\x1b[2Jb'
     """
     return str(text).translate(_VISIBLE)
+
+
+def cut(text: object, most: int = MAX_SHOWN) -> str:
+    """A text on which an error reports, or what another program says of it, at most `most` characters of it.
+
+    >>> cut("abcdef", 4)
+    'abcd… (6 characters)'
+    """
+    whole = str(text)
+    return whole if len(whole) <= most else f"{whole[:most]}… ({len(whole):,} characters)"
+
+
+def quoted(value: object) -> str:
+    """`repr` of what a user or a file gave: at most `MAX_SHOWN` characters, however large or deep it is.
+
+    >>> quoted(["x" * 1000] * 1000)[:20], len(quoted(["x" * 1000] * 1000)) < 500
+    ("['xxxxxxxxxxxxxxxxxx", True)
+    """
+    short = Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    short.maxlevel = 3
+    try:
+        return cut(visible(short.repr(value)))
+    except ValueError:  # a number of more than 4,300 digits
+        return f"a {type(value).__name__} too long to show"
 
 
 class PairclfError(Exception):
@@ -50,11 +81,11 @@ class PairclfError(Exception):
         return _unpickled, (type(self), self.args, self.__dict__)
 
     def _text(self) -> str:
-        lines = [self.what]
+        lines = [cut(self.what, MAX_MESSAGE)]
         if self.where is not None:
-            lines.append(f"  where:  {self.where}")
+            lines.append(f"  where:  {cut(self.where, MAX_MESSAGE)}")
         if self.rows:
-            shown = ", ".join(visible(row) for row in self.rows[:MAX_ROWS_SHOWN])
+            shown = ", ".join(cut(visible(row)) for row in self.rows[:MAX_ROWS_SHOWN])
             more = len(self.rows) - MAX_ROWS_SHOWN
             lines.append(f"  rows:   {shown}" + (f" and {more:,} more" if more > 0 else ""))
         if self.remedy:

@@ -278,6 +278,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_plain(path: Path, most: int) -> str:
+    """The text of a regular UTF-8 file, or of the one that a link leads to.
+
+    A FIFO or a device is not opened: to read it may never end. `most`: bytes that such a file may have.
+
+    Raises:
+        OSError: it can't be read, is not a regular file, or is larger.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with path.open("rb") as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
+    return content.decode("utf-8")
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in chunks of 1 MiB."""
     digest = hashlib.sha256()

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pairclf.errors import quoted
+
 AB, BA = 0, 1
 """The two orders in which a pair is shown: as it stands in the file, and swapped."""
 
@@ -138,6 +140,8 @@ def as_task(value: Any) -> Any:
     """A preset's name as the preset; anything else is left to pydantic (a mapping spells out a task)."""
     if isinstance(value, str):
         if value not in PRESETS:
-            raise ValueError(f"task {value!r} is no preset; give one of {sorted(PRESETS)} or spell out its fields")
+            raise ValueError(
+                f"task {quoted(value)} is no preset; give one of {sorted(PRESETS)} or spell out its fields"
+            )
         return PRESETS[value]
     return value

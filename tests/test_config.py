@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 
 from pairclf.cli import app
 from pairclf.config import (
+    MAX_YAML,
+    Config,
     describe_config,
     dump_config,
     load_config,
@@ -21,6 +24,7 @@ from pairclf.config import (
     settings,
 )
 from pairclf.errors import ConfigError
+from pairclf.inference.members import read_ensemble
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(
@@ -99,6 +103,82 @@ def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str) -> Non
     path.write_text(text)
     with pytest.raises(ConfigError):
         load_config(path)
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+)
+"""343 bytes that stand for three billion values."""
+
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{','.join(['*' + before] * 9)}]}}\n"
+    for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+)
+
+
+@pytest.mark.parametrize("text", [BOMB, MERGED, "model:\n  label_words: &a [{x: *a}]\n", "- &a [*a]\n"])
+def test_aliases_of_aliases_are_refused_in_few_words(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    for read in (
+        lambda: load_config(path),
+        lambda: read_ensemble([path]),
+        lambda: override(Config(), [f"data={text}"]),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            read()
+        assert len(str(raised.value)) < 1000
+
+
+def test_an_alias_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("data:\n  train: &a [x.csv]\n  ignore_columns: *a\n")
+    assert load_config(path).data.ignore_columns == ["x.csv"]
+
+
+LONG = "x" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"seed": LONG},
+        {"seed": [LONG] * 1000},
+        {"seed": 10**5000},
+        {"task": LONG},
+        {"seed": [[[[["x" * 1000] * 10] * 10] * 10] * 10] * 10},
+        {LONG: 1},
+        {f"setting{number}": 1 for number in range(5000)},
+        {"model": {"label_words": {LONG: 1}}},
+        {"folds": {"run": ["x"] * 5000}},
+    ],
+)
+def test_an_error_quotes_no_more_than_can_be_read(tree: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        resolve(tree)
+    assert len(str(raised.value)) < 25_000
+
+
+@pytest.mark.parametrize("tail", ["=1", "", "=[1", "=*x"])
+def test_a_long_override_is_quoted_in_part(tail: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        override(resolve({}), [LONG + tail])
+    assert len(str(raised.value)) < 25_000
+
+
+@pytest.mark.parametrize(
+    "extended", ["fifo", "/dev/zero", "/dev/stdin", "large.yaml", "http://host/x.yaml", "a\0b", LONG]
+)
+def test_only_a_regular_file_is_extended(tmp_path: Path, extended: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "large.yaml").write_text("#" * (MAX_YAML + 1))
+    path = tmp_path / "x.yaml"
+    path.write_text(json.dumps({"extends": extended[:900_000]}))
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_config(path)
+    for name in ("fifo", "large.yaml"):
+        with pytest.raises(ConfigError, match="can't be read"):
+            read_ensemble([(tmp_path / name).rename(tmp_path / f"{name}.yaml")])
 
 
 @pytest.mark.parametrize("wrong", ["train.epochs", "=3", "train.epochs=[1", "train.epoch=3"])

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from random import Random
+from threading import Barrier, Thread
 
 import pytest
 
@@ -143,7 +144,7 @@ def test_two_writers_of_one_folder_leave_the_last_ones(tmp_path: Path) -> None:
 def test_writers_at_once_leave_one_whole_file_and_folder(tmp_path: Path) -> None:
     """Four threads replace the same file and folder; readers find one of them, whole, and nothing is left over."""
     failures: list[BaseException] = []
-    start = threading.Barrier(4)
+    start = Barrier(4)
 
     def write(number: int) -> None:
         try:
@@ -156,7 +157,7 @@ def test_writers_at_once_leave_one_whole_file_and_folder(tmp_path: Path) -> None
         except BaseException as error:  # noqa: BLE001 - a thread's error is the test's
             failures.append(error)
 
-    threads = [threading.Thread(target=write, args=[number]) for number in range(4)]
+    threads = [Thread(target=write, args=[number]) for number in range(4)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
@@ -241,6 +242,7 @@ def test_a_file_replaces_nothing_but_a_file(tmp_path: Path) -> None:
 
 REWRITE = """
 import sys
+from threading import Barrier, Thread
 from itertools import count
 from pathlib import Path
 from pairclf.files import atomic_folder, write_text
@@ -274,6 +276,7 @@ def test_killed_at_any_moment_what_is_found_is_whole(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys
+from threading import Barrier, Thread
 from pathlib import Path
 from pairclf.files import locked
 with locked(Path(sys.argv[1])):

@@ -14,15 +14,16 @@ PACKAGE = Path(__file__).parents[1] / "pairclf"
 FLOORS = {
     "pairclf": 0, "errors": 0, "task": 0, "config": 0, "files": 0, "console": 0, "dispositions": 0,
     "data": 1, "scores": 1, "inputs": 2, "model": 3, "jobs": 4, "inference": 4, "packaging": 4, "rehearsal": 4,
-    "publish": 4, "cli": 5, "__main__": 5,
+    "trust": 0, "publish": 4, "cli": 5, "__main__": 5,
 }  # fmt: skip
 ROOMS = {
-    "words": ["errors", "console", "files", "task", "config"],
+    "words": ["errors", "console", "files", "trust", "task", "config"],
     "data": ["csv_syntax", "formats", "tables", "arena", "duplicates", "folds", "audit"],
     "scores": ["metrics", "calibration", "blend"],
-    "inputs": ["truncate", "tokenise", "render", "plan", "cache"],
+    "inputs": ["truncate", "chat", "tokenise", "render", "plan", "cache"],
     "model": [
-        "batch", "layouts", "attention", "trim", "precision", "isolation", "readout", "backbone", "engine", "bundle",
+        "batch", "layouts", "attention", "trim", "precision", "isolation", "readout", "folder", "backbone", "engine",
+        "bundle",
     ],
 }  # fmt: skip
 TO_KAGGLE = ["packaging", "rehearsal", "publish"]

@@ -249,5 +249,5 @@ def assert_stopped(run: Run) -> None:
 
 
 def token(run: Run, word: str) -> int:
-    ids: list[int] = load_tokenizer(str(run.bundle / "tokenizer"), run.config.model)(word)["input_ids"]
+    ids: list[int] = load_tokenizer(str(run.bundle / "tokenizer"))(word)["input_ids"]
     return ids[-1]

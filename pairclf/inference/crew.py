@@ -25,6 +25,7 @@ from pairclf.inference.work import Clock, Event, Failed, Ready, Work
 from pairclf.inference.worker import Assignment, Loader, load_bundle, main, under_way
 from pairclf.inputs.render import Encoded
 from pairclf.model.batch import Item
+from pairclf.trust import granted
 
 LONGEST = 107 - len("/pymp-12345678/listener-12345678")
 """Characters of a temporary folder that a socket's path has room for."""
@@ -219,6 +220,7 @@ class ProcessCrew:
                     threads=threads,
                     largest=model.largest,
                     beside=beside,
+                    trust=granted(),
                 )
                 _tell(worker, assignment)
 

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from pairclf.config import Config, Section, checked, override, parse_yaml
-from pairclf.errors import BundleError, ConfigError
+from pairclf.config import MAX_YAML, Config, Section, checked, override, parse_yaml
+from pairclf.console import console
+from pairclf.errors import BundleError, ConfigError, cut, visible
+from pairclf.files import read_plain
 from pairclf.model.bundle import Manifest, open_bundle
 from pairclf.scores.calibration import apply_temperature
 from pairclf.task import Task
@@ -184,14 +187,25 @@ def read_ensemble(paths: Sequence[Path]) -> EnsembleFile:
         raise ConfigError(f"{files[0]} is an ensemble's file and must be given alone", remedy="name the bundles in it")
     path = files[0]
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} can't be read: {error}", remedy="give bundle folders, or a YAML file") from error
+        text = read_plain(path, MAX_YAML)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} can't be read: {cut(error)}", remedy="give bundle folders, or a YAML file"
+        ) from error
     file = checked(EnsembleFile, parse_yaml(text, path), path, "docs/export.md shows an ensemble's file")
     for one in file.members:
-        one.bundle = path.parent / one.bundle.expanduser()
-        one.base = None if one.base is None else path.parent / one.base.expanduser()
+        one.bundle = _beside(path, one.bundle)
+        one.base = None if one.base is None else _beside(path, one.base)
     return file
+
+
+def _beside(file: Path, named: Path) -> Path:
+    """A folder that an ensemble's file names. One that is not below the file's own folder is said: it may be a slip, or
+    a stranger's file that leads to models of yours."""
+    folder = file.parent / os.path.expanduser(named)  # Path's own raises for a user who is not there
+    if not folder.resolve().is_relative_to(file.parent.resolve()):
+        console.print(f"note: {file} names a folder outside of its own: {cut(visible(folder))}")
+    return folder
 
 
 def _open(given: MemberFile, place: int, base: Path | None, overrides: Sequence[str]) -> Member:

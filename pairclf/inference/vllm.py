@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from pairclf.errors import BundleError, ModelError
 from pairclf.jobs.scoring import items_of
-from pairclf.model.backbone import pick_dtype
+from pairclf.model.backbone import pick_dtype, read_settings
 from pairclf.model.batch import Item
 from pairclf.model.bundle import TOLERANCE, Bundle
 from pairclf.model.readout import HEADS
+from pairclf.trust import granted
 
 Floats = NDArray[np.float64]
 
@@ -52,7 +52,7 @@ def why_not(bundle: Bundle, devices: Sequence[torch.device]) -> str | None:
         return f"it needs compute capability 7.0, this GPU has {shown}"
     if model.dtype == "bfloat16" and capability < (8, 0):
         return f"model.dtype=bfloat16 needs compute capability 8.0, this GPU has {shown}"
-    settings = AutoConfig.from_pretrained(bundle.folder / "backbone", trust_remote_code=model.trust_remote_code)
+    settings = read_settings(bundle.folder / "backbone")
     capped = getattr(settings.get_text_config(), "attn_logit_softcapping", None) is not None
     if capped and capability < SOFT_CAP and find_spec("flashinfer") is None:
         return f"the model caps its scores softly, which at compute capability {shown} needs the package flashinfer"
@@ -91,7 +91,7 @@ class Scorer:
             convert="embed",
             dtype=str(dtype).removeprefix("torch."),
             max_model_len=bundle.config.inputs.max_length,
-            trust_remote_code=model.trust_remote_code,
+            trust_remote_code=granted().remote_code,
             seed=bundle.config.seed,
         )
         # The state as it is, not divided by its norm: vLLM 0.11 to 0.14 call it normalize, later ones use_activation.

@@ -27,6 +27,7 @@ from pairclf.inference.work import Clock, Failed, Floats, Ready, Scored, Work
 from pairclf.jobs.scoring import Scorer, keep_freed_memory
 from pairclf.model.batch import Item
 from pairclf.model.bundle import Bundle, open_bundle
+from pairclf.trust import Trust, grant
 
 
 class Scores(Protocol):
@@ -54,6 +55,7 @@ class Assignment(NamedTuple):
         threads: for the CPU's part; 0: as the environment says.
         largest: the largest forward pass that it will be asked for.
         beside: workers, it included, that share this machine's memory.
+        trust: what the person at the command permits.
     """
 
     bundle: Path
@@ -63,6 +65,7 @@ class Assignment(NamedTuple):
     threads: int
     largest: Largest
     beside: int
+    trust: Trust = Trust()
 
 
 class Loaded(NamedTuple):
@@ -141,6 +144,7 @@ def main(number: int, channel: Connection, load: Loader, clock: Clock) -> None:
     desk = _Desk(number, channel, clock)
     Thread(target=desk.listen, daemon=True).start()
     assignment = desk.assignments.get()
+    grant(assignment.trust)
     if assignment.threads:
         torch.set_num_threads(assignment.threads)
     began = clock()

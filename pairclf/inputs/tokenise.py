@@ -11,11 +11,11 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from pairclf.config import PLACE, Template
 from pairclf.errors import ConfigError, ModelError
+from pairclf.inputs.chat import REMEDY, render_chat_template
 from pairclf.inputs.truncate import Ids
 
 TODAY = datetime(2024, 7, 26)
@@ -105,7 +105,7 @@ class TurnTokenizer:
         return [np.array(ids, dtype=np.int32) for ids in found]
 
     def _after_added(self, text: str, *, special: bool) -> list[int]:
-        """A continued text, from its first added token on as at the start: there the tokenizer may put a blank again."""
+        """A continued text, from its first added token on as at the start: behind one, too, a blank may be put."""
         self._backend.encode_special_tokens = not special
         continued, started = (one.encode(text, add_special_tokens=False) for one in (self._continuing, self._backend))
         starts = {
@@ -178,49 +178,31 @@ def settle_template(template: Template, tokenizer: Any) -> Template:
     """
     if not template.chat:
         return template
-    remedy = "set inputs.template.chat=false, or use an instruct model's tokenizer"
     if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError("inputs.template.chat needs a chat template, and the tokenizer has none", remedy=remedy)
+        raise ConfigError("inputs.template.chat needs a chat template, and the tokenizer has none", remedy=REMEDY)
     content = (template.instruction or "") + template.text
     problems = []
     for form in (content, [{"type": "text", "text": content}]):  # models of images and texts read lists of parts
         try:
-            text = _rendered(tokenizer, form)
-        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
-            problems.append(f"the tokenizer's chat template fails: {error}")
+            text = render_chat_template(
+                tokenizer,
+                [{"role": "user", "content": form}],
+                add_generation_prompt=True,
+                date_string=TODAY.strftime("%d %b %Y"),
+                strftime_now=TODAY.strftime,
+            )
+        except ConfigError as error:
+            problems.append(error)
             continue
         if text.count(content.strip()) == 1 and PLACE.findall(text) == PLACE.findall(content):
             break
-        problems.append("the tokenizer's chat template does not show the user's message once, as it is")
+        what = "the tokenizer's chat template does not show the user's message once, as it is"
+        problems.append(ConfigError(what, remedy=REMEDY))
     else:
-        raise ConfigError(problems[0], remedy=remedy)
+        raise problems[0]
     if text.endswith("}") and text.endswith(tuple(f"{{{name}}}" for name in PLACE.findall(content))):
         raise ConfigError(
             "the tokenizer's chat template writes nothing after the user's message, whose verdict is read at its end",
             remedy="let inputs.template.text end in words of its own",
         )
     return template.model_copy(update={"text": text, "instruction": "", "chat": False})
-
-
-def _rendered(tokenizer: Any, content: str | list[dict[str, str]]) -> str:
-    """The text of a chat of one message of the user, and the answer opened, as on the day `TODAY`."""
-    template: str = tokenizer.get_chat_template()
-    text: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        chat_template=_CLOCK + template if "strftime_now" in template else template,
-        tokenize=False,
-        add_generation_prompt=True,
-        date_string=TODAY.strftime("%d %b %Y"),
-    )
-    return text
-
-
-def _clock() -> str:
-    """A macro in place of transformers' `strftime_now`: of one day, each part of a date is one text."""
-    parts = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdDeFHIjmMpSTuUVwWxXyY"]
-    replaced = "".join(f"|replace({part!r},{TODAY.strftime(part)!r})" for part in parts)
-    # Jinja drops a line break after a block, and so one of the template's own; after an expression it drops none.
-    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}"
-
-
-_CLOCK = _clock()

@@ -102,7 +102,7 @@ class Checkpoints:
 
     def found(self, *, due: bool = False) -> list[Path]:
         """Whole checkpoints, the oldest first; with `due` without those that a signal had written in between."""
-        found = sorted(path.parent for path in self.folder.glob(f"step-*/{STATE}"))
+        found = sorted(path.parent for path in self.folder.glob(f"step-*/{STATE}") if not path.parent.is_symlink())
         return [path for path in found if not (due and path.name.endswith(STOPPED))]
 
     def save(self, state: State, learner: Learner, *, due: bool) -> None:
@@ -157,7 +157,7 @@ class Checkpoints:
         for path in set(self.found()) - kept:
             (path / STATE).unlink()  # first: without it a folder that is half deleted is no checkpoint
         for path in (*self.folder.glob("step-*"), *self.folder.glob(".tmp-step-*")):
-            if path not in kept:  # what was killed half-way, when it was written or deleted, goes too
+            if path not in kept and not path.is_symlink():  # what was killed half-way goes too; a link is not ours
                 shutil.rmtree(path)
 
     def _delete_best(self, state: State) -> None:
@@ -270,9 +270,13 @@ class Checkpoints:
 
 
 def discard(folder: Path) -> None:
-    """Delete all checkpoints of a training."""
+    """Delete all checkpoints of a training; of what is linked there, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     for state in folder.glob(f"step-*/{STATE}"):
-        state.unlink()  # first: what is half deleted is no checkpoint
+        if not state.parent.is_symlink():
+            state.unlink()  # first: what is half deleted is no checkpoint
     if folder.exists():
         shutil.rmtree(folder)
 

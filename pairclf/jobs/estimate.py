@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
 
 from pairclf.config import Config
 from pairclf.inputs.plan import micro_batches, random_steps
-from pairclf.model.backbone import resolve_base
+from pairclf.model.backbone import empty_model, read_settings, resolve_base
 from pairclf.model.batch import Batch, Item
 from pairclf.model.engine import Classifier, layout_of
 
@@ -74,11 +73,7 @@ class Cost:
 
 def cost_of(config: Config) -> Cost:
     """The cost of the base model, all of it trained, from its config alone: no weights are read."""
-    trust = config.model.trust_remote_code
-    settings = AutoConfig.from_pretrained(resolve_base(config.model.base), trust_remote_code=trust)
-    with torch.device("meta"):
-        model: nn.Module = AutoModel.from_config(settings, trust_remote_code=trust)  # type: ignore[no-untyped-call]
-    return cost_of_model(model)
+    return cost_of_model(empty_model(read_settings(resolve_base(config.model.base))))
 
 
 def cost_of_model(backbone: nn.Module) -> Cost:

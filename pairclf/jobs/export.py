@@ -29,6 +29,7 @@ from pairclf.jobs.scoring import items_of
 from pairclf.model.backbone import load_base, load_tokenizer, pick_device, stored_weights
 from pairclf.model.batch import Item
 from pairclf.model.bundle import MANIFEST, Bundle, Probe, amend, open_bundle, write
+from pairclf.trust import granted
 
 To = Literal["bfloat16", "float16", "float32", "int8", "gptq", "awq"]
 
@@ -134,7 +135,7 @@ def _source(config: Config, fold: int | None, bundle: Path | None, out: Path) ->
     source = open_bundle(folders[0])
     if source.config.task != config.task:
         raise BundleError(f"bundle {source.name} is of another task than the config", where=source.folder)
-    if source.config.model.lora is None and (how := stored_weights(source.folder / "backbone", source.config.model)):
+    if source.config.model.lora is None and (how := stored_weights(source.folder / "backbone")):
         raise BundleError(
             f"bundle {source.name} holds {how} weights: exported again, they would be rounded twice",
             where=source.folder,
@@ -163,7 +164,7 @@ def _build(source: Bundle, new: Path, to: str, calibration: Sequence[list[int]],
     classifier = without_adapter(classifier, getattr(torch, into))
     dtype = source.config.model.dtype if quantise else into
     config = override(config, ["model.lora=null", f"model.dtype={dtype}"])
-    tokenizer = load_tokenizer(str(source.folder / "tokenizer"), config.model)
+    tokenizer = load_tokenizer(str(source.folder / "tokenizer"))
     if quantise is not None:
         whole = new / "whole"
         classifier.backbone.save_pretrained(whole)  # type: ignore[operator]
@@ -201,7 +202,7 @@ def _gptqmodel(whole: Path, out: Path, model: Model, calibration: Sequence[list[
     wanted = gptqmodel.QuantizeConfig(group_size=GROUP, offload_to_disk=False, **settings)
     try:
         # By itself it would choose bfloat16 where a GPU, or a CPU, has it.
-        options = {"dtype": torch.float16, "trust_remote_code": model.trust_remote_code}
+        options = {"dtype": torch.float16, "trust_remote_code": granted().remote_code}
         quantiser = gptqmodel.GPTQModel.load(str(whole), wanted, **options)
         quantiser.quantize(rows, batch_size=1)
         quantiser.save(str(out))

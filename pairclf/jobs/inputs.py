@@ -33,7 +33,7 @@ def open_inputs(config: Config) -> Opened:
         ModelError: the tokenizer can't be loaded, or is not a fast one.
         ConfigError: the wording does not fit the tokenizer or the budget.
     """
-    tokenizer = load_tokenizer(resolve_base(config.model.base), config.model)
+    tokenizer = load_tokenizer(resolve_base(config.model.base))
     template = settle_template(config.inputs.template, tokenizer)
     settled = config.model_copy(update={"inputs": config.inputs.model_copy(update={"template": template})})
     return Opened(settled, tokenizer, InputBuilder(tokenizer, settled.task, settled.inputs))

@@ -18,17 +18,16 @@ from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
 
 from pairclf.config import Config, Lora, override
 from pairclf.console import console
-from pairclf.errors import BundleError, ConfigError, ModelError
+from pairclf.errors import BundleError, ConfigError
 from pairclf.files import atomic_folder
 from pairclf.jobs.fit import free_memory, pick_probes
 from pairclf.jobs.proof import Sample, draw, judge, logits_of, measure, probabilities_of, reference, render
 from pairclf.jobs.run import Paths, bundles_of, output_of
 from pairclf.jobs.scoring import Floats, by_order
-from pairclf.model.backbone import add_adapters, load_tokenizer, pick_device, resolve_base
+from pairclf.model.backbone import add_adapters, empty_model, load_tokenizer, pick_device, read_settings, resolve_base
 from pairclf.model.bundle import MANIFEST, Bundle, Probe, amend, open_bundle, write
 from pairclf.model.engine import Classifier
 from pairclf.task import AB
@@ -265,7 +264,7 @@ def _build(
     if into is not None:
         config = override(config, ["model.lora=null", f"model.dtype={into}"])
         classifier = without_adapter(classifier, getattr(torch, into))
-    tokenizer = load_tokenizer(str(first.folder / "tokenizer"), config.model)
+    tokenizer = load_tokenizer(str(first.folder / "tokenizer"))
     fold = first.manifest.fold if len(parts) == 1 else None
     seen = [part.bundle.trained_on() for part in parts]
     known = [one for one in seen if one is not None]
@@ -358,14 +357,8 @@ def _held(source: str, config: Config, new: Path, into: str) -> str:
         BundleError: the disk is too small.
         ModelError: the base can't be found.
     """
-    trust = config.model.trust_remote_code
-    try:
-        settings = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.base={config.model.base} can't be loaded: {error}", where=source) from error
-    with torch.device("meta"):
-        bare: nn.Module = AutoModel.from_config(settings, trust_remote_code=trust)  # type: ignore[no-untyped-call]
-    weights = sum(one.numel() for one in bare.parameters())
+    settings = read_settings(source)
+    weights = sum(one.numel() for one in empty_model(settings).parameters())
     wanted: torch.dtype = getattr(torch, into)
     held = wanted if getattr(settings, "dtype", None) == wanted else torch.float32
     name = str(held).removeprefix("torch.")

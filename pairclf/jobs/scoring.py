@@ -200,8 +200,14 @@ def combine(orders: Sequence[Floats], task: Task) -> Floats:
 
 
 def difference_of_probes(bundle: Bundle, classifier: Classifier) -> float:
-    """Score the bundle's probe rows again, from their texts, and return the largest difference of a logit."""
+    """Score the bundle's probe rows again, from their texts, and return the largest difference of a logit.
+
+    Raises:
+        BundleError: it has none.
+    """
     probes = bundle.manifest.probes
+    if not probes:
+        raise BundleError("the bundle has no probe rows: nothing shows that it scores as it did", where=bundle.folder)
     rows: list[Row] = [probe.row() for probe in probes]
     items = items_of(bundle.builder().encode(rows), orders=2)
     settings = bundle.config.predict

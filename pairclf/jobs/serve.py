@@ -42,6 +42,7 @@ from pairclf.inputs.render import Encoded
 from pairclf.jobs.estimate import memory_to_have
 from pairclf.jobs.predict import SPEED, recipe, shape_of
 from pairclf.model.bundle import Bundle, open_bundle
+from pairclf.trust import Trust, grant
 
 BATCH_SECONDS = 300.0
 """Kaggle's limit for the answer to a batch, but for the first (`kaggle_evaluation`'s gateways: 60 * 5)."""
@@ -80,6 +81,7 @@ class Server:
         rows: expected in all. Where the time would not suffice for both orders of so many, rows get one.
         batch_seconds: limit for a batch; the first may take longer, as it waits for the models.
         strict: raise if no model can be loaded; otherwise all rows have the prior.
+        trust: what is permitted in this process from now on; None: what was before.
         clock: seconds; the workers time their passes by it too, so it can be sent to them.
 
     Raises:
@@ -97,8 +99,11 @@ class Server:
         rows: int = ROWS,
         batch_seconds: float = BATCH_SECONDS,
         strict: bool = True,
+        trust: Trust | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
+        if trust is not None:
+            grant(trust)
         self._clock = clock
         self._end = clock() + seconds
         self._rows = rows

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from pairclf.errors import BundleError
+from pairclf.errors import BundleError, PairclfError
 from pairclf.files import write_json
 from pairclf.jobs.scoring import difference_of_probes, dtype_of, require_close, tolerance_of
 from pairclf.model.backbone import pick_device
@@ -40,13 +40,14 @@ def verify(folders: Sequence[Path], base: Path | None, out: Path | None) -> Iter
 
     Raises:
         BundleError: a file was changed, or a logit is off by more than its dtype allows; all bundles were looked at.
+        ModelError, ConfigError: a bundle's base, or its wording, can't be used; likewise.
     """
     found: list[Verified] = []
-    errors: list[BundleError] = []
+    errors: list[PairclfError] = []
     for folder in folders:
         try:
             one, error = _look_at(folder, base)
-        except BundleError as unreadable:
+        except PairclfError as unreadable:
             errors.append(unreadable)
             continue
         found.append(one)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
@@ -29,11 +31,18 @@ from transformers.utils.hub import cached_file
 
 from pairclf.config import Lora, Model
 from pairclf.console import console
-from pairclf.errors import ModelError
+from pairclf.errors import ModelError, cut, quoted
 from pairclf.model import attention
+from pairclf.model.folder import check_model_folder, weight_map
+from pairclf.trust import granted
 
 EMBEDDED = "embedded:"
 _FILES = ("config.json", "*.safetensors")
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError),
+    *(AssertionError, SafetensorError, StrictDataclassError),
+)
+"""What transformers raises for files whose contents make no sense: nearly anything."""
 _BLOCK = 1 << 20  # bytes sampled at once
 _BLOCKS = 64  # samples a file
 
@@ -46,13 +55,15 @@ def resolve_base(base: str, override: Path | None = None) -> str:
         override: a folder that holds the same model on this machine (an attached Kaggle model, say).
 
     Raises:
-        ModelError: the folder or the embedded model does not exist.
+        ModelError: the folder or the embedded model does not exist, or a file in the folder asks for what the person at
+            the command has not permitted.
     """
     if override is not None:
         if not (override / "config.json").is_file():
             raise ModelError(
                 f"base model folder {override} holds no config.json", remedy="give the folder of the model"
             )
+        check_model_folder(override)
         return str(override)
     if base.startswith(EMBEDDED):
         folder = Path(str(files("pairclf"))) / "embedded" / base.removeprefix(EMBEDDED)
@@ -60,8 +71,11 @@ def resolve_base(base: str, override: Path | None = None) -> str:
             shipped = sorted(entry.parent.name for entry in folder.parent.glob("*/config.json"))
             raise ModelError(f"model.base={base} is not shipped with pairclf", remedy=f"one of {shipped}")
         return str(folder)
-    folder = Path(base).expanduser()
-    if folder.is_dir() or not (base.startswith((".", "/", "~")) or base.count("/") > 1):
+    folder = Path(os.path.expanduser(base))  # Path's own raises for a user who is not there
+    if folder.is_dir():
+        check_model_folder(folder)
+        return str(folder)
+    if not base.startswith((".", "/", "~")) and base.count("/") <= 1:
         return str(folder)
     raise ModelError(f"model.base={base} is no folder here", remedy="give an existing folder, or a hub id owner/name")
 
@@ -104,16 +118,53 @@ def pick_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float16, f"compute capability {major}.{minor} only emulates bfloat16"
 
 
-def load_tokenizer(source: str, model: Model) -> Any:
-    """The tokenizer that stands with a model or in a bundle.
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer that stands with a model or in a bundle, as `resolve_base` or `open_bundle` found it.
 
     Raises:
         ModelError: it can't be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the tokenizer of {source} can't be loaded: {error}") from error
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=granted().remote_code)
+    except Exception as error:  # tokenizers raises no other kind for a tokenizer.json that it can't read
+        raise ModelError(f"the tokenizer of {source} can't be loaded: {_said(error)}") from error
+
+
+def read_settings(source: str | Path) -> PretrainedConfig:
+    """transformers' config of a model in a folder, or of a hub id.
+
+    Raises:
+        ModelError: it can't be read.
+    """
+    try:
+        made: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=granted().remote_code)
+    except _UNREADABLE as error:
+        raise ModelError(
+            f"the model {source} can't be loaded: {_said(error)}",
+            remedy="give a folder with config.json and *.safetensors, or a hub id that this machine can reach; what a "
+            "bundle names is not fetched: run `hf download ID` before, or give its folder with --base",
+        ) from error
+    return made
+
+
+def empty_model(settings: PretrainedConfig) -> nn.Module:
+    """A model of that config without weights.
+
+    Raises:
+        ModelError: transformers makes none of it.
+    """
+    try:
+        with torch.device("meta"):
+            trust = granted().remote_code
+            made: nn.Module = AutoModel.from_config(settings, trust_remote_code=trust)  # type: ignore[no-untyped-call]
+    except _UNREADABLE as error:
+        raise ModelError(f"a {settings.model_type} can't be made of its config.json: {_said(error)}") from error
+    return made
+
+
+def _said(error: BaseException) -> str:
+    """What another library says, on one line."""
+    return cut(f"{type(error).__name__}: {' '.join(str(error).split())}", 400)
 
 
 def load_base(
@@ -127,14 +178,7 @@ def load_base(
     Raises:
         ModelError: it can't be loaded, is not a decoder, or can't be adapted as set on this device.
     """
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.base={model.base} can't be loaded: {' '.join(str(error).split())[:300]}",
-            where=source,
-            remedy="give a folder with config.json and *.safetensors, or a hub id this machine can reach",
-        ) from error
+    config = read_settings(source)
     if config.is_encoder_decoder or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         raise ModelError(
             f"model.base={model.base} is a {config.model_type}, not a decoder: its last token does not sum up the row",
@@ -157,7 +201,7 @@ def load_base(
         attn_implementation=_attention(model, config),
         **_quantization(model, dtype),
         **_placed(quantized, device, others),
-        trust_remote_code=model.trust_remote_code,
+        trust_remote_code=granted().remote_code,
     )
     if not quantized and not others:
         loaded.to(device)
@@ -181,9 +225,9 @@ def stored_as(settings: Any) -> str | None:
     return None if method is None else str(getattr(method, "value", method))
 
 
-def stored_weights(folder: Path, model: Model) -> str | None:
+def stored_weights(folder: Path) -> str | None:
     """`stored_as` of the model in a folder."""
-    return stored_as(AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code))
+    return stored_as(read_settings(folder))
 
 
 def _placed(quantized: bool, device: torch.device, others: Sequence[torch.device]) -> dict[str, Any]:
@@ -212,7 +256,7 @@ def lm_head_rows(source: str, model: Model, words: Sequence[str], backbone: nn.M
     Raises:
         ModelError: a word is not one token, or the base has no LM head.
     """
-    tokenizer = load_tokenizer(source, model)
+    tokenizer = load_tokenizer(source)
     ids = [_one_token(tokenizer, word) for word in words]
     config: Any = backbone.config
     if getattr(config, "tie_word_embeddings", False):
@@ -235,7 +279,7 @@ def weight_files(source: str) -> list[Path]:
         index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **absent)
         parts = {SAFE_WEIGHTS_NAME}
         if index is not None:
-            parts = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+            parts = set(weight_map(Path(index)).values())
         return [Path(str(cached_file(source, part))) for part in sorted(parts)]
     except OSError as error:
         raise ModelError(
@@ -248,7 +292,7 @@ def _one_token(tokenizer: Any, word: str) -> int:
     ids: list[int] = tokenizer(word, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise ModelError(
-            f"model.label_words: {word!r} is {len(ids)} tokens of the base's tokenizer; it must be one",
+            f"model.label_words: {quoted(word)} is {len(ids)} tokens of the base's tokenizer; it must be one",
             remedy="give a word that is one token; a leading blank often decides it, e.g. ' A' in place of 'A'",
         )
     return ids[0]
@@ -258,7 +302,7 @@ def _find_lm_head(source: str) -> tuple[str, str]:
     """The safetensors file that holds the base's LM head, and the weight's name in it."""
     absent: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     if index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **absent):
-        files_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        files_of = weight_map(Path(index))
     elif single := cached_file(source, SAFE_WEIGHTS_NAME, **absent):
         with safe_open(single, framework="pt") as weights:
             files_of = dict.fromkeys(weights.keys(), SAFE_WEIGHTS_NAME)
@@ -277,9 +321,9 @@ def _load_strictly(source: str, **options: Any) -> nn.Module:
     """Load every weight of the backbone from the files: transformers fills a missing one at random, with a warning."""
     try:
         loaded, info = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise ModelError(
-            f"the weights of {source} can't be loaded: {' '.join(str(error).split())[:300]}",
+            f"the weights of {source} can't be loaded: {_said(error)}",
             remedy="copy the model again: config.json and every *.safetensors, from one source",
         ) from error
     lacking = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})

@@ -13,38 +13,74 @@ it did when it was validated:
     head.safetensors    float32; linear: weight (C, H) and bias (C,); two_layer: inner.weight (H, H), inner.bias (H,),
                         outer.weight (C, H), outer.bias (C,)
     trained_on.parquet  hashes of the prompts that it was trained on (`prompt`, UInt64, sorted, each once)
+
+Whoever shares a bundle can seal what he likes. So it holds these files and no others, none of them a link or a device;
+its adapter is built from config.yaml, and adapter_config.json must say the same; and its files can't let code be run,
+nor another model be fetched (`folder.check_model_folder`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import polars as pl
 import torch
-from peft import PeftModel
+from peft import set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pairclf.config import Config, Data, dump_config, parse_yaml, resolve
-from pairclf.errors import BundleError
-from pairclf.files import sha256_file, sha256_tree, write_json
+from pairclf.config import MAX_YAML, Config, Data, dump_config, parse_yaml, resolve
+from pairclf.console import console
+from pairclf.errors import BundleError, ConfigError, ModelError, cut, quoted
+from pairclf.files import read_plain, sha256_file, sha256_tree, write_json
 from pairclf.inputs.render import InputBuilder
-from pairclf.model.backbone import fingerprint, load_tokenizer, resolve_base
+from pairclf.model.backbone import add_adapters, fingerprint, load_tokenizer, resolve_base
 from pairclf.model.engine import Classifier, build_frozen
-from pairclf.task import Row
+from pairclf.model.folder import ADAPTER_CONFIG, check_model_folder, read_json
+from pairclf.task import Row, Task
+from pairclf.trust import LINKED_FILES, REMOTE_CODE, granted
 
 MANIFEST = "bundle.json"
 CONFIG = "config.yaml"
 TRAINED_ON = "trained_on.parquet"
 FORMAT = 5
+MAX_MANIFEST, MAX_PROMPTS = 64 << 20, 100_000_000
+"""Bytes of a manifest, and rows of `trained_on.parquet`: what a file of a few bytes may not exceed once unpacked."""
+
+_TOKENIZER = (
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken)\.json|(vocab|merges|dict)\.txt|"
+    r"(tokenizer|spiece|sentencepiece|sentencepiece\.bpe)\.model|(source|target)\.spm|vocab\.bpe|bpe\.codes|"
+    r"chat_template\.(jinja|json)"
+)
+_FILES = {
+    "": r"bundle\.json|config\.yaml|trained_on\.parquet|head\.safetensors",
+    "adapter": r"adapter_config\.json|adapter_model\.safetensors",
+    "backbone": r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|quant_log\.csv|"
+    rf"(generation_|quantize_)?config\.json|{_TOKENIZER}",
+    "tokenizer": _TOKENIZER,
+    "tokenizer/additional_chat_templates": r"[\w-]+\.jinja",
+    "backbone/additional_chat_templates": r"[\w-]+\.jinja",
+}
+"""Names of files in each folder of a bundle; what has another name is refused."""
+
+_CODE = {"backbone": r"[A-Za-z_]\w*\.py", "tokenizer": r"[A-Za-z_]\w*\.py"}
+"""What may be there besides, where the person at the command trusts the bundle's code."""
+
+_UNLIKE = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
+"""What may differ between adapter_config.json and the adapter that config.yaml describes: nothing hangs on it."""
+
 _VERSIONS = ("pairclf", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
@@ -54,9 +90,27 @@ Wider than between two layouts on one machine (1e-5 and 2e-2): another CPU or GP
 """
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it holds characters that can't be printed")
+    return text
+
+
+def _dtype(name: str) -> str:
+    if name not in TOLERANCE:
+        raise ValueError(f"it must be one of {', '.join(TOLERANCE)}")
+    return name
+
+
+_Name = Annotated[str, Field(max_length=4096), AfterValidator(_printable)]
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A row that was scored when the bundle was made: `logits[order]` is `(C,)`, as the model gave them."""
+
+    __pydantic_config__ = _STRICT
 
     id: str
     fields: dict[str, list[str | None]]
@@ -74,23 +128,29 @@ class Manifest:
     the SHA-256 of all the other fields, so that a changed manifest shows.
     """
 
+    __pydantic_config__ = _STRICT
+
     format: int
-    name: str
-    fold: int | None
-    base: str
-    base_fingerprint: str
-    dtype: str
-    classes: list[str]
-    metrics: dict[str, float]
-    prior: list[float]
-    versions: dict[str, str]
-    files: dict[str, str]
+    name: _Name
+    fold: Annotated[int, Field(ge=0)] | None
+    base: _Name
+    base_fingerprint: _Name
+    dtype: Annotated[str, AfterValidator(_dtype)]
+    classes: list[_Name]
+    metrics: dict[_Name, float]
+    prior: list[Annotated[float, Field(ge=0, le=1)]]
+    versions: dict[_Name, _Name]
+    files: dict[_Name, _Name]
     probes: list[Probe]
     seal: str = ""
 
     def sealed(self) -> str:
-        plain = {name: value for name, value in asdict(self).items() if name != "seal"}
-        return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        return _sealed(asdict(self))
+
+
+def _sealed(tree: Mapping[str, Any]) -> str:
+    plain = {name: value for name, value in tree.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +167,27 @@ class Bundle:
 
     def builder(self) -> InputBuilder:
         """The input builder with the bundle's own tokenizer and recipe."""
-        tokenizer = load_tokenizer(str(self.folder / "tokenizer"), self.config.model)
+        tokenizer = load_tokenizer(str(self.folder / "tokenizer"))
         return InputBuilder(tokenizer, self.config.task, self.config.inputs)
 
     def trained_on(self) -> pl.Series | None:
-        """Hashes (`folds.prompt_hashes`) of the prompts that the model was trained on; None where nobody noted them."""
+        """Hashes (`folds.prompt_hashes`) of the prompts that the model was trained on; None where nobody noted them.
+
+        Raises:
+            BundleError: the file is no such list.
+        """
         path = self.folder / TRAINED_ON
-        return pl.read_parquet(path, glob=False)["prompt"] if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            told = pl.scan_parquet(path, glob=False)
+            rows = told.select(pl.len()).collect().item()
+            if told.collect_schema() == {"prompt": pl.UInt64} and rows <= MAX_PROMPTS:
+                return told.collect()["prompt"]
+            what = f"it must hold the one column prompt, UInt64, and at most {MAX_PROMPTS:,} rows"
+        except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            what = cut(error)
+        raise BundleError(f"{TRAINED_ON} can't be used: {what}", where=path)
 
     def load(
         self, device: torch.device, base: Path | None = None, *, others: Sequence[torch.device] = ()
@@ -174,6 +248,7 @@ def write(
     head = {name: tensor.detach().float().cpu().contiguous() for name, tensor in classifier.head.named_parameters()}
     save_file(head, new / "head.safetensors")
     tokenizer.save_pretrained(new / "tokenizer")
+    _remove_unknown(new)
     if trained_on is not None:
         trained_on.unique().sort().to_frame("prompt").write_parquet(new / TRAINED_ON)
     (new / CONFIG).write_text(dump_config(config), encoding="utf-8")
@@ -213,8 +288,7 @@ def _portable(config: Config) -> Config:
 def _forget_path(adapter_config: Path, base: str) -> None:
     """Let the adapter name its base as the config does, not by a folder of the machine that trained it."""
     if adapter_config.is_file():
-        settings = json.loads(adapter_config.read_text(encoding="utf-8"))
-        write_json(adapter_config, settings | {"base_model_name_or_path": base})
+        write_json(adapter_config, read_json(adapter_config) | {"base_model_name_or_path": base})
 
 
 def open_bundle(folder: Path, *, proven: bool = False) -> Bundle:
@@ -224,7 +298,7 @@ def open_bundle(folder: Path, *, proven: bool = False) -> Bundle:
     manifest is proven by its seal, and the config by its hash, even so.
 
     Raises:
-        BundleError: names the files that differ.
+        BundleError: names the files that differ, or do not belong there, or what in one of them can't be used.
     """
     manifest, path = read_manifest(folder), folder / CONFIG
     if proven:
@@ -233,7 +307,71 @@ def open_bundle(folder: Path, *, proven: bool = False) -> Bundle:
         )
     else:
         _compare(folder, manifest.files, sha256_tree(folder, without=frozenset({MANIFEST})))
-    return Bundle(folder, manifest, resolve(parse_yaml(path.read_text(encoding="utf-8"), path), path))
+    try:
+        config = resolve(parse_yaml(read_plain(path, MAX_YAML), path), path)
+        for part in ("tokenizer", "backbone"):
+            if (folder / part).is_dir():
+                check_model_folder(folder / part)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{CONFIG} can't be read: {cut(error)}", where=path) from error
+    except (ConfigError, ModelError) as error:
+        raise BundleError(error.what, where=error.where, remedy=error.remedy) from error
+    if wrong := _contradiction(manifest, config):
+        raise BundleError(f"{MANIFEST} and {CONFIG} contradict each other: {wrong}", where=folder)
+    return Bundle(folder, manifest, config)
+
+
+def _contradiction(manifest: Manifest, config: Config) -> str | None:
+    """What in a manifest can't be of a model with this config."""
+    task: Task = config.task
+    classes, orders = len(task.classes), 2 if task.swappable else 1
+    if manifest.classes != list(task.classes):
+        return f"classes {quoted(manifest.classes)}, and the task has {quoted(list(task.classes))}"
+    if manifest.base != config.model.base:
+        return f"base {quoted(manifest.base)}, and model.base is {quoted(config.model.base)}"
+    if len(manifest.prior) != classes or (not task.multi_label and abs(sum(manifest.prior) - 1) > 1e-3):
+        return f"prior {quoted(manifest.prior)} is not one of {classes} classes"
+    for probe in manifest.probes:
+        if probe.fields.keys() != set(task.fields):
+            return f"probe {quoted(probe.id)} has fields {quoted(list(probe.fields))}"
+        if [len(one) for one in probe.logits] != [classes] * orders:
+            return f"probe {quoted(probe.id)} must have {classes} logits in each of {orders} orders"
+    return None
+
+
+def _unknown(folder: Path, part: str = "") -> Iterator[tuple[str, str]]:
+    """`(posix path, why)` of what does not belong in a bundle. Nothing is opened, and no link is followed."""
+    names, trust = _FILES[part], granted()
+    names += "|" + _CODE[part] if trust.remote_code and part in _CODE else ""
+    for entry in sorted(os.scandir(folder / part), key=lambda entry: entry.name):
+        name = f"{part}/{entry.name}" if part else entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _unknown(folder, name) if name in _FILES else [(name, "an unknown folder")]
+        elif entry.is_symlink() and not (trust.linked_files and Path(entry.path).is_file()):
+            yield name, f"a link, which only {LINKED_FILES} permits, to a file"
+        elif not entry.is_file():
+            yield name, "no regular file"
+        elif not re.fullmatch(names, entry.name):
+            yield name, f"code, which only {REMOTE_CODE} permits" if entry.name.endswith(".py") else "an unknown file"
+
+
+def _refuse_unknown(folder: Path) -> None:
+    """Raises `BundleError` if something in the folder does not belong in a bundle."""
+    if found := list(islice(_unknown(folder), 5)):
+        shown = "; ".join(f"{quoted(name)}: {why}" for name, why in found)
+        raise BundleError(
+            f"the bundle holds what does not belong there: {shown}",
+            where=folder,
+            remedy="a bundle is the folder that `pairclf train` wrote, and no other file; see docs/training.md",
+        )
+
+
+def _remove_unknown(new: Path) -> None:
+    """Files that a tokenizer or a quantiser wrote besides, from a bundle that is being written; it is proven later."""
+    for name, _ in list(_unknown(new)):
+        if (new / name).is_file():
+            console.print(f"note: {name} is not kept in the bundle")
+            (new / name).unlink()
 
 
 def _compare(folder: Path, saved: Mapping[str, str], found: Mapping[str, str]) -> None:
@@ -251,26 +389,43 @@ def read_manifest(folder: Path) -> Manifest:
     """A bundle's manifest, proven by its seal; its files are not looked at, so that it takes no time.
 
     Raises:
-        BundleError: there is none, it was changed, or its format is another.
+        BundleError: there is none, it was changed, its format is another, or the folder holds other things too.
     """
     path = folder / MANIFEST
     remedy = "give the folder that `pairclf train` or `pairclf cv` wrote, copied whole"
     if not path.is_file():
         raise BundleError(f"{folder} is no bundle: it holds no {MANIFEST}", remedy=remedy)
+    _refuse_unknown(folder)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(**{**tree, "probes": [Probe(**probe) for probe in tree["probes"]]})
-    except (ValueError, TypeError, KeyError) as error:
-        raise BundleError(f"{MANIFEST} is damaged: {error}", where=path, remedy=remedy) from error
-    if manifest.format != FORMAT:
+        text = read_plain(path, MAX_MANIFEST)
+        tree = json.loads(text)
+        if isinstance(tree, dict) and tree.get("format") == FORMAT:
+            manifest, seal = _MANIFEST.validate_json(text), _sealed(tree)
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{MANIFEST} is damaged: {_why(error)}", where=path, remedy=remedy) from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        told = tree if isinstance(tree, dict) else {}
+        versions = told.get("versions")
+        wrote = quoted(versions.get("pairclf")) if isinstance(versions, dict) else "the version"
         raise BundleError(
-            f"the bundle has format {manifest.format}, this pairclf reads format {FORMAT}",
+            f"the bundle has format {quoted(told.get('format'))}, this pairclf reads format {FORMAT}",
             where=path,
-            remedy=f"use pairclf {manifest.versions.get('pairclf')}, which wrote it",
+            remedy=f"use pairclf {wrote}, which wrote it",
         )
-    if manifest.seal != manifest.sealed():
+    if manifest.seal != seal:
         raise BundleError(f"{MANIFEST} was changed after it was written", where=path, remedy=remedy)
     return manifest
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def _why(error: Exception) -> str:
+    """The first thing that is wrong with a manifest."""
+    if not isinstance(error, ValidationError):
+        return cut(error)
+    first = error.errors()[0]
+    return f"{cut('.'.join(map(str, first['loc'])))}: {cut(first['msg'])} (given: {quoted(first['input'])})"
 
 
 def _with_weights(
@@ -288,14 +443,36 @@ def _with_weights(
         )
     classifier = build_frozen(config, device, base, training=False, others=others)
     folder = bundle.folder / "adapter"
-    classifier.backbone = PeftModel.from_pretrained(classifier.backbone, str(folder))
-    _assert_loaded(classifier.backbone, folder / "adapter_model.safetensors")
+    # peft's own `from_pretrained` would let adapter_config.json say what is adapted: a regex that never ends, for one.
+    classifier.backbone = add_adapters(classifier.backbone, config.model.lora).requires_grad_(False)
+    _compare_adapter_config(folder / ADAPTER_CONFIG, classifier.backbone)
+    _fill_adapter(classifier.backbone, folder / "adapter_model.safetensors")
     return classifier
 
 
-def _assert_loaded(backbone: Any, path: Path) -> None:
+def _compare_adapter_config(path: Path, backbone: Any) -> None:
+    """Raises `BundleError` unless peft, reading the file, would make the adapter that config.yaml describes."""
+    try:
+        said = read_json(path)
+    except ModelError as error:
+        raise BundleError(error.what, where=path) from error
+    wanted = json.loads(json.dumps(backbone.peft_config["default"].to_dict(), default=list))
+    for name, value in wanted.items() if isinstance(said, dict) else ():
+        one, other = (sorted(x) if isinstance(x, list) else x for x in (said.get(name, value), value))
+        if name not in _UNLIKE and one != other:
+            raise BundleError(
+                f"{ADAPTER_CONFIG} says {name}: {quoted(one)}, and {CONFIG} makes it {quoted(other)}", where=path
+            )
+
+
+def _fill_adapter(backbone: Any, path: Path) -> None:
     """peft only warns when an adapter's weights do not fit (it then runs at random): compare them all."""
-    saved, loaded = load_file(path), get_peft_model_state_dict(backbone, save_embedding_layers=False)
+    try:
+        saved = load_file(path)
+        set_peft_model_state_dict(backbone, dict(saved))
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
+        raise BundleError(f"the adapter can't be loaded: {cut(' '.join(str(error).split()))}", where=path) from error
+    loaded = get_peft_model_state_dict(backbone, save_embedding_layers=False)
     wrong = sorted(
         name
         for name in saved.keys() | loaded.keys()
@@ -312,5 +489,5 @@ def _assert_loaded(backbone: Any, path: Path) -> None:
 def _load_head(classifier: Classifier, path: Path) -> None:
     try:
         classifier.head.load_state_dict(load_file(path), strict=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise BundleError(f"the head can't be loaded: {' '.join(str(error).split())}", where=path) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise BundleError(f"the head can't be loaded: {cut(' '.join(str(error).split()))}", where=path) from error

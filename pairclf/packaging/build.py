@@ -43,9 +43,13 @@ from pairclf.packaging.secrets import refuse_secrets
 from pairclf.packaging.sources import shipped
 from pairclf.packaging.wheelhouse import Wheelhouse, fill_wheelhouse
 from pairclf.task import LMSYS, WSDM, Task
+from pairclf.trust import REMOTE_CODE, granted
 
 TEMPLATE = "kaggle/notebook.py"
 _EMBEDDED = "embedded:"
+_NOTE_OF_TRUST = (
+    f"\n\n**Python files that come with the model are run here**: the package was built with `{REMOTE_CODE}`."
+)
 _COMPETITIONS = {"lmsys-chatbot-arena": LMSYS, "wsdm-cup-multilingual-chatbot-arena": WSDM}
 
 
@@ -283,6 +287,8 @@ def _values(
             payload: {part.marker: part.sha256 for part in parts if part.payload == payload} for payload in PAYLOADS
         },
         "prior": _prior(models.ensemble),
+        "trust": [REMOTE_CODE] if granted().remote_code else [],
+        "note_of_trust": _NOTE_OF_TRUST if granted().remote_code else "",
         "gpus": MACHINES[settings.machine_shape].gpus,
         "deadline": seconds,
         "limit": settings.hours * 3600,

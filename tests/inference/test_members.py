@@ -66,6 +66,23 @@ def test_a_file_says_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {one.config.model.dtype for one in ensemble.members} == {"float32"}
 
 
+def test_a_folder_outside_of_the_files_own_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stranger's file may lead to models of yours: it is followed, and never in silence."""
+    below = folder / "below"
+    below.mkdir()
+    (below / "link").symlink_to(folder / "a")
+    named = {f"{folder}/a": True, "../a": True, "link": True, "~nobody-of-that-name/a": False}
+    for bundle, outside in named.items():
+        file = written(below, f"members: [{{bundle: {bundle}, base: bases/x}}]")
+        if bundle.startswith("~"):
+            with pytest.raises(BundleError, match="is no bundle"):
+                open_ensemble(file, None, [])
+        else:
+            open_ensemble(file, None, [])
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("names a folder outside of its own" in said) == outside
+
+
 def test_what_an_order_brings(folder: Path) -> None:
     worse = {"log_loss": 0.97, "log_loss_one_order": 0.962}
     hollow_bundle(folder / "worse", Config(), "worse", metrics=worse)

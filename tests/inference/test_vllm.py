@@ -41,7 +41,7 @@ def bundle_of(config_for: Callable[..., Config], tmp_path: Path) -> Callable[...
         classifier = build(config, CPU).eval()
         for one in classifier.head.parameters():
             torch.nn.init.normal_(one, std=0.3)
-        tokenizer = load_tokenizer(config.model.base, config.model)
+        tokenizer = load_tokenizer(config.model.base)
         rows = make_rows(4)
         items = items_of(InputBuilder(tokenizer, config.task, config.inputs).encode(rows), orders=2)
         orders = by_order(items, score(classifier, items, tokens_per_batch=1_000), len(rows))

@@ -39,7 +39,7 @@ def saved(config_for: Callable[..., Config], tmp_path: Path) -> Path:
     torch.nn.init.normal_(classifier.head.weight, std=0.5)  # type: ignore[arg-type]
     folder = tmp_path / "bundle"
     folder.mkdir()
-    tokenizer = load_tokenizer(config.model.base, config.model)
+    tokenizer = load_tokenizer(config.model.base)
     figures = {"metrics": {}, "prior": [0.5, 0.3, 0.2]}
     bundles.write(folder, classifier, config, tokenizer, name="test", fold=0, probes=[], **figures)  # type: ignore[arg-type]
     return folder

@@ -45,7 +45,7 @@ def frame_of(rows: list[tuple[list[str | None], ...]]) -> pl.DataFrame:
 
 @pytest.fixture(scope="session")
 def builder(base_of: Callable[[str], Path]) -> InputBuilder:
-    tokenizer = load_tokenizer(str(base_of("gemma2")), resolve({}).model)
+    tokenizer = load_tokenizer(str(base_of("gemma2")))
     return InputBuilder(tokenizer, LMSYS, resolve({"inputs": {"max_length": 120}}).inputs)
 
 
@@ -120,7 +120,7 @@ def test_whatever_could_change_a_token_makes_another_cache(
     for number, changed in enumerate((frame_of(one_byte), frame_of(moved), frame.reverse(), frame.head(3)), start=2):
         cache_of(tmp_path, changed, builder)
         assert folders() == number
-    tokenizer = load_tokenizer(str(base_of("gemma2")), resolve({}).model)
+    tokenizer = load_tokenizer(str(base_of("gemma2")))
     tokenizer.add_tokens(["hi"])
     cache_of(tmp_path, frame, InputBuilder(tokenizer, LMSYS, resolve({}).inputs))
     assert folders() == 6
@@ -224,7 +224,7 @@ def held(*args):
         sys.stdin.read()
     return tokenise(*args)
 cache.tokenise_chunk = held
-tokenizer = TurnTokenizer(load_tokenizer(sys.argv[1], resolve({}).model))
+tokenizer = TurnTokenizer(load_tokenizer(sys.argv[1]))
 cache.token_cache(Path(sys.argv[2]), lambda: frame.iter_slices(4000), tokenizer, test_cache.LMSYS.fields, processes=1)
 """
 
@@ -261,7 +261,7 @@ if __name__ == "__main__":
         yield frame.head(2000)
         print("waiting", flush=True)
         sys.stdin.read()
-    tokenizer = TurnTokenizer(load_tokenizer(sys.argv[1], resolve({}).model))
+    tokenizer = TurnTokenizer(load_tokenizer(sys.argv[1]))
     list(cache._tokenised(frames(), tokenizer, test_cache.LMSYS.fields, 2))
 """
 

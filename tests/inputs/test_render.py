@@ -45,7 +45,7 @@ recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
 @pytest.fixture(scope="session")
 def tokenizer(base_of: Callable[[str], Path]) -> Any:
-    made = load_tokenizer(str(base_of("gemma2")), resolve({}).model)
+    made = load_tokenizer(str(base_of("gemma2")))
     made.chat_template = CHAT
     return made
 
@@ -286,7 +286,7 @@ def test_a_settled_template_needs_no_chat_template_any_more(tokenizer: Any) -> N
 def test_a_chat_template_that_can_not_be_used_is_told(
     base_of: Callable[[str], Path], chat_template: str | None
 ) -> None:
-    plain = load_tokenizer(str(base_of("gemma2")), resolve({}).model)
+    plain = load_tokenizer(str(base_of("gemma2")))
     plain.chat_template = chat_template
     with pytest.raises(ConfigError, match="chat"):
         builder(plain, max_length=400, template="judge")
@@ -334,7 +334,7 @@ def test_no_rows_are_no_work(tokenizer: Any) -> None:
 
 def test_a_tokenizer_that_cuts_and_pads_is_left_alone(base_of: Callable[[str], Path]) -> None:
     """Some checkpoints save a tokenizer that cuts at 128 tokens."""
-    cutting = load_tokenizer(str(base_of("llama")), resolve({}).model)
+    cutting = load_tokenizer(str(base_of("llama")))
     cutting.backend_tokenizer.enable_truncation(5)
     cutting.backend_tokenizer.enable_padding(length=9)
     assert [len(ids) for ids in TurnTokenizer(cutting)(["x" * 50, "y"], special=False)] == [50, 1]

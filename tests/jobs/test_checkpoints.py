@@ -296,6 +296,25 @@ def test_other_texts_are_other_rows(config_for: Callable[..., Config]) -> None:
     assert prepare(ROWS, encoded, config).fingerprint != prepare(other, encoded, config).fingerprint
 
 
+@pytest.mark.parametrize("linked", ["the folder", "a checkpoint"])
+def test_of_linked_checkpoints_nothing_is_read_or_deleted(tmp_path: Path, linked: str) -> None:
+    """A stranger's run folder may lead to another run's."""
+    other, folder = tmp_path / "other" / "step-00000001", tmp_path / "run" / "checkpoints"
+    other.mkdir(parents=True)
+    (other / STATE).write_text("{}")
+    if linked == "the folder":
+        folder.parent.mkdir()
+        folder.symlink_to(other.parent)
+    else:
+        folder.mkdir(parents=True)
+        (folder / other.name).symlink_to(other)
+        assert module.Checkpoints(folder, 1, {}).found() == []
+    module.discard(folder)
+    assert not folder.is_symlink()
+    assert not folder.exists()
+    assert (other / STATE).read_text() == "{}"
+
+
 def test_without_a_checkpoint_it_starts_from_the_beginning(
     config_for: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from clocks_support import clock_in, comes_true, turned_crew
 import torch
+from clocks_support import clock_in, comes_true, turned_crew
 from polars.testing import assert_frame_equal
 
 from pairclf.config import dump_config, load_config, resolve

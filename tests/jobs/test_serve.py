@@ -47,7 +47,7 @@ def write_bundle(folder: Path, config: Config, *, seed: int, prior: Sequence[flo
     classifier = build(config, torch.device("cpu")).eval()
     torch.manual_seed(seed)
     torch.nn.init.normal_(classifier.head.weight, std=0.5)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(config.model.base, config.model)
+    tokenizer = load_tokenizer(config.model.base)
     bundles.write(
         folder, classifier, config, tokenizer, name=folder.parent.name, fold=0, metrics={}, prior=prior, probes=[]
     )

@@ -91,7 +91,7 @@ def test_a_bundle_gives_back_an_adapter_exactly(
     for name, parameter in classifier.named_parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, mean=float("magnitude" in name), std=0.1)
-    tokenizer = load_tokenizer(config.model.base, config.model)
+    tokenizer = load_tokenizer(config.model.base)
     write(tmp_path, classifier, config, tokenizer, name="test", fold=None, metrics={}, prior=[], probes=[])
     batch = packed([Item(0, 0, np.arange(5, 60, dtype=np.int32)), Item(1, 0, np.arange(9, 12, dtype=np.int32))])
     with torch.inference_mode():

@@ -36,7 +36,7 @@ def write_bundle(config: Config, folder: Path) -> None:
     for name, parameter in classifier.named_parameters():
         if "lora_B" in name or name == "head.weight":
             torch.nn.init.normal_(parameter, std=0.1)
-    tokenizer = load_tokenizer(config.model.base, config.model)
+    tokenizer = load_tokenizer(config.model.base)
     rows = make_rows(5)
     items = items_of(InputBuilder(tokenizer, config.task, config.inputs).encode(rows), orders=2)
     orders = by_order(items, score(classifier, items, tokens_per_batch=1_000), len(rows))

@@ -96,7 +96,7 @@ def test_a_bundle_gives_back_head_and_pooling_exactly(
     classifier = build(config, CPU).eval()
     for parameter in classifier.head.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    tokenizer = load_tokenizer(config.model.base, config.model)
+    tokenizer = load_tokenizer(config.model.base)
     write(tmp_path, classifier, config, tokenizer, name="test", fold=None, metrics={}, prior=[], probes=[])
     assert {name: tuple(one.shape) for name, one in load_file(tmp_path / "head.safetensors").items()} == SHAPES[head]
     loaded = open_bundle(tmp_path).load(CPU)
@@ -106,7 +106,7 @@ def test_a_bundle_gives_back_head_and_pooling_exactly(
 
 def test_a_head_of_another_kind_is_refused(config_for: Callable[..., Config], tmp_path: Path) -> None:
     config = config_for("llama")
-    tokenizer = load_tokenizer(config.model.base, config.model)
+    tokenizer = load_tokenizer(config.model.base)
     other = build(config_for("llama", model={"head": "two_layer"}), CPU)
     write(tmp_path, other, config, tokenizer, name="test", fold=None, metrics={}, prior=[], probes=[])
     with pytest.raises(BundleError, match="head can't be loaded"):

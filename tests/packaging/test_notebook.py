@@ -39,6 +39,8 @@ VALUES: dict[str, Value] = {
     "parts": {"bundle": {}, "wheels": {}},
     "wheelhouse": "wheels-0",
     "prior": {"winner_model_a": "0.5", "winner_model_b": "0.3", "winner_tie": "0.2"},
+    "trust": [],
+    "note_of_trust": "",
     "gpus": 2,
     "deadline": 30600.0,
     "limit": 32400.0,
