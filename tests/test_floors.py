@@ -18,8 +18,8 @@ FLOORS = {
 }  # fmt: skip
 ROOMS = {
     "words": ["errors", "console", "files", "task", "config"],
-    "data": ["formats", "tables", "arena", "duplicates", "folds", "audit"],
-    "scores": ["metrics", "calibration", "blend"],
+    "data": ["formats", "tables", "arena", "duplicates", "folds", "identity", "audit"],
+    "scores": ["metrics", "probabilities", "calibration", "blend"],
     "inputs": ["truncate", "tokenise", "render", "plan", "cache"],
     "model": ["batch", "layouts", "attention", "trim", "precision", "readout", "backbone", "engine", "bundle"],
 }

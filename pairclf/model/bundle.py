@@ -12,7 +12,7 @@ it did when it was validated:
                         own config.json says it may hold quantised weights (`pairclf export`)
     head.safetensors    float32; linear: weight (C, H) and bias (C,); two_layer: inner.weight (H, H), inner.bias (H,),
                         outer.weight (C, H), outer.bias (C,)
-    trained_on.parquet  hashes of the prompts that it was trained on (`prompt`, UInt64, sorted, each once)
+    trained_on.parquet  what `identity.prompt_marks` keeps of the prompts that it was trained on, sorted, each once
 """
 
 from __future__ import annotations
@@ -110,10 +110,13 @@ class Bundle:
         tokenizer = load_tokenizer(str(self.folder / "tokenizer"), self.config.model)
         return InputBuilder(tokenizer, self.config.task, self.config.inputs)
 
-    def trained_on(self) -> pl.Series | None:
-        """Hashes (`folds.prompt_hashes`) of the prompts that the model was trained on; None where nobody noted them."""
+    def trained_on(self) -> pl.DataFrame | None:
+        """The prompts that the model was trained on, as `identity.prompt_marks` keeps them; None: nobody noted them.
+
+        An older bundle has their hashes alone, and no column `sample`.
+        """
         path = self.folder / TRAINED_ON
-        return pl.read_parquet(path, glob=False)["prompt"] if path.is_file() else None
+        return pl.read_parquet(path, glob=False) if path.is_file() else None
 
     def load(
         self, device: torch.device, base: Path | None = None, *, others: Sequence[torch.device] = ()
@@ -151,7 +154,7 @@ def write(
     metrics: dict[str, float],
     prior: Sequence[float],
     probes: Sequence[Probe],
-    trained_on: pl.Series | None = None,
+    trained_on: pl.DataFrame | None = None,
     stands_on: str | None = None,
 ) -> None:
     """Write a bundle into the empty folder `new`; the caller moves it to its place, once it has proven itself.
@@ -159,8 +162,8 @@ def write(
     A folder `backbone` that stands in `new`, as a quantiser wrote it, is left as it is; only the head is the
     classifier's then. `stands_on`: fingerprint of the base, where it need not be at hand.
 
-    `prior`: mean target `(C,)` of the training rows. `trained_on`: `folds.prompt_hashes` of all rows that any of the
-    weights was trained on. Without them the bundle can't say what it has seen, and its scores are refused as a
+    `prior`: mean target `(C,)` of the training rows. `trained_on`: `identity.prompt_marks` of all rows that any of
+    the weights was trained on. Without them the bundle can't say what it has seen, and its scores are refused as a
     teacher's.
     """
     config = _portable(config)
@@ -175,7 +178,7 @@ def write(
     save_file(head, new / "head.safetensors")
     tokenizer.save_pretrained(new / "tokenizer")
     if trained_on is not None:
-        trained_on.unique().sort().to_frame("prompt").write_parquet(new / TRAINED_ON)
+        trained_on.unique("prompt").sort("prompt").write_parquet(new / TRAINED_ON)
     (new / CONFIG).write_text(dump_config(config), encoding="utf-8")
     manifest = Manifest(
         format=FORMAT,

@@ -199,7 +199,7 @@ def test_far_and_short_prompts_stay_apart() -> None:
 
 def test_near_names_one_prompt_a_label() -> None:
     prompts = [" ".join([*some_words(30), end]) for end in ("one", "two", "three", "four")]
-    index, labels = NearIndex(prompts, 0.8), np.array([0, 1, 1, -1])
+    index, labels = NearIndex.of(prompts, 0.8), np.array([0, 1, 1, -1])
     assert sorted(labels[index.near(3, labels)].tolist()) == [0, 1]
     assert index.near(0, labels).tolist() == []
     assert index.near(3, np.array([0, -1, -1, -1])).tolist() == [0]
@@ -209,7 +209,7 @@ def test_thousands_of_near_duplicates_take_seconds() -> None:
     """A template with 5,000 fillings: 12 million pairs, and a handful of comparisons for each prompt."""
     template = " ".join(some_words(40))
     prompts = [f"{template} {number}" for number in range(5_000)]
-    index = NearIndex(prompts, 0.8)
+    index = NearIndex.of(prompts, 0.8)
     compared = 0
     alike = index._alike
 
