@@ -187,6 +187,10 @@ def test_several_labels_are_not_made_to_sum_to_one(values: list[np.ndarray[Any, 
     assert np.isfinite(result).all()
     sums = np.where(np.isfinite(values).all(axis=2).any(axis=0), 0.9, 1.0)
     assert result.sum(axis=1) == pytest.approx(sums)
+    cooler = blended(values, ensemble_of([1.0] * len(values), 2.0, task=task))
+    known = np.isfinite(values).all(axis=2).any(axis=0)
+    odds = (result[known] / (1 - result[known])) ** 0.5  # by the sigmoid, each label by itself
+    assert cooler[known] == pytest.approx(odds / (1 + odds))
 
 
 def test_a_member_that_does_not_know_a_row_takes_no_part_in_it() -> None:
