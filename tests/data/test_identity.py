@@ -18,9 +18,7 @@ SINGLE = Task(name="single", fields=("prompt",), classes=("bad", "good"))
 def canonical(prompts: list[str], a: str = "first", b: str = "second") -> pl.DataFrame:
     columns = {"prompt": prompts, "response_a": [a] * len(prompts), "response_b": [b] * len(prompts)}
     cells = {name: [[text] for text in texts] for name, texts in columns.items()}
-    return pl.DataFrame(
-        {"id": [str(row) for row in range(len(prompts))], **{k: [[c] for c in v] for k, v in cells.items()}}
-    )
+    return pl.DataFrame({"id": [str(row) for row in range(len(prompts))], **cells})
 
 
 def words(count: int, seed: int) -> list[str]:

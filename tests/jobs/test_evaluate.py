@@ -1,4 +1,4 @@
-"""One way to measure: every command's figures are scikit-learn's, and what `evaluate` promises is what it gives, set."""
+"""One way to measure: all commands have scikit-learn's figures, and setting a temperature gives what was promised."""
 
 from __future__ import annotations
 

@@ -354,6 +354,9 @@ def test_out_of_fold_scores_of_another_training_are_refused(plain: Path, tmp_pat
     write_scores(path, scores.with_columns(pl.col(a).alias(b), pl.col(b).alias(a)))
     with pytest.raises(DataError, match="not of one training"):
         merge(config, tmp_path / "out", max_shift=1.0)
+    write_scores(path, scores.with_columns(row_hash=scores["row_hash"].reverse()))
+    with pytest.raises(DataError, match="have the id of a row here and other texts"):
+        merge(config, tmp_path / "out", max_shift=1.0)
     write_scores(path, scores.with_columns(id="x" + pl.col("id")))
     with pytest.raises(DataError, match="not among the labelled rows"):
         merge(config, tmp_path / "out", max_shift=1.0)

@@ -117,6 +117,16 @@ def test_confidence_temperature_and_hard_labels(config: Config) -> None:
     assert not (config.data.folder / "pseudo.parquet").exists()
 
 
+def test_scores_of_rows_with_their_sides_exchanged_label_nothing(config: Config, tmp_path: Path) -> None:
+    mirrored = {name: (prompt, b, a) for name, (prompt, a, b) in ROWS.items()}
+    write_scored(
+        config.data.folder / "scores.parquet", write(tmp_path / "m.parquet", mirrored, config.task), config.task
+    )
+    with pytest.raises(DataError, match="3 rows have the id of a row here and its sides exchanged"):
+        make(config)
+    assert not (config.data.folder / "pseudo.parquet").exists()
+
+
 def test_a_model_does_not_label_its_own_training_rows(config: Config) -> None:
     folder, task = config.data.folder, config.task
     own = pl.when(pl.col("id") == "blank").then(1).otherwise(0).cast(pl.UInt16)
