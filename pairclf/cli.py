@@ -447,14 +447,13 @@ def evaluate(
 ) -> None:
     """Judge scores against labels, the class prior and, where it is known, the best possible."""
     from pairclf.jobs.evaluate import evaluate as job
-    from pairclf.jobs.evaluate import render
-    from pairclf.jobs.run import OOF, OOF_AB, labelled_rows, output_of
+    from pairclf.jobs.evaluate import out_of_fold, render, scored
+    from pairclf.jobs.run import labelled_rows, output_of
 
     settings = _load(config, overrides)
-    run = output_of(settings)
-    one_order = run / OOF_AB if scores is None else None
-    judged = job(labelled_rows(settings), scores or run / OOF, settings.task, one_order=one_order, truth=truth)
-    output.print(render(judged))
+    task = settings.task
+    found = scored(scores, task) if scores else out_of_fold(output_of(settings), task, settings.predict.temperature)
+    output.print(render(job(labelled_rows(settings), found, task, truth=truth), task))
 
 
 @_example("pairclf merge configs/lmsys/gemma2-9b-qlora.yaml --out runs/lmsys/merged --into bfloat16")

@@ -119,7 +119,9 @@ class Rules(Section):
         "keep", description="the same texts and label again; drop: the later rows go"
     )
     conflicting_label: Literal["keep", "fix", "drop", "error"] = Field(
-        "keep", description="the same texts with another label (people disagree); fix: each gets the mean label"
+        "keep",
+        description="the same texts, in either order, with another label (people disagree); fix: each gets the mean "
+        "label, in which rows count by their weight",
     )
     mirrored_pair: Literal["keep", "drop", "error"] = Field(
         "keep", description="a pair that also stands with its sides exchanged; drop: the later rows go"
@@ -427,7 +429,9 @@ class Predict(Section):
     tokens_per_batch: int | None = Field(
         None, ge=1, description="tokens in one forward pass; memory, not results; null: 16384 on a GPU, 2048 on a CPU"
     )
-    temperature: float = Field(1.0, gt=0, description="logits are divided by it before the softmax")
+    temperature: float = Field(
+        1.0, gt=0, description="logits of each order are divided by it before the softmax; `pairclf evaluate` fits it"
+    )
     devices: Annotated[list[str], BeforeValidator(as_list)] = Field(
         [], description="where the processes compute, e.g. [cuda:0, cuda:1] or [cpu, cpu]; none: every GPU, or one CPU"
     )

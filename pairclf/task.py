@@ -18,7 +18,7 @@ AB, BA = 0, 1
 """The two orders in which a pair is shown: as it stands in the file, and swapped."""
 
 _OWN_WORDS = {"id", "target", "weight", "group", "file", "flaws", "train_only", "template", "marker", "rounds"}
-_BESIDE_CLASSES = {"orders", "models", "seen", "prompt"}  # columns of scores
+_BESIDE_CLASSES = {"orders", "models", "seen", "prompt", "row_hash"}  # columns of scores
 
 Turns = tuple[str | None, ...]
 """The turns of one field; `None` (the file had a null) is kept apart from `""`."""

@@ -18,8 +18,8 @@ FLOORS = {
 }  # fmt: skip
 ROOMS = {
     "words": ["errors", "console", "files", "trust", "task", "config"],
-    "data": ["csv_syntax", "formats", "tables", "arena", "duplicates", "folds", "audit"],
-    "scores": ["metrics", "calibration", "blend"],
+    "data": ["csv_syntax", "formats", "tables", "arena", "duplicates", "folds", "identity", "audit"],
+    "scores": ["metrics", "probabilities", "calibration", "blend"],
     "inputs": ["truncate", "chat", "tokenise", "render", "plan", "cache"],
     "model": [
         "batch", "layouts", "attention", "trim", "precision", "isolation", "readout", "folder", "backbone", "engine",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pairclf.config import Config, load_config, parse_yaml, resolve
 from pairclf.data.arena import generate, write_lmsys
-from pairclf.data.folds import prompt_hashes
+from pairclf.data.identity import row_hashes
 from pairclf.data.tables import scores_frame, write_scores
 from pairclf.errors import LeakError
 from pairclf.jobs import train as loop
@@ -27,6 +27,7 @@ from pairclf.jobs.step import Examples, Learner
 from pairclf.model.backbone import load_base, load_tokenizer
 from pairclf.model.engine import Classifier
 from pairclf.model.readout import TwoLayerHead
+from pairclf.scores.metrics import Metric
 from pairclf.task import LMSYS
 
 FOLDER = Path(__file__).parents[1] / "configs" / "recipes"
@@ -102,7 +103,7 @@ def train(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> Train:
 
     def run(recipe: str, *more: str) -> Run:
         looks = iter((1.0, 1.1, 1.2))
-        monkeypatch.setitem(loop.METRICS, "log_loss", (lambda *_: next(looks), -1))
+        monkeypatch.setitem(loop.METRICS, "log_loss", Metric(lambda *_, **__: next(looks, 1.0), -1, ""))
         config = small(recipe, data, tmp_path / f"run{len(seen)}", *more)
         bundle = fit(config, 0)
         return Run(config, *seen[-1], bundle)
@@ -119,8 +120,8 @@ def teachers(data: Path) -> Callable[[int], str]:
         drawn = np.random.default_rng(0).dirichlet(np.ones(3), size=(2, len(frame)))
         paths = [data / f"{name}-{seen}.parquet" for name in ("llama3", "qwen2")]
         for path, values in zip(paths, drawn, strict=True):
-            ids, prompts = frame["id"].to_list(), prompt_hashes(frame, LMSYS)
-            write_scores(path, scores_frame(ids, values, LMSYS, 2, [path.stem], seen=seen, prompts=prompts))
+            ids, hashes = frame["id"].to_list(), row_hashes(frame, LMSYS)
+            write_scores(path, scores_frame(ids, values, LMSYS, 2, [path.stem], seen=seen, hashes=hashes))
         return f"train.distill.scores=[{', '.join(map(str, paths))}]"
 
     return write

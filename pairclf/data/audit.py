@@ -250,14 +250,29 @@ def _mask(rows: pl.Series, length: int) -> pl.Series:
 
 
 def _judge_conflicts(judge: _Judge, keys: pl.DataFrame) -> None:
-    repeated = keys.hstack([judge.frame["target"]]).filter(judge.stays).filter(pl.col("pair").is_duplicated())
-    repeated = repeated.filter(pl.col("target").is_not_null())
-    unlike = repeated.filter(pl.col("target").hash().n_unique().over("pair") > 1)
+    """Other labels for the same texts. A mirrored row votes, too: with its label swapped, as its sides are."""
+    votes = keys.hstack(judge.frame.select("target", "weight")).filter(judge.stays)
+    votes = votes.with_columns(
+        either=pl.min_horizontal("pair", "mirror"), turned=pl.col("pair") > pl.col("mirror")
+    ).filter(pl.col("either").is_duplicated() & pl.col("target").is_not_null())
+    votes = votes.with_columns(_turned(pl.col("target"), judge.task))
+    unlike = votes.filter(pl.col("target").hash().n_unique().over("either") > 1)
     if judge.meet("conflicting_label", _mask(unlike["row"], len(keys))):
-        mean = (pl.col("target").list.get(place).mean().over("pair") for place in range(len(judge.task.classes)))
-        means = unlike.select("row", mean=pl.concat_list(mean))
+        total = pl.col("weight").sum().over("either")
+        shares = (
+            (pl.col("target").list.get(place) * pl.col("weight")).sum().over("either") / total
+            for place in range(len(judge.task.classes))
+        )
+        means = unlike.select("row", "turned", target=pl.concat_list(shares))
+        means = means.select("row", mean=_turned(pl.col("target"), judge.task))
         shared = keys.join(means, on="row", how="left", maintain_order="left")["mean"]
         judge.frame = judge.frame.with_columns(target=shared.zip_with(shared.is_not_null(), judge.frame["target"]))
+
+
+def _turned(target: pl.Expr, task: Task) -> pl.Expr:
+    """A target, swapped in the rows that are `turned`; its own inverse."""
+    swapped = pl.concat_list(target.list.get(place) for place in task.swapped_columns)
+    return pl.when("turned").then(swapped).otherwise(target)
 
 
 def _judge_texts(judge: _Judge) -> None:

@@ -8,6 +8,11 @@ character 5-grams, counted in full, reaches the threshold. Hence:
   less than 1 - RECALL: 1 in 20,000 where t is 0.8, the default, and 1 in 5 billion for a pair at 0.9 there;
 - nearness hangs on the two prompts alone, so it is the same in every search, whatever else is searched.
 
+A bundle can't keep all shingles of its training prompts. It keeps `samples`: the `SAMPLE` lowest hashes of each. Two
+prompts with fewer shingles are compared in full even so. The index of longer ones is estimated from the lowest hashes
+of their union, to a standard error of 0.025 where it is 0.8; they are near from three of these below the threshold on,
+so that near ones are not missed.
+
 Source: Broder, On the resemblance and containment of documents (1997); Leskovec et al., Mining of Massive Datasets, 3.
 """
 
@@ -24,11 +29,14 @@ from pairclf.console import progress
 from pairclf.data.formats import CONTROL
 from pairclf.task import Task
 
-Hashes = NDArray[np.uint64]
+Hashes = NDArray[np.uint64] | NDArray[np.uint32]
 Places = NDArray[np.int64]
 
 SHINGLE = 5
 """Characters of a shingle. A shorter prompt has none, and is near to none but its equals."""
+
+SAMPLE = 256
+"""Hashes of a prompt's shingles that are kept where all of them are too many: 4 bytes each."""
 
 PERMUTATIONS = 128
 RECALL = 0.999
@@ -80,7 +88,7 @@ def near_overlap(frame: pl.DataFrame, seen: pl.DataFrame, task: Task, threshold:
     if threshold is None or fresh.is_empty():
         return overlap
     labels = np.concatenate([np.zeros(len(known), np.int64), np.full(len(fresh), -1)])
-    near = [len(met) > 0 for _, met in NearIndex([*known, *fresh], threshold).walk(labels, start=len(known))]
+    near = [len(met) > 0 for _, met in NearIndex.of([*known, *fresh], threshold).walk(labels, start=len(known))]
     return overlap | prompts.is_in(fresh.filter(pl.Series(near)).to_list())
 
 
@@ -91,7 +99,7 @@ def clusters(prompts: Sequence[str], threshold: float | None) -> Places:
         `(P,)`: the place of the first prompt of each one's component; its own where nothing before it is near.
     """
     firsts = np.arange(len(prompts))
-    for place, met in NearIndex(prompts, threshold).walk(firsts):
+    for place, met in NearIndex.of(prompts, threshold).walk(firsts):
         if len(met):
             joined = np.sort(firsts[met])
             firsts[place] = joined[0]
@@ -100,27 +108,63 @@ def clusters(prompts: Sequence[str], threshold: float | None) -> Places:
     return firsts
 
 
-class NearIndex:
-    """Finds the prompts that are near to one. `prompts` are normalised and different; threshold None: none is near."""
+def samples(prompts: pl.Series) -> pl.Series:
+    """The `SAMPLE` lowest hashes of each normalised prompt's shingles, their upper 32 bits, ascending; List(UInt32)."""
+    lowest = [np.unique(shingles(prompt) >> np.uint64(32)).astype(np.uint32)[:SAMPLE] for prompt in prompts]
+    return pl.Series("sample", lowest, dtype=pl.List(pl.UInt32))
 
-    def __init__(self, prompts: Sequence[str], threshold: float | None) -> None:
+
+def near_samples(fresh: pl.Series, known: pl.Series, labels: Sequence[Places], threshold: float) -> list[pl.Series]:
+    """For each labelling, which of the fresh prompts are near to a known one that it labels 0; Boolean `(N,)` each.
+
+    Args:
+        fresh: `samples` of the prompts asked about.
+        known: `samples` of the prompts that are searched in, each once.
+        labels: `(K,)` each: 0 for the known prompts that count, -1 for others. The search is prepared once for all.
+        threshold: Jaccard index from which prompts are nearly equal.
+    """
+    sets = [one.to_numpy() for one in (*known, *fresh)]
+    index, others = NearIndex(sets, threshold, sampled=True), np.full(len(fresh), -1)
+    return [
+        pl.Series(
+            [len(met) > 0 for _, met in index.walk(np.concatenate([one, others]), start=len(known))], dtype=pl.Boolean
+        )
+        for one in labels
+    ]
+
+
+class NearIndex:
+    """Finds the prompts that are near to one.
+
+    Args:
+        sets: the shingles of each prompt, or their `samples`.
+        threshold: Jaccard index from which two are near; None: none is.
+        sampled: the sets are `samples`.
+    """
+
+    def __init__(self, sets: Sequence[Hashes], threshold: float | None, *, sampled: bool = False) -> None:
         self._threshold = threshold or 0.0
-        self._shingles: list[Hashes] = []
+        self._sampled = sampled
+        self._shingles = sets
         self._buckets: dict[int, list[Places]] = {}
         if threshold is not None:
-            self._fill_buckets(prompts, *_bands(threshold))
-        self._sizes = np.array([len(hashes) for hashes in self._shingles], dtype=np.int64)
+            self._fill_buckets(*_bands(_of_samples(_lenient(threshold)) if sampled else threshold))
+        self._sizes = np.array([len(hashes) for hashes in sets], dtype=np.int64)
 
-    def _fill_buckets(self, prompts: Sequence[str], bands: int, rows: int) -> None:
-        lsh = MinHashLSH(num_perm=PERMUTATIONS, params=(bands, rows))
+    @classmethod
+    def of(cls, prompts: Sequence[str], threshold: float | None) -> NearIndex:
+        """That of normalised and different prompts, compared in full."""
+        return cls([] if threshold is None else [shingles(prompt) for prompt in prompts], threshold)
+
+    def _fill_buckets(self, bands: int, rows: int) -> None:
+        lsh, count = MinHashLSH(num_perm=PERMUTATIONS, params=(bands, rows)), len(self._shingles)
         blank = MinHash(num_perm=PERMUTATIONS, hashfunc=_as_it_is)
-        with progress("Sketching prompts", len(prompts), visible=len(prompts) >= _SHOWN) as advance:
-            for place, prompt in enumerate(prompts):
-                self._shingles.append(shingles(prompt))
-                if len(self._shingles[place]):
-                    lsh.insert(place, _sketch(blank, self._shingles[place]), check_duplication=False)
+        with progress("Sketching prompts", count, visible=count >= _SHOWN) as advance:
+            for place, hashes in enumerate(self._shingles):
+                if len(hashes):
+                    lsh.insert(place, _sketch(blank, hashes), check_duplication=False)
                 if place % _STEP == 0:
-                    advance(min(_STEP, len(prompts) - place))
+                    advance(min(_STEP, count - place))
         for table in lsh.hashtables:
             for key in table.keys():  # noqa: SIM118 (a storage of datasketch's, not a dict)
                 places = table.get(key)
@@ -169,6 +213,16 @@ class NearIndex:
 
     def _alike(self, place: int, others: Places) -> NDArray[np.bool_]:
         """Whether the Jaccard index of `place` and each of `others` reaches the threshold; `(M,)`."""
+        if not self._sampled:
+            return self._alike_in_full(place, others)
+        cut = (self._sizes[others] >= SAMPLE) | (len(self._shingles[place]) >= SAMPLE)
+        alike = np.zeros(len(others), dtype=np.bool_)
+        alike[~cut] = self._alike_in_full(place, others[~cut])
+        own, least = self._shingles[place], _lenient(self._threshold)
+        alike[cut] = [_estimate(own, self._shingles[other]) >= least for other in others[cut]]
+        return alike
+
+    def _alike_in_full(self, place: int, others: Places) -> NDArray[np.bool_]:
         own, sizes = self._shingles[place], self._sizes[others]
         alike: NDArray[np.bool_] = np.minimum(sizes, len(own)) / np.maximum(sizes, len(own)) >= self._threshold
         for contained in (_at_most_in, _in):  # two bounds are quick to tell most candidates off: sizes, and slots
@@ -178,6 +232,26 @@ class NearIndex:
                 shared = np.add.reduceat(contained(own, theirs), np.cumsum(sizes) - sizes, dtype=np.int64)
                 alike[alike] = shared / (len(own) + sizes - shared) >= self._threshold
         return alike
+
+
+def _lenient(threshold: float) -> float:
+    """Three standard errors of `_estimate` below the threshold."""
+    return float(threshold - 3 * np.sqrt(threshold * (1 - threshold) / SAMPLE))
+
+
+def _of_samples(resemblance: float) -> float:
+    """The least Jaccard index of two samples taken as sets, where that of the whole sets is `resemblance`.
+
+    It is least where one set holds the other: the larger one's sample ends sooner, and a part of the smaller's is left.
+    """
+    return resemblance / (2 - resemblance)
+
+
+def _estimate(one: Hashes, other: Hashes) -> float:
+    """The Jaccard index of two sets, from their `samples`: the part of their union's lowest hashes that both have."""
+    lowest = np.union1d(one, other)[:SAMPLE]
+    both = np.intersect1d(one, other, assume_unique=True)
+    return float(np.searchsorted(both, lowest[-1], side="right") / len(lowest))
 
 
 def _at_most_in(own: Hashes, theirs: Hashes) -> NDArray[np.bool_]:
@@ -193,7 +267,7 @@ def _in(own: Hashes, theirs: Hashes) -> NDArray[np.bool_]:
     return met
 
 
-def shingles(prompt: str) -> Hashes:
+def shingles(prompt: str) -> NDArray[np.uint64]:
     """The different character 5-grams of a text as 64-bit hashes, `(S,)`, in ascending order.
 
     Polynomials of the code points, modulo 2**64: in a pair of prompts with 10,000 shingles each, two different ones
@@ -219,7 +293,8 @@ def _sketch(blank: MinHash, hashes: Hashes) -> MinHash:
     bound the memory instead, and the time is linear.
     """
     sketch = blank.copy()
-    high = (hashes >> np.uint64(32)).astype(np.uint32)  # datasketch permutes 32 bits
+    # datasketch permutes 32 bits; samples have no more.
+    high = hashes if hashes.dtype == np.uint32 else (hashes >> np.uint64(32)).astype(np.uint32)
     for start in range(0, len(high), _BLOCK):
         sketch.update_batch([high[start : start + _BLOCK]])
     return sketch

@@ -74,10 +74,11 @@ def prompt_hashes(frame: pl.DataFrame, task: Task) -> pl.Series:
         texts = [normalised_texts(one).to_list() for one in joined]
         whole = ["\0".join(["", *sorted(row)]) for row in zip(*texts, strict=True)]  # \0: no prompt holds one
         prompts = prompts.scatter(blank.arg_true(), whole)
-    return pl.Series("prompt", [_hash(prompt) for prompt in prompts], dtype=pl.UInt64)
+    return pl.Series("prompt", [text_hash(prompt) for prompt in prompts], dtype=pl.UInt64)
 
 
-def _hash(text: str) -> int:
+def text_hash(text: str) -> int:
+    """64 bits of a text's SHA-256."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
@@ -131,7 +132,7 @@ def _stable(frame: pl.DataFrame, task: Task, n: int, seed: int, near: float | No
     prompts = normalised_prompts(frame, task)
     distinct = _distinct(prompts)
     folds, firsts = np.full(len(distinct), _SET_ASIDE), np.arange(len(distinct))
-    for place, met in NearIndex(distinct, near).walk(folds):  # met: one a fold; none that was set aside
+    for place, met in NearIndex.of(distinct, near).walk(folds):  # met: one a fold; none that was set aside
         if len(met) == 0:
             folds[place] = _draw(seed, distinct[place], n)
         elif len(met) == 1:
@@ -145,7 +146,7 @@ def _stable(frame: pl.DataFrame, task: Task, n: int, seed: int, near: float | No
 
 def _draw(seed: int, text: str, n: int) -> int:
     """A fold from 0 to n - 1, the same on every machine (Python's own hash is not)."""
-    return _hash(f"{seed}\n{text}") % n
+    return text_hash(f"{seed}\n{text}") % n
 
 
 def _stratify(classes: NDArray[Any], groups: NDArray[Any], n: int, seed: int) -> NDArray[np.int64]:

@@ -52,6 +52,9 @@ from pairclf.task import Row, Task
 Probabilities = NDArray[np.float64]
 
 LABEL_TOLERANCE = 1e-6  # labels are written by people: one, or thirds with all their digits
+HASHES = {"prompt": "prompt", "row_hash": "text"}
+"""Columns of scores that tell which row was scored, and of what each is the hash; null: not known."""
+
 SUM_TOLERANCE = 1e-4  # probabilities went through float32, or even through float16
 
 _TRUTH = {"true": "1", "false": "0", "True": "1", "False": "0", "TRUE": "1", "FALSE": "0"}
@@ -457,20 +460,20 @@ def scores_frame(
     models: Sequence[str] | pl.Series,
     *,
     seen: int | pl.Series | None = None,
-    prompts: pl.Series | None = None,
+    hashes: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
     """Scores as a table, with what stands behind each row.
 
-    The columns: `id`, one Float64 a class, `orders` Int32, `models` List(String), `seen` UInt16, `prompt` UInt64.
+    The columns: `id`, one Float64 a class, `orders` Int32, `models` List(String), `seen` UInt16, `HASHES` UInt64.
 
     Args:
         ids: `N` ids.
         probabilities: `(N, C)`, columns in the task's class order, rows summing to one (1e-4).
         orders: how many orders (1 or 2) stand behind every row, or behind each.
         models: names of the models behind every row, or a List(String) series with those behind each.
-        seen: how many of these models were trained on a row with this prompt; 0: the row is out of sample; null or
-            None: nobody knows.
-        prompts: `folds.prompt_hashes` of the rows, so that scores of other rows with the same ids show; None: unknown.
+        seen: how many of these models were trained on a row with (nearly) this prompt; 0: the row is out of sample;
+            null or None: nobody knows.
+        hashes: `identity.row_hashes` of the rows, so that scores of other rows with the same ids show; None: unknown.
 
     Raises:
         DataError: shapes differ, an id stands twice, or a row is no distribution.
@@ -482,7 +485,8 @@ def scores_frame(
     refuse(_score_problems(listed, probabilities, task), "scores")
     named = models if isinstance(models, pl.Series) else pl.Series([list(models)] * len(ids), dtype=TURNS)
     counts = [orders] * len(ids) if isinstance(orders, int) else list(orders)
-    unknown = pl.repeat(None, len(ids), dtype=pl.UInt64, eager=True)
+    if hashes is None:
+        hashes = pl.select(pl.repeat(None, len(ids), dtype=pl.UInt64).alias(name) for name in HASHES)
     seen = seen if isinstance(seen, pl.Series) else pl.repeat(seen, len(ids), dtype=pl.UInt16, eager=True)
     return pl.DataFrame(
         [
@@ -491,15 +495,18 @@ def scores_frame(
             pl.Series("orders", counts, dtype=pl.Int32),
             named.rename("models"),
             seen.cast(pl.UInt16).rename("seen"),
-            (unknown if prompts is None else prompts).rename("prompt"),
+            *hashes.select(*HASHES),
         ]
     )
 
 
+_LOGITS = pl.List(pl.List(pl.Float64()))
+
+
 def _score_schema(task: Task) -> pl.Schema:
     classes = ((name, pl.Float64()) for name in task.classes)
-    behind = [("orders", pl.Int32()), ("models", TURNS), ("seen", pl.UInt16()), ("prompt", pl.UInt64())]
-    return pl.Schema([("id", pl.String()), *classes, *behind])
+    behind = [("orders", pl.Int32()), ("models", TURNS), ("seen", pl.UInt16())]
+    return pl.Schema([("id", pl.String()), *classes, *behind, *((name, pl.UInt64()) for name in HASHES)])
 
 
 def write_scores(path: Path, scores: pl.DataFrame) -> None:
@@ -509,7 +516,7 @@ def write_scores(path: Path, scores: pl.DataFrame) -> None:
 
 
 def read_scores(path: Path, task: Task, *, foreign: bool = False) -> pl.DataFrame:
-    """Read what `write_scores` wrote, checked again. `seen` and `prompt` are null where an older pairclf wrote it.
+    """Read what `write_scores` wrote, checked again. `seen` and `HASHES` are null where an older pairclf wrote none.
 
     Args:
         foreign: accept a file of other people's: `id` and a column a class, further ones unread, the rest null.
@@ -533,7 +540,7 @@ def read_scores(path: Path, task: Task, *, foreign: bool = False) -> pl.DataFram
 
 def _completed(frame: pl.DataFrame, wanted: pl.Schema, others: Sequence[str]) -> pl.DataFrame:
     """With nulls in the columns that may be missing."""
-    absent = [name for name in (*others, "seen", "prompt") if name not in frame.columns]
+    absent = [name for name in (*others, "seen", *HASHES) if name not in frame.columns]
     return frame.with_columns(pl.lit(None, dtype=wanted[name]).alias(name) for name in absent)
 
 
@@ -551,6 +558,42 @@ def _converted(frame: pl.DataFrame, wanted: pl.Schema, path: Path) -> pl.DataFra
 
 def _shown(schema: pl.Schema) -> str:
     return ", ".join(f"{name} {kind}" for name, kind in schema.items())
+
+
+def write_logits(path: Path, ids: pl.Series, logits: Probabilities, hashes: pl.DataFrame) -> None:
+    """Write the logits that scores were made of as parquet, atomically: they know no temperature yet.
+
+    The columns: `id`, `HASHES` UInt64, and `logits` List(List(Float64)), an order's classes in its own columns.
+
+    Args:
+        path: the file.
+        ids: `(N,)`.
+        logits: `(N, O, C)`, order AB and, where the task can swap, order BA.
+        hashes: `identity.row_hashes` of the rows.
+    """
+    cells = pl.Series("logits", logits.tolist(), dtype=_LOGITS)
+    with atomic_file(path) as temporary:
+        pl.DataFrame([ids, *hashes.select(*HASHES), cells]).write_parquet(temporary)
+
+
+def read_logits(path: Path, task: Task) -> pl.DataFrame:
+    """Read what `write_logits` wrote.
+
+    Raises:
+        DataError: the file can't be read, is no table of logits of this task, or its ids stand twice.
+    """
+    frame = load(path)
+    wanted = pl.Schema([("id", pl.String()), *((name, pl.UInt64()) for name in HASHES), ("logits", _LOGITS)])
+    if frame.schema != wanted:
+        what = f"the file has {_shown(frame.schema)}; logits have {_shown(wanted)}"
+        raise DataError(what, where=path, remedy="run `pairclf cv` again, which writes it")
+    shapes = {(len(orders), len(classes)) for orders in frame["logits"].to_list() for classes in orders}
+    expected = {(1 + task.swappable, len(task.classes))}
+    if shapes - expected:
+        what = f"the logits have shapes {sorted(shapes)} a row; task {task.name!r} has {sorted(expected)}"
+        raise DataError(what, where=path, remedy="give logits that were written for this task")
+    refuse(_repeated(frame["id"], "the logits"), path)
+    return frame
 
 
 def class_matrix(scores: pl.DataFrame, task: Task) -> Probabilities:

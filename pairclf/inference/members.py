@@ -162,12 +162,6 @@ def open_ensemble(paths: Sequence[Path], base: Path | None, overrides: Sequence[
         )
     members = tuple(_open(one, place, base, overrides) for place, one in enumerate(file.members))
     task = _agreed(members)
-    if task.multi_label and file.temperature != 1:
-        raise ConfigError(
-            f"temperature={file.temperature} needs probabilities that sum to 1; this task has several labels a row",
-            where=paths[0],
-            remedy="remove it",
-        )
     prior = np.average([one.manifest.prior for one in members], axis=0, weights=[one.weight for one in members])
     return Ensemble(members, file.temperature, task, prior)
 
@@ -263,9 +257,8 @@ def blended(per_member: Sequence[Floats], ensemble: Ensemble) -> Floats:
     sums = np.einsum("mn,mnc->nc", shares, np.where(known[:, :, None], given, 0.0))
     result = np.tile(ensemble.prior, (given.shape[1], 1))
     result[anybody] = sums[anybody] / shares.sum(axis=0)[anybody, None]
-    if ensemble.task.multi_label:
-        return result
-    result /= result.sum(axis=1, keepdims=True)
+    if not ensemble.task.multi_label:
+        result /= result.sum(axis=1, keepdims=True)
     if ensemble.temperature != 1:
-        result[anybody] = apply_temperature(result[anybody], ensemble.temperature)
+        result[anybody] = apply_temperature(result[anybody], ensemble.temperature, ensemble.task)
     return result

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from scipy.special import expit, softmax
 
 from pairclf.inference.backlog import Bools, Inputs, Ints
 from pairclf.inference.work import Floats
-from pairclf.scores.blend import unswap
 from pairclf.scores.metrics import entropy_of
+from pairclf.scores.probabilities import mean_of_orders
 from pairclf.task import AB, BA, Task
 
 
@@ -88,15 +87,7 @@ class Standing:
 
     def of_member(self, member: int) -> Floats:
         """`(N, C)`: the mean of the orders that are known, un-swapped; NaN where none is."""
-        scaled = self.logits(member) / self._judge.temperatures[member]
-        known = np.isfinite(scaled).all(axis=2, keepdims=True)
-        finite = np.where(known, scaled, 0.0)
-        each = expit(finite) if self._task.multi_label else softmax(finite, axis=2)
-        if each.shape[1] > BA:
-            each[:, BA] = unswap(each[:, BA], self._task)
-        count = known.sum(axis=1)
-        mean: Floats = np.where(known, each, 0.0).sum(axis=1) / np.maximum(count, 1)
-        return np.where(count > 0, mean, np.nan)
+        return mean_of_orders(self.logits(member), self._task, self._judge.temperatures[member])
 
     def probabilities(self, members: int | None = None) -> Floats:
         """`(N, C)`, every row finite: the blend of what is known; of the first `members` alone, if given."""

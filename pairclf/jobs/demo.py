@@ -21,8 +21,8 @@ from pairclf.data.folds import report
 from pairclf.data.tables import class_matrix
 from pairclf.files import write_json
 from pairclf.jobs.cv import cross_validate
-from pairclf.jobs.evaluate import Evaluation, evaluate, render
-from pairclf.jobs.run import OOF, OOF_AB, folds_of, labelled_rows, output_of
+from pairclf.jobs.evaluate import Evaluation, evaluate, out_of_fold, render
+from pairclf.jobs.run import folds_of, labelled_rows, output_of
 from pairclf.packaging.build import package
 from pairclf.packaging.sources import shipped
 from pairclf.rehearsal.play import SUBMISSION
@@ -52,11 +52,9 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
     with clock.stage("training: NF4 QLoRA, fold by fold, and out-of-fold scores"):
         bundles = cross_validate(config, resume=False)
     with clock.stage("evaluation"):
-        run = output_of(config)
-        judged = evaluate(
-            labelled_rows(config), run / OOF, config.task, one_order=run / OOF_AB, truth=data / "truth.parquet"
-        )
-        output.print(render(judged))
+        scores = out_of_fold(output_of(config), config.task, config.predict.temperature)
+        judged = evaluate(labelled_rows(config), scores, config.task, truth=data / "truth.parquet")
+        output.print(render(judged, config.task))
     with clock.stage("packaging: notebook, bundles, wheels"):
         kaggle = ["package.owner=somebody", f"package.pythons=[{', '.join(pythons())}]"]
         package(load_config(shipped(CONFIG), [*own, *kaggle, *overrides]), bundles, built)

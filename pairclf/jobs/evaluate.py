@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,30 +13,47 @@ from polars.exceptions import PolarsError
 from rich.table import Table
 
 from pairclf.console import table
-from pairclf.data.tables import read_scores
+from pairclf.data.identity import refuse_other_rows
+from pairclf.data.tables import HASHES, class_matrix, read_logits, read_scores
 from pairclf.errors import DataError
+from pairclf.jobs.run import OOF, OOF_LOGITS
 from pairclf.scores.calibration import apply_temperature, fit_temperature
-from pairclf.scores.metrics import (
-    Floats,
-    accuracy,
-    class_prior,
-    entropy,
-    expected_calibration_error,
-    log_loss,
-    way_to_best,
-)
+from pairclf.scores.metrics import Floats, class_prior, entropy, measure, title, way_to_best
+from pairclf.scores.probabilities import mean_of_orders
 from pairclf.task import Task
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """Scores to judge, at any temperature.
+
+    Attributes:
+        rows: `id` and the columns of `tables.HASHES`.
+        at: the probabilities `(N, C)` that a temperature leads to, in the place where it will be applied.
+        temperature: the one to judge.
+        one_order: probabilities `(N, C)` of the first order alone; None: not known, or there is no other.
+        setting: what the temperature is a setting of, for people.
+        where: the file.
+    """
+
+    rows: pl.DataFrame
+    at: Callable[[float], Floats]
+    temperature: float
+    one_order: Floats | None
+    setting: str
+    where: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Figures of one table of scores; log losses in nats a row.
+    """Figures of one table of scores; log losses in nats a row. Rows count as their weights say.
 
     Attributes:
         one_order: log loss of the first order alone; `swap_gain` is what averaging both orders saved.
         best: the lowest expected log loss that any model can have, where the true probabilities are known.
         way: the part of the way from the prior's to the best log loss.
-        temperature: what the logits should be divided by, fitted on these very rows; `log_loss_at_it` is its loss.
+        temperature: of the lowest log loss on these very rows, `log_loss_at_it`; `setting` says what to set to it.
+        weighted: rows have different weights.
     """
 
     rows: int
@@ -45,99 +64,145 @@ class Evaluation:
     calibration_error: float
     temperature: float
     log_loss_at_it: float
+    setting: str
+    weighted: bool
     one_order: float | None = None
     swap_gain: float | None = None
     best: float | None = None
     way: float | None = None
 
-    def as_dict(self) -> dict[str, float | None]:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def evaluate(
-    labelled: pl.DataFrame, scores: Path, task: Task, *, one_order: Path | None = None, truth: Path | None = None
-) -> Evaluation:
-    """Judge the rows that have both a label and a score, joined on id.
+def out_of_fold(run: Path, task: Task, temperature: float) -> Scored:
+    """The out-of-fold scores of a run, made of its logits at `temperature`, as `predict.temperature` makes them.
+
+    A run of an older pairclf has no logits: its scores are judged as they are.
+
+    Raises:
+        DataError: as `read_logits` and `scored`.
+    """
+    path = run / OOF_LOGITS
+    if not path.is_file():
+        return scored(run / OOF, task)
+    frame = read_logits(path, task)
+    logits = np.array(frame["logits"].to_list(), dtype=np.float64)
+    return Scored(
+        rows=frame.select("id", *HASHES),
+        at=lambda temperature: mean_of_orders(logits, task, temperature),
+        temperature=temperature,
+        one_order=mean_of_orders(logits[:, :1], task, temperature) if task.swappable else None,
+        setting="predict.temperature",
+        where=path,
+    )
+
+
+def scored(path: Path, task: Task) -> Scored:
+    """The scores of a file, as they are. Their temperature is an ensemble's, which comes after all means.
+
+    It is on top of what the scores were made with: an ensemble's file that has one gets the product of both.
+
+    Raises:
+        DataError: as `read_scores`.
+    """
+    frame = read_scores(path, task)
+    values = class_matrix(frame, task)
+    return Scored(
+        rows=frame.select("id", *HASHES),
+        at=lambda temperature: apply_temperature(values, temperature, task),
+        temperature=1.0,
+        one_order=None,
+        setting="ensemble temperature",
+        where=path,
+    )
+
+
+def evaluate(labelled: pl.DataFrame, scores: Scored, task: Task, *, truth: Path | None = None) -> Evaluation:
+    """Judge the rows that have both a label and a score, joined on id and compared by their texts.
 
     Args:
         labelled: canonical table with targets.
-        scores: scores parquet.
-        one_order: scores of the first order alone, to tell what the swap gained.
+        scores: as `out_of_fold` or `scored` read them.
+        task: whose classes the columns are.
         truth: parquet with `id` and the true probability of each class (the synthetic arena has one).
 
     Raises:
-        DataError: a score has no label, or nothing is scored.
+        DataError: a score has no label, is another row's, or nothing is scored.
     """
-    scored = read_scores(scores, task)
-    ids, targets = _targets(labelled, scored, scores)
-    predicted = _aligned(scored, ids, task, scores)
-    prior = np.tile(class_prior(targets), (len(targets), 1))
-    loss, prior_loss = log_loss(predicted, targets), log_loss(prior, targets)
-    temperature = fit_temperature(predicted, targets)
-    single = (
-        None if one_order is None else log_loss(_aligned(read_scores(one_order, task), ids, task, one_order), targets)
-    )
-    best = None if truth is None else entropy(_aligned(_read_truth(truth, task), ids, task, truth))
+    refuse_other_rows(scores.rows, labelled, task, scores.where)
+    ids, targets, weights = _labels(labelled, scores)
+    prior = np.tile(class_prior(targets, weights), (len(targets), 1))
+    of_prior, found = (measure(one, targets, task, weights) for one in (prior, scores.at(scores.temperature)))
+    temperature = fit_temperature(scores.at, targets, task, weights)
+    single = None if scores.one_order is None else measure(scores.one_order, targets, task, weights)["log_loss"]
+    best = None if truth is None else _best_possible(truth, ids, weights, task)
     return Evaluation(
         rows=len(ids),
-        prior=prior_loss,
-        log_loss=loss,
-        accuracy=accuracy(predicted, targets),
-        prior_accuracy=accuracy(prior, targets),
-        calibration_error=expected_calibration_error(predicted, targets),
+        prior=of_prior["log_loss"],
+        log_loss=found["log_loss"],
+        accuracy=found["accuracy"],
+        prior_accuracy=of_prior["accuracy"],
+        calibration_error=found["expected_calibration_error"],
         temperature=temperature,
-        log_loss_at_it=log_loss(apply_temperature(predicted, temperature), targets),
+        log_loss_at_it=measure(scores.at(temperature), targets, task, weights)["log_loss"],
+        setting=scores.setting,
+        weighted=bool(np.ptp(weights) > 0),
         one_order=single,
-        swap_gain=None if single is None else single - loss,
+        swap_gain=None if single is None else single - found["log_loss"],
         best=best,
-        way=None if best is None else way_to_best(loss, prior_loss, best),
+        way=None if best is None else way_to_best(found["log_loss"], of_prior["log_loss"], best),
     )
 
 
-def _read_truth(path: Path, task: Task) -> pl.DataFrame:
+def _labels(labelled: pl.DataFrame, scores: Scored) -> tuple[list[str], Floats, Floats]:
+    """Ids, targets `(N, C)` and weights `(N,)` of the rows that are scored, in the order of the scores."""
+    columns = labelled.select("id", "target", "weight")
+    joined = scores.rows.select("id").join(columns, on="id", how="left", maintain_order="left")
+    if unknown := joined.filter(pl.col("target").is_null())["id"].to_list():
+        raise DataError(
+            "scored rows have no label",
+            where=scores.where,
+            rows=unknown,
+            remedy="give the labelled file they were made from",
+        )
+    if joined.is_empty():
+        raise DataError("there is nothing to evaluate: no row is scored", where=scores.where)
+    return joined["id"].to_list(), np.array(joined["target"].to_list()), joined["weight"].to_numpy()
+
+
+def _best_possible(path: Path, ids: list[str], weights: Floats, task: Task) -> float:
+    """Log loss of the true probabilities in a parquet file."""
     try:
         truth = pl.read_parquet(path, glob=False)
     except (OSError, PolarsError) as error:
         raise DataError(f"true probabilities can't be read: {error}", where=path) from error
     if lacking := {"id", *task.classes} - set(truth.columns):
         raise DataError(f"true probabilities lack the columns {sorted(lacking)}", where=path)
-    return truth
-
-
-def _targets(labelled: pl.DataFrame, scored: pl.DataFrame, where: Path) -> tuple[list[str], Floats]:
-    joined = scored.select("id").join(labelled.select("id", "target"), on="id", how="left", maintain_order="left")
-    if unknown := joined.filter(pl.col("target").is_null())["id"].to_list():
-        raise DataError(
-            "scored rows have no label", where=where, rows=unknown, remedy="give the labelled file they were made from"
-        )
-    if joined.is_empty():
-        raise DataError("there is nothing to evaluate: no row is scored", where=where)
-    return joined["id"].to_list(), np.array(joined["target"].to_list(), dtype=np.float64)
-
-
-def _aligned(frame: pl.DataFrame, ids: list[str], task: Task, where: Path) -> Floats:
-    """Class columns of `frame` in the order of `ids`, joined on id."""
     wanted = pl.DataFrame({"id": ids})
-    joined = wanted.join(frame.select("id", *task.classes), on="id", how="left", maintain_order="left")
+    joined = wanted.join(truth.select("id", *task.classes), on="id", how="left", maintain_order="left")
     if missing := joined.filter(pl.any_horizontal(pl.all().is_null()))["id"].to_list():
-        raise DataError("rows are missing", where=where, rows=missing, remedy="score all of them, or give another file")
-    return joined.select(task.classes).to_numpy()
+        raise DataError("rows are missing", where=path, rows=missing, remedy="give true probabilities of all of them")
+    return entropy(class_matrix(joined, task), weights, multi_label=task.multi_label)
 
 
-def render(evaluation: Evaluation) -> Table:
+def render(evaluation: Evaluation, task: Task) -> Table:
     """The figures as a table, from the prior to the best."""
-    shown = table(f"Evaluation of {evaluation.rows:,} rows", "", "log loss", "accuracy")
+    columns = (title("log_loss", task), title("accuracy", task))
+    shown = table(f"Evaluation of {evaluation.rows:,} rows", "", *columns)
     shown.add_row("class prior", f"{evaluation.prior:.4f}", f"{evaluation.prior_accuracy:.4f}")
     if evaluation.one_order is not None:
         shown.add_row("model, one order", f"{evaluation.one_order:.4f}", "")
     shown.add_row("model", f"{evaluation.log_loss:.4f}", f"{evaluation.accuracy:.4f}", style="bold")
-    shown.add_row(f"model at temperature {evaluation.temperature:.2f}", f"{evaluation.log_loss_at_it:.4f}", "")
+    shown.add_row(f"model at {evaluation.setting} {evaluation.temperature:.3g}", f"{evaluation.log_loss_at_it:.4f}", "")
     if evaluation.best is not None:
         shown.add_row("best possible", f"{evaluation.best:.4f}", "")
-    notes = [f"expected calibration error {evaluation.calibration_error:.4f}"]
+    notes = [f"{title('expected_calibration_error', task)} {evaluation.calibration_error:.4f}"]
     if evaluation.swap_gain is not None:
         notes.append(f"the swap gained {evaluation.swap_gain:.4f}")
     if evaluation.way is not None:
         notes.append(f"{evaluation.way:.0%} of the way from the prior to the best possible")
+    if evaluation.weighted:
+        notes.append("rows count by their weight")
     shown.caption, shown.caption_justify = "; ".join(notes), "left"
     return shown

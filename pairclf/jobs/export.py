@@ -23,7 +23,7 @@ from pairclf.files import atomic_folder
 from pairclf.jobs.fit import free_memory
 from pairclf.jobs.inputs import encoded_rows
 from pairclf.jobs.merge import check_choice, check_folders, load_whole, without_adapter
-from pairclf.jobs.proof import Sample, draw, draw_unseen, judge, logits_of, measure, probabilities_of, reference, render
+from pairclf.jobs.proof import Sample, compare, draw, draw_unseen, judge, logits_of, probabilities_of, reference, render
 from pairclf.jobs.run import Paths, bundles_of, labelled_rows, output_of
 from pairclf.jobs.scoring import items_of
 from pairclf.model.backbone import load_base, load_tokenizer, pick_device, stored_weights
@@ -84,14 +84,14 @@ def export(
         free_memory()
         probed = items_of(source.builder().encode([probe.row() for probe in source.manifest.probes]), orders=2)
         logits, of_probes = logits_of(open_bundle(new), [sample.items, probed], None)
-        after, several = probabilities_of(source, sample, logits), config.task.multi_label
-        shift = measure(sample, reference([source], sample, base), after, parts=1, several=several, done="exported")
+        after, task = probabilities_of(source, sample, logits), config.task
+        shift = compare(sample, reference([source], sample, base), after, task, parts=1, done="exported")
         probes = _with_logits(source.manifest.probes, probed, of_probes)
         change = _largest_change(source.manifest.probes, probes)
         size, was = (
             sum(one.stat().st_size for one in folder.rglob("*.safetensors")) for folder in (new, source.folder)
         )
-        console.print(render(shift))
+        console.print(render(shift, task))
         console.print(f"largest change of a logit on {len(probes)} probe rows: {change:.4f}")
         judge(shift, max_shift, out)
         amend(

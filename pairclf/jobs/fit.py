@@ -15,24 +15,25 @@ import torch
 
 from pairclf.config import Config
 from pairclf.console import console
-from pairclf.data.folds import prompt_hashes
-from pairclf.data.tables import scores_frame, to_rows, write_scores
+from pairclf.data.identity import prompt_marks, row_hashes
+from pairclf.data.tables import scores_frame, to_rows, write_logits, write_scores
 from pairclf.errors import BundleError, ConfigError
 from pairclf.files import atomic_folder, locked, write_json
 from pairclf.inputs.cache import EncodedRows
 from pairclf.jobs.checkpoints import CHECKPOINTS, discard, identity_of
 from pairclf.jobs.inputs import encoded_rows, open_inputs
 from pairclf.jobs.launch import make_accelerator, refuse_illegal
-from pairclf.jobs.run import OOF, OOF_AB, Paths, labelled_rows, output_of, split
-from pairclf.jobs.scoring import Floats, by_order, combine, items_of, probabilities, score, verify
+from pairclf.jobs.run import OOF, OOF_AB, OOF_LOGITS, Paths, labelled_rows, output_of, split
+from pairclf.jobs.scoring import Floats, by_order, items_of, score, verify
 from pairclf.jobs.step import HeldOut, fingerprint, prepare
 from pairclf.jobs.teachers import teachers_of
 from pairclf.jobs.train import train
 from pairclf.jobs.watch import check_trackers
 from pairclf.model.bundle import MANIFEST, Probe, open_bundle, write
 from pairclf.model.engine import Classifier
-from pairclf.scores.metrics import accuracy, class_prior, log_loss
-from pairclf.task import AB, Row
+from pairclf.scores.metrics import METRICS, class_prior, measure, title
+from pairclf.scores.probabilities import mean_of_orders
+from pairclf.task import AB, Row, Task
 
 PROBES = 8
 TRAINED = "trained.json"
@@ -42,8 +43,8 @@ def fit(config: Config, fold: int | None, *, resume: bool | None = None, trust_c
     """Train on all folds but `fold` (on all rows, if it is None) and write the bundle, verified by re-scoring.
 
     Beside the bundle stand `config.yaml`, `metrics.jsonl` and, where a fold was held out, its scores: `oof.parquet`
-    (both orders averaged) and `oof-ab.parquet` (the order of the file alone). `trained.json` says of what settings and
-    rows; a bundle of the very same is left as it is.
+    (both orders averaged), `oof-ab.parquet` (the order of the file alone) and `oof-logits.parquet`. `trained.json` says
+    of what settings and rows; a bundle of the very same is left as it is.
 
     Args:
         config: the resolved config.
@@ -96,7 +97,8 @@ def fit(config: Config, fold: int | None, *, resume: bool | None = None, trust_c
 
 def _held_out(config: Config, held_out: pl.DataFrame, encoded: EncodedRows) -> HeldOut:
     rows = to_rows(held_out, config.task)
-    return HeldOut(encoded.of(held_out["id"]), _targets(held_out), fingerprint(rows))
+    weights = held_out["weight"].to_numpy()
+    return HeldOut(encoded.of(held_out["id"]), _targets(held_out), weights, fingerprint(rows))
 
 
 def _is_done(paths: Paths, identity: dict[str, Any]) -> bool:
@@ -135,9 +137,9 @@ def _save(
     rows = to_rows(to_score, config.task)
     items = items_of(encoded.of(to_score["id"]), orders=2)
     logits = score(classifier, items, tokens_per_batch=config.predict.tokens_per_batch, title="score")
-    orders = by_order(items, logits, len(rows))
-    metrics = {} if held_out is None else _write_held_out(config, paths, held_out, orders)
-    probes = pick_probes(rows, [len(item.ids) for item in items if item.order == AB], orders)
+    by_row = by_order(items, logits, len(rows))
+    metrics = {} if held_out is None else _write_held_out(config, paths, held_out, by_row)
+    probes = pick_probes(rows, [len(item.ids) for item in items if item.order == AB], by_row)
     with atomic_folder(paths.bundle, known_by=MANIFEST) as new:
         write(
             new,
@@ -149,25 +151,29 @@ def _save(
             metrics=metrics,
             prior=class_prior(_targets(training), training["weight"]).tolist(),
             probes=probes,
-            trained_on=prompt_hashes(training, config.task),
+            trained_on=prompt_marks(training, config.task),
         )
         device = classifier.device
         del classifier
         free_memory()
         difference = _prove(new, device)
-    shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "rows")
+    shown = ", ".join(f"{_title(name, config.task)} {value:.4f}" for name, value in metrics.items() if name != "rows")
     console.print(f"saved and re-scored {paths.bundle} (logits differ by {difference:.1g}) {shown}")
 
 
-def pick_probes(rows: Sequence[Row], lengths: Sequence[int], orders: Sequence[Floats]) -> list[Probe]:
-    """Up to eight rows, from the shortest to the longest, with their logits in each order."""
+def _title(name: str, task: Task) -> str:
+    return title(name, task) if name in METRICS else name.replace("_", " ")
+
+
+def pick_probes(rows: Sequence[Row], lengths: Sequence[int], logits: Floats) -> list[Probe]:
+    """Up to eight rows, from the shortest to the longest, with their logits in each order, of all rows' `(N, O, C)`."""
     ranked = sorted(range(len(rows)), key=lambda row: (lengths[row], row))
     chosen = dict.fromkeys(ranked[round(at)] for at in np.linspace(0, len(ranked) - 1, PROBES))
     return [
         Probe(
             id=rows[row].id,
             fields={name: list(turns) for name, turns in rows[row].fields.items()},
-            logits=[one[row].tolist() for one in orders],
+            logits=logits[row].tolist(),
         )
         for row in chosen
     ]
@@ -180,21 +186,23 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _write_held_out(config: Config, paths: Paths, held_out: pl.DataFrame, logits: Sequence[Floats]) -> dict[str, float]:
-    orders = probabilities(logits, config.task, config.predict.temperature)
-    ids, models = held_out["id"].to_list(), [f"fold{paths.fold}"]
-    averaged, targets, several = combine(orders, config.task), _targets(held_out), config.task.multi_label
-    hashes = prompt_hashes(held_out, config.task)
-    # `split` has asserted that no held-out prompt was trained on: seen=0.
-    for name, values, shown in ((OOF, averaged, len(orders)), (OOF_AB, orders[AB], 1)):
-        scored = scores_frame(ids, values, config.task, shown, models, seen=0, prompts=hashes)
-        write_scores(paths.folder / name, scored)
-    return {
-        "rows": float(len(ids)),
-        "log_loss": log_loss(averaged, targets, multi_label=several),
-        "log_loss_one_order": log_loss(orders[AB], targets, multi_label=several),
-        "accuracy": accuracy(averaged, targets, multi_label=several),
-    }
+def _write_held_out(config: Config, paths: Paths, held_out: pl.DataFrame, logits: Floats) -> dict[str, float]:
+    """Write the scores of the held-out rows, made of their logits `(N, O, C)`, and measure them."""
+    task, temperature = config.task, config.predict.temperature
+    ids, models, hashes = held_out["id"], [f"fold{paths.fold}"], row_hashes(held_out, config.task)
+    targets, weights = _targets(held_out), held_out["weight"]
+    write_logits(paths.folder / OOF_LOGITS, ids, logits, hashes)
+    figures = {}
+    for name, shown in ((OOF, logits.shape[1]), (OOF_AB, 1)):
+        values = mean_of_orders(logits[:, :shown], task, temperature)
+        # `split` has asserted that no held-out prompt was trained on: seen=0.
+        write_scores(
+            paths.folder / name,
+            scores_frame(ids.to_list(), values, task, shown, models, seen=0, hashes=hashes),
+        )
+        figures[name] = measure(values, targets, task, weights)
+    one_order = {"log_loss_one_order": figures[OOF_AB]["log_loss"]}
+    return {"rows": float(len(ids)), **figures[OOF], **one_order}
 
 
 def _targets(frame: pl.DataFrame) -> Floats:

@@ -24,7 +24,7 @@ from pairclf.console import console
 from pairclf.errors import BundleError, ConfigError
 from pairclf.files import atomic_folder
 from pairclf.jobs.fit import free_memory, pick_probes
-from pairclf.jobs.proof import Sample, draw, judge, logits_of, measure, probabilities_of, reference, render
+from pairclf.jobs.proof import Sample, compare, draw, judge, logits_of, probabilities_of, reference, render
 from pairclf.jobs.run import Paths, bundles_of, output_of
 from pairclf.jobs.scoring import Floats, by_order
 from pairclf.model.backbone import add_adapters, empty_model, load_tokenizer, pick_device, read_settings, resolve_base
@@ -85,9 +85,9 @@ def merge(
         free_memory()
         logits = logits_of(open_bundle(new), [sample.items], base)[0]
         after = probabilities_of(bundles[0], sample, logits)
-        before, several = reference(bundles, sample, base), config.task.multi_label
-        shift = measure(sample, before, after, parts=len(parts), several=several, done="merged", drift=drift)
-        console.print(render(shift))
+        before = reference(bundles, sample, base)
+        shift = compare(sample, before, after, config.task, parts=len(parts), done="merged", drift=drift)
+        console.print(render(shift, config.task))
         judge(shift, max_shift, out)
         amend(new, metrics=shift.metrics, probes=_probes(sample, logits))
     console.print(f"saved {out}, scored as it was read back: log loss moved by {shift.moved:+.5f}")
@@ -268,7 +268,7 @@ def _build(
     fold = first.manifest.fold if len(parts) == 1 else None
     seen = [part.bundle.trained_on() for part in parts]
     known = [one for one in seen if one is not None]
-    trained_on = pl.concat(known) if len(known) == len(seen) else None
+    trained_on = pl.concat(known, how="diagonal") if len(known) == len(seen) else None
     prior = np.mean([part.bundle.manifest.prior for part in parts], axis=0).tolist()
     write(
         new,

@@ -27,7 +27,7 @@ from pairclf import __version__
 from pairclf.config import Config
 from pairclf.console import Advance, console, progress, table
 from pairclf.data.audit import Finding, joined, note_changes
-from pairclf.data.folds import prompt_hashes
+from pairclf.data.identity import prompt_marks, row_hashes, seen_by
 from pairclf.data.tables import check_ids, scores_frame, write_scores
 from pairclf.errors import ConfigError, IncompleteError, StopError
 from pairclf.files import check_file_target, sha256_file
@@ -115,14 +115,16 @@ def predict(
             at_once = sample is not None and not out.exists()
             if at_once:
                 sink.write_prior(ensemble.prior)
-            rows = _read(ensemble.members[0].config, data)
+            rows = _read(ensemble.members[0].config, data, marked=scores is not None)
             check_ids(rows.ids, ensemble.task, sample)
             sink.ids = rows.ids
             if not at_once:  # a file that is there may be a good one: it is looked at when the ids are known
                 sink.begin(ensemble.prior)
             bundles = _proven(ensemble.members)
+            # Now, as no time is kept for it at the end.
+            seen = None if rows.marks is None else _seen(bundles, rows.marks)
             outcome = _conduct(ensemble, data, work, overrides, journal, sink, end, clock)
-            found = _scores(ensemble, bundles, rows, outcome.standing)
+            found = _scores(ensemble, rows, outcome.standing, seen)
             sink.close(outcome.standing.probabilities())
         if scores is not None:
             write_scores(scores, found)
@@ -161,19 +163,21 @@ class _Rows:
     """What is kept of the rows, besides their tokens on disk."""
 
     ids: list[str]
-    prompts: pl.Series
+    hashes: pl.DataFrame
+    marks: pl.DataFrame | None
 
 
-def _read(config: Config, data: Path) -> _Rows:
-    """Go through the file once: ids, hashes of prompts, and a note of what is repaired."""
+def _read(config: Config, data: Path, *, marked: bool) -> _Rows:
+    """Go through the file once: ids, hashes, marks of prompts if the scores are to be kept, and what is repaired."""
     ids: list[str] = []
-    prompts = [pl.Series("prompt", [], dtype=pl.UInt64)]
-    findings: list[Finding] = []
+    hashes, marks, findings = list[pl.DataFrame](), list[pl.DataFrame](), list[Finding]()
     for frame in unlabelled(config, data, findings.extend)():
         ids += frame["id"].to_list()
-        prompts.append(prompt_hashes(frame, config.task))
+        hashes.append(row_hashes(frame, config.task))
+        if marked:
+            marks.append(prompt_marks(frame, config.task))
     note_changes(joined(findings))
-    return _Rows(ids, pl.concat(prompts))
+    return _Rows(ids, pl.concat(hashes), pl.concat(marks) if marked else None)
 
 
 def _proven(members: Sequence[Member]) -> list[Bundle]:
@@ -355,10 +359,10 @@ class _Bars(ExitStack):
 # --- after ---------------------------------------------------------------------------------------------------------
 
 
-def _scores(ensemble: Ensemble, bundles: Sequence[Bundle], rows: _Rows, standing: Standing) -> pl.DataFrame:
+def _scores(ensemble: Ensemble, rows: _Rows, standing: Standing, seen: Sequence[pl.Series] | None) -> pl.DataFrame:
     """The blend, with what stands behind each row: the prior alone has no order and no model."""
-    known = np.stack([standing.known(member).any(axis=1) for member in range(len(bundles))])  # (M, N)
-    names = [bundle.name for bundle in bundles]
+    names = [member.manifest.name for member in ensemble.members]
+    known = np.stack([standing.known(member).any(axis=1) for member in range(len(names))])  # (M, N)
     behind = [[name for name, did in zip(names, column, strict=True) if did] for column in known.T]
     return scores_frame(
         rows.ids,
@@ -366,21 +370,22 @@ def _scores(ensemble: Ensemble, bundles: Sequence[Bundle], rows: _Rows, standing
         ensemble.task,
         orders=standing.orders().tolist(),
         models=pl.Series("models", behind, dtype=pl.List(pl.String)),
-        seen=_seen(bundles, rows.prompts, known),
-        prompts=rows.prompts,
+        seen=None if seen is None else _models_that_saw(seen, known),
+        hashes=rows.hashes,
     )
 
 
-def _seen(
-    bundles: Sequence[Bundle], prompts: pl.Series, behind: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
-) -> pl.Series:
+def _seen(bundles: Sequence[Bundle], marks: pl.DataFrame) -> list[pl.Series]:
+    """For each bundle, whether it was trained on (nearly) the row's prompt; null where it does not know."""
+    return seen_by(marks, [one.trained_on() for one in bundles], [one.config.folds.near for one in bundles])
+
+
+def _models_that_saw(seen: Sequence[pl.Series], behind: np.ndarray[tuple[int, int], np.dtype[np.bool_]]) -> pl.Series:
     """How many of the models behind each row were trained on its prompt; null where one does not know."""
-    total = pl.repeat(0, len(prompts), dtype=pl.UInt16, eager=True)
-    for bundle, mine in zip(bundles, behind, strict=True):
-        trained_on = bundle.trained_on()
-        unknown = pl.repeat(None, len(prompts), dtype=pl.UInt16, eager=True)
-        own = unknown if trained_on is None else prompts.is_in(trained_on.implode()).cast(pl.UInt16)
-        total = total + own.zip_with(pl.Series(mine), pl.repeat(0, len(prompts), dtype=pl.UInt16, eager=True))
+    none = pl.repeat(0, behind.shape[1], dtype=pl.UInt16, eager=True)
+    total = none
+    for own, mine in zip(seen, behind, strict=True):
+        total = total + own.cast(pl.UInt16).zip_with(pl.Series(mine), none)
     return total
 
 

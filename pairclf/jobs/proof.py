@@ -13,18 +13,19 @@ from rich.table import Table
 
 from pairclf.config import Config
 from pairclf.console import table
-from pairclf.data.folds import prompt_hashes
+from pairclf.data.identity import prompt_marks, refuse_other_rows, seen_by
 from pairclf.data.tables import class_matrix, read_scores, to_rows
 from pairclf.errors import BundleError, DataError
 from pairclf.jobs.fit import free_memory
 from pairclf.jobs.inputs import encoded_rows
 from pairclf.jobs.run import OOF, labelled_rows
-from pairclf.jobs.scoring import Floats, by_order, combine, items_of, probabilities, score
+from pairclf.jobs.scoring import Floats, by_order, items_of, score
 from pairclf.model.backbone import pick_device
 from pairclf.model.batch import Item
 from pairclf.model.bundle import Bundle
-from pairclf.scores.metrics import accuracy, log_loss
-from pairclf.task import Row
+from pairclf.scores.metrics import measure, title
+from pairclf.scores.probabilities import mean_of_orders
+from pairclf.task import Row, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,10 @@ class Sample:
     def targets(self) -> Floats:
         return np.array([row.target for row in self.rows], dtype=np.float64)
 
+    @property
+    def weights(self) -> Floats:
+        return np.array([row.weight for row in self.rows], dtype=np.float64)
+
 
 def draw(config: Config, bundles: Sequence[Bundle], rows: int | None) -> Sample:
     """The rows that the folds of these bundles of a run held out (for a bundle of all rows, those), or `rows` of them.
@@ -116,9 +121,13 @@ def draw(config: Config, bundles: Sequence[Bundle], rows: int | None) -> Sample:
 
 
 def draw_unseen(config: Config, bundle: Bundle, rows: int | None) -> Sample:
-    """The labelled rows whose prompts a bundle was not trained on (all rows, if there are none), or `rows` of them."""
-    frame, seen = labelled_rows(config), bundle.trained_on()
-    unseen = frame.clear() if seen is None else frame.filter(~prompt_hashes(frame, config.task).is_in(seen.implode()))
+    """The labelled rows whose prompts, or nearly the same, a bundle was not trained on, or `rows` of them.
+
+    All labelled rows, if there are none such, or nobody knows.
+    """
+    frame = labelled_rows(config)
+    seen = seen_by(prompt_marks(frame, config.task), [bundle.trained_on()], [bundle.config.folds.near])[0]
+    unseen = frame.filter(~seen.fill_null(value=True))
     return _sample(config, bundle, frame, frame if unseen.is_empty() else unseen, rows, in_sample=unseen.is_empty())
 
 
@@ -152,7 +161,8 @@ def _out_of_fold(bundle: Bundle, labelled: pl.DataFrame) -> pl.DataFrame:
     """The scores that stand beside a fold's bundle, if they give the log loss that its manifest says."""
     path, task = bundle.folder.parent / OOF, bundle.config.task
     scores = read_scores(path, task)
-    joined = scores.join(labelled.select("id", "target"), on="id", how="left", maintain_order="left")
+    refuse_other_rows(scores, labelled, task, path)
+    joined = scores.join(labelled.select("id", "target", "weight"), on="id", how="left", maintain_order="left")
     if unknown := joined.filter(pl.col("target").is_null())["id"].to_list():
         raise DataError(
             "rows that the fold held out are not among the labelled rows",
@@ -160,12 +170,12 @@ def _out_of_fold(bundle: Bundle, labelled: pl.DataFrame) -> pl.DataFrame:
             rows=unknown,
             remedy="merge with the data and the rules that the fold was trained with",
         )
-    loss = log_loss(class_matrix(joined, task), np.array(joined["target"].to_list()), multi_label=task.multi_label)
+    loss = measure(class_matrix(joined, task), joined["target"].to_list(), task, joined["weight"])["log_loss"]
     said = bundle.manifest.metrics.get("log_loss", float("nan"))
     if not abs(loss - said) <= 1e-6:
         raise DataError(
             f"out-of-fold scores give log loss {loss:.6f}, and their bundle says {said:.6f}: they are not of one "
-            "training, or labels changed since",
+            "training, or labels or weights changed since",
             where=path,
             remedy="merge with the data that the fold was trained with, or train the fold again",
         )
@@ -184,7 +194,7 @@ def logits_of(bundle: Bundle, items: Sequence[list[Item]], base: Path | None) ->
 def probabilities_of(bundle: Bundle, sample: Sample, logits: Floats) -> Floats:
     """`(M, C)` logits of items -> `(N, C)` probabilities of rows, as `fit` makes them for its out-of-fold scores."""
     task, orders = bundle.config.task, by_order(sample.items, logits, len(sample.rows))
-    return combine(probabilities(orders, task, bundle.config.predict.temperature), task)
+    return mean_of_orders(orders, task, bundle.config.predict.temperature)
 
 
 def reference(bundles: Sequence[Bundle], sample: Sample, base: Path | None) -> Floats:
@@ -200,41 +210,43 @@ def reference(bundles: Sequence[Bundle], sample: Sample, base: Path | None) -> F
     return mean
 
 
-def measure(
+def compare(
     sample: Sample,
     before: Floats,
     after: Floats,
+    task: Task,
     *,
     parts: int,
-    several: bool,
     done: Literal["merged", "exported"],
     drift: float | None = None,
 ) -> Shift:
-    """Compare probabilities `(N, C)` before and after; `several`: the task has several labels a row."""
-    targets, change = sample.targets, np.abs(after - before)
+    """Measure probabilities `(N, C)` before and after."""
+    targets, weights, change = sample.targets, sample.weights, np.abs(after - before)
+    old, new = (measure(one, targets, task, weights) for one in (before, after))
+    known = sample.out_of_fold
     return Shift(
         parts=parts,
         rows=len(targets),
-        reference=log_loss(before, targets, multi_label=several),
-        after=log_loss(after, targets, multi_label=several),
-        reference_accuracy=accuracy(before, targets, multi_label=several),
-        after_accuracy=accuracy(after, targets, multi_label=several),
+        reference=old["log_loss"],
+        after=new["log_loss"],
+        reference_accuracy=old["accuracy"],
+        after_accuracy=new["accuracy"],
         largest=float(change.max()),
         mean=float(change.mean()),
-        out_of_fold=None if sample.out_of_fold is None else log_loss(sample.out_of_fold, targets, multi_label=several),
+        out_of_fold=None if known is None else measure(known, targets, task, weights)["log_loss"],
         drift=drift,
         in_sample=sample.in_sample,
         done=done,
     )
 
 
-def render(shift: Shift) -> Table:
+def render(shift: Shift, task: Task) -> Table:
     """The figures as a table, with what they are not below it."""
     of = "bundle" if shift.parts == 1 else "ensemble"
     shown = table(f"{shift.parts} bundle(s) {shift.done}, on {shift.rows:,} rows", "", of, shift.done, "change")
     for name, before, after in (
-        ("log loss", shift.reference, shift.after),
-        ("accuracy", shift.reference_accuracy, shift.after_accuracy),
+        (title("log_loss", task), shift.reference, shift.after),
+        (title("accuracy", task), shift.reference_accuracy, shift.after_accuracy),
     ):
         shown.add_row(name, f"{before:.5f}", f"{after:.5f}", f"{after - before:+.5f}")
     shown.add_row("largest change of a probability", "", "", f"{shift.largest:.5f}")

@@ -24,6 +24,7 @@ from pairclf.errors import ConfigError, DataError
 from pairclf.files import check_file_target
 from pairclf.jobs.teachers import out_of_sample
 from pairclf.scores.calibration import apply_temperature
+from pairclf.scores.metrics import likeliest
 from pairclf.task import Task
 
 PREFIX = "pseudo-"
@@ -75,7 +76,7 @@ def pseudo(
     note_changes(findings)
     kept, near_validation, near_test = _without_unseen(config, frame)
     fresh = kept.filter(_first_of_pairs(kept, task))
-    labels = apply_temperature(_all_scored(config, scores, fresh), temperature)
+    labels = apply_temperature(_all_scored(config, scores, fresh), temperature, task)
     sure = labels.max(axis=1, initial=0) >= min_confidence
     if not sure.any():
         raise DataError(
@@ -84,7 +85,7 @@ def pseudo(
             where=data,
             remedy="give other rows, or lower --min-confidence; to label the test rows themselves, set data.test=null",
         )
-    targets = np.eye(len(task.classes))[labels.argmax(axis=1)] if hard else labels
+    targets = np.eye(len(task.classes))[likeliest(labels)] if hard else labels
     write_rows(out, _training_rows(fresh, targets, weight).filter(pl.Series(sure)), task)
     counts = (len(kept) - len(fresh), int((~sure).sum()), int(sure.sum()))
     return Pseudo(len(frame), near_validation, near_test, *counts)

@@ -15,7 +15,7 @@ from pairclf.data.tables import read_rows
 from pairclf.errors import ConfigError, DataError
 from pairclf.files import locked
 
-FOLDS, OOF, OOF_AB = "folds.csv", "oof.parquet", "oof-ab.parquet"
+FOLDS, OOF, OOF_AB, OOF_LOGITS = "folds.csv", "oof.parquet", "oof-ab.parquet", "oof-logits.parquet"
 BUNDLE = "bundle"
 
 
@@ -118,12 +118,18 @@ def split(config: Config, frame: pl.DataFrame, fold: int | None) -> tuple[pl.Dat
         return frame, None
     if not 0 <= fold < config.folds.n:
         raise ConfigError(f"fold {fold} does not exist: folds are counted from 0 and folds.n={config.folds.n}")
-    folds = folds_of(config, frame)
-    joined = frame.join(folds.select("id", "fold"), on="id", how="left", maintain_order="left")
-    others = (pl.col("fold") >= 0) & (pl.col("fold") != fold)
-    held_out = joined.filter(pl.col("fold") == fold).drop("fold")
-    assert_no_leak(joined.filter(others), held_out, config.task, config.folds.near)
+    training, held_out = sides(frame, folds_of(config, frame), fold)
+    folded = training.filter(~pl.col("train_only"))
+    assert_no_leak(folded, held_out, config.task, config.folds.near)
     train_only = frame.filter("train_only")
     if len(train_only):
         assert_apart(train_only, frame.filter(~pl.col("train_only")), config.task, config.folds.near)
+    return training, held_out
+
+
+def sides(frame: pl.DataFrame, folds: pl.DataFrame, fold: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Training rows and held-out rows of a fold, as `split` has them, whether or not they share a prompt."""
+    joined = frame.join(folds.select("id", "fold"), on="id", how="left", maintain_order="left")
+    others = (pl.col("fold") >= 0) & (pl.col("fold") != fold)
+    held_out = joined.filter(pl.col("fold") == fold).drop("fold")
     return joined.filter(others | pl.col("train_only")).drop("fold"), held_out

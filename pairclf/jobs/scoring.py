@@ -1,5 +1,5 @@
-"""From rows to probabilities: encode, plan, run the classifier, undo the swap. Training validates with it,
-`verify` re-scores its probes with it, and `predict` is built on it: there is no second way to a score."""
+"""From rows to logits: encode, plan, run the classifier. Training validates with it, `verify` re-scores its probes with
+it, and `predict` is built on it: there is no second way to a score. `scores.probabilities` has the rest of the way."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from pairclf.inputs.render import Encoded
 from pairclf.model.batch import Item
 from pairclf.model.bundle import TOLERANCE, Bundle
 from pairclf.model.engine import Classifier, layout_of
-from pairclf.scores.blend import average_orders
-from pairclf.task import AB, Row, Task
+from pairclf.task import Row
 
 Floats = NDArray[np.float64]
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
@@ -179,24 +178,12 @@ def _batches(items: Sequence[Item], layout: str, budget: int) -> list[list[int]]
     ]
 
 
-def by_order(items: Sequence[Item], logits: Floats, rows: int) -> list[Floats]:
-    """Split logits `(N, C)` into one array `(rows, C)` an order, each indexed by row."""
-    orders = sorted({item.order for item in items})
-    split = [np.full((rows, logits.shape[1]), np.nan) for _ in orders]
+def by_order(items: Sequence[Item], logits: Floats, rows: int) -> Floats:
+    """Logits of items `(M, C)` as `(rows, O, C)`: each row's orders, in their own columns."""
+    split = np.full((rows, 1 + max(item.order for item in items), logits.shape[1]), np.nan)
     for item, values in zip(items, logits, strict=True):
-        split[item.order][item.row] = values
+        split[item.row, item.order] = values
     return split
-
-
-def probabilities(logits: Sequence[Floats], task: Task, temperature: float = 1.0) -> list[Floats]:
-    """Softmax (or sigmoid, for several labels at once) of each order's logits; still in each order's own columns."""
-    scaled = [torch.from_numpy(one / temperature) for one in logits]
-    return [(one.sigmoid() if task.multi_label else one.softmax(dim=-1)).numpy() for one in scaled]
-
-
-def combine(orders: Sequence[Floats], task: Task) -> Floats:
-    """One array `(N, C)` from each order's probabilities: order BA is un-swapped, then both are averaged."""
-    return orders[AB] if len(orders) == 1 else average_orders(orders[0], orders[1], task)
 
 
 def difference_of_probes(bundle: Bundle, classifier: Classifier) -> float:

@@ -69,6 +69,12 @@ def fingerprint(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_of_examples(rows: Sequence[Row], teachers: NDArray[np.float64] | None) -> str:
+    """`fingerprint` of training rows, and that of their teachers' probabilities `(N, C)` behind it."""
+    known = b"" if teachers is None else np.ascontiguousarray(teachers).tobytes()
+    return fingerprint(rows) + hashlib.sha256(known).hexdigest()
+
+
 def prepare(
     rows: Sequence[Row],
     encoded: Sequence[tuple[Encoded, ...]],
@@ -94,7 +100,6 @@ def prepare(
     if wrong := [row.id for row, weight in zip(rows, weights.tolist(), strict=True) if not 0 < weight < math.inf]:
         raise DataError("weights must be above zero and within float32's range", rows=wrong)
     task = config.task
-    known = b"" if teachers is None else np.ascontiguousarray(teachers).tobytes()
     targets = smoothed(torch.tensor([row.target for row in rows]), config.train.label_smoothing, task)
     return Examples(
         ids=[row.id for row in rows],
@@ -103,7 +108,7 @@ def prepare(
         targets=_both(targets, task.swapped_columns),
         weights=weights,
         teachers=None if teachers is None else _both(torch.from_numpy(teachers).float(), task.swapped_columns),
-        fingerprint=fingerprint(rows) + hashlib.sha256(known).hexdigest(),
+        fingerprint=fingerprint_of_examples(rows, teachers),
     )
 
 
@@ -114,10 +119,18 @@ def _both(columns: Tensor, swapped: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Rows that the training looks at and never learns from: as the model sees them, and their targets `(N, C)`."""
+    """Rows that the training looks at and never learns from.
+
+    Attributes:
+        encoded: as the model sees them.
+        targets: `(N, C)`.
+        weights: `(N,)`.
+        fingerprint: of all that the rows hold.
+    """
 
     encoded: Sequence[tuple[Encoded, ...]]
     targets: NDArray[np.float64]
+    weights: NDArray[np.float64]
     fingerprint: str
 
 

@@ -2,7 +2,7 @@
 
 A teacher that was trained on a row repeats its label: the student then learns the labels twice, and validation looks
 better than the leaderboard. So scores carry, for each row, how many models behind it were trained on its prompt
-(`seen`), and a hash of the prompt that was scored; both are checked here.
+(`seen`), and hashes of the row that was scored; both are checked here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pairclf.config import Config
 from pairclf.console import console
-from pairclf.data.folds import prompt_hashes
+from pairclf.data.identity import refuse_other_rows
 from pairclf.data.tables import class_matrix, read_scores
 from pairclf.errors import ConfigError, DataError, LeakError
 from pairclf.task import Task
@@ -75,36 +75,25 @@ def out_of_sample(path: Path, rows: pl.DataFrame, task: Task, *, unproven: bool)
 
     Raises:
         DataError: the file can't be read, has other classes, an id twice or a row that is no distribution, or its
-            scores are those of other rows with the same ids.
-        LeakError: a model behind a row's score was trained on a row with the same prompt; or nobody knows.
+            scores are those of other rows with the same ids, mirrored ones included.
+        LeakError: a model behind a row's score was trained on a row with (nearly) the same prompt; or nobody knows.
     """
     scores = read_scores(path, task, foreign=True)
+    refuse_other_rows(scores, rows, task, path)
     joined = rows.select("id").join(scores, on="id", how="left", maintain_order="left")
     scored = joined[task.classes[0]].is_not_null()
-    _refuse_other_rows(path, joined, prompt_hashes(rows, task))
     _refuse_in_sample(path, joined)
     if not unproven:
         _refuse_unknown(path, joined.filter(scored))
     return class_matrix(joined, task)
 
 
-def _refuse_other_rows(path: Path, joined: pl.DataFrame, prompts: pl.Series) -> None:
-    other = (joined["prompt"] != prompts).fill_null(value=False)
-    if other.any():
-        raise DataError(
-            f"{other.sum():,} rows have the id of a row here and another prompt: these are scores of other rows",
-            where=path,
-            rows=joined["id"].filter(other).to_list(),
-            remedy="give scores of these very rows; id_prefix of a source keeps ids of several files apart",
-        )
-
-
 def _refuse_in_sample(path: Path, joined: pl.DataFrame) -> None:
     inside = (joined["seen"] > 0).fill_null(value=False)
     if inside.any():
         raise LeakError(
-            f"{inside.sum():,} of these scores come from models that were trained on the very row, or on its prompt: "
-            "they repeat the labels",
+            f"{inside.sum():,} of these scores come from models that were trained on the very row, or on (nearly) its "
+            "prompt: they repeat the labels",
             where=path,
             rows=joined["id"].filter(inside).to_list(),
             remedy="score these rows out of fold: `pairclf cv` writes oof.parquet, or predict with bundles that never "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import chain, count, islice
 from pathlib import Path
@@ -31,20 +31,13 @@ from pairclf.jobs.optimizers import (
     set_rates,
     trained_weights,
 )
-from pairclf.jobs.scoring import Floats, by_order, combine, items_of, probabilities, score
+from pairclf.jobs.scoring import Floats, by_order, items_of, score
 from pairclf.jobs.step import Examples, HeldOut, Learner, Members, apply, within_memory
 from pairclf.jobs.watch import Log, Signals, announce, conclude, expect, signals, start_trackers
 from pairclf.model.backbone import checkpoint_gradients
 from pairclf.model.engine import Classifier, build
-from pairclf.scores.metrics import accuracy, expected_calibration_error, log_loss
-from pairclf.task import Task
-
-METRICS: dict[str, tuple[Callable[[Floats, Floats, Task], float], int]] = {
-    "log_loss": (lambda given, wanted, task: log_loss(given, wanted, multi_label=task.multi_label), -1),
-    "accuracy": (lambda given, wanted, task: accuracy(given, wanted, multi_label=task.multi_label), 1),
-    "expected_calibration_error": (lambda given, wanted, task: expected_calibration_error(given, wanted), -1),
-}
-"""What the looks at held-out rows may go by, and whether more (1) or less (-1) of it is better."""
+from pairclf.scores.metrics import METRICS, measure
+from pairclf.scores.probabilities import mean_of_orders
 
 
 def train(
@@ -202,12 +195,12 @@ def _take(learner: Learner, loss: float, state: State, members: Members) -> floa
 def _look(learner: Learner, held_out: HeldOut, checkpoints: Checkpoints, state: State, log: Log) -> None:
     """Score the held-out rows with the weights as they would be kept now, and remember the best."""
     settings = learner.config.train
-    metric, sign = METRICS[settings.metric]
     log.close(state.step)
     with learner.average.applied() if learner.average else nullcontext():
         rows, predicted = _predict(learner, held_out)
-        score = metric(predicted, held_out.targets[rows], learner.config.task)
-        if state.best is None or sign * (score - state.best.score) > 0:
+        figures = measure(predicted, held_out.targets[rows], learner.config.task, held_out.weights[rows])
+        score = figures[settings.metric]
+        if state.best is None or METRICS[settings.metric].better * (score - state.best.score) > 0:
             state.best, state.looks_since = Best(state.step, score), 0
             if settings.keep == "best" and learner.accelerator.is_main_process:
                 checkpoints.save_best(state, learner.weights)
@@ -226,8 +219,8 @@ def _predict(learner: Learner, held_out: HeldOut) -> tuple[list[int], Floats]:
         items = items_of([held_out.encoded[row] for row in mine], orders=2)
         tokens = config.predict.tokens_per_batch
         logits = score(learner.classifier, items, tokens_per_batch=tokens, visible=False)
-        orders = probabilities(by_order(items, logits, len(mine)), config.task, config.predict.temperature)
-        scored = list(zip(mine, combine(orders, config.task).tolist(), strict=True))
+        mean = mean_of_orders(by_order(items, logits, len(mine)), config.task, config.predict.temperature)
+        scored = list(zip(mine, mean.tolist(), strict=True))
     gathered = sorted(gather_object(scored))
     return [row for row, _ in gathered], np.array([predicted for _, predicted in gathered])
 

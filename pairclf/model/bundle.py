@@ -12,7 +12,7 @@ it did when it was validated:
                         own config.json says it may hold quantised weights (`pairclf export`)
     head.safetensors    float32; linear: weight (C, H) and bias (C,); two_layer: inner.weight (H, H), inner.bias (H,),
                         outer.weight (C, H), outer.bias (C,)
-    trained_on.parquet  hashes of the prompts that it was trained on (`prompt`, UInt64, sorted, each once)
+    trained_on.parquet  what `identity.prompt_marks` keeps of the prompts that it was trained on, sorted, each once
 
 Whoever shares a bundle can seal what he likes. So it holds these files and no others, none of them a link or a device;
 its adapter is built from config.yaml, and adapter_config.json must say the same; and its files can't let code be run,
@@ -77,6 +77,9 @@ _FILES = {
 
 _CODE = {"backbone": r"[A-Za-z_]\w*\.py", "tokenizer": r"[A-Za-z_]\w*\.py"}
 """What may be there besides, where the person at the command trusts the bundle's code."""
+
+_MARKS = ({"prompt": pl.UInt64}, {"prompt": pl.UInt64, "sample": pl.List(pl.UInt32)})
+"""Columns of `trained_on.parquet`, in older bundles and in newer ones."""
 
 _UNLIKE = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
 """What may differ between adapter_config.json and the adapter that config.yaml describes: nothing hangs on it."""
@@ -170,11 +173,13 @@ class Bundle:
         tokenizer = load_tokenizer(str(self.folder / "tokenizer"))
         return InputBuilder(tokenizer, self.config.task, self.config.inputs)
 
-    def trained_on(self) -> pl.Series | None:
-        """Hashes (`folds.prompt_hashes`) of the prompts that the model was trained on; None where nobody noted them.
+    def trained_on(self) -> pl.DataFrame | None:
+        """The prompts that the model was trained on, as `identity.prompt_marks` keeps them; None: nobody noted them.
+
+        An older bundle has their hashes alone, and no column `sample`.
 
         Raises:
-            BundleError: the file is no such list.
+            BundleError: the file is no such table.
         """
         path = self.folder / TRAINED_ON
         if not path.is_file():
@@ -182,9 +187,9 @@ class Bundle:
         try:
             told = pl.scan_parquet(path, glob=False)
             rows = told.select(pl.len()).collect().item()
-            if told.collect_schema() == {"prompt": pl.UInt64} and rows <= MAX_PROMPTS:
-                return told.collect()["prompt"]
-            what = f"it must hold the one column prompt, UInt64, and at most {MAX_PROMPTS:,} rows"
+            if told.collect_schema() in _MARKS and rows <= MAX_PROMPTS:
+                return told.collect()
+            what = f"it must hold the columns prompt (UInt64) and sample, and at most {MAX_PROMPTS:,} rows"
         except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             what = cut(error)
         raise BundleError(f"{TRAINED_ON} can't be used: {what}", where=path)
@@ -225,7 +230,7 @@ def write(
     metrics: dict[str, float],
     prior: Sequence[float],
     probes: Sequence[Probe],
-    trained_on: pl.Series | None = None,
+    trained_on: pl.DataFrame | None = None,
     stands_on: str | None = None,
 ) -> None:
     """Write a bundle into the empty folder `new`; the caller moves it to its place, once it has proven itself.
@@ -233,8 +238,8 @@ def write(
     A folder `backbone` that stands in `new`, as a quantiser wrote it, is left as it is; only the head is the
     classifier's then. `stands_on`: fingerprint of the base, where it need not be at hand.
 
-    `prior`: mean target `(C,)` of the training rows. `trained_on`: `folds.prompt_hashes` of all rows that any of the
-    weights was trained on. Without them the bundle can't say what it has seen, and its scores are refused as a
+    `prior`: mean target `(C,)` of the training rows. `trained_on`: `identity.prompt_marks` of all rows that any of
+    the weights was trained on. Without them the bundle can't say what it has seen, and its scores are refused as a
     teacher's.
     """
     config = _portable(config)
@@ -250,7 +255,7 @@ def write(
     tokenizer.save_pretrained(new / "tokenizer")
     _remove_unknown(new)
     if trained_on is not None:
-        trained_on.unique().sort().to_frame("prompt").write_parquet(new / TRAINED_ON)
+        trained_on.unique("prompt").sort("prompt").write_parquet(new / TRAINED_ON)
     (new / CONFIG).write_text(dump_config(config), encoding="utf-8")
     manifest = Manifest(
         format=FORMAT,

@@ -1,4 +1,4 @@
-"""Averages: over the two orders of one model, and over models; joined on id, never by position."""
+"""Averages over models, joined on id, never by position."""
 
 from __future__ import annotations
 
@@ -8,36 +8,11 @@ from operator import add
 
 import numpy as np
 import polars as pl
-from numpy.typing import ArrayLike
 
-from pairclf.data.tables import class_matrix, scores_frame
+from pairclf.data.tables import HASHES, class_matrix, scores_frame
 from pairclf.errors import DataError
-from pairclf.scores.metrics import Floats, checked_weights
+from pairclf.scores.metrics import checked_weights
 from pairclf.task import Task
-
-
-def unswap(scores: ArrayLike, task: Task) -> Floats:
-    """Scores `(..., C)` of order BA (probabilities or logits) in the columns of order AB; its own inverse.
-
-    >>> from pairclf.task import LMSYS
-    >>> unswap([[0.7, 0.2, 0.1]], LMSYS).tolist()
-    [[0.2, 0.7, 0.1]]
-    """
-    given = np.asarray(scores, dtype=np.float64)
-    return given[..., list(task.swapped_columns)]
-
-
-def average_orders(ab: ArrayLike, ba: ArrayLike, task: Task) -> Floats:
-    """Mean probabilities `(N, C)` of both orders; `ba` as the model gave it, not yet un-swapped.
-
-    Raises:
-        DataError: the two have different shapes.
-    """
-    first, second = np.asarray(ab, dtype=np.float64), unswap(ba, task)
-    if first.shape != second.shape:
-        raise DataError(f"orders AB and BA have shapes {first.shape} and {second.shape}; they must be alike")
-    mean: Floats = (first + second) / 2
-    return mean
 
 
 def blend(frames: Sequence[pl.DataFrame], task: Task, weights: Sequence[float] | None = None) -> pl.DataFrame:
@@ -74,20 +49,20 @@ def blend(frames: Sequence[pl.DataFrame], task: Task, weights: Sequence[float] |
     orders = np.min([frame["orders"].to_numpy() for frame in aligned], axis=0)
     models = pl.select(pl.concat_list([frame["models"] for frame in aligned])).to_series()
     seen = reduce(add, (frame["seen"] for frame in aligned))
-    prompts = reduce(_same_prompts, aligned)["prompt"]
+    hashes = reduce(_same_rows, aligned).select(*HASHES)
     return scores_frame(
-        ids["id"].to_list(), mean, task, orders=orders.tolist(), models=models, seen=seen, prompts=prompts
+        ids["id"].to_list(), mean, task, orders=orders.tolist(), models=models, seen=seen, hashes=hashes
     )
 
 
-def _same_prompts(first: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
-    """`first` with the hashes of prompts that `other` knows, too; both tables hold the same ids in the same order."""
-    unlike = (first["prompt"] != other["prompt"]).fill_null(value=False)
-    if unlike.any():
-        raise DataError(
-            f"{unlike.sum():,} rows have the same id in two tables, and different prompts",
-            rows=first["id"].filter(unlike).to_list(),
-            remedy="blend scores of the same test file",
-        )
-    known = first["prompt"].zip_with(first["prompt"].is_not_null(), other["prompt"])
-    return first.with_columns(known.alias("prompt"))
+def _same_rows(first: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
+    """`first` with the hashes that `other` knows, too; both tables hold the same ids in the same order."""
+    for name, what in HASHES.items():
+        unlike = (first[name] != other[name]).fill_null(value=False)
+        if unlike.any():
+            raise DataError(
+                f"{unlike.sum():,} rows have the same id in two tables, and different {what}s",
+                rows=first["id"].filter(unlike).to_list(),
+                remedy="blend scores of the same test file",
+            )
+    return first.with_columns(first[name].zip_with(first[name].is_not_null(), other[name]) for name in HASHES)

@@ -1,11 +1,19 @@
-"""Figures over `(N, C)` arrays of probabilities and soft targets, in the task's class order; losses in nats a row."""
+"""Figures over `(N, C)` arrays of probabilities and soft targets, in the task's class order; losses in nats a row.
+
+`measure` is how every command measures: training, cross-validation, evaluation and merging give the same rows the same
+figures. Where a task has several labels a row, each label is a yes or a no of its own.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pairclf.errors import DataError
+from pairclf.task import Task
 
 Floats = NDArray[np.float64]
 
@@ -42,22 +50,39 @@ def likeliest(probabilities: ArrayLike) -> NDArray[np.intp]:
 
     A row with two equal responses has equal chances for both, up to the order in which a machine adds numbers.
     """
-    given = np.asarray(probabilities, dtype=np.float64)
-    return np.asarray((given >= given.max(axis=1, keepdims=True) - TIE).argmax(axis=1))
+    return np.asarray(_best(np.asarray(probabilities, dtype=np.float64)).argmax(axis=1))
 
 
-def accuracy(probabilities: ArrayLike, targets: ArrayLike, *, multi_label: bool = False) -> float:
-    """Part of the rows whose `likeliest` class is the target's.
+def _best(values: Floats) -> NDArray[np.bool_]:
+    """`(..., C)`: which classes are the likeliest, of which there are several in a tie."""
+    return np.asarray(values >= values.max(axis=-1, keepdims=True) - TIE)
 
-    With `multi_label` the part of all labels that stand on the target's side of one half.
+
+def accuracy(
+    probabilities: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None, *, multi_label: bool = False
+) -> float:
+    """Part of the rows whose likeliest class is the target's; with `multi_label`, part of all labels that are right.
+
+    A tie counts as drawing one of its k classes would on average: each class of a tied target counts 1 / k, whichever
+    of them is predicted, and a tied prediction counts the mean of what its classes would. So the figure is the same
+    with the sides exchanged. A label is tied at one half. Without ties it is `sklearn.metrics.accuracy_score`.
+
+    Args:
+        probabilities: `(N, C)`.
+        targets: `(N, C)`.
+        weights: `(N,)` shares of the rows; None: alike.
+        multi_label: several classes may hold.
 
     Raises:
         DataError: as `log_loss`.
     """
     given, wanted = _pair(probabilities, targets)
     if multi_label:
-        return float(((given > 0.5) == (wanted > 0.5)).mean())
-    return float((likeliest(given) == likeliest(wanted)).mean())
+        given, wanted = (np.stack([one, 1 - one], axis=2) for one in (given, wanted))
+    chosen, best = _best(given), _best(wanted)
+    right = (chosen & best).sum(axis=-1) / (chosen.sum(axis=-1) * best.sum(axis=-1))
+    by_row = right.mean(axis=1) if multi_label else right
+    return float(np.average(by_row, weights=_weights(weights, len(by_row))))
 
 
 def class_prior(targets: ArrayLike, weights: ArrayLike | None = None) -> Floats:
@@ -71,13 +96,14 @@ def class_prior(targets: ArrayLike, weights: ArrayLike | None = None) -> Floats:
     return prior
 
 
-def entropy(probabilities: ArrayLike) -> float:
+def entropy(probabilities: ArrayLike, weights: ArrayLike | None = None, *, multi_label: bool = False) -> float:
     """Mean entropy of the rows: where they are the truth, no model's expected log loss is lower.
 
     Raises:
         DataError: as `log_loss`.
     """
-    return float(entropy_of(probabilities).mean())
+    nats = entropy_of(probabilities, multi_label=multi_label)
+    return float(np.average(nats, weights=_weights(weights, len(nats))))
 
 
 def entropy_of(probabilities: ArrayLike, *, multi_label: bool = False) -> Floats:
@@ -92,21 +118,93 @@ def entropy_of(probabilities: ArrayLike, *, multi_label: bool = False) -> Floats
     return nats
 
 
-def expected_calibration_error(probabilities: ArrayLike, targets: ArrayLike, bins: int = BINS) -> float:
+def expected_calibration_error(
+    probabilities: ArrayLike,
+    targets: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    multi_label: bool = False,
+    bins: int = BINS,
+) -> float:
     """How far the confidence in the likeliest class is off, averaged over equally wide bins of confidence.
 
-    A soft target counts as right in the part that it gives to the class chosen (Guo et al. 2017, eq. 3).
+    A soft target counts as right in the part that it gives to the class chosen (Guo et al. 2017, eq. 3); to the mean of
+    the classes, where they are tied. With `multi_label` it is the mean over the labels, each with two classes, yes and
+    no.
 
     Raises:
         DataError: as `log_loss`.
     """
     given, wanted = _pair(probabilities, targets)
-    chosen = likeliest(given)[:, None]
-    confidence = np.take_along_axis(given, chosen, axis=1)[:, 0]
-    right = np.take_along_axis(wanted, chosen, axis=1)[:, 0]
+    shares = _weights(weights, len(given))
+    shares = np.ones(len(given)) if shares is None else shares
+    if not multi_label:
+        return _calibration_error(given, wanted, shares, bins)
+    labels = [
+        _calibration_error(np.stack([p, 1 - p], axis=1), np.stack([t, 1 - t], axis=1), shares, bins)
+        for p, t in zip(given.T, wanted.T, strict=True)
+    ]
+    return float(np.mean(labels))
+
+
+def _calibration_error(given: Floats, wanted: Floats, weights: Floats, bins: int) -> float:
+    chosen, confidence = _best(given), given.max(axis=1)
+    right = (wanted * chosen).sum(axis=1) / chosen.sum(axis=1)
     place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    gaps = np.bincount(place, weights=confidence - right, minlength=bins)
-    return float(np.abs(gaps).sum() / len(given))
+    gaps = np.bincount(place, weights=weights * (confidence - right), minlength=bins)
+    return float(np.abs(gaps).sum() / weights.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A figure of scores against labels.
+
+    Attributes:
+        of: its function of probabilities `(N, C)`, targets `(N, C)` and weights `(N,)` or None; `multi_label` says
+            whether several classes may hold.
+        better: 1 where more of it is better, -1 where less of it is.
+        labels: how the labels of a row come together, where a task has several; for people.
+    """
+
+    of: Callable[..., float]
+    better: int
+    labels: str
+
+
+METRICS: dict[str, Metric] = {
+    "log_loss": Metric(log_loss, -1, "label sum"),
+    "accuracy": Metric(accuracy, 1, "label mean"),
+    "expected_calibration_error": Metric(expected_calibration_error, -1, "label mean"),
+}
+"""What is measured, by name: `train.metric` chooses one of them."""
+
+
+def measure(
+    probabilities: ArrayLike, targets: ArrayLike, task: Task, weights: ArrayLike | None = None
+) -> dict[str, float]:
+    """Every one of `METRICS`, by name.
+
+    Args:
+        probabilities: `(N, C)`.
+        targets: `(N, C)`.
+        task: whether a row has several labels.
+        weights: `(N,)` shares of the rows, as their column `weight` has them; None: alike.
+
+    Raises:
+        DataError: as `log_loss`.
+    """
+    several = task.multi_label
+    return {name: metric.of(probabilities, targets, weights, multi_label=several) for name, metric in METRICS.items()}
+
+
+def title(name: str, task: Task) -> str:
+    """A metric's name for people; for a task with several labels, with how they come together.
+
+    >>> title("log_loss", Task(name="t", fields=("text",), classes=("x", "y"), multi_label=True))
+    'log loss (label sum)'
+    """
+    words = name.replace("_", " ")
+    return f"{words} ({METRICS[name].labels})" if task.multi_label else words
 
 
 def way_to_best(loss: float, prior: float, best: float) -> float:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
@@ -231,6 +232,40 @@ def test_labels_of_several_classes() -> None:
     frame = canonical([("1", ["p"], ["x"], ["x"], [1.0, 1.0]), ("2", ["p"], ["x"], ["x"], [1.0, 0.0])])
     cleaned, _ = clean(frame, task, Rules(conflicting_label="fix"), labelled=True)
     assert cleaned["target"].to_list() == [[1.0, 0.5]] * 2
+
+
+VOTE = st.tuples(
+    st.booleans(),
+    st.sampled_from([A, B, TIE, [0.6, 0.4, 0.0]]),
+    st.floats(0.01, 3),
+)
+
+
+@given(st.lists(VOTE, min_size=2, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_conflicting_labels_become_their_weighted_mean_over_both_orders(votes: list[Any]) -> None:
+    """A mirrored row votes with its label mirrored: 1 vote against 3 is a quarter, a weight of 0.01 next to none."""
+    swap = LMSYS.swap_target
+    rows: list[Cells] = [
+        (str(row), ["p"], *((["y"], ["x"]) if mirrored else (["x"], ["y"])), target)
+        for row, (mirrored, target, _) in enumerate(votes)
+    ]
+    other: Cells = ("other", ["q"], ["x"], ["y"], A)
+    frame = canonical([*rows, other]).with_columns(weight=pl.Series([*(weight for *_, weight in votes), 1.0]))
+    cleaned, _ = clean(frame, LMSYS, Rules(conflicting_label="fix"), labelled=True)
+    turned = [swap(target) if mirrored else tuple(target) for mirrored, target, _ in votes]
+    mean = np.average(turned, axis=0, weights=[weight for *_, weight in votes])
+    for (mirrored, target, _), found in zip(votes, cleaned["target"].to_list(), strict=False):
+        wanted = target if len(set(turned)) == 1 else swap(mean) if mirrored else mean
+        assert found == pytest.approx(wanted, abs=1e-12)
+    assert cleaned["target"].to_list()[-1] == A
+    assert clean(cleaned, LMSYS, Rules(conflicting_label="fix"), labelled=True)[0].equals(cleaned)
+
+
+def test_a_mirror_with_the_same_verdict_is_no_conflict() -> None:
+    rows: list[Cells] = [("1", ["p"], ["x"], ["y"], A), ("2", ["p"], ["y"], ["x"], B)]
+    assert "conflicting_label" not in met(canonical(rows))
+    assert met(canonical([*rows, ("3", ["p"], ["y"], ["x"], A)]))["conflicting_label"] == {"1", "2", "3"}
 
 
 TURN = st.sampled_from([None, "", " ", "x", "y", "\x07", "x\x07"])

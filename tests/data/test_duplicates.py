@@ -198,7 +198,7 @@ def test_far_and_short_prompts_stay_apart() -> None:
 
 def test_near_names_one_prompt_a_label() -> None:
     prompts = [" ".join([*some_words(30), end]) for end in ("one", "two", "three", "four")]
-    index, labels = NearIndex(prompts, 0.8), np.array([0, 1, 1, -1])
+    index, labels = NearIndex.of(prompts, 0.8), np.array([0, 1, 1, -1])
     assert sorted(labels[index.near(3, labels)].tolist()) == [0, 1]
     assert index.near(0, labels).tolist() == []
     assert index.near(3, np.array([0, -1, -1, -1])).tolist() == [0]
@@ -216,7 +216,7 @@ def test_thousands_of_near_duplicates_take_few_comparisons(monkeypatch: pytest.M
 
     monkeypatch.setattr(NearIndex, "_alike", counted)
     template = " ".join(some_words(40))
-    index = NearIndex([f"{template} {number}" for number in range(5_000)], 0.8)
+    index = NearIndex.of([f"{template} {number}" for number in range(5_000)], 0.8)
     labels = np.zeros(5_000, dtype=np.int64)
     assert all(len(met) for place, met in index.walk(labels) if place)
     assert compared < 50_000

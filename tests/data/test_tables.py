@@ -24,6 +24,7 @@ from pairclf.config import Source
 from pairclf.data import tables
 from pairclf.data.formats import Flaw, read_file
 from pairclf.data.tables import (
+    HASHES,
     check_submission,
     class_matrix,
     read_rows,
@@ -380,13 +381,15 @@ def test_scores_come_back_as_written(tmp_path: Path) -> None:
 
 def test_scores_say_what_their_models_have_seen(tmp_path: Path) -> None:
     path, values = tmp_path / "scores.parquet", np.full((2, 3), 1 / 3)
-    prompts = pl.Series("prompt", [2**64 - 1, 7], dtype=pl.UInt64)
+    hashes = pl.DataFrame(
+        {"prompt": [2**64 - 1, 7], "row_hash": [1, 2]}, schema_overrides=dict.fromkeys(HASHES, pl.UInt64)
+    )
     seen = pl.Series([True, None])
-    write_scores(path, scores_frame(["a", "b"], values, LMSYS, 2, ["m"], seen=seen, prompts=prompts))
-    assert read_scores(path, LMSYS).select("seen", "prompt").rows() == [(1, 2**64 - 1), (None, 7)]
-    older = scores_frame(["a", "b"], values, LMSYS, 2, ["m"], seen=0, prompts=prompts).drop("seen", "prompt")
+    write_scores(path, scores_frame(["a", "b"], values, LMSYS, 2, ["m"], seen=seen, hashes=hashes))
+    assert read_scores(path, LMSYS).select("seen", *HASHES).rows() == [(1, 2**64 - 1, 1), (None, 7, 2)]
+    older = scores_frame(["a", "b"], values, LMSYS, 2, ["m"], seen=0, hashes=hashes).drop("seen", *HASHES)
     older.write_parquet(path)
-    assert read_scores(path, LMSYS).select("seen", "prompt").rows() == [(None, None)] * 2
+    assert read_scores(path, LMSYS).select("seen", *HASHES).rows() == [(None,) * 3] * 2
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
@@ -398,7 +401,7 @@ def test_scores_of_other_people_are_read_where_they_may_be(tmp_path: Path, suffi
     read = read_scores(path, LMSYS, foreign=True)
     assert read.columns == some_scores(["1"]).columns
     assert class_matrix(read, LMSYS).tolist() == [[0.25, 0.25, 0.5], [0.5, 0.5, 0]]
-    assert read.select("orders", "models", "seen", "prompt").rows() == [(None,) * 4] * 2
+    assert read.select("orders", "models", "seen", *HASHES).rows() == [(None,) * 5] * 2
     assert "scores of task 'lmsys' have" in str(refusal(lambda: read_scores(path, LMSYS)))
     assert "scores of task 'wsdm' have" in str(refusal(lambda: read_scores(path, WSDM, foreign=True)))
     spoiled = write_as(tmp_path / f"t{suffix}", {**columns, "winner_tie": ["a lot", "0"], "id": ["1", "2"]})

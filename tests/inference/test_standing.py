@@ -13,7 +13,7 @@ from scipy.special import softmax
 from pairclf.inference.backlog import Inputs
 from pairclf.inference.standing import Standing, orders_of
 from pairclf.inference.work import Floats
-from pairclf.scores.blend import average_orders
+from pairclf.scores.probabilities import unswap
 from pairclf.task import LMSYS
 
 
@@ -45,7 +45,7 @@ def all_of(rows: int) -> list[tuple[int, int]]:
 def test_both_orders_are_un_swapped_and_averaged() -> None:
     standing, given = Standing([inputs(5)], LMSYS, Judge([1.3]), "full"), logits(5)
     standing.add(0, all_of(5), given.reshape(-1, 3))
-    wanted = average_orders(softmax(given[:, 0] / 1.3, axis=1), softmax(given[:, 1] / 1.3, axis=1), LMSYS)
+    wanted = (softmax(given[:, 0] / 1.3, axis=1) + unswap(softmax(given[:, 1] / 1.3, axis=1), LMSYS)) / 2
     np.testing.assert_allclose(standing.probabilities(), wanted, atol=1e-12)
     assert np.abs(standing.probabilities() - softmax(given / 1.3, axis=2).mean(axis=1)).max() > 0.01  # not un-swapped
 

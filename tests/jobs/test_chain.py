@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from pairclf.config import Config, dump_config, load_config, resolve
 from pairclf.data.arena import generate, write_lmsys, write_wsdm
 from pairclf.data.tables import read_scores
-from pairclf.jobs.evaluate import evaluate
+from pairclf.jobs.evaluate import evaluate, scored
 from pairclf.jobs.fit import fit
 from pairclf.jobs.inputs import open_inputs
 from pairclf.jobs.predict import predict
@@ -147,7 +147,7 @@ def test_perfect_scores_are_the_best_possible(run: Path, tmp_path: Path) -> None
     truth = pl.read_parquet(run / "truth.parquet").filter(pl.col("id").is_in(labelled["id"].implode()))
     perfect = truth.with_columns(orders=pl.lit(1, pl.Int32), models=pl.lit(["truth"]))
     perfect.select("id", *LMSYS.classes, "orders", "models").write_parquet(tmp_path / "s.parquet")
-    judged = evaluate(labelled, tmp_path / "s.parquet", LMSYS, truth=run / "truth.parquet")
+    judged = evaluate(labelled, scored(tmp_path / "s.parquet", LMSYS), LMSYS, truth=run / "truth.parquet")
     assert judged.best is not None
     assert judged.log_loss < judged.prior
     assert judged.log_loss == pytest.approx(judged.best, abs=0.3)

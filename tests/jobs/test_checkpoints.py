@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from clocks_support import comes_true
@@ -33,6 +34,7 @@ from pairclf.jobs.launch import make_accelerator
 from pairclf.jobs.step import HeldOut, prepare
 from pairclf.jobs.train import train
 from pairclf.model.engine import Classifier
+from pairclf.scores.metrics import Metric
 
 ROWS = make_rows(24)
 ADAPTER = "fold0/bundle/adapter/adapter_model.safetensors"
@@ -41,7 +43,7 @@ ADAPTER = "fold0/bundle/adapter/adapter_model.safetensors"
 def run(config: Config, folder: Path, resume: bool | None = None) -> Classifier:
     encoded = open_inputs(config).builder.encode(ROWS)
     targets = torch.tensor([row.target for row in ROWS[:6]]).numpy()
-    held_out = HeldOut(encoded[:6], targets, "")
+    held_out = HeldOut(encoded[:6], targets, np.ones(6), "")
     accelerator = make_accelerator(config)
     return train(config, prepare(ROWS, encoded, config), folder, accelerator, held_out=held_out, resume=resume)
 
@@ -277,7 +279,8 @@ def test_best_weights_are_kept_once_for_each_checkpoint_and_missed_at_once(
 ) -> None:
     config = config_of(config_for, evaluate_every=1, keep="best", checkpoint_every=4, log_every=99)
     with monkeypatch.context() as patch:
-        patch.setitem(loop.METRICS, "log_loss", (lambda *_: -float(len(list(tmp_path.rglob("best-*")))), 1))
+        better = Metric(lambda *_, **__: -float(len(list(tmp_path.rglob("best-*")))), 1, "")
+        patch.setitem(loop.METRICS, "log_loss", better)
         kill_after(7, patch)
         with pytest.raises(Killed):
             run(config, tmp_path)

@@ -262,8 +262,10 @@ def test_what_the_parts_were_trained_on_the_merged_one_was_too(nf4: Path, tmp_pa
     seen = [open_bundle(folder).trained_on() for folder in folds_of(nf4)]
     merged = open_bundle(merge(config_of(nf4), tmp_path / "out", max_shift=1.0, rows=4)).trained_on()
     assert merged is not None
-    assert set(merged) == set().union(*(set(one) for one in seen if one is not None))
-    assert all(one is not None and set(one) < set(merged) for one in seen)
+    prompts = set(merged["prompt"])
+    assert prompts == set().union(*(set(one["prompt"]) for one in seen if one is not None))
+    assert all(one is not None and set(one["prompt"]) < prompts for one in seen)
+    assert merged["sample"].null_count() == 0
 
 
 def test_the_prior_of_a_merged_bundle_is_the_mean_of_its_parts(plain: Path, tmp_path: Path) -> None:
@@ -351,6 +353,9 @@ def test_out_of_fold_scores_of_another_training_are_refused(plain: Path, tmp_pat
     a, b, _ = LMSYS.classes
     write_scores(path, scores.with_columns(pl.col(a).alias(b), pl.col(b).alias(a)))
     with pytest.raises(DataError, match="not of one training"):
+        merge(config, tmp_path / "out", max_shift=1.0)
+    write_scores(path, scores.with_columns(row_hash=scores["row_hash"].reverse()))
+    with pytest.raises(DataError, match="have the id of a row here and other texts"):
         merge(config, tmp_path / "out", max_shift=1.0)
     write_scores(path, scores.with_columns(id="x" + pl.col("id")))
     with pytest.raises(DataError, match="not among the labelled rows"):

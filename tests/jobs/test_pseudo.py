@@ -14,6 +14,7 @@ import pytest
 from pairclf.config import Config, dump_config, override, resolve
 from pairclf.data.arena import generate, write_lmsys
 from pairclf.data.folds import prompt_hashes
+from pairclf.data.identity import row_hashes
 from pairclf.data.tables import read_rows, read_scores, scores_frame, write_scores
 from pairclf.errors import ConfigError, DataError, LeakError
 from pairclf.jobs.fit import fit
@@ -54,7 +55,7 @@ def write_scored(path: Path, data: Path, task: Task, seed: int = 0, **changes: A
     """Random scores, out of sample, for the rows of an unlabelled file."""
     frame = read_rows([data], task, labelled=False)
     values = np.random.default_rng(seed).dirichlet(np.ones(len(task.classes)), size=len(frame))
-    scores = scores_frame(frame["id"], values, task, 2, ["m"], seen=0, prompts=prompt_hashes(frame, task))  # type: ignore[arg-type]
+    scores = scores_frame(frame["id"], values, task, 2, ["m"], seen=0, hashes=row_hashes(frame, task))  # type: ignore[arg-type]
     write_scores(path, scores.with_columns(**changes))
     return path
 
@@ -113,6 +114,16 @@ def test_confidence_temperature_and_hard_labels(config: Config) -> None:
     (config.data.folder / "pseudo.parquet").unlink()
     with pytest.raises(DataError, match=r"none of the 10 rows is left.*3 are unsure"):
         make(config, min_confidence=1.0)
+    assert not (config.data.folder / "pseudo.parquet").exists()
+
+
+def test_scores_of_rows_with_their_sides_exchanged_label_nothing(config: Config, tmp_path: Path) -> None:
+    mirrored = {name: (prompt, b, a) for name, (prompt, a, b) in ROWS.items()}
+    write_scored(
+        config.data.folder / "scores.parquet", write(tmp_path / "m.parquet", mirrored, config.task), config.task
+    )
+    with pytest.raises(DataError, match="3 rows have the id of a row here and its sides exchanged"):
+        make(config)
     assert not (config.data.folder / "pseudo.parquet").exists()
 
 
@@ -221,7 +232,7 @@ def test_from_a_bundle_to_a_student(
     mixed = override(config, ["data.train=[train.csv, {files: pseudo.parquet, train_only: true}]"])
     trained_on = open_bundle(fit(mixed, 0)).trained_on()
     assert trained_on is not None
-    assert set(prompt_hashes(made, LMSYS)) <= set(trained_on)
+    assert set(prompt_hashes(made, LMSYS)) <= set(trained_on["prompt"])
     held_out = read_scores(tmp_path / "run" / "fold0" / "oof.parquet", LMSYS)
     assert not held_out["id"].str.starts_with("pseudo-").any()
     code, text = cli("pseudo", tmp_path / "config.yaml", "--data", tmp_path / "train.csv", "--scores", scores)

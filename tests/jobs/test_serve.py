@@ -22,7 +22,7 @@ from tests_support import make_rows, write_csv
 
 from pairclf.config import Config, resolve
 from pairclf.errors import BundleError, ConfigError, DataError, ModelError
-from pairclf.inference import crew, standing
+from pairclf.inference import crew
 from pairclf.inference.work import Floats
 from pairclf.jobs import serve
 from pairclf.jobs.predict import predict
@@ -31,6 +31,7 @@ from pairclf.model import bundle as bundles
 from pairclf.model.backbone import load_tokenizer
 from pairclf.model.engine import build
 from pairclf.rehearsal.shared_clock import SharedClock
+from pairclf.scores import probabilities
 from pairclf.task import LMSYS, WSDM
 
 ROWS = 14
@@ -121,7 +122,7 @@ def test_batches_of_any_size_have_the_whole_files_scores(
 def test_without_the_un_swap_they_have_not(
     folder: Path, whole: pl.DataFrame, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(standing, "unswap", lambda scores, task: scores)
+    monkeypatch.setattr(probabilities, "unswap", lambda scores, task: scores)
     assert np.abs(values(served(server, rows_of(folder), [5])) - values(whole)).max() > 1e-3
 
 

@@ -12,10 +12,11 @@ import pytest
 from pairclf.config import Config, override, resolve
 from pairclf.data.arena import generate, write_lmsys
 from pairclf.data.folds import prompt_hashes
-from pairclf.data.tables import class_matrix, read_scores, scores_frame, write_scores
+from pairclf.data.identity import prompt_marks, row_hashes
+from pairclf.data.tables import HASHES, class_matrix, read_scores, scores_frame, write_scores
 from pairclf.errors import BundleError, ConfigError, DataError, LeakError
 from pairclf.jobs.cv import cross_validate
-from pairclf.jobs.predict import predict
+from pairclf.jobs.predict import _seen, predict
 from pairclf.jobs.run import labelled_rows, split
 from pairclf.jobs.teachers import teachers_of
 from pairclf.model.bundle import TRAINED_ON, open_bundle
@@ -77,10 +78,10 @@ def test_a_bundle_knows_the_prompts_that_it_was_trained_on(run: Config, frame: p
         training, held_out = split(run, frame, fold)
         trained_on = open_bundle(bundle(run, fold)).trained_on()
         assert trained_on is not None
-        assert trained_on.dtype == pl.UInt64
-        assert trained_on.to_list() == sorted(set(prompt_hashes(training, LMSYS)))
+        assert trained_on.schema == {"prompt": pl.UInt64, "sample": pl.List(pl.UInt32)}
+        assert trained_on["prompt"].to_list() == sorted(set(prompt_hashes(training, LMSYS)))
         assert held_out is not None
-        assert not set(trained_on) & set(prompt_hashes(held_out, LMSYS))
+        assert not set(trained_on["prompt"]) & set(prompt_hashes(held_out, LMSYS))
     path = bundle(run, 0) / TRAINED_ON
     assert TRAINED_ON in open_bundle(bundle(run, 0)).manifest.files
     whole = path.read_bytes()
@@ -103,6 +104,19 @@ def test_a_bundle_that_was_trained_on_a_row_says_so(run: Config, frame: pl.DataF
     assert set(oof["seen"]) == {0}
     both = scores.select("id", "prompt").join(oof.select("id", "prompt"), on="id", suffix="_oof")
     assert both["prompt"].equals(both["prompt_oof"], check_names=False)
+
+
+def test_a_bundle_knows_prompts_that_are_nearly_its_own(run: Config, frame: pl.DataFrame) -> None:
+    """One added "!" keeps a row in its fold, and does not make it new to the model."""
+    training, held_out = split(run, frame, 0)
+    assert held_out is not None
+    long = pl.col("prompt").list.join("").str.len_chars() > 40
+    changed = pl.col("prompt").list.eval(pl.element() + pl.lit("!"))
+    for rows, wanted in ((training, True), (held_out, False)):
+        marks = prompt_marks(rows.filter(long).with_columns(prompt=changed), LMSYS)
+        assert len(marks) > 1
+        assert set(_seen([open_bundle(bundle(run, 0))], marks)[0]) == {wanted}
+        assert not marks["prompt"].is_in(prompt_hashes(training, LMSYS).to_list()).any()
 
 
 def test_out_of_fold_scores_teach(run: Config, frame: pl.DataFrame, in_sample: Path) -> None:
@@ -144,7 +158,7 @@ def test_a_bundle_without_memory_teaches_nobody(run: Config, frame: pl.DataFrame
     oof = read_scores(output(run) / "oof.parquet", LMSYS)
     foreign, older = tmp_path / "foreign.parquet", tmp_path / "older.parquet"
     oof.select("id", *LMSYS.classes).cast(dict.fromkeys(LMSYS.classes, pl.Float32)).write_parquet(foreign)
-    oof.drop("seen", "prompt").write_parquet(older)
+    oof.drop("seen", *HASHES).write_parquet(older)
     forgetful = oof.with_columns(seen=pl.lit(None, dtype=pl.UInt16))
     write_scores(tmp_path / "blend.parquet", blend([oof, forgetful], LMSYS))
     training = split(run, frame, 0)[0]
@@ -166,18 +180,30 @@ def test_scores_of_other_rows_with_the_same_ids_are_refused(run: Config, frame: 
     with pytest.raises(DataError, match="these are scores of other rows") as caught:
         teachers_of(taught(run, tmp_path / "shifted.parquet"), training)
     assert len(caught.value.rows) > len(training) / 2
-    blind = shifted.with_columns(prompt=pl.lit(None, dtype=pl.UInt64))
+    blind = shifted.with_columns(pl.lit(None, dtype=pl.UInt64).alias(name) for name in HASHES)
     write_scores(tmp_path / "blind.parquet", blind)
     assert teachers_of(taught(run, tmp_path / "blind.parquet"), training) is not None
 
 
+def test_scores_of_rows_with_their_sides_exchanged_are_refused(run: Config, frame: pl.DataFrame) -> None:
+    """Prompt and id are the row's; the probabilities of A and B stand the wrong way round."""
+    training = split(run, frame, 0)[0]
+    a, b = LMSYS.swap_fields or ("", "")
+    mirrored = training.with_columns(training[a].alias(b), training[b].alias(a))
+    unlike = mirrored.filter(row_hashes(mirrored, LMSYS)["row_hash"] != row_hashes(training, LMSYS)["row_hash"])
+    assert len(unlike) > 10
+    with pytest.raises(DataError, match="its sides exchanged") as caught:
+        teachers_of(taught(run, output(run) / "oof.parquet"), mirrored)
+    assert set(caught.value.rows) == set(unlike["id"])
+
+
 def test_teachers_are_averaged_over_those_that_scored_the_row(run: Config, frame: pl.DataFrame, tmp_path: Path) -> None:
-    ids, hashes = frame["id"].to_list()[:4], prompt_hashes(frame[:4], LMSYS)
+    ids, hashes = frame["id"].to_list()[:4], row_hashes(frame[:4], LMSYS)
     rng = np.random.default_rng(0)
     a, b = rng.dirichlet(np.ones(3), size=(2, 4))
     kwargs = {"orders": 2, "models": ["m"], "seen": 0}
-    write_scores(tmp_path / "a.parquet", scores_frame(ids[:3], a[:3], LMSYS, prompts=hashes[:3], **kwargs))
-    write_scores(tmp_path / "b.parquet", scores_frame(ids[1:], b[1:], LMSYS, prompts=hashes[1:], **kwargs))
+    write_scores(tmp_path / "a.parquet", scores_frame(ids[:3], a[:3], LMSYS, hashes=hashes[:3], **kwargs))
+    write_scores(tmp_path / "b.parquet", scores_frame(ids[1:], b[1:], LMSYS, hashes=hashes[1:], **kwargs))
     config = taught(run, tmp_path / "a.parquet", tmp_path / "b.parquet")
     found = teachers_of(config, frame[:5])
     expected = np.array([a[0], (a[1] + b[1]) / 2, (a[2] + b[2]) / 2, b[3], [np.nan] * 3])

@@ -19,10 +19,11 @@ from pairclf.errors import DataError
 from pairclf.inputs.render import Encoded
 from pairclf.jobs.inputs import open_inputs
 from pairclf.jobs.launch import make_accelerator
-from pairclf.jobs.scoring import by_order, combine, items_of, probabilities, score
+from pairclf.jobs.scoring import by_order, items_of, score
 from pairclf.jobs.step import Examples, HeldOut, Learner, accumulate, orders_shown, prepare
 from pairclf.jobs.train import construct, total_steps, train
 from pairclf.model.engine import Classifier, build
+from pairclf.scores.probabilities import mean_of_orders
 from pairclf.task import AB, BA, LMSYS, Row
 
 CPU = torch.device("cpu")
@@ -124,7 +125,7 @@ def test_steps_follow_epochs_and_the_limit() -> None:
 def run(config: Config, folder: Path, rows: list[Row], teachers: Any = None) -> Classifier:
     encoded = encode(config, rows)
     examples = prepare(rows, encoded, config, teachers)
-    held_out = HeldOut(encoded[:9], np.array([row.target for row in rows[:9] if row.target]), "")
+    held_out = HeldOut(encoded[:9], np.array([row.target for row in rows[:9] if row.target]), np.ones(9), "")
     return train(config, examples, folder, make_accelerator(config), held_out=held_out)
 
 
@@ -287,7 +288,7 @@ def test_looks_are_at_the_held_out_rows_and_at_all_of_them(config_for: Callable[
     trained = run(config, tmp_path, rows)
     items = items_of(encode(config, rows[:9]), orders=2)
     logits = score(trained, items, tokens_per_batch=1000)
-    predicted = combine(probabilities(by_order(items, logits, 9), LMSYS), LMSYS)
+    predicted = mean_of_orders(by_order(items, logits, 9), LMSYS)
     right = np.mean(predicted.argmax(axis=1) == [0, 1, 2] * 3)
     assert [line["step"] for line in lines(tmp_path) if "held_out_accuracy" in line] == [2, 3]
     assert next(line["held_out_accuracy"] for line in lines(tmp_path)[::-1] if "loss" not in line) == right

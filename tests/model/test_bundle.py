@@ -185,12 +185,12 @@ def test_a_full_disk_leaves_the_old_bundle(
 
 def test_probes_span_the_lengths() -> None:
     rows = make_rows(30)
-    logits = [np.zeros((30, 3)), np.ones((30, 3))]
+    logits = np.stack([np.zeros((30, 3)), np.ones((30, 3))], axis=1)
     chosen = pick_probes(rows, list(range(30)), logits)
     assert len(chosen) == 8
     assert (chosen[0].id, chosen[-1].id) == ("0", "29")
     assert chosen[0].logits == [[0.0] * 3, [1.0] * 3]
-    assert len(pick_probes(rows[:1], [5], [one[:1] for one in logits])) == 1
+    assert len(pick_probes(rows[:1], [5], logits[:1])) == 1
 
 
 def test_opening_reads_no_weights(saved: Path) -> None:

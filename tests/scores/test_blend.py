@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pairclf.data.tables import class_matrix, scores_frame
 from pairclf.errors import DataError
-from pairclf.scores.blend import average_orders, blend, unswap
+from pairclf.scores.blend import blend
+from pairclf.scores.probabilities import mean_of_orders, unswap
 from pairclf.task import LMSYS, WSDM, Task
 
 SINGLE = Task(name="single", fields=("text",), classes=("x", "y"))
@@ -27,14 +28,13 @@ def test_unswapping_twice_is_nothing(task: Task, seed: int) -> None:
 
 def test_the_swap_exchanges_sides_and_leaves_the_tie() -> None:
     assert unswap([[0.5, 0.3, 0.2]], LMSYS).tolist() == [[0.3, 0.5, 0.2]]
-    assert average_orders([[0.5, 0.3, 0.2]], [[0.1, 0.7, 0.2]], LMSYS) == pytest.approx(np.array([[0.6, 0.2, 0.2]]))
-    with pytest.raises(DataError, match="shapes"):
-        average_orders([[0.5, 0.3, 0.2]], [[0.5, 0.3, 0.2]] * 2, LMSYS)
+    logits = np.log([[[0.5, 0.3, 0.2], [0.1, 0.7, 0.2]]])
+    assert mean_of_orders(logits, LMSYS) == pytest.approx(np.array([[0.6, 0.2, 0.2]]))
 
 
 def test_the_average_does_not_know_which_order_the_file_had() -> None:
-    ab, ba = np.random.default_rng(0).dirichlet(np.ones(3), size=(2, 6))
-    np.testing.assert_allclose(average_orders(ba, ab, LMSYS), unswap(average_orders(ab, ba, LMSYS), LMSYS))
+    logits = np.random.default_rng(0).normal(size=(6, 2, 3))
+    np.testing.assert_allclose(mean_of_orders(logits[:, ::-1], LMSYS), unswap(mean_of_orders(logits, LMSYS), LMSYS))
 
 
 def table(ids: Any, seed: int, orders: int, name: str) -> pl.DataFrame:
@@ -66,9 +66,11 @@ def test_weights() -> None:
 
 
 def test_what_the_models_have_seen_adds_up() -> None:
-    def seen(*counts: int | None, prompts: list[int | None]) -> pl.DataFrame:
-        known = {"seen": pl.Series(counts, dtype=pl.UInt16), "prompts": pl.Series(prompts, dtype=pl.UInt64)}
-        return scores_frame(list("abc"), np.full((3, 3), 1 / 3), LMSYS, 2, ["m"], **known)
+    def seen(*counts: int | None, prompts: list[int | None], rows: list[int | None] | None = None) -> pl.DataFrame:
+        columns = {"prompt": prompts, "row_hash": rows or [None] * 3}
+        hashes = pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.UInt64))
+        counted = pl.Series(counts, dtype=pl.UInt16)
+        return scores_frame(list("abc"), np.full((3, 3), 1 / 3), LMSYS, 2, ["m"], seen=counted, hashes=hashes)
 
     one, other = seen(0, 1, None, prompts=[5, None, 7]), seen(0, 2, 1, prompts=[5, 6, None])
     mixed = blend([one, other.reverse()], LMSYS)
@@ -77,6 +79,11 @@ def test_what_the_models_have_seen_adds_up() -> None:
     with pytest.raises(DataError, match="1 rows have the same id in two tables") as caught:
         blend([one, other, seen(0, 0, 0, prompts=[5, 5, 7])], LMSYS)
     assert caught.value.rows == ("b",)
+    mirrored = [seen(0, 0, 0, prompts=[5, 6, 7], rows=rows) for rows in ([1, 2, 3], [1, 2, 4])]
+    with pytest.raises(DataError, match="and different texts") as caught:
+        blend(mirrored, LMSYS)
+    assert caught.value.rows == ("c",)
+    assert blend([mirrored[0], one], LMSYS)["row_hash"].to_list() == [1, 2, 3]
 
 
 def test_one_table_is_itself() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,8 +10,10 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pairclf import config
 from pairclf.errors import DataError
 from pairclf.scores.metrics import (
+    METRICS,
     Floats,
     accuracy,
     class_prior,
@@ -19,8 +21,12 @@ from pairclf.scores.metrics import (
     expected_calibration_error,
     likeliest,
     log_loss,
+    measure,
     way_to_best,
 )
+from pairclf.task import LMSYS, Task
+
+SEVERAL = Task(name="tags", fields=("text",), classes=("x", "y", "z"), multi_label=True)
 
 
 def random_scores(n: int, classes: int, seed: int) -> tuple[Floats, Floats, Floats]:
@@ -111,6 +117,61 @@ def test_several_labels_are_judged_one_by_one() -> None:
     assert log_loss(given, wanted, multi_label=True) == pytest.approx(by_hand)
     assert log_loss(np.ones((2, 2)), wanted, multi_label=True) > 10
     assert accuracy(given, wanted, multi_label=True) == 0.75
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_ties_favour_no_class(multi_label: bool) -> None:
+    """A tied label is half right for always-A and for always-B, and so is a tied prediction for a label A."""
+    tied, a, b = [[0.5, 0.5]], [[1.0, 0.0]], [[0.0, 1.0]]
+    for predicted, wanted in ((a, tied), (b, tied), (tied, a), (tied, b), (tied, tied)):
+        assert accuracy(predicted, wanted, multi_label=multi_label) == 0.5
+    if not multi_label:
+        third = [[1 / 3] * 3]
+        assert accuracy(np.eye(3)[[1]], third) == pytest.approx(1 / 3)
+        assert accuracy(np.eye(3)[[0, 1, 2]], [[0.4, 0.4, 0.2]] * 3) == pytest.approx(1 / 3)
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_the_order_of_the_classes_changes_no_figure(seed: int) -> None:
+    """As an exchange of sides does; many ties among predictions and targets."""
+    given_values, wanted = np.random.default_rng(seed).integers(1, 4, size=(2, 8, 3)).astype(float)
+    given_values, wanted = (one / one.sum(axis=1, keepdims=True) for one in (given_values, wanted))
+    for order in ([1, 0, 2], [2, 0, 1]):
+        assert measure(given_values[:, order], wanted[:, order], LMSYS) == pytest.approx(
+            measure(given_values, wanted, LMSYS)
+        )
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_a_weight_of_two_is_a_row_that_stands_twice(seed: int) -> None:
+    values, targets, _ = random_scores(12, 3, seed)
+    twice = np.random.default_rng(seed).integers(1, 4, size=12)
+    for task in (LMSYS, SEVERAL):
+        expanded = measure(np.repeat(values, twice, axis=0), np.repeat(targets, twice, axis=0), task)
+        assert measure(values, targets, task, twice) == pytest.approx(expanded)
+
+
+def test_calibration_of_several_labels_is_each_labels_own() -> None:
+    generator = np.random.default_rng(0)
+    values, targets = generator.uniform(size=(50, 3)), generator.integers(2, size=(50, 3)).astype(float)
+    both = [
+        expected_calibration_error(np.stack([p, 1 - p], axis=1), np.stack([t, 1 - t], axis=1))
+        for p, t in zip(values.T, targets.T, strict=True)
+    ]
+    assert expected_calibration_error(values, targets, multi_label=True) == pytest.approx(np.mean(both))
+    assert expected_calibration_error(targets, targets, multi_label=True) == 0
+    assert expected_calibration_error(np.ones((50, 3)), targets, multi_label=True) > 0.3  # yes to everything
+
+
+def test_every_metric_that_a_training_may_go_by_is_measured() -> None:
+    assert set(METRICS) == set(get_args(config.Metric))
+    assert {name: metric.better for name, metric in METRICS.items()} == {
+        "log_loss": -1, "accuracy": 1, "expected_calibration_error": -1,
+    }  # fmt: skip
+    values, targets, _ = random_scores(9, 3, 0)
+    assert set(measure(values, targets, LMSYS)) == set(METRICS)
 
 
 @given(st.floats(-1.5e-7, 1.5e-7), st.sampled_from([0.1, 0.3, 0.4, 0.45]))

@@ -1,0 +1,294 @@
+"""One way to measure: all commands have scikit-learn's figures, and setting a temperature gives what was promised."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import sklearn.metrics
+from rich.console import Console
+from scipy.special import softmax
+
+from pairclf.config import Config, override, resolve
+from pairclf.data.identity import row_hashes
+from pairclf.data.tables import class_matrix, read_rows, read_scores, scores_frame, to_rows, write_logits, write_scores
+from pairclf.errors import DataError
+from pairclf.inference.standing import Standing
+from pairclf.jobs import cv
+from pairclf.jobs.evaluate import Evaluation, evaluate, out_of_fold, render, scored
+from pairclf.jobs.proof import Sample, compare
+from pairclf.jobs.run import Paths, labelled_rows, output_of
+from pairclf.model.bundle import read_manifest
+from pairclf.scores.metrics import Floats
+from pairclf.scores.probabilities import mean_of_orders
+from pairclf.task import LMSYS, PRESETS, Task
+
+ROWS = 24
+TOPICS = Task(name="topics", fields=("text",), classes=tuple("abcdef"), label_column="topic")
+TAGS = Task(name="tags", fields=("text",), classes=("x", "y", "z"), multi_label=True)
+TASKS = {**PRESETS, "topics": TOPICS, "tags": TAGS}
+
+
+def write_data(path: Path, task: Task, *, prefix: str = "") -> None:
+    """Rows whose labels follow no text, with a column of weights."""
+    generator = np.random.default_rng(len(task.classes))
+    texts = {
+        name: [f"{prefix}{name} {number} {'word ' * (number % 5)}" for number in range(ROWS)] for name in task.fields
+    }
+    if task.multi_turn:
+        texts = {name: [json.dumps([text]) for text in cells] for name, cells in texts.items()}
+    labels: dict[str, Any]
+    if task.label_column is not None:
+        labels = {task.label_column: [task.classes[row % len(task.classes)] for row in range(ROWS)]}
+    else:
+        one_hot = np.eye(len(task.classes), dtype=int)[np.arange(ROWS) % len(task.classes)]
+        drawn = generator.integers(2, size=one_hot.shape) if task.multi_label else one_hot
+        labels = dict(zip(task.classes, drawn.T.tolist(), strict=True))
+    columns = {"id": [str(row) for row in range(ROWS)], **texts, **labels}
+    pl.DataFrame({**columns, "weight": generator.uniform(0.2, 3, ROWS)}).write_csv(path)
+
+
+def scikit_learn(values: Floats, targets: Floats, task: Task, weights: Floats) -> dict[str, float]:
+    """Log loss and accuracy as scikit-learn has them; of several labels the sum, and the mean, over the labels."""
+    if not task.multi_label:
+        labels, classes = targets.argmax(axis=1), list(range(len(task.classes)))
+        return {
+            "log_loss": sklearn.metrics.log_loss(labels, values, labels=classes, sample_weight=weights),
+            "accuracy": sklearn.metrics.accuracy_score(labels, values.argmax(axis=1), sample_weight=weights),
+        }
+    by_label = list(zip(targets.T.astype(int), values.T, strict=True))
+    return {
+        "log_loss": sum(sklearn.metrics.log_loss(t, p, labels=[0, 1], sample_weight=weights) for t, p in by_label),
+        "accuracy": np.mean([sklearn.metrics.accuracy_score(t, p > 0.5, sample_weight=weights) for t, p in by_label]),
+    }
+
+
+@pytest.fixture(scope="module")
+def config_of(
+    base_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Config, str]]:
+    """The config of a finished cross-validation of a kind of task, with a look at the held-out rows; and its output."""
+    made: dict[str, tuple[Config, str]] = {}
+
+    def make(kind: str) -> tuple[Config, str]:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            write_data(folder / "train.csv", TASKS[kind])
+            config = resolve(
+                {
+                    "task": TASKS[kind].model_dump(mode="json"),
+                    "output": str(folder / "run"),
+                    "data": {"folder": str(folder), "train": "train.csv"},
+                    "folds": {"n": 2, "near": None},
+                    "inputs": {"max_length": 96, "processes": 1},
+                    "model": {"base": str(base_of("llama")), "quantization": "none", "lora": {"rank": 2}},
+                    "train": {"max_steps": 1, "rows_per_step": 8, "evaluate_every": 1},
+                }
+            )
+            console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cv, "console", console)
+                cv.cross_validate(config)
+            made[kind] = config, console.export_text()
+        return made[kind]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_command_has_scikit_learns_figures(kind: str, config_of: Callable[[str], tuple[Config, str]]) -> None:
+    """What `train` writes, its looks see, `cv` and `evaluate` print, and merging compares."""
+    (config, printed), task = config_of(kind), TASKS[kind]
+    labelled, run = labelled_rows(config), output_of(config)
+
+    def expected(scores: pl.DataFrame) -> dict[str, float]:
+        joined = scores.select("id").join(labelled, on="id", how="left", maintain_order="left")
+        targets = np.array(joined["target"].to_list())
+        return scikit_learn(class_matrix(scores, task), targets, task, joined["weight"].to_numpy())
+
+    for fold in (0, 1):
+        paths = Paths(run, fold)
+        wanted = expected(read_scores(paths.folder / "oof.parquet", task))
+        manifest = read_manifest(paths.bundle).metrics
+        assert {name: manifest[name] for name in wanted} == pytest.approx(wanted, rel=1e-9)
+        looks = [json.loads(line) for line in (paths.folder / "metrics.jsonl").read_text().splitlines()]
+        (look,) = [line["held_out_log_loss"] for line in looks if "held_out_log_loss" in line]
+        assert look == pytest.approx(wanted["log_loss"], rel=1e-4)  # other batches
+        assert re.search(rf"^{fold} +12 +{wanted['log_loss']:.4f} +{wanted['accuracy']:.4f}", printed, re.MULTILINE)
+    scores = read_scores(run / "oof.parquet", task)
+    wanted = expected(scores)
+    assert re.search(rf"^all +24 +{wanted['log_loss']:.4f} +{wanted['accuracy']:.4f}", printed, re.MULTILINE)
+    for judged in (
+        evaluate(labelled, out_of_fold(run, task, 1.0), task),
+        evaluate(labelled, scored(run / "oof.parquet", task), task),
+    ):
+        assert [judged.log_loss, judged.accuracy] == pytest.approx([*wanted.values()], rel=1e-9)
+        assert judged.weighted
+        assert f"{wanted['log_loss']:.4f}" in shown(judged, task)
+    rows = scores.select("id").join(labelled, on="id", how="left", maintain_order="left")
+    values = class_matrix(scores, task)
+    shift = compare(Sample(to_rows(rows, task), [], values, False, None), values, values, task, parts=1, done="merged")
+    figures = [shift.reference, shift.after, shift.out_of_fold]
+    assert figures == pytest.approx([wanted["log_loss"]] * 3, rel=1e-9)
+    assert [shift.reference_accuracy, shift.after_accuracy] == pytest.approx([wanted["accuracy"]] * 2)
+
+
+def shown(judged: Evaluation, task: Task) -> str:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(judged, task))
+    return console.export_text()
+
+
+def test_the_output_says_how_several_labels_come_together(config_of: Callable[[str], tuple[Config, str]]) -> None:
+    config, printed = config_of("tags")
+    text = shown(evaluate(labelled_rows(config), out_of_fold(output_of(config), TAGS, 1.0), TAGS), TAGS)
+    for words in ("log loss (label sum)", "accuracy (label mean)"):
+        assert words in printed
+        assert words in text
+    assert "label" not in config_of("topics")[1]
+
+
+def test_yes_to_everything_costs_something(config_of: Callable[[str], tuple[Config, str]], tmp_path: Path) -> None:
+    labelled = labelled_rows(config_of("tags")[0])
+    write_scores(tmp_path / "s.parquet", scores_frame(labelled["id"].to_list(), np.ones((ROWS, 3)), TAGS, 1, ["m"]))
+    judged = evaluate(labelled, scored(tmp_path / "s.parquet", TAGS), TAGS)
+    assert judged.log_loss > 10
+    assert judged.accuracy < 0.8
+
+
+# --- the temperature -------------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """What `Standing` asks of an ensemble, for one member."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperatures = [temperature]
+
+    def blended(self, per_member: Any) -> Floats:
+        (only,) = per_member
+        return np.asarray(only)
+
+
+def biased(folder: Path, rows: int = 600) -> tuple[pl.DataFrame, Floats]:
+    """Labelled rows, and their logits `(N, 2, 3)` with a bias of 3 for the side that stands first, at temperature 3."""
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=(rows, 3))
+    labels = [generator.choice(3, p=one) for one in softmax(truth, axis=1)]
+    cells = {"id": [str(row) for row in range(rows)]}
+    cells |= {name: [json.dumps([f"{name} {row}"]) for row in range(rows)] for name in LMSYS.fields}
+    one_hot = dict(zip(LMSYS.classes, np.eye(3, dtype=int)[labels].T.tolist(), strict=True))
+    folder.mkdir(parents=True)
+    pl.DataFrame({**cells, **one_hot}).write_csv(folder / "train.csv")
+    both = np.stack([truth, truth[:, list(LMSYS.swapped_columns)]], axis=1)
+    return read_rows([folder / "train.csv"], LMSYS, labelled=True), 3 * both + np.array([3.0, 0.0, 0.0])
+
+
+def test_the_temperature_is_fitted_where_it_is_applied(tmp_path: Path) -> None:
+    """With a position bias it matters whether it comes before or after the mean of both orders."""
+    labelled, logits = biased(tmp_path / "run")
+    write_logits(tmp_path / "run" / "oof-logits.parquet", labelled["id"], logits, row_hashes(labelled, LMSYS))
+
+    def judged(temperature: float) -> Evaluation:
+        return evaluate(labelled, out_of_fold(tmp_path / "run", LMSYS, temperature), LMSYS)
+
+    promised = judged(1.0)
+    for now in (1.0, 0.7, promised.temperature):  # whatever the scores were made with
+        again = judged(now)
+        assert again.temperature == pytest.approx(promised.temperature, rel=1e-4)
+        assert again.log_loss_at_it == pytest.approx(promised.log_loss_at_it, abs=1e-9)
+    assert judged(promised.temperature).log_loss == pytest.approx(promised.log_loss_at_it, abs=1e-12)
+    targets = np.array(labelled["target"].to_list())
+    best = min(
+        sklearn.metrics.log_loss(targets.argmax(axis=1), mean_of_orders(logits, LMSYS, one))
+        for one in np.geomspace(0.5, 10, 400)
+    )
+    assert promised.log_loss_at_it == pytest.approx(best, abs=1e-5)
+    # After the mean another temperature would be best, which does harm before it.
+    mean = mean_of_orders(logits, LMSYS)
+    write_scores(tmp_path / "s.parquet", scores_frame(labelled["id"].to_list(), mean, LMSYS, 2, ["m"]))
+    after = evaluate(labelled, scored(tmp_path / "s.parquet", LMSYS), LMSYS)
+    assert abs(after.temperature - promised.temperature) > 0.2
+    assert after.setting != promised.setting
+
+
+def test_prediction_applies_it_where_it_was_fitted(tmp_path: Path) -> None:
+    from pairclf.inference.backlog import Inputs
+
+    _, logits = biased(tmp_path / "run", 20)
+    places = np.arange(40).reshape(20, 2)
+    standing = Standing([Inputs(np.full((20, 2), 9), np.zeros(20, int), places)], LMSYS, Judge(2.5), "full")
+    standing.add(0, [(row, order) for row in range(20) for order in (0, 1)], logits.reshape(-1, 3))
+    np.testing.assert_array_equal(standing.probabilities(), mean_of_orders(logits, LMSYS, 2.5))
+
+
+def test_several_labels_are_tempered_by_the_sigmoid(config_of: Callable[[str], tuple[Config, str]]) -> None:
+    config, _ = config_of("tags")
+    labelled, run = labelled_rows(config), output_of(config)
+    promised = evaluate(labelled, out_of_fold(run, TAGS, 1.0), TAGS)
+    at_it = evaluate(labelled, out_of_fold(run, TAGS, promised.temperature), TAGS)
+    assert at_it.log_loss == pytest.approx(promised.log_loss_at_it, abs=1e-12)
+    of_scores = evaluate(labelled, scored(run / "oof.parquet", TAGS), TAGS)
+    assert of_scores.log_loss_at_it == pytest.approx(
+        promised.log_loss_at_it, abs=1e-6
+    )  # one order: both places are one
+
+
+# --- which rows ------------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_other_rows_with_the_same_ids_are_refused(
+    config_of: Callable[[str], tuple[Config, str]], tmp_path: Path
+) -> None:
+    config, _ = config_of("lmsys")
+    run, task = output_of(config), config.task
+    both = (out_of_fold(run, task, 1.0), scored(run / "oof.parquet", task))
+    write_data(tmp_path / "other.csv", task, prefix="another ")
+    other = read_rows([tmp_path / "other.csv"], task, labelled=True)
+    a, b = task.swap_fields or ("", "")
+    rows = labelled_rows(config)
+    mirrored = rows.with_columns(rows[a].alias(b), rows[b].alias(a))
+    for scores in both:
+        with pytest.raises(DataError, match="24 rows have the id of a row here and another prompt"):
+            evaluate(other, scores, task)
+        with pytest.raises(DataError, match="24 rows have the id of a row here and its sides exchanged"):
+            evaluate(mirrored, scores, task)
+        with pytest.raises(DataError, match="1 rows have the id of a row here and other texts") as caught:
+            changed = pl.when(pl.col("id") == "7").then(pl.lit(["else"])).otherwise(a).alias(a)
+            evaluate(rows.with_columns(changed), scores, task)
+        assert caught.value.rows == ("7",)
+
+
+def test_folds_of_other_data_are_not_joined(config_of: Callable[[str], tuple[Config, str]], tmp_path: Path) -> None:
+    config, _ = config_of("wsdm")
+    source = Paths(output_of(config), 0).folder
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    write_data(data / "train.csv", config.task, prefix="other ")
+    other = override(config, [f"data.folder={data}", f"output={run}", "folds.run=[1]"])
+    shutil.copytree(source, run / "fold0")  # the same settings; data.train has changed since
+    with pytest.raises(DataError, match=r"other data .*: fold 0 \(the rows trained on .* and the rows held out\)"):
+        cv.cross_validate(other)
+    assert not (run / "oof.parquet").exists()
+    assert (run / "fold1" / "bundle").is_dir()
+
+
+@pytest.mark.parametrize("spoil", ["twice", "missing"])
+def test_out_of_fold_scores_hold_each_row_once(
+    spoil: str, config_of: Callable[[str], tuple[Config, str]], tmp_path: Path
+) -> None:
+    config, _ = config_of("topics")
+    held_out = labelled_rows(config)
+    values = np.full((ROWS, 6), 1 / 6)
+    frame = scores_frame(held_out["id"].to_list(), values, config.task, 1, ["m"], hashes=row_hashes(held_out, TOPICS))
+    spoilt = pl.concat([frame, frame[:1]]) if spoil == "twice" else frame[1:]
+    with pytest.raises(DataError, match="ids are missing, unknown or stand twice") as caught:
+        cv._check_rows(spoilt, held_out, TOPICS, tmp_path)
+    assert set(caught.value.rows) == {"0"}
