@@ -215,7 +215,7 @@ def find_base():
 def write_priors(sample):
     """A valid submission at once."""
     with open(sample, newline="", encoding="utf-8-sig") as source, open("submission.csv", "w", newline="") as target:
-        rows = csv.DictReader(source)
+        rows = csv.DictReader(source, strict=True)  # a quote that is not doubled would take rows along
         writer = csv.DictWriter(target, rows.fieldnames, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: PRIOR.get(name, cell) for name, cell in row.items()} for row in rows)

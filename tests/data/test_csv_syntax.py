@@ -178,7 +178,7 @@ def test_other_files_are_read_exactly_or_refused(path: Path, rows: Rows, writer:
 @given(
     st.lists(st.sampled_from([*'",\n\\aé', "\r\n", '""', '","', '"\n"', "x,y\n"]), max_size=16).map("".join),
     st.sampled_from(["a,b\n", '"a",b\r\n', "\ufeffa,b\n", "a\n", ""]),
-    st.sampled_from([1, 2, 5, 1 << 19]),
+    st.sampled_from([1, 2, 5, 1 << 21]),
     st.none() | st.integers(1, 3),
 )
 @settings(max_examples=600, deadline=None)

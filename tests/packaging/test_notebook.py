@@ -211,6 +211,12 @@ def test_priors_of_a_task_with_labels(inputs: Inputs) -> None:
         assert list(csv.DictReader(stream)) == [{"id": one, "winner": "model_b"} for one in "xy"]
 
 
+def test_no_priors_are_written_for_a_sample_whose_quotes_take_rows_along(inputs: Inputs) -> None:
+    inputs.write(inputs.competition / "sample_submission.csv", 'id,winner\n"x \\" y",a\nz,a\n"u \\" v",a\n')
+    with pytest.raises(csv.Error, match="expected after"):
+        check(inputs, prior={"winner": "model_b"})
+
+
 def test_parts_come_together_and_an_older_build_beside_them_is_no_harm(
     tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
