@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -92,7 +93,7 @@ def config_of(
                     "train": {"max_steps": 1, "rows_per_step": 8, "evaluate_every": 1},
                 }
             )
-            console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+            console = Console(width=200, record=True, file=io.StringIO())
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(cv, "console", console)
                 cv.cross_validate(config)
@@ -141,7 +142,7 @@ def test_every_command_has_scikit_learns_figures(kind: str, config_of: Callable[
 
 
 def shown(judged: Evaluation, task: Task) -> str:
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(render(judged, task))
     return console.export_text()
 

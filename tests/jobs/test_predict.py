@@ -275,7 +275,7 @@ def test_nobody_loads(run: Path, tmp_path: Path, inject: Inject) -> None:
 def test_a_submission_of_priors_is_there_before_the_rows_are_read(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "_read", interrupted)
