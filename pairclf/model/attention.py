@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib.util import find_spec
+from types import CellType
 from typing import Any, NamedTuple
 
 import torch
@@ -94,11 +95,9 @@ class Watch:
         made = {one.untyped_storage().data_ptr(): function for one, function in self.masks}
         for name, window, mask in self.windows:
             function = None if mask is None else made.get(mask.untyped_storage().data_ptr())
-            try:
-                agree = function is None or _has_window(function, window)
-            except IndexError:
+            if function is not None and _is_of_one_batch(function):
                 return f"{name} is given a mask that is made of the tokens of one batch"
-            if not agree:
+            if function is not None and not _has_window(function, window):
                 return f"{name} hands sliding_window={window} to its attention, and its mask is another one"
             if function is None and (mask is not None or window is not None):
                 return f"{name} hands its attention another mask than the one that was made for it"
@@ -114,6 +113,19 @@ def _has_window(function: Callable[..., Tensor], window: int | None) -> bool:
     query, keys = torch.tensor(FAR - 1), torch.arange(FAR + 1)
     seen = function(torch.tensor(0), torch.tensor(0), query, keys).broadcast_to(keys.shape)
     return torch.equal(seen, (keys <= query) & (keys >= FAR - (window or FAR)))
+
+
+def _is_of_one_batch(function: object) -> bool:
+    """Whether a mask's function, or one that it is put together of, holds a tensor. It is not called to know it: with
+    places beyond the batch, that would end a GPU's process."""
+    if isinstance(function, Tensor):
+        return True
+    within = function if isinstance(function, tuple) else [one.cell_contents for one in _cells(function)]
+    return any(_is_of_one_batch(one) for one in within)
+
+
+def _cells(function: object) -> tuple[CellType, ...]:
+    return getattr(function, "__closure__", None) or ()
 
 
 _WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)

@@ -62,17 +62,10 @@ def isolation_of(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
         ModelError: the base can't be run, or a row of a padded batch does not score as the row alone.
     """
     config: Any = backbone.config
-    settings = config.to_json_string(use_diff=False)
     weight = next(backbone.parameters())
-    key = (
-        type(backbone),
-        config.name_or_path,
-        settings,
-        config._attn_implementation,
-        dtype,
-        weight.dtype,
-        weight.device,
-    )
+    settings = (config.name_or_path, config.to_json_string(use_diff=False), config._attn_implementation)
+    places = frozenset(map(str, getattr(backbone, "hf_device_map", {}).values()))
+    key = (type(backbone), settings, dtype, weight.dtype, weight.device, places)
     if key not in _FOUND:
         _FOUND[key] = probe(backbone, dtype)
     return _FOUND[key]
@@ -152,7 +145,8 @@ def longest_row(backbone: nn.Module) -> int | None:
     for one in told.values() if all(isinstance(one, dict) for one in told.values()) else [told]:
         kind = str(one.get("rope_type"))
         if kind == "longrope":
-            limits.append(int(one["original_max_position_embeddings"]))
+            known = one.get("original_max_position_embeddings") or config.original_max_position_embeddings
+            limits.append(int(known))
         elif "dynamic" in kind:
             limits.append(int(config.max_position_embeddings))
     return min(limits, default=None)
@@ -238,8 +232,9 @@ def _apart(states: Tensor, alone: Tensor, spread: Tensor) -> float:
 @contextmanager
 def _undisturbed(backbone: nn.Module) -> Iterator[None]:
     """Evaluation without gradients; mode, random numbers and a GPU's free memory are afterwards as before."""
-    training, device = backbone.training, _device(backbone)
-    devices = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
+    training = backbone.training
+    # Those alone that hold weights: another GPU would be given a context of this process, and lose memory to it.
+    devices = sorted({one.device.index for one in backbone.parameters() if one.is_cuda})
     backbone.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):

@@ -14,12 +14,13 @@ from decoders_support import DECODERS, LAYERS, decoder_of, outcome, rendered, ro
 from models_support import logits_of
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel
+from transformers.masking_utils import blockwise_overlay, or_masks, sliding_window_causal_mask_function
 
 from pairclf.config import Config
 from pairclf.errors import ModelError
 from pairclf.jobs.scoring import Scorer
 from pairclf.model import isolation, trim
-from pairclf.model.attention import NAME, attend
+from pairclf.model.attention import NAME, Watch, attend
 from pairclf.model.backbone import checkpoint_gradients
 from pairclf.model.batch import Item
 from pairclf.model.engine import build, build_frozen
@@ -152,6 +153,21 @@ def test_a_batch_that_has_a_say_in_its_rows_is_refused_even_padded() -> None:
     layer_of(model, 0).register_forward_hook(lambda _layer, _given, states: states - 0.1 * states.mean(dim=(0, 1)))
     with pytest.raises(ModelError, match="a row in a padded batch differ from those of the row alone"):
         probe(model, torch.float32)
+
+
+def test_a_mask_that_is_made_of_a_batch_is_known_without_asking_it_beyond() -> None:
+    blocks = torch.zeros(1, 8, dtype=torch.long)
+    plain = sliding_window_causal_mask_function(4)
+    mixed = or_masks(plain, blockwise_overlay(blocks))
+    for function, window, why in (
+        (plain, 4, None),
+        (plain, None, "hands sliding_window=None"),
+        (mixed, 4, "one batch"),
+    ):
+        mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+        found = Watch(masks=[(mask, function)], windows=[("Attention", window, mask)]).wrong_window()
+        assert found is None if why is None else why in str(found)
+    assert "another mask" in str(Watch(windows=[("Attention", None, torch.ones(1))]).wrong_window())
 
 
 @pytest.mark.parametrize("ignored", ["softcap", "scaling"])
