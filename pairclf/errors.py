@@ -13,8 +13,8 @@ MAX_ROWS_SHOWN = 5
 MAX_SHOWN = 200
 """Characters of a value, a name or another program's message that an error shows."""
 
-MAX_MESSAGE = 20_000
-"""Characters of a whole message."""
+MAX_MESSAGE = 10_000
+"""Characters of a whole message, whatever it quotes."""
 
 # C0 (less tab and line feed), DEL, C1, and what turns the direction of text: a terminal obeys them.
 _OBEYED = [*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F)]
@@ -81,15 +81,15 @@ class PairclfError(Exception):
         return _unpickled, (type(self), self.args, self.__dict__)
 
     def _text(self) -> str:
-        lines = [cut(self.what, MAX_MESSAGE)]
+        lines = [visible(cut(self.what, MAX_MESSAGE))]
         if self.where is not None:
-            lines.append(f"  where:  {cut(self.where, MAX_MESSAGE)}")
+            lines.append(f"  where:  {visible(cut(self.where, 1000))}")
         if self.rows:
-            shown = ", ".join(cut(visible(row)) for row in self.rows[:MAX_ROWS_SHOWN])
+            shown = ", ".join(visible(cut(row)) for row in self.rows[:MAX_ROWS_SHOWN])
             more = len(self.rows) - MAX_ROWS_SHOWN
             lines.append(f"  rows:   {shown}" + (f" and {more:,} more" if more > 0 else ""))
         if self.remedy:
-            lines.append(f"  remedy: {self.remedy}")
+            lines.append(f"  remedy: {visible(cut(self.remedy, MAX_MESSAGE))}")
         return "\n".join(lines)
 
 

@@ -139,20 +139,20 @@ def test_an_alias_is_no_fault(tmp_path: Path) -> None:
 LONG = "x" * 1_000_000
 
 
-@pytest.mark.parametrize(
-    "tree",
-    [
-        {"seed": LONG},
-        {"seed": [LONG] * 1000},
-        {"seed": 10**5000},
-        {"task": LONG},
-        {"seed": [[[[["x" * 1000] * 10] * 10] * 10] * 10] * 10},
-        {LONG: 1},
-        {f"setting{number}": 1 for number in range(5000)},
-        {"model": {"label_words": {LONG: 1}}},
-        {"folds": {"run": ["x"] * 5000}},
-    ],
-)
+TREES: list[dict[str, object]] = [
+    {"seed": LONG},
+    {"seed": [LONG] * 1000},
+    {"seed": 10**5000},
+    {"task": LONG},
+    {"seed": [[[[["x" * 1000] * 10] * 10] * 10] * 10] * 10},
+    {LONG: 1},
+    {f"setting{number}": 1 for number in range(5000)},
+    {"model": {"label_words": {LONG: 1}}},
+    {"folds": {"run": ["x"] * 5000}},
+]
+
+
+@pytest.mark.parametrize("tree", TREES, ids=range(len(TREES)))
 def test_an_error_quotes_no_more_than_can_be_read(tree: dict[str, object]) -> None:
     with pytest.raises(ConfigError) as raised:
         resolve(tree)
@@ -166,9 +166,10 @@ def test_a_long_override_is_quoted_in_part(tail: str) -> None:
     assert len(str(raised.value)) < 25_000
 
 
-@pytest.mark.parametrize(
-    "extended", ["fifo", "/dev/zero", "/dev/stdin", "large.yaml", "http://host/x.yaml", "a\0b", LONG]
-)
+EXTENDED = ["fifo", "/dev/zero", "/dev/stdin", "large.yaml", "http://host/x.yaml", "a\0b", LONG]
+
+
+@pytest.mark.parametrize("extended", EXTENDED, ids=range(len(EXTENDED)))
 def test_only_a_regular_file_is_extended(tmp_path: Path, extended: str) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "large.yaml").write_text("#" * (MAX_YAML + 1))

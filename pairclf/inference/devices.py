@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from pairclf.config import Model, Predict
-from pairclf.errors import ConfigError, ModelError
+from pairclf.errors import ConfigError, ModelError, quoted
 from pairclf.model.backbone import resolve_base, weight_files
 from pairclf.model.bundle import Bundle
 
@@ -106,7 +106,7 @@ def _named(device: str, gpus: int) -> str:
     except RuntimeError:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise ConfigError(f"predict.devices names {device!r}", remedy="name cpu, or cuda:0, cuda:1, ...")
+        raise ConfigError(f"predict.devices names {quoted(device)}", remedy="name cpu, or cuda:0, cuda:1, ...")
     if found.type == "cpu":
         return "cpu"
     if (found.index or 0) >= gpus:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from pairclf.console import console, progress
 from pairclf.errors import DataError
-from pairclf.files import atomic_folder, locked, sha256_file, write_json
+from pairclf.files import atomic_folder, locked, read_plain, sha256_file, write_json
 from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
 from pairclf.inputs.tokenise import TurnTokenizer
 from pairclf.inputs.truncate import Ids
@@ -39,6 +39,7 @@ TOKENS, MANIFEST = "tokens.arrow", "tokens.json"
 ROWS_AT_A_TIME = 1024
 WORTH_PROCESSES = 8192  # rows; below it a process costs more to start than it saves
 
+MAX_MANIFEST = 1 << 20  # bytes
 _SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -161,10 +162,18 @@ def token_cache(
 
 
 def _is_sound(place: Path) -> bool:
-    """Whether the cache is there, byte by byte as it was written."""
+    """Whether the cache is there, byte by byte as it was written, and no place in it leads out of the file.
+
+    A shared run folder may hold a stranger's; read without a look, its offsets would lead into other memory.
+    """
     try:
-        made = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
-        return bool(made["sha256"] == sha256_file(place / TOKENS))
+        made = json.loads(read_plain(place / MANIFEST, MAX_MANIFEST))
+        if not (place / TOKENS).is_file() or made["sha256"] != sha256_file(place / TOKENS):
+            return False
+        with pa.memory_map(str(place / TOKENS)) as source, pa.ipc.open_stream(source) as batches:
+            for batch in batches:
+                batch.validate(full=True)
+            return bool(batches.schema.equals(_SCHEMA))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

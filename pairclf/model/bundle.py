@@ -367,7 +367,7 @@ def _refuse_unknown(folder: Path) -> None:
         raise BundleError(
             f"the bundle holds what does not belong there: {shown}",
             where=folder,
-            remedy="a bundle is the folder that `pairclf train` wrote, and no other file; see docs/training.md",
+            remedy="a bundle is the folder that `pairclf train` wrote, and no other file (docs/prediction.md)",
         )
 
 

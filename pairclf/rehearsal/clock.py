@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pairclf.files import link_or_copy
 from pairclf.inference.profiles import PROFILES
 from pairclf.jobs.forecast import whole
 from pairclf.packaging.record import Build
@@ -69,7 +70,7 @@ def project(
 
 
 def link_bundles(folder: Path, build: Build, target: Path) -> list[Path]:
-    """Put the bundles together from the parts of the payload, as the kernel does it.
+    """Put the bundles together from the parts of the payload; by hard links, as a bundle holds no symbolic ones.
 
     Returns:
         The ensemble's file, or the bundles' folders.
@@ -79,5 +80,5 @@ def link_bundles(folder: Path, build: Build, target: Path) -> list[Path]:
             if path.is_file() and path.name not in READ_BY_THE_CLIENT:
                 link = target / path.relative_to(folder / part.folder)
                 link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(path.resolve())
+                link_or_copy(path.resolve(), link)
     return sorted(target.glob("*.yaml")) or [target / bundle.folder for bundle in build.bundles]

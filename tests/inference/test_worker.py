@@ -27,6 +27,7 @@ from pairclf.model.backbone import _placed, load_tokenizer
 from pairclf.model.batch import Item
 from pairclf.model.bundle import open_bundle
 from pairclf.model.engine import build
+from pairclf.trust import Trust, grant, granted
 
 CPU = torch.device("cpu")
 LARGEST = Largest(64, 256, 2)
@@ -67,6 +68,24 @@ def test_a_worker_scores_as_the_bundle_does(saved: Path, tmp_path: Path) -> None
         assert isinstance(failed.error, PairclfError)
         assert failed.error.remedy == "give the folder of the model"
     finally:
+        crew.close()
+
+
+def tell_trust(assignment: module.Assignment) -> module.Loaded:
+    raise BundleError(str(granted()))
+
+
+def test_a_worker_has_the_permissions_of_its_parent_and_no_others(tmp_path: Path) -> None:
+    crew = ProcessCrew([Model(tmp_path, None, (), [], LARGEST)], [("cpu",)], load=tell_trust)
+    try:
+        for trust in (Trust(), Trust(remote_code=True), Trust(linked_files=True)):
+            grant(trust)
+            crew.load(0)
+            (failed,) = collect(crew, 1)
+            assert isinstance(failed, Failed)
+            assert failed.what == str(trust)
+    finally:
+        grant(Trust())
         crew.close()
 
 

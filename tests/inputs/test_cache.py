@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from typing import Any
 
 import polars as pl
 import psutil
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, given
@@ -131,6 +134,31 @@ def test_it_is_built_once(tmp_path: Path, builder: InputBuilder, monkeypatch: py
     monkeypatch.setattr(module, "_build", lambda *_, **__: pytest.fail("built again"))
     again = cache_of(tmp_path, frame_of(ROWS), builder)
     assert [one.tolist() for one in first[2]["response_a"]] == [one.tolist() for one in again[2]["response_a"]]
+
+
+@pytest.mark.parametrize("harm", ["offsets", "columns", "fifo"])
+def test_a_strangers_cache_under_fitting_hashes_is_built_again(
+    tmp_path: Path, builder: InputBuilder, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    wanted = cache_of(tmp_path, frame_of(ROWS), builder)[2]["prompt"][0].tolist()
+    (tokens,), (manifest,) = tmp_path.rglob(TOKENS), tmp_path.rglob(MANIFEST)
+    if harm == "fifo":
+        tokens.unlink()
+        os.mkfifo(tokens)
+    else:
+        with pa.ipc.open_stream(tokens.read_bytes()) as reader:
+            table = reader.read_all().combine_chunks()
+        ids = table.column("tokens").chunk(0)
+        far = pa.array([0, 10**9, *[len(ids.values)] * (len(table) - 1)], type=pa.int32())
+        hostile = pa.ListArray.from_buffers(ids.type, len(table), [None, far.buffers()[1]], children=[ids.values])
+        table = table.set_column(3, "tokens", hostile) if harm == "offsets" else table.drop_columns(["tokens"])
+        with pa.OSFile(str(tokens), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        made = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps(made | {"sha256": hashlib.sha256(tokens.read_bytes()).hexdigest()}))
+    capsys.readouterr()
+    assert cache_of(tmp_path, frame_of(ROWS), builder)[2]["prompt"][0].tolist() == wanted
+    assert "is damaged, and is built again" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("harm", ["one byte", "cut short", "no tokens", "no manifest", "a manifest of nothing"])

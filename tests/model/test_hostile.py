@@ -157,6 +157,40 @@ def test_a_base_with_code_is_refused_and_named(base_of: Callable[[str], Path], t
     assert canary.exists()
 
 
+def test_every_command_that_loads_a_model_has_the_flag() -> None:
+    from typer.main import get_command
+
+    from pairclf.cli import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    asked = {name for name, one in commands.items() if any("--trust-remote-code" in param.opts for param in one.params)}
+    loading = "cv demo export forecast lengths merge package predict show train verify"
+    assert asked == set(loading.split())
+
+
+@pytest.mark.parametrize("command", ["verify", "predict", "forecast"])
+def test_what_a_bundle_names_is_not_fetched_unless_asked_for(
+    tmp_path: Path, cli: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    data = [] if command == "verify" else ["--data", tmp_path / "x.csv"]
+    for given, wanted in ((None, "1"), ("0", "0")):
+        monkeypatch.delenv("HF_HUB_OFFLINE") if given is None else monkeypatch.setenv("HF_HUB_OFFLINE", given)
+        assert cli(command, tmp_path, *data)[0] == 2
+        assert os.environ["HF_HUB_OFFLINE"] == wanted
+
+
+def test_a_bundle_that_can_not_be_loaded_does_not_keep_others_from_being_verified(copy: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(copy, tmp_path / "other"))
+    config = (copy / "config.yaml").read_text()
+    base = json.loads((copy / MANIFEST).read_text())["base"]
+    (copy / "config.yaml").write_text(config.replace(base, "~nobody-of-that-name/x/y"))
+    reseal(copy, base="~nobody-of-that-name/x/y")
+    found = verify([copy, other], None, tmp_path / "found.json")
+    assert next(found)[0] == other
+    with pytest.raises(ModelError, match="is no folder here"):
+        next(found)
+
+
 def _index(folder: Path, file: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.weight": file}}))
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pairclf.config import Config
+from pairclf.cli import _packaged
+from pairclf.config import Config, Data
 from pairclf.errors import BundleError, ConfigError, PackagingError, PairclfError
 from pairclf.files import sha256_file, sha256_tree
 from pairclf.inference.members import open_ensemble
@@ -23,6 +24,7 @@ from pairclf.packaging.payload import prove
 from pairclf.packaging.record import identity_of, read_build
 from pairclf.packaging.wheelhouse import Wheel, Wheelhouse
 from pairclf.rehearsal.mounts import READ_BY_THE_CLIENT
+from pairclf.trust import Trust, grant
 
 Write = Callable[..., Path]
 WHEEL = "pairclf-0.1.0-py3-none-any.whl"
@@ -73,6 +75,42 @@ def test_folder_is_complete_and_the_same_each_time(config: Config, bundle: Path,
         assert json.loads((folder / part.marker).read_text())["files"] == uploaded
     assert metadata_of(made)["dataset_sources"] == [part.source for part in record.parts]
     assert re.search(r"\| log loss 1\.0100(, [^|]*)? \| equal \| `", code)  # the fold's metric, and a plain mean
+
+
+@pytest.mark.usefixtures("wheels")
+@pytest.mark.parametrize("kernel", ["notebook", "server"])
+def test_kernel_runs_a_models_code_only_if_package_was_told_to(
+    config: Config, bundle: Path, tmp_path: Path, kernel: str
+) -> None:
+    written = []
+    for number, trust in enumerate((Trust(), Trust(remote_code=True))):
+        grant(trust)
+        try:
+            made = package(changed(config, kernel=kernel), [bundle], tmp_path / str(number))
+        finally:
+            grant(Trust())
+        cells = json.loads((made / "kernel" / read_build(made).code_file).read_text())["cells"]
+        written.append("".join("".join(cell["source"]) for cell in cells))
+    plain, trusting = written
+    assert "TRUST = []" in plain
+    assert "--trust-remote-code" not in plain
+    assert 'TRUST = ["--trust-remote-code"]' in trusting
+    assert "**Python files that come with the model are run here**" in trusting
+
+
+def test_settings_of_a_strangers_bundle_choose_no_files_and_no_wheels(
+    config: Config, tmp_path: Path, write_bundle: Write
+) -> None:
+    hostile = changed(config, ensemble=tmp_path / "e.yaml", images=tmp_path, wheels=["evil"])
+    folder = write_bundle(tmp_path / "b", hostile.model_copy(update={"data": Data(test=Path("x.csv"))}), "fold0")
+    read, bundles, _ = _packaged([str(folder), "package.hours=3"], [])
+    assert bundles == [folder]
+    assert (read.package.ensemble, read.package.images, read.package.wheels) == (None, None, [])
+    assert read.data.test is None
+    assert (read.package.hours, read.package.owner) == (3, config.package.owner)
+    (folder / "config.yaml").write_text("extends: /etc/hostname\n")
+    with pytest.raises(BundleError, match="not as they were saved"):
+        _packaged([str(folder)], [])
 
 
 @pytest.mark.usefixtures("wheels")

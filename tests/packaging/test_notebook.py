@@ -21,6 +21,7 @@ import pytest
 from pairclf.errors import PackagingError
 from pairclf.packaging.notebook import Value, make_notebook, make_script
 from pairclf.packaging.sources import shipped
+from pairclf.trust import Trust
 
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 BASE = "google/gemma-2/pyTorch/gemma-2-9b-it/2"
@@ -660,6 +661,7 @@ def test_server_is_told_the_limits_by_the_clock_and_closed(tmp_path: Path, gatew
     for rerun in (False, True):
         assert serve(tmp_path, rerun=rerun) == Model([]).report()
         model = Model.made[-2]
+        assert model.options["trust"] == Trust(linked_files=True)  # `assemble` linked them
         assert (model.closed, model.options["strict"], model.options["batch_seconds"]) == (True, not rerun, 3.0)
         assert gateway.answers == ["scored"]
 
