@@ -23,6 +23,24 @@ _NAMES = ("time", "monotonic", "perf_counter")
 _sleep = time.sleep
 
 
+def _of_time(name: str) -> Callable[[], float]:
+    found: Callable[[], float] = getattr(time, name)
+    return found
+
+
+class _Turned:
+    """A function of the module `time`; sent to another process, it is that process's own."""
+
+    def __init__(self, name: str, clock: SharedClock) -> None:
+        self._name, self._real, self._clock = name, _of_time(name), clock
+
+    def __reduce__(self) -> tuple[Callable[[str], Callable[[], float]], tuple[str]]:
+        return _of_time, (self._name,)
+
+    def __call__(self) -> float:
+        return self._real() + self._clock.ahead
+
+
 class SharedClock:
     """Seconds of a real clock, and those by which a process turned it ahead. It may be sent to other processes.
 
@@ -80,10 +98,7 @@ class SharedClock:
     def rule(self, names: Sequence[str] = _NAMES) -> None:
         """Let the clocks of the module `time` be turned with it, in this process."""
         for name in names:
-            setattr(time, name, self._turned(getattr(time, name)))
-
-    def _turned(self, real: Callable[[], float]) -> Callable[[], float]:
-        return lambda: real() + self.ahead
+            setattr(time, name, _Turned(name, self))
 
     def hurry(self, least: float) -> None:
         """Let `time.sleep` turn the clock and return, in this process, where it is asked for `least` seconds or more.

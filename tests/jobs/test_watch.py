@@ -127,7 +127,7 @@ def test_what_the_process_was_started_to_ignore_it_goes_on_to_ignore(ignored: si
         with signals() as caught:
             os.kill(os.getpid(), ignored)
             assert not caught.asked()
-            other = signal.SIGTERM if ignored != signal.SIGTERM else signal.SIGHUP
+            other = signal.SIGTERM if ignored != signal.SIGTERM else signal.SIGINT
             os.kill(os.getpid(), other)
             assert caught.received == other
         assert signal.getsignal(ignored) is signal.SIG_IGN
