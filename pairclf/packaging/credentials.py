@@ -9,6 +9,7 @@ before the expression is tried: most content has none, and finding a word is a h
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -78,12 +79,17 @@ class Words:
                 place = self._content.find(word, end - AFTER // 2)
 
 
+PUBLISHED = frozenset({"5de261506c0ff857b7c1af7059f842fb0a36d1ca2e4895da542c5eb726f2c802"})
+"""SHA-256 of credentials that their owners have published, for a sandbox: that of transformers' own tests."""
+
 _PLACEHOLDERS = frozenset(b"password passwd pass pwd secret token key user username name placeholder changeme".split())
 _FEWEST_LETTERS = 6  # different ones, in a secret that is not a row of x
 
 
 def _is_placeholder(secret: bytes) -> bool:
-    """`hf_xxxxxxxx`, `AKIA...EXAMPLE`, `https://user:password@host`: what documentation writes."""
+    """`hf_xxxxxxxx`, `AKIA...EXAMPLE`, `https://user:password@host`: what documentation writes, or is published."""
+    if hashlib.sha256(secret).hexdigest() in PUBLISHED:
+        return True
     told = re.split(rb"[_\-]", secret.strip())[-1].lower() if len(secret) < 12 else secret.lower()
     return secret.lower() in _PLACEHOLDERS or told in _PLACEHOLDERS or b"EXAMPLE" in secret or _is_row(secret)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import bz2
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -18,7 +19,7 @@ import polars as pl
 import pytest
 
 from pairclf.errors import PackagingError
-from pairclf.packaging import secrets, unpack
+from pairclf.packaging import credentials, secrets, unpack
 from pairclf.packaging.credentials import FORMS as KNOWN
 from pairclf.packaging.credentials import VARIABLES, Words
 from pairclf.packaging.secrets import refuse_secrets
@@ -349,6 +350,13 @@ def test_half_a_hash_is_no_key(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_half_a_hash_is_no_key_within_a_piece(folder: Path) -> None:
     hashes = "\n".join(f'"key": "{HEX}", "{"y" * (number % 9)}": 1' for number in range(3000))
     assert told(folder, "bundle/fold0/hashes.json", hashes) == ""
+
+
+def test_a_published_credential_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "hf_" + MIXED[:34]
+    assert "a Hugging Face token" in told(folder, "kernel/a.py", token)
+    monkeypatch.setattr(credentials, "PUBLISHED", frozenset({hashlib.sha256(token.encode()).hexdigest()}))
+    assert told(folder, "kernel/a.py", token) == ""
 
 
 def test_our_own_sources_pass(folder: Path) -> None:
