@@ -90,11 +90,13 @@ def _is_placeholder(secret: bytes) -> bool:
     """`hf_xxxxxxxx`, `AKIA...EXAMPLE`, `https://user:password@host`: what documentation writes, or is published."""
     if hashlib.sha256(secret).hexdigest() in PUBLISHED:
         return True
-    told = re.split(rb"[_\-]", secret.strip())[-1].lower() if len(secret) < 12 else secret.lower()
-    return secret.lower() in _PLACEHOLDERS or told in _PLACEHOLDERS or b"EXAMPLE" in secret or _is_row(secret)
+    last = re.split(rb"[_-]", secret.lower())[-1]  # of my-password, your_token
+    is_word = secret.lower() in _PLACEHOLDERS or (len(secret) < 12 and last in _PLACEHOLDERS)
+    return is_word or b"EXAMPLE" in secret or _is_row(secret)
 
 
 def _is_row(secret: bytes) -> bool:
+    """Whether it is its prefix (`hf_`) and then hardly any different letters."""
     return len(secret) >= 12 and len(set(secret[secret.rfind(b"_", 0, 12) + 1 :])) < _FEWEST_LETTERS
 
 

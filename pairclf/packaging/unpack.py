@@ -270,6 +270,7 @@ def decoded(piece: bytes, *, deep: int = 2) -> Iterator[tuple[str, bytes]]:
         if b"\\" not in text or (plain := _ESCAPE.sub(_unescape, text)) == text:
             break
         text = plain
+    if text is not piece:
         yield "escaped", text
     if deep and (content := b"\n".join(_from_base64(piece))):
         yield "base64", content
