@@ -1,15 +1,19 @@
 """Secrets: what no file may carry that leaves this machine: credentials, and who works on it and where.
 
-Two kinds are looked for. Whatever has the form of a credential, in all that was made here. And this machine's own:
-its credentials where the clients keep them, its folders, its user's and its host's name. A finding names the file, the
-line and the kind, and never shows what was found.
+Three kinds are looked for. Whatever has the form of a credential (`credentials.FORMS`), in all that was made here. This
+machine's own: its credentials where the clients keep them, its folders, its user's and its host's name. And anybody's
+home folder. A finding names the file, the line and the kind, and never shows what was found.
 
 Not everything is looked through for everything, as a refusal must mean something:
 
-    tokenizers, third-party wheels, binary      may hold any word: credentials and this machine's folders alone
+    tokenizers, binary files                    may hold any word: exact forms and this machine's folders alone
+    third-party wheels                          the same, as they stand: no archives in them, no encodings
     probe rows of a bundle                      are people's prompts, and may hold paths: this machine's credentials
     weights (safetensors)                       are numbers: their header alone
     a name that is a word of our own sources    is found where it stands for a user or a host: /adam/, ~adam, adam@
+
+Archives are opened, and texts read behind their encodings (`unpack`). What can't be looked through is refused: pickles,
+encrypted or damaged archives, those that unpack to too much.
 """
 
 from __future__ import annotations
@@ -17,44 +21,39 @@ from __future__ import annotations
 import getpass
 import io
 import json
-import mmap
 import netrc
 import os
 import re
 import socket
-import struct
 import tempfile
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pairclf
 from pairclf.errors import PackagingError
 from pairclf.model.bundle import MANIFEST
+from pairclf.packaging.credentials import FORMS, VARIABLES, Form, Words, literal_form
 from pairclf.packaging.sources import checkout, shipped
-
-FORMS = {
-    "a Kaggle token": rb"\bKGAT_[A-Za-z0-9_-]{16,}",
-    "a Kaggle key": rb"""(?i:\bkaggle_key|\bkey)[\\"'\]]*\s*[:=]\s*[\\"']*[0-9a-f]{32}(?![0-9a-f])""",
-    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}",
-    "an AWS key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})",
-    "a W&B key": rb"""(?i:\bwandb_api_key|\bwandb\.login\(\s*key)[\\"'\]]*\s*[:=]\s*[\\"']*[0-9a-f]{40}\b""",
-    "an API key": rb"\bsk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{32,}",
-    "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
-}
-"""Credentials by their form."""
-
-VARIABLES = (
-    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "KAGGLE_KEY", "KAGGLE_API_TOKEN", "WANDB_API_KEY"),
-    *("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "GH_TOKEN", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"),
+from pairclf.packaging.unpack import (
+    Budget,
+    Leaf,
+    UnsearchableError,
+    decoded,
+    header,
+    is_pickle,
+    leaves,
+    packed_in_base64,
+    pieces,
 )
-"""Environment variables that hold credentials."""
 
 _COMMON = """
 admin build builder cloud colab container debian default docker fedora host jenkins jovyan kaggle linux local localhost
 machine main nobody node notebook python root runner server test tester ubuntu user vagrant vscode work worker workspace
+"""
+_IN_PATHS = """
+all circleci conda example me name oem public shared someone travis user_name username vsts you your-name yourname
 """
 ANYBODY = frozenset(_COMMON.split())
 """Names that tell nothing of anybody."""
@@ -62,26 +61,31 @@ ANYBODY = frozenset(_COMMON.split())
 _SHORTEST_NAME, _SHORTEST_CREDENTIAL = 4, 8  # letters; a shorter one is found everywhere
 _SHOWN = 10  # findings
 _WHOLE = rb"(?<![A-Za-z0-9])%s(?![A-Za-z0-9])"
-_FOLDER = rb"(?<![A-Za-z0-9])%s(?![A-Za-z0-9._-])"  # /home/me is none in /home/me-too
+_FOLDER = rb"(?<![A-Za-z0-9])%s(?![A-Za-z0-9._-])"  # /a/b is none in /a/b-c
 _AS_NAME = rb"(?:(?<=[/\\])%s(?=[/\\])|(?<=~)%s(?![A-Za-z0-9])|(?<![A-Za-z0-9])%s@|(?<=@)%s(?![A-Za-z0-9]))"
+_ANYBODYS = (
+    rb"(?i)(?<![A-Za-z0-9._-])(?:/home|/Users|[A-Za-z]:[\\/]{1,4}Users)[\\/]{1,4}"
+    rb"(?!(?:%s)(?![A-Za-z0-9._-]))[a-z0-9_][a-z0-9._-]+"
+)
 _IN_LIBRARIES = "a private key"  # its first line stands in every library that reads one, and in their tests
+_PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt")
 _HEAD = 8192  # bytes, of which a file's kind is told
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Patterns by kind, in the order of their weight."""
+    """Forms in the order of their weight."""
 
-    credentials: dict[str, re.Pattern[bytes]]
+    credentials: tuple[Form, ...]
     """This machine's."""
-    binary: dict[str, re.Pattern[bytes]]
-    """The above, forms, and this machine's folders, two levels deep or deeper: nobody else has them."""
-    everything: dict[str, re.Pattern[bytes]]
-    """The above, home, and names."""
+    binary: tuple[Form, ...]
+    """The above, exact forms, and this machine's folders, two levels deep or deeper: nobody else has them."""
+    everything: tuple[Form, ...]
+    """The above, all forms, home, anybody's home, and names."""
 
     @property
-    def library(self) -> dict[str, re.Pattern[bytes]]:
-        return {kind: pattern for kind, pattern in self.binary.items() if kind != _IN_LIBRARIES}
+    def library(self) -> tuple[Form, ...]:
+        return tuple(form for form in self.binary if form.kind != _IN_LIBRARIES)
 
 
 def refuse_secrets(folder: Path, owner: str, parts: Iterable[str]) -> None:
@@ -111,19 +115,24 @@ def refuse_secrets(folder: Path, owner: str, parts: Iterable[str]) -> None:
 
 
 def _search(owner: str) -> Search:
-    credentials = {kind: _any_of(values) for kind, values in _credentials().items() if values}
+    own = tuple(_any_of(kind, values) for kind, values in _credentials().items() if values)
     home, deep = Path.home(), [path for path in _folders() if len(path.parts) > 2]
-    folders = {"a folder of this machine": _any_of(map(str, deep), _FOLDER)} if deep else {}
-    at_home = {} if len(home.parts) < 2 else {"the home folder of this machine": _any_of([str(home)], _FOLDER)}
-    forms = {kind: re.compile(pattern) for kind, pattern in FORMS.items()}
-    binary = credentials | forms | folders
-    return Search(credentials, binary, binary | at_home | dict(_names(owner)))
+    folders = (_any_of("a folder of this machine", map(str, deep), _FOLDER),) if deep else ()
+    at_home = () if len(home.parts) < 2 else (_any_of("the home folder of this machine", [str(home)], _FOLDER),)
+    binary = own + tuple(form for form in FORMS if form.anywhere) + folders
+    inexact = tuple(form for form in FORMS if not form.anywhere)
+    return Search(own, binary, binary + inexact + at_home + tuple(_names(owner)) + (_anybodys_home(),))
 
 
-def _any_of(values: Iterable[str], whole: bytes = _WHOLE) -> re.Pattern[bytes]:
+def _any_of(kind: str, values: Iterable[str], whole: bytes = _WHOLE) -> Form:
     """Any of these as whole words, as they are or as JSON writes them."""
-    forms = {form for value in values for form in (value, json.dumps(value)[1:-1])}
-    return re.compile(b"|".join(whole % re.escape(form.encode()) for form in sorted(forms)))
+    return literal_form(kind, [form.encode() for value in values for form in (value, json.dumps(value)[1:-1])], whole)
+
+
+def _anybodys_home() -> Form:
+    nobody = b"|".join(re.escape(name.encode()) for name in sorted(ANYBODY | set(_IN_PATHS.split())))
+    pattern = re.compile(_ANYBODYS.replace(b"%s", nobody))
+    return Form("somebody's home folder", (b"/home", b"users"), pattern, anywhere=False)
 
 
 def _folders() -> Iterator[Path]:
@@ -132,17 +141,17 @@ def _folders() -> Iterator[Path]:
             yield from {path, path.resolve()}
 
 
-def _names(owner: str) -> Iterator[tuple[str, re.Pattern[bytes]]]:
+def _names(owner: str) -> Iterator[Form]:
     """Patterns of user and host. One that is a word of our own sources (adam, gemma, mark) tells nothing by itself."""
     host = socket.gethostname()
     known, ours = ANYBODY | {owner.lower()}, _our_words()
     for kind, name in (("user", _user()), ("host", host), ("host", host.partition(".")[0])):
         if len(name) >= _SHORTEST_NAME and name.lower() not in known:
-            literal = re.escape(name.encode())
-            form = _AS_NAME if name.lower() in ours else _WHOLE
-            yield f"the {kind}'s name of this machine", re.compile(form.replace(b"%s", literal), re.IGNORECASE)
+            whole = _AS_NAME if name.lower() in ours else _WHOLE
+            yield literal_form(f"the {kind}'s name of this machine", [name.encode()], whole, re.IGNORECASE)
 
 
+@cache
 def _our_words() -> set[str]:
     sources = [shipped("kaggle/notebook.py"), *Path(pairclf.__file__).parent.rglob("*.py")]
     return {word for path in sources for word in re.findall(r"[a-z0-9]+", path.read_text(encoding="utf-8").lower())}
@@ -199,58 +208,100 @@ def _passwords(path: Path) -> list[str]:
 
 def _findings(path: Path, top: Path, search: Search) -> Iterator[str]:
     name = path.relative_to(top).as_posix()
-    yield from _matches(name.encode(), f"{name}: its name", search.everything, lines=False)
-    if path.suffix in (".whl", ".zip"):
-        is_library = path.suffix == ".whl" and not path.name.startswith("pairclf-")
-        patterns = search.library if is_library else search.everything
-        yield from _archive(path, name, patterns)
-    elif path.suffix == ".safetensors":
-        yield from _matches(_header(path), f"{name}: its header", search.everything, lines=False)
-    elif path.name == MANIFEST:
+    yield from _matches(name.encode(), f"{name}: its name", search.everything)
+    if path.name == MANIFEST:
         yield from _manifest(path, name, search)
-    else:
-        yield from _content_findings(path, name, search)
+        return
+    is_library = path.suffix == ".whl" and not path.name.startswith("pairclf-")
+    budget = Budget.of(path.stat().st_size)
+    with path.open("rb") as content:
+        try:
+            for leaf in leaves(content, budget, nested=not is_library):
+                yield from _leaf(leaf, path, name, search, budget)
+        except UnsearchableError as error:
+            yield f"{name}: {error}"
 
 
-def _content_findings(path: Path, name: str, search: Search) -> Iterator[str]:
-    with path.open("rb") as stream:
-        head = stream.read(_HEAD)
-        if not head:
-            return
-        is_binary = b"\0" in head
-        by_chance = path.parent.name == "tokenizer" or (is_binary and not _is_wide(head))
-        patterns = search.binary if by_chance else search.everything
-        if _is_wide(head):
-            yield from _matches(path.read_bytes().replace(b"\0", b""), name, patterns)
-            return
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            yield from _matches(content, name, patterns, lines=not is_binary)
+def _leaf(leaf: Leaf, path: Path, name: str, search: Search, budget: Budget) -> Iterator[str]:
+    """Look through a file, or through what lies in it."""
+    is_wheel, where = path.suffix == ".whl", ": ".join([name, *leaf.names])
+    is_library = is_wheel and not path.name.startswith("pairclf-")
+    inner = leaf.names[-1] if leaf.names else path.name
+    if leaf.names:
+        forms = search.library if is_library else search.everything
+        yield from _matches(inner.encode(), f"{': '.join([name, *leaf.names[:-1]])}: a name in it", forms)
+    if is_wheel and not leaf.names:
+        return  # compressed: its members come one by one
+    if inner.endswith(".safetensors") and (found := header(leaf.content)) is not None:
+        forms = search.library if is_library else search.everything
+        yield from _matches(found, f"{where}: its header", forms)
+        for encoding, text in decoded(found) if not is_library else ():
+            yield from _matches(text, f"{where}: its header ({encoding})", forms)
+        return
+    if not is_library and (inner.endswith(_PICKLES) or is_pickle(leaf.content)):
+        yield f"{where}: a pickle, which runs code where it is loaded and can't be looked through"
+    leaf.content.seek(0)
+    head = leaf.content.read(_HEAD)
+    is_binary = b"\0" in head and not _is_wide(head)
+    by_chance = is_binary or path.parent.name == "tokenizer"
+    forms = search.library if is_library else search.binary if by_chance else search.everything
+    wide = forms if by_chance and not is_binary else search.everything
+    yield from _pieces(leaf, where, forms, wide, budget, is_library=is_library, is_text=b"\0" not in head)
+
+
+def _pieces(
+    leaf: Leaf,
+    where: str,
+    forms: Sequence[Form],
+    wide: Sequence[Form],
+    budget: Budget,
+    *,
+    is_library: bool,
+    is_text: bool,
+) -> Iterator[str]:
+    """The first match of each kind in the content, and behind its encodings."""
+    for piece, lines in pieces(leaf.content):
+        yield from _matches(piece, where, forms, lines=lines if is_text else None)
+        if is_library:
+            continue
+        for encoding, text in decoded(piece):
+            yield from _matches(text, f"{where} ({encoding})", wide if encoding.startswith("UTF") else forms)
+        for content in packed_in_base64(piece):
+            yield from _packed(content, where, forms, wide, budget)
+
+
+def _packed(content: bytes, where: str, forms: Sequence[Form], wide: Sequence[Form], budget: Budget) -> Iterator[str]:
+    """An archive that stood in a text as base64. What only begins like one is none."""
+    try:
+        for leaf in leaves(io.BytesIO(content), budget, ("(base64)",)):
+            for piece, _ in pieces(leaf.content):
+                inside = ": ".join([where, *leaf.names])
+                yield from _matches(piece, inside, forms)
+                for encoding, text in decoded(piece):
+                    yield from _matches(text, f"{inside} ({encoding})", wide if encoding.startswith("UTF") else forms)
+    except UnsearchableError:
+        if budget.left < 0:
+            raise
 
 
 def _is_wide(head: bytes) -> bool:
-    """Whether it is text in UTF-16: every other byte of most letters is zero."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+    """Whether it is text in UTF-16 or UTF-32: most bytes of every second place are zero, or of three in four."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
         return True
-    few, many = sorted((head[::2].count(0), head[1::2].count(0)))
-    return many > 0.4 * len(head) and few < 0.05 * len(head)
+    zeros = [head[place::4].count(0) * 4 for place in range(4)]
+    few, many = 0.1 * len(head), 0.8 * len(head)
+    is_zero = [count > many for count in zeros]
+    return any(is_zero) and not all(is_zero) and all(count < few or count > many for count in zeros)
 
 
-def _matches(
-    content: bytes | mmap.mmap, where: str, patterns: dict[str, re.Pattern[bytes]], *, lines: bool = True
-) -> Iterator[str]:
-    """The first match of each kind."""
-    for kind, pattern in patterns.items():
-        if (found := pattern.search(content)) is not None:
-            number = content[: found.start()].count(b"\n") + 1
-            yield f"{where}{f', line {number}' if lines else ''}: {kind}"
-
-
-def _header(path: Path) -> bytes:
-    """The JSON before a safetensors file's weights; empty where it is none."""
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        return start + stream.read(min(size, 100 << 20))  # the format's own limit of a header
+def _matches(content: bytes, where: str, forms: Sequence[Form], *, lines: int | None = None) -> Iterator[str]:
+    """The first match of each kind; with `lines`, the number of those before it, the line is told."""
+    words, told = Words(content.lower()), set[str]()
+    for form in forms:
+        if form.kind not in told and (place := form.find(content, words)) is not None:
+            told.add(form.kind)
+            before = content.count(b"\n", 0, place)
+            yield f"{where}{'' if lines is None else f', line {lines + before + 1}'}: {form.kind}"
 
 
 def _manifest(path: Path, name: str, search: Search) -> Iterator[str]:
@@ -261,20 +312,10 @@ def _manifest(path: Path, name: str, search: Search) -> Iterator[str]:
     except ValueError:
         tree = None
     if not isinstance(tree, dict):
-        yield from _matches(text, name, search.everything)
+        yield from _matches(text, name, search.everything, lines=0)
         return
-    yield from _matches(text, name, search.credentials)
-    ours = json.dumps({key: value for key, value in tree.items() if key != "probes"}, ensure_ascii=False)
-    yield from _matches(ours.encode(), name, search.everything, lines=False)
-
-
-def _archive(path: Path, name: str, patterns: dict[str, re.Pattern[bytes]]) -> Iterator[str]:
-    try:
-        archive = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
-    except zipfile.BadZipFile:
-        yield from _matches(path.read_bytes(), name, patterns)
-        return
-    with archive:
-        for member in archive.namelist():
-            yield from _matches(member.encode(), f"{name}: a name in it", patterns, lines=False)
-            yield from _matches(archive.read(member), f"{name}: {member}", patterns)
+    yield from _matches(text, name, search.credentials, lines=0)
+    ours = json.dumps({key: value for key, value in tree.items() if key != "probes"}, ensure_ascii=False).encode()
+    yield from _matches(ours, name, search.everything)
+    for encoding, decoded_text in decoded(ours):
+        yield from _matches(decoded_text, f"{name} ({encoding})", search.everything)
