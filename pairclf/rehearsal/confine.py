@@ -22,7 +22,7 @@ ETC = (
     "alternatives", "ca-certificates", "fonts", "group", "hosts", "ld.so.cache", "ld.so.conf", "ld.so.conf.d",
     "localtime", "mime.types", "nsswitch.conf", "OpenCL", "passwd", "pki", "ssl", "timezone", "vulkan",
 )  # fmt: skip
-DEVICES = ("null", "zero", "full", "random", "urandom", "nvidia*", "nvidia-caps", "dri", "kfd")
+DEVICES = ("null", "zero", "full", "random", "urandom", "nvidia*", "dri", "kfd", "dxg")
 
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _BIND, _REC, _DETACH = 1, 2, 4, 8, 4096, 16384, 2  # of mount(2) and umount2(2)
 _SETATTR, _HERE, _RECURSIVE = 442, -100, 0x8000  # mount_setattr(2), Linux 5.12
