@@ -625,8 +625,8 @@ LEDGER = Path("runs/ledger.jsonl")
 def push(folder: PackageFolder, go: Go = False) -> None:
     """Upload bundles and wheels, wait until they are ready, push the kernel and wait for its run.
 
-    Only what a rehearsal has passed. Without `--go` nothing is sent: every request is printed. It can be repeated after
-    any failure: what is there already is left alone.
+    Only what a rehearsal has passed on this machine. Without `--go` nothing is sent: every request is printed. It can
+    be repeated after any failure: what is there already is left alone.
     """
     _needs_kaggle()
     from pairclf.publish.push import push as job

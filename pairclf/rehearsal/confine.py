@@ -22,7 +22,7 @@ ETC = (
     "alternatives", "ca-certificates", "fonts", "group", "hosts", "ld.so.cache", "ld.so.conf", "ld.so.conf.d",
     "localtime", "mime.types", "nsswitch.conf", "OpenCL", "passwd", "pki", "ssl", "timezone", "vulkan",
 )  # fmt: skip
-DEVICES = ("null", "zero", "full", "random", "urandom", "nvidia*", "nvidia-caps", "dri", "kfd")
+DEVICES = ("null", "zero", "full", "random", "urandom", "nvidia*", "dri", "kfd", "dxg")
 
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _BIND, _REC, _DETACH = 1, 2, 4, 8, 4096, 16384, 2  # of mount(2) and umount2(2)
 _SETATTR, _HERE, _RECURSIVE = 442, -100, 0x8000  # mount_setattr(2), Linux 5.12
@@ -144,10 +144,14 @@ def raise_loopback() -> None:
         fcntl.ioctl(channel, _SET_FLAGS, struct.pack("16sh14x", b"lo", flags | _UP))
 
 
-def give_up_rights() -> None:
-    """No capability is left, and none can come back, by no program that is executed."""
+def last_capability() -> int:
+    """Number of the last one that this kernel knows."""
     with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as stream:
-        last = int(stream.read())
+        return int(stream.read())
+
+
+def give_up_rights(last: int) -> None:
+    """No capability up to `last` is left, and none can come back, by no program that is executed."""
     _call("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
     _call("prctl", _AMBIENT, _CLEAR_AMBIENT, 0, 0, 0)
     for capability in range(last + 1):
@@ -158,9 +162,10 @@ def give_up_rights() -> None:
 def main(source: str, *command: str) -> None:
     with open(source, encoding="utf-8") as stream:
         view: View = json.load(stream)
+    last = last_capability()
     raise_loopback()
     enter(view)
-    give_up_rights()
+    give_up_rights(last)  # nothing is imported from here on: this interpreter's library may be gone
     os.execv(command[0], command)
 
 

@@ -20,7 +20,7 @@ from pairclf.config import Config, parse_yaml, resolve
 from pairclf.console import Advance, console, progress
 from pairclf.dispositions import answering
 from pairclf.errors import ModelError, PackagingError
-from pairclf.files import atomic_file, locked, refuse_special_files, sha256_file
+from pairclf.files import atomic_file, is_regular, locked, refuse_special_files, sha256_file
 from pairclf.inference.deadline import seconds_until
 from pairclf.packaging.metadata import KERNEL, MACHINES
 from pairclf.packaging.payload import prove
@@ -33,7 +33,7 @@ from pairclf.rehearsal.judge import Judge
 from pairclf.rehearsal.meter import GB
 from pairclf.rehearsal.mounts import LAYOUTS, Mount, mounts_of
 from pairclf.rehearsal.play import SCORES, SERVED, SUBMISSION, Play, play
-from pairclf.rehearsal.report import REHEARSAL, REPORT, Report, Reports, read_report, write_report
+from pairclf.rehearsal.report import REHEARSAL, REPORT, Report, Reports, read_report, rehearsal_path, write_report
 from pairclf.rehearsal.runner import EXECUTED, HEAD
 from pairclf.rehearsal.stage import HERE, Scene, Stage, furnish, staged
 
@@ -227,12 +227,17 @@ def _check_options(build: Build, options: Options, image: str) -> None:
 
 
 def _rehearsed(rehearsal: _Rehearsal) -> bool:
-    """Whether an undisturbed run of this build on these rows lies in `out`."""
-    path = rehearsal.out / REPORT
-    if not path.is_file() or not (rehearsal.out / SUBMISSION).is_file():
+    """Whether an undisturbed run of this build on these rows lies in `out`, and this machine made it."""
+    path, own = rehearsal.out / REPORT, rehearsal_path(rehearsal.build.identity)
+    if not all(map(is_regular, (path, own, rehearsal.out / SUBMISSION))):
         return False
     report = read_report(path)
-    return report.passed and report.build == rehearsal.build.identity and report.inputs == rehearsal.inputs
+    return (
+        report.passed
+        and report == read_report(own)
+        and report.build == rehearsal.build.identity
+        and report.inputs == rehearsal.inputs
+    )
 
 
 # --- set up and run --------------------------------------------------------------------------------------------------

@@ -12,6 +12,11 @@ from pairclf.packaging.interpreters import find_interpreter
 from pairclf.rehearsal.rehearse import Options, rehearse
 
 
+@pytest.fixture(autouse=True)
+def machine() -> None:
+    """The user's own cache: an environment with an image's versions takes minutes to make."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "python", "folds"), [("script", "3.12", (0, 1)), ("server", "3.13", (0,))])
 def test_other_kinds_of_kernel_give_the_same(tmp_path: Path, kernel: str, python: str, folds: tuple[int, ...]) -> None:

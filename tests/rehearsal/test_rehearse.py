@@ -711,6 +711,18 @@ for name in ("plan.json", "runner.log"):
 """
 
 
+def test_launcher_needs_nothing_that_is_hidden(tmp_path: Path) -> None:
+    """The kernel may have another interpreter, and the launcher's library is not there for it."""
+    if not has_namespaces(tmp_path):
+        pytest.skip("this machine allows no namespaces")
+    top = tmp_path / "hollow"
+    for name in ("root", "working"):
+        (top / name).mkdir(parents=True)
+    true = Path(shutil.which("true") or "/bin/true").resolve()
+    view = confine.View(root=str(top / "root"), shown=[], changed=[], working=str(top / "working"), disk=1 << 20)
+    assert sandbox.namespaces(view, top, true) is not None
+
+
 def test_links_that_a_kernel_leaves_are_not_followed(packaged: Packager, isolation: str, tmp_path: Path) -> None:
     """Its first run, in another layout, lays them where the rehearsal wrote for the second one."""
     dear = tmp_path / "dear.txt"
