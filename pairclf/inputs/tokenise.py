@@ -105,7 +105,7 @@ class TurnTokenizer:
         return [np.array(ids, dtype=np.int32) for ids in found]
 
     def _after_added(self, text: str, *, special: bool) -> list[int]:
-        """A continued text, from its first added token on as at the start: there the tokenizer may put a blank again."""
+        """A continued text, from its first added token on as at the start: behind one, too, a blank may be put."""
         self._backend.encode_special_tokens = not special
         continued, started = (one.encode(text, add_special_tokens=False) for one in (self._continuing, self._backend))
         starts = {
