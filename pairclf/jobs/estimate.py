@@ -39,14 +39,15 @@ STEPS = 2000
 PROBES = (64, 128, 256)
 """Lengths of the sequences whose kept activations are counted."""
 
-SPARE = {"cpu": 1.0, "cuda": 0.5}
+SPARE = {"cpu": 3.5, "cuda": 0.5}
 """What is needed at once besides what the forward pass keeps, in what it keeps of one layer.
 
-In the backward pass 0.1 to 0.3 of a layer's are alive (30M Llama, float32). On a CPU the rest is C's heap.
+In the backward pass 0.1 to 0.3 of a layer's are alive (30M Llama, float32). On a CPU the rest is C's heap, which finds
+little room for a layer that is recomputed among what it holds.
 """
 
-RECOMPUTED = {"cpu": 2.5, "cuda": 0.0}
-"""The same with gradient checkpointing, besides `SPARE`: C's heap finds no room for a layer among what it holds."""
+SPARE_MEASURED = 1.0
+"""The same on a CPU without recomputation, where it was measured what the heap adds to the forward pass."""
 
 WATCHED = 6
 """Layers of a forward pass whose memory is measured on a CPU."""
@@ -370,12 +371,13 @@ def _activations(config: Config, classifier: Classifier, batches: Sequence[Seque
         forward = np.array([0.0, layers * embedding.embedding_dim * embedding.weight.element_size(), 0.0])
     largest = max(batches, key=lambda batch: float(forward @ _sums(batch)))
     layer, held = float(of_layer @ _sums(largest)), float(forward @ _sums(largest))
+    spare = SPARE[kind] + checkpointing  # while a layer is recomputed it is whole
     if kind == "cpu" and layer >= WORTH_WATCHING:
+        spare = spare if checkpointing else SPARE_MEASURED
         held = max(held, reached * grown_by_layer(config, classifier, largest, skipped=layers - reached))
     if config.model.quantization != "none":
         held += max(map(_weights, _linears(backbone))) * classifier.dtype.itemsize  # one weight, dequantised
-    # While a layer is recomputed it is whole.
-    return float(kept[0]) + held + layer * (SPARE[kind] + (1 + RECOMPUTED[kind] if checkpointing else 0))
+    return float(kept[0]) + held + layer * spare
 
 
 class _SeenError(Exception):
