@@ -14,7 +14,7 @@ import platform
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -42,12 +42,12 @@ PROBES = (64, 128, 256)
 SPARE = {"cpu": 3.5, "cuda": 0.5}
 """What is needed at once besides what the forward pass keeps, in what it keeps of one layer.
 
-In the backward pass 0.1 to 0.3 of a layer's are alive (30M Llama, float32). On a CPU the rest is C's heap, which finds
-little room for a layer that is recomputed among what it holds.
+In the backward pass 0.1 to 0.3 of a layer's are alive (30M Llama, float32). On a CPU the rest is C's heap, where it is
+not measured.
 """
 
 SPARE_MEASURED = 1.0
-"""The same on a CPU without recomputation, where it was measured what the heap adds to the forward pass."""
+"""The same on a CPU, where it was measured what the heap adds to the forward pass."""
 
 WATCHED = 6
 """Layers of a forward pass whose memory is measured on a CPU."""
@@ -367,14 +367,14 @@ def _activations(config: Config, classifier: Classifier, batches: Sequence[Seque
     forward = kept * [0.0, 1.0, 1.0]
     if checkpointing:  # each layer's input
         embedding = backbone.get_input_embeddings()
-        reached = layers
         forward = np.array([0.0, layers * embedding.embedding_dim * embedding.weight.element_size(), 0.0])
     largest = max(batches, key=lambda batch: float(forward @ _sums(batch)))
     layer, held = float(of_layer @ _sums(largest)), float(forward @ _sums(largest))
     spare = SPARE[kind] + checkpointing  # while a layer is recomputed it is whole
     if kind == "cpu" and layer >= WORTH_WATCHING:
-        spare = spare if checkpointing else SPARE_MEASURED
-        held = max(held, reached * grown_by_layer(config, classifier, largest, skipped=layers - reached))
+        spare = SPARE_MEASURED + checkpointing
+        holes = max(0.0, grown_by_layer(config, classifier, largest, skipped=layers - reached) - layer)
+        held += (layers if checkpointing else reached) * holes  # as large if the layer's tensors are not kept
     if config.model.quantization != "none":
         held += max(map(_weights, _linears(backbone))) * classifier.dtype.itemsize  # one weight, dequantised
     return float(kept[0]) + held + layer * spare
@@ -411,7 +411,7 @@ def grown_by_layer(config: Config, classifier: Classifier, lengths: Sequence[int
     handles = [layer.register_forward_pre_hook(look) for layer in watched]
     batch = _made_up(config, classifier, lengths)
     try:
-        with _short_passes(classifier, checkpointing=True):
+        with _short_passes(classifier):
             logits = classifier(batch.inputs, batch.read_at, batch.lengths)  # held, as training holds its graph
             sizes.append(memory_now(classifier.device))
             del logits
@@ -465,13 +465,13 @@ def _made_up(config: Config, classifier: Classifier, lengths: Sequence[int]) -> 
 
 
 @contextmanager
-def _short_passes(classifier: Classifier, *, checkpointing: bool = False) -> Iterator[None]:
+def _short_passes(classifier: Classifier) -> Iterator[None]:
     """Training mode, for dropout's masks, without recomputation; random numbers and the mode are as before after it."""
     devices = [classifier.device] if classifier.device.type == "cuda" else []
     was_training = classifier.training
     classifier.train()
     try:
-        with torch.random.fork_rng(devices), nullcontext() if checkpointing else _no_checkpointing(classifier):
+        with torch.random.fork_rng(devices), _no_checkpointing(classifier):
             yield
     finally:
         classifier.train(was_training)
