@@ -1,16 +1,19 @@
 """Whether a training fits: its operations, memory and hours, said before they are spent and held to at the end.
 
 Nothing here is fitted to an architecture. What a forward pass keeps for its backward pass is read off the model itself,
-on three short sequences, and the speed is that of a short forward pass on this device.
+on three short sequences; what C's heap adds to it on a CPU, off a few layers of a pass over the largest batch; and the
+speed is that of a short forward pass on this device.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import platform
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -38,9 +41,18 @@ PROBES = (64, 128, 256)
 SPARE = {"cpu": 3.5, "cuda": 0.5}
 """What is needed at once besides what the forward pass keeps, in what it keeps of one layer.
 
-In the backward pass 0.1 to 0.3 of a layer's are alive (30M Llama, float32). On a CPU the rest is C's heap, which does
-not give small tensors' memory back: 1.5 to 4.3 layers with and without adapters, padding and checkpointing.
+In the backward pass 0.1 to 0.3 of a layer's are alive (30M Llama, float32). On a CPU the rest is C's heap, where it is
+not measured.
 """
+
+SPARE_MEASURED = 1.0
+"""The same on a CPU, where it was measured what the heap adds to the forward pass."""
+
+WATCHED = 6
+"""Layers of a forward pass whose memory is measured on a CPU."""
+
+WORTH_WATCHING = 64e6
+"""Bytes that a layer keeps of the largest batch; below it C's heap is small beside the process and is not measured."""
 
 MEASURED = {"cpu": 1e10, "cuda": 5e13}
 """Floating-point operations of the pass whose speed is measured, at most, unless one short sequence takes more."""
@@ -190,6 +202,12 @@ def memory_now(device: torch.device) -> int:
     return resident * os.sysconf("SC_PAGE_SIZE")
 
 
+def give_back_freed_memory() -> None:
+    """Let glibc return to the kernel what it holds of freed memory, so that it can be seen what comes anew."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def memory_to_have(device: torch.device, processes: int) -> int:
     """What each of so many processes can have in all: what it has, and its part of what is free."""
     if device.type == "cuda":
@@ -244,8 +262,9 @@ def forecast(
         processes: how many train at once.
     """
     sample = _sample(config, lengths, rows_seen, processes)
+    give_back_freed_memory()  # what loading took and freed
     parts = _held(config, classifier, device)
-    parts["activations"] = max(map(_activations(config, classifier), sample.batches))
+    parts["activations"] = _activations(config, classifier, sample.batches)
     seconds, why = _seconds(config, classifier, sample)
     return Forecast(
         memory_bytes=max(sum(parts.values()), peak_memory(device)),
@@ -326,21 +345,79 @@ def state_bytes(optimizer: str, weight: Tensor) -> float:
 # --- activations -----------------------------------------------------------------------------------------------------
 
 
-def _activations(config: Config, classifier: Classifier) -> Callable[[Sequence[int]], float]:
-    """From the lengths in a batch to the bytes that its forward and backward pass need at their peak."""
-    whole = kept_by_length(config, classifier)
+def _activations(config: Config, classifier: Classifier, batches: Sequence[Sequence[int]]) -> float:
+    """Bytes that the forward and backward pass of the largest of these batches need at their peak.
+
+    Args:
+        config: the resolved config.
+        classifier: what will be trained.
+        batches: the lengths in each.
+    """
+    kept = kept_by_length(config, classifier)
     backbone: Any = classifier.backbone
+    kind, checkpointing = classifier.device.type, config.train.gradient_checkpointing
     layers: int = backbone.config.get_text_config().num_hidden_layers
     reached = max(1, round(cost_of_model(backbone).reached * layers))
-    of_layer = whole * [0.0, 1 / reached, 1 / reached]
-    if config.train.gradient_checkpointing:  # each layer's input, and one layer whole while it is recomputed
+    of_layer = kept * [0.0, 1 / reached, 1 / reached]
+    forward = kept * [0.0, 1.0, 1.0]
+    if checkpointing:  # each layer's input
         embedding = backbone.get_input_embeddings()
-        inputs = layers * embedding.embedding_dim * embedding.weight.element_size()
-        whole = of_layer + np.array([whole[0], inputs, 0.0])
-    whole = whole + SPARE[classifier.device.type] * of_layer
+        forward = np.array([0.0, layers * embedding.embedding_dim * embedding.weight.element_size(), 0.0])
+    largest = max(batches, key=lambda batch: float(forward @ _sums(batch)))
+    layer, held = float(of_layer @ _sums(largest)), float(forward @ _sums(largest))
+    spare = SPARE[kind] + checkpointing  # while a layer is recomputed it is whole
+    if kind == "cpu" and layer >= WORTH_WATCHING:
+        spare = SPARE_MEASURED + checkpointing
+        holes = max(0.0, grown_by_layer(config, classifier, largest, skipped=layers - reached) - layer)
+        held += (layers if checkpointing else reached) * holes  # as large if the layer's tensors are not kept
     if config.model.quantization != "none":
-        whole[0] += max(map(_weights, _linears(backbone))) * classifier.dtype.itemsize  # one weight, dequantised
-    return lambda batch: float(whole @ _sums(batch))
+        held += max(map(_weights, _linears(backbone))) * classifier.dtype.itemsize  # one weight, dequantised
+    return float(kept[0]) + held + layer * spare
+
+
+class _SeenError(Exception):
+    """As many layers as are watched have run."""
+
+
+def grown_by_layer(config: Config, classifier: Classifier, lengths: Sequence[int], *, skipped: int) -> float:
+    """Bytes by which a layer's forward pass makes this process grow, in a pass over a batch of these lengths.
+
+    It is more than what autograd keeps: glibc before 2.38 seldom gives a freed aligned block out again for one of the
+    same size (https://sourceware.org/bugzilla/show_bug.cgi?id=14581), so that each layer leaves holes in the heap. The
+    pass ends when `WATCHED` layers have run.
+
+    Args:
+        config: the resolved config.
+        classifier: what will be trained, on a CPU.
+        lengths: tokens of each sequence.
+        skipped: layers at the bottom that keep nothing for the backward pass.
+    """
+    layers: int = classifier.backbone.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    found = [one for one in classifier.modules() if isinstance(one, nn.ModuleList) and len(one) == layers]
+    sizes: list[int] = []
+
+    def look(*_: Any) -> None:
+        sizes.append(memory_now(classifier.device))
+        if len(sizes) > WATCHED:
+            raise _SeenError
+
+    give_back_freed_memory()
+    watched = list(found[0])[skipped:] if found else []
+    handles = [layer.register_forward_pre_hook(look) for layer in watched]
+    batch = _made_up(config, classifier, lengths)
+    try:
+        with _short_passes(classifier):
+            logits = classifier(batch.inputs, batch.read_at, batch.lengths)  # held, as training holds its graph
+            sizes.append(memory_now(classifier.device))
+            del logits
+    except _SeenError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    give_back_freed_memory()
+    # The first layer finds an empty heap; the others are like each other.
+    return (sizes[-1] - sizes[1]) / (len(sizes) - 2) if len(sizes) > 2 else 0.0
 
 
 def kept_by_length(config: Config, classifier: Classifier) -> NDArray[np.float64]:
@@ -388,9 +465,11 @@ def _short_passes(classifier: Classifier) -> Iterator[None]:
     devices = [classifier.device] if classifier.device.type == "cuda" else []
     was_training = classifier.training
     classifier.train()
-    with torch.random.fork_rng(devices), _no_checkpointing(classifier):
-        yield
-    classifier.train(was_training)
+    try:
+        with torch.random.fork_rng(devices), _no_checkpointing(classifier):
+            yield
+    finally:
+        classifier.train(was_training)
 
 
 @contextmanager

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModel
 
-from pairclf.config import Config, override
+from pairclf.config import Config, override, resolve
 from pairclf.jobs import estimate
 from pairclf.jobs.estimate import (
     Cost,
@@ -172,6 +175,86 @@ def test_three_short_probes_tell_what_a_long_batch_keeps(
     assert found == pytest.approx(exact, rel=0.02)
     if kind == "gemma2":  # soft-capped: its scores are written out, and a formula without squares is far off
         assert coefficients[:2] @ np.array([1.0, tokens.sum()]) < 0.7 * exact
+
+
+def test_the_probes_free_what_they_kept(config_for: Callable[..., Config]) -> None:
+    """An operation that keeps its own result, as attention does, held itself: 900 tokens' worth stayed for good."""
+    config = config_for("llama", train={"layout": "packed"})
+    classifier = build(config, CPU)
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def look(module: torch.nn.Module, given: tuple[object, ...]) -> None:
+        seen.extend(weakref.ref(one) for one in given if isinstance(one, torch.Tensor) and one.requires_grad)
+
+    for module in classifier.modules():
+        module.register_forward_pre_hook(look)
+    estimate.kept_bytes(config, classifier, 64)
+    assert len(seen) > 10
+    assert not any(one() is not None for one in seen)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Twelve layers, whose memory is small."""
+    folder = tmp_path_factory.mktemp("deep")
+    tiny_tokenizer(folder)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 12}
+    AutoModel.from_config(AutoConfig.for_model("llama", **sizes, **heads)).save_pretrained(folder)
+    model = {"base": str(folder), "quantization": "none", "lora": {"rank": 4}}
+    return resolve({"inputs": {"max_length": 160}, "model": model, "train": {"swap": "none"}})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("skipped", [0, 4, 10, 11])
+def test_growth_is_a_layers_and_the_pass_ends_when_enough_layers_have_run(
+    deep: Config, monkeypatch: pytest.MonkeyPatch, skipped: int, checkpointing: bool
+) -> None:
+    """With a memory that grows by 1,000 bytes at the first layer that is watched, and by 10 at each other."""
+    config = override(deep, [f"train.gradient_checkpointing={str(checkpointing).lower()}"])
+    classifier = build(config, CPU)
+    if checkpointing:
+        checkpoint_gradients(classifier.backbone)
+    run, read = [0], [-1]
+    layers = next(one for one in classifier.modules() if isinstance(one, torch.nn.ModuleList) and len(one) == 12)
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: run.append(run.pop() + 1))
+
+    def memory(device: torch.device) -> int:
+        read.append(read.pop() + 1)
+        return 990 * (read[0] > 0) + 10 * read[0]
+
+    monkeypatch.setattr(estimate, "memory_now", memory)
+    classifier.eval()
+    grown = estimate.grown_by_layer(config, classifier, [9, 7], skipped=skipped)
+    assert grown == (10 if skipped < 11 else 0)  # of one layer nothing can be said
+    assert run == [min(12, skipped + estimate.WATCHED)]
+    assert not any(one.training for one in classifier.modules())
+    assert not any(one._forward_pre_hooks for one in layers)
+
+
+@pytest.mark.parametrize("first", [0, 8])
+def test_what_the_heap_adds_counts_for_every_layer_that_keeps_something(
+    deep: Config, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    config = override(deep, [f"model.lora.first_layer={first}"])
+    classifier, skips = build(config, CPU), []
+
+    def grown(*_: object, skipped: int) -> float:
+        skips.append(skipped)
+        return 1e9
+
+    monkeypatch.setattr(estimate, "grown_by_layer", grown)
+    small = estimate._activations(config, classifier, [[50, 40], [90]])
+    assert not skips  # a heap that is small beside the process
+    monkeypatch.setattr(estimate, "WORTH_WATCHING", 0)
+    assert estimate._activations(config, classifier, [[50, 40], [90]]) == pytest.approx(1e9 * (12 - first), rel=0.01)
+    checkpointed = override(config, ["train.gradient_checkpointing=true"])
+    assert estimate._activations(checkpointed, classifier, [[50, 40]]) == pytest.approx(12e9, rel=0.01)
+    assert skips == [first, first]
+    monkeypatch.setattr(estimate, "grown_by_layer", lambda *_, skipped: 0.0)  # never less than is kept
+    least = estimate._activations(config, classifier, [[50, 40], [90]])
+    assert small > least > small * (12 - first) / (12 - first + estimate.SPARE["cpu"])
 
 
 def test_a_forecast_leaves_no_trace(config_for: Callable[..., Config]) -> None:
