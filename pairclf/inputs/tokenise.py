@@ -184,13 +184,7 @@ def settle_template(template: Template, tokenizer: Any) -> Template:
     problems = []
     for form in (content, [{"type": "text", "text": content}]):  # models of images and texts read lists of parts
         try:
-            text = render_chat_template(
-                tokenizer,
-                [{"role": "user", "content": form}],
-                add_generation_prompt=True,
-                date_string=TODAY.strftime("%d %b %Y"),
-                strftime_now=TODAY.strftime,
-            )
+            text = _rendered(tokenizer, form)
         except ConfigError as error:
             problems.append(error)
             continue
@@ -206,3 +200,29 @@ def settle_template(template: Template, tokenizer: Any) -> Template:
             remedy="let inputs.template.text end in words of its own",
         )
     return template.model_copy(update={"text": text, "instruction": "", "chat": False})
+
+
+def _rendered(tokenizer: Any, content: str | list[dict[str, str]]) -> str:
+    """The text of a chat of one message of the user, and the answer opened, as on the day `TODAY`."""
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError as error:  # several templates, and none of them is the default
+        raise ConfigError(f"the tokenizer's chat template can't be chosen: {error}", remedy=REMEDY) from error
+    return render_chat_template(
+        tokenizer,
+        [{"role": "user", "content": content}],
+        chat_template=_CLOCK + template if "strftime_now" in template else template,
+        add_generation_prompt=True,
+        date_string=TODAY.strftime("%d %b %Y"),
+    )
+
+
+def _clock() -> str:
+    """A macro in place of transformers' `strftime_now`: of one day, each part of a date is one text."""
+    parts = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdDeFHIjmMpSTuUVwWxXyY"]
+    replaced = "".join(f"|replace({part!r},{TODAY.strftime(part)!r})" for part in parts)
+    # Jinja drops a line break after a block, and so one of the template's own; after an expression it drops none.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}"
+
+
+_CLOCK = _clock()

@@ -13,6 +13,7 @@ import mmap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 LOOK = 0.01
@@ -103,11 +104,12 @@ class SharedClock:
     def hurry(self, least: float) -> None:
         """Let `time.sleep` turn the clock and return, in this process, where it is asked for `least` seconds or more.
 
-        Shorter sleeps are those of a loop that watches a process, which takes real time.
+        Shorter sleeps are those of a loop that watches a process, which takes real time, and so does whatever a thread
+        beside the cells sleeps for: Jupyter's looks for its parent each second, for as long as the kernel lives.
         """
 
         def sleep(seconds: float) -> None:
-            if seconds < least:
+            if seconds < least or current_thread() is not main_thread():
                 _sleep(seconds)
             else:
                 self.turn(seconds)

@@ -309,7 +309,7 @@ def test_nobody_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_changed_bundle_is_refused(folder: Path, base_of: Callable[[str], Path], tmp_path: Path) -> None:
     config = bundles.open_bundle(both(folder)[0]).config
     bundle = write_bundle(tmp_path / "fold0" / "bundle", config, seed=0, prior=PRIOR)
-    (bundle / "tokenizer" / "more.txt").write_text("?")
+    (bundle / "tokenizer" / "tokenizer_config.json").write_text("{}")
     with closing(Server([bundle], **AMPLY)) as server, pytest.raises(BundleError, match="not as they were saved"):
         server.predict(rows_of(folder))
 

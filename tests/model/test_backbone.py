@@ -92,7 +92,7 @@ def test_a_bundle_gives_back_an_adapter_exactly(
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, mean=float("magnitude" in name), std=0.1)
     tokenizer = load_tokenizer(config.model.base)
-    write(tmp_path, classifier, config, tokenizer, name="test", fold=None, metrics={}, prior=[], probes=[])
+    write(tmp_path, classifier, config, tokenizer, name="test", fold=None, metrics={}, prior=[0.4, 0.3, 0.3], probes=[])
     batch = packed([Item(0, 0, np.arange(5, 60, dtype=np.int32)), Item(1, 0, np.arange(9, 12, dtype=np.int32))])
     with torch.inference_mode():
         saved = classifier(batch.inputs, batch.read_at, batch.lengths)

@@ -97,7 +97,7 @@ def test_a_bundle_gives_back_head_and_pooling_exactly(
     for parameter in classifier.head.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     tokenizer = load_tokenizer(config.model.base)
-    write(tmp_path, classifier, config, tokenizer, name="test", fold=None, metrics={}, prior=[], probes=[])
+    write(tmp_path, classifier, config, tokenizer, name="test", fold=None, metrics={}, prior=[0.4, 0.3, 0.3], probes=[])
     assert {name: tuple(one.shape) for name, one in load_file(tmp_path / "head.safetensors").items()} == SHAPES[head]
     loaded = open_bundle(tmp_path).load(CPU)
     assert torch.equal(logits_of(loaded, packed(items())), logits_of(classifier, packed(items())))
@@ -108,7 +108,7 @@ def test_a_head_of_another_kind_is_refused(config_for: Callable[..., Config], tm
     config = config_for("llama")
     tokenizer = load_tokenizer(config.model.base)
     other = build(config_for("llama", model={"head": "two_layer"}), CPU)
-    write(tmp_path, other, config, tokenizer, name="test", fold=None, metrics={}, prior=[], probes=[])
+    write(tmp_path, other, config, tokenizer, name="test", fold=None, metrics={}, prior=[0.4, 0.3, 0.3], probes=[])
     with pytest.raises(BundleError, match="head can't be loaded"):
         open_bundle(tmp_path).load(CPU)
 
@@ -142,7 +142,9 @@ def test_a_head_from_label_words_gives_the_logits_of_the_lm(
     model = {"base": str(base), "label_words": WORDS, "quantization": quantization}
     classifier = build(config_for(kind, model=model), CPU).eval()
     lm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    ids = [AutoTokenizer.from_pretrained(base)(word)["input_ids"][0] for word in WORDS.values()]
+    ids = [
+        AutoTokenizer.from_pretrained(base)(word, add_special_tokens=False)["input_ids"][0] for word in WORDS.values()
+    ]
     assert torch.equal(classifier.head.weight, lm.lm_head.weight[ids])  # type: ignore[arg-type]
     if quantization == "none" and kind != "gemma2":  # Gemma-2's LM caps its logits afterwards
         with torch.inference_mode():

@@ -16,7 +16,6 @@ from pairclf.config import Config, Data
 from pairclf.errors import BundleError, ConfigError, PackagingError, PairclfError
 from pairclf.files import sha256_file, sha256_tree
 from pairclf.inference.members import open_ensemble
-from pairclf.model.bundle import open_bundle
 from pairclf.packaging import build, payload
 from pairclf.packaging.build import package
 from pairclf.packaging.metadata import KERNEL_METADATA, Limits
@@ -305,17 +304,15 @@ def test_changed_bundle_is_not_packaged(config: Config, bundle: Path, tmp_path: 
 @pytest.mark.usefixtures("wheels")
 @pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "pipe"])
 def test_bundle_that_brings_other_files_along_is_refused(
-    config: Config, bundle: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    config: Config, bundle: Path, tmp_path: Path, kind: str
 ) -> None:
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "id_ed25519").write_text("secret")
-    opened = [open_bundle(bundle)]
-    monkeypatch.setattr(build, "open_bundle", lambda folder: opened[0])  # what it refuses itself is not the question
     if kind == "pipe":
         os.mkfifo(bundle / "more")
     else:
         (bundle / "more").symlink_to(secret if kind.endswith("folder") else secret / "id_ed25519")
-    with pytest.raises(PairclfError, match="'more' is a"):
+    with pytest.raises(PairclfError, match=r"'more': (a link|no regular file)"):
         package(config, [bundle], tmp_path / "out")
     assert not (tmp_path / "out").exists()

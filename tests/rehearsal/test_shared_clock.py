@@ -79,5 +79,10 @@ def test_it_rules_the_clocks_of_a_process_and_hurries_its_waits(
     assert clock.ahead == 0
     time.sleep(HOUR)
     assert clock.ahead == HOUR
+    clock.hurry(least=0.001)
+    beside = Thread(target=time.sleep, args=[0.002])
+    beside.start()
+    beside.join()
+    assert clock.ahead == HOUR, "a thread that looks at something now and then turns no clock"
     assert pickle.loads(pickle.dumps(time.monotonic)) is time.monotonic, "predict sends it to its workers"
     assert [getattr(time, name)() for name in ("time", "monotonic", "perf_counter")] == [7.0 + HOUR] * 3
