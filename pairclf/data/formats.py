@@ -64,7 +64,7 @@ _BOOLEAN, _WHOLE_FLOAT, _FLOAT = "booleans", "whole floats", "floats with fracti
 _OBJECT, _OTHER_LIST = "objects", "lists of other things than texts"
 
 WHOLE = {"Float64": 2**53, "Float32": 2**24, "Float16": 2**11}
-"""By the name of a dtype (older polars has no Float16): from here on it does not tell one whole number from the next."""
+"""By the name of a dtype (older polars has no Float16): from here on one float stands for several whole numbers."""
 
 _REMEDIES = {
     ".csv": "the file must be whole, in UTF-8, with as many cells in each row as the header has",

@@ -34,7 +34,7 @@ from pairclf.rehearsal.meter import GB
 from pairclf.rehearsal.mounts import LAYOUTS, Mount, mounts_of
 from pairclf.rehearsal.play import SCORES, SERVED, SUBMISSION, Play, play
 from pairclf.rehearsal.report import REHEARSAL, REPORT, Report, Reports, read_report, rehearsal_path, write_report
-from pairclf.rehearsal.runner import EXECUTED, HEAD
+from pairclf.rehearsal.runner import EXECUTED, HEAD, PRINTED
 from pairclf.rehearsal.stage import HERE, Scene, Stage, furnish, staged
 
 SLOWNESS = 4.0
@@ -109,9 +109,9 @@ def rehearse(folder: Path, options: Options) -> Reports:
 
     SIGTERM ends it as Ctrl-C does; the kernel does not outlive it.
 
-    In `out` it leaves `report.json`, `submission.csv`, `scores.parquet` and `executed.ipynb` (after a failure too, up
-    to the cell that failed); of a run with a fault `report-FAULT.json` and so on, and of one that is saved, or has a
-    faster clock, `report-trial.json`: neither takes the place of what `push` asks for.
+    In `out` it leaves `report.json`, `submission.csv`, `scores.parquet` and `executed.ipynb` (`executed.log` of a
+    script), after a failure too, up to the cell that failed; of a run with a fault `report-FAULT.json` and so on, and of
+    one that is saved, or has a faster clock, `report-trial.json`: neither takes the place of what `push` asks for.
 
     Args:
         folder: what `package` made.
@@ -137,7 +137,7 @@ def rehearse(folder: Path, options: Options) -> Reports:
         raise PackagingError(
             "the rehearsal did not end as it must:\n" + "\n".join(f"  {line}" for line in lines),
             where=rehearsal.out,
-            remedy=f"{EXECUTED} (of a fault or a trial with its name) holds all that the cells printed",
+            remedy=f"{EXECUTED} (of a script {PRINTED}; of a fault or a trial with its name) holds all that was printed",
         )
     return reports
 
@@ -394,7 +394,7 @@ def _conclude(rehearsal: _Rehearsal, stage: Stage, setting: _Setting, fault: Fau
         judge.judge(stage, report)
     # Where files are not hidden from the kernel, it could have put a link there meanwhile.
     refuse_special_files(rehearsal.folder if rehearsal.options.out is None else rehearsal.out)
-    for name in (SUBMISSION, SCORES, SERVED, EXECUTED):
+    for name in (SUBMISSION, SCORES, SERVED, EXECUTED, PRINTED):
         target = rehearsal.out / f"{Path(name).stem}{report.ending}{Path(name).suffix}"
         target.unlink(missing_ok=True)
         if (stage.kept / name).is_file():

@@ -33,7 +33,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-EXECUTED = "executed.ipynb"
+EXECUTED, PRINTED = "executed.ipynb", "executed.log"  # what a notebook leaves, and a script
 _REMOUNT = 0x1020  # MS_REMOUNT and MS_BIND of mount(2): with no other flag, the mount can be written to
 _LOOK = 0.5  # seconds between two looks whether the rehearsal lives
 _ADOPT = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
@@ -174,11 +174,15 @@ def run_script(plan: Plan) -> bool:
     script = Path(os.environ["HOME"], Path(plan["code"]).name)
     script.write_text(told, encoding="utf-8")
     command = [sys.executable, "-u", str(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with (
+        Path(plan["kept"], PRINTED).open("w", encoding="utf-8") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+    ):
         cell, start, printed = "", time.perf_counter(), ""
         for line in process.stdout or ():
             if not line.startswith(_SIGN):
                 printed += line
+                log.write(_ANSI.sub("", line))
                 continue
             if cell:
                 keep(plan)

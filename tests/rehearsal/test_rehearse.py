@@ -235,7 +235,7 @@ def test_submission_comes_out_and_nothing_else_gets_through(
     assert read_passed(package) == report
     assert "passed" in render(report)
     left = ["report.json", "scores.parquet", "submission.csv"]
-    assert results(out) == sorted([*left, *(["executed.ipynb"] if kernel == "notebook" else [])])
+    assert results(out) == sorted([*left, "executed.ipynb" if kernel == "notebook" else "executed.log"])
     assert (
         before.items()
         <= {path: (path.read_bytes(), path.stat().st_mode) for path in package.rglob("*") if path.is_file()}.items()
