@@ -25,7 +25,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -271,6 +271,30 @@ def write_private(path: Path, text: str) -> None:
     with atomic_file(path) as temporary:
         temporary.touch(0o600, exist_ok=False)
         temporary.write_text(text, encoding="utf-8")
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """A file that grows line by line, opened at its end, and made if it is not there; no link to one.
+
+    Raises:
+        PairclfError: a link, a pipe, a device or a folder is there.
+        OSError: as the opening raised it.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)  # a pipe that nobody reads would otherwise be waited for
+    except OSError:
+        if os.path.lexists(path) and not is_regular(path):
+            raise _no_file(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_file(path)
+    return os.fdopen(descriptor, "ab")
+
+
+def _no_file(path: Path) -> PairclfError:
+    return PairclfError(f"{path} is a link or no regular file, and is not written to", remedy="remove it")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -24,6 +24,7 @@ from pairclf.files import (
     copy_file,
     is_regular,
     locked,
+    open_to_append,
     private_folder,
     refuse_special_files,
     sha256_tree,
@@ -380,3 +381,24 @@ def test_copy_has_the_bytes_and_no_bond(tmp_path: Path) -> None:
     assert source.stat().st_size == 256 * 9000
     with pytest.raises(FileExistsError):
         copy_file(source, target)
+
+
+@pytest.mark.parametrize("kind", ["a link", "a link to nothing", "a pipe", "a folder"])
+def test_what_grows_line_by_line_is_a_file_itself(tmp_path: Path, kind: str) -> None:
+    """A planted link would have another file cut or written to, and a pipe would be waited for."""
+    path, other = tmp_path / "log", tmp_path / "other"
+    if kind == "a link":
+        other.write_text("mine")
+    make = {"a pipe": os.mkfifo, "a folder": os.mkdir}
+    make.get(kind, lambda made: os.symlink(other, made))(path)
+    with pytest.raises(PairclfError, match="is not written to"):
+        open_to_append(path)
+    assert other.exists() == (kind == "a link")
+    assert kind != "a link" or other.read_text() == "mine"
+
+
+def test_a_file_that_grows_is_made_and_kept(tmp_path: Path) -> None:
+    for line in (b"1\n", b"2\n"):
+        with open_to_append(tmp_path / "log") as stream:
+            stream.write(line)
+    assert (tmp_path / "log").read_bytes() == b"1\n2\n"

@@ -47,7 +47,7 @@ class TurnTokenizer:
         after: ids that the tokenizer itself puts after a text, most often none.
 
     Raises:
-        ModelError: the tokenizer is not a fast one, or it fails. Every call may raise it: some fail at a few texts alone.
+        ModelError: the tokenizer is not a fast one, or it fails. So does every call: some fail at a few texts alone.
     """
 
     control: frozenset[int]
