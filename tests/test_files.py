@@ -15,10 +15,11 @@ from threading import Barrier, Thread
 import pytest
 
 from pairclf import files
-from pairclf.errors import PairclfError
+from pairclf.errors import ConfigError, PairclfError
 from pairclf.files import (
     atomic_file,
     atomic_folder,
+    cache_folder,
     check_name,
     check_path,
     copy_file,
@@ -28,6 +29,7 @@ from pairclf.files import (
     private_folder,
     refuse_special_files,
     sha256_tree,
+    state_folder,
     write_json,
     write_private,
     write_text,
@@ -402,3 +404,32 @@ def test_a_file_that_grows_is_made_and_kept(tmp_path: Path) -> None:
         with open_to_append(tmp_path / "log") as stream:
             stream.write(line)
     assert (tmp_path / "log").read_bytes() == b"1\n2\n"
+
+
+@pytest.mark.parametrize("variable", ["XDG_STATE_HOME", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize("home", [None, "here"])
+def test_own_folders_never_lie_in_the_working_folder(
+    variable: str, home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path would, and a stranger's package could then hold rehearsals that it passed."""
+    folder = state_folder if variable == "XDG_STATE_HOME" else cache_folder
+    monkeypatch.chdir(tmp_path)
+    if home is None:  # and no such user in the system's list, as in some containers
+
+        def unknown(*_: object) -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", unknown)
+    else:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv(variable, "state")
+    with pytest.raises(ConfigError, match=f"no home folder, and {variable} names none"):
+        folder()
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert folder() == tmp_path / "pairclf"
+
+
+def test_private_folder_that_can_not_be_made_says_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PairclfError, match=r"can't be made: Not a directory\n  remedy: set XDG_STATE_HOME"):
+        private_folder(tmp_path / "file" / "own")

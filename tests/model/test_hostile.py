@@ -490,6 +490,9 @@ def test_a_mutated_byte_of_any_other_file_is_refused(copy: Path) -> None:
         pl.DataFrame({"prompt": ["a"]}),
         pl.DataFrame({"prompts": pl.Series([1], dtype=pl.UInt64)}),
         pl.DataFrame({"prompt": pl.Series([1], dtype=pl.UInt64), "more": [1]}),
+        pl.DataFrame(  # 600 bytes; with more zeros it would fill any memory
+            {"prompt": pl.Series([1], dtype=pl.UInt64), "sample": pl.Series([[0] * 3000], dtype=pl.List(pl.UInt32))}
+        ),
         None,
     ],
 )
