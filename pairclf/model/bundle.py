@@ -379,7 +379,8 @@ def _refuse_unknown(folder: Path) -> None:
         raise BundleError(
             f"the bundle holds what does not belong there: {shown}",
             where=folder,
-            remedy="a bundle is the folder that `pairclf train` wrote, and no other file (docs/prediction.md)",
+            remedy="remove it if you or your system put it there (.DS_Store, README.md); a bundle holds what `pairclf "
+            "train` wrote, and no other file (docs/prediction.md)",
         )
 
 

@@ -65,7 +65,7 @@ _WHOLE = rb"(?<![A-Za-z0-9])%s(?![A-Za-z0-9])"
 _FOLDER = rb"(?<![A-Za-z0-9])%s(?![A-Za-z0-9._-])"  # /a/b is none in /a/b-c
 _AS_NAME = rb"(?:(?<=[/\\])%s(?=[/\\])|(?<=~)%s(?![A-Za-z0-9])|(?<![A-Za-z0-9])%s@|(?<=@)%s(?![A-Za-z0-9]))"
 _ANYBODYS = (
-    rb"(?i)(?<![A-Za-z0-9._-])(?:/home|/Users|[A-Za-z]:[\\/]{1,4}Users)[\\/]{1,4}"
+    rb"(?i)(?<![A-Za-z0-9._-])(?:(?:/(?:var|mnt|export|data|nfs|lustre|[a-z]|mnt/[a-z]))?/(?:home|Users)|[A-Za-z]:[\\/]{1,4}Users)[\\/]{1,4}"
     rb"(?!(?:%s)(?![A-Za-z0-9._-]))[a-z0-9_][a-z0-9._-]+"
 )
 _IN_LIBRARIES = "a private key"  # its first line stands in every library that reads one, and in their tests
