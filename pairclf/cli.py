@@ -732,6 +732,11 @@ def main() -> None:
             "  remedy: free some disk space, or give another path; what was being written was not left half written"
         )
         sys.exit(PairclfError.exit_code)
+    except RuntimeError as error:
+        if "Symlink loop" not in str(error):  # as `Path.resolve` raises it up to Python 3.12
+            raise
+        _complain(f"{error}\n  remedy: give another path, or remove the links")
+        sys.exit(PairclfError.exit_code)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(130)

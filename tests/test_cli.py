@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,12 @@ def test_pairclf_that_is_not_installed_is_found_by_its_processes(monkeypatch: py
     monkeypatch.delenv("PYTHONSAFEPATH")
     keep_folder_out()
     assert "PYTHONSAFEPATH" not in os.environ
+
+
+def test_links_that_lead_to_each_other_are_an_error_and_no_traceback(
+    tmp_path: Path, cli: Callable[..., tuple[int, str]]
+) -> None:
+    (tmp_path / "a.yaml").symlink_to(tmp_path / "a.yaml")
+    code, said = cli("config", tmp_path / "a.yaml")
+    assert code == 2
+    assert "a.yaml" in said

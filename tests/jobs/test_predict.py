@@ -395,6 +395,14 @@ def test_a_work_folder_with_links_is_not_written_to(tmp_path: Path, name: str) -
         job._check_paths(tmp_path / "out.csv", None, tmp_path / "test.csv", None, work)
 
 
+@pytest.mark.parametrize("name", ["test.csv", "sample.csv"])
+def test_a_pipe_in_the_place_of_rows_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    given = [tmp_path / one for one in ("test.csv", "sample.csv")]
+    with pytest.raises(ConfigError, match=rf"{name} is no regular file"):
+        job._check_paths(tmp_path / "out.csv", None, *given, tmp_path / "out.work")
+
+
 def test_ids_that_are_not_the_samples_are_refused_before_anything_is_scored(
     run: Path, tmp_path: Path, inject: Inject
 ) -> None:
