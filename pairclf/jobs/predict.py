@@ -149,9 +149,9 @@ def _check_paths(out: Path, scores: Path | None, data: Path, sample: Path | None
         raise ConfigError("two of the files to read and to write are the same", remedy="give each its own path")
     for path in written:
         check_file_target(path)
-    for path in (data, sample):
-        if path is not None and path.exists() and not path.is_file():  # a pipe: it is read twice, and may never end
-            raise ConfigError(f"{path} is no regular file", remedy="give a file of rows")
+    for read in (data, sample):
+        if read is not None and read.exists() and not read.is_file():  # a pipe: it is read twice, and may never end
+            raise ConfigError(f"{read} is no regular file", remedy="give a file of rows")
 
 
 def _journal(path: Path, identity: dict[str, object], *, resume: bool) -> Journal:
