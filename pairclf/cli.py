@@ -706,11 +706,22 @@ def _complain(text: str) -> None:
         console.print(Text.assemble(("error: ", "bold red"), text))
 
 
+def keep_folder_out() -> None:
+    """Let no process that this one starts import modules from the working folder, which a stranger may have filled.
+
+    `python -m` and `python -c`, by which multiprocessing starts processes, look there before anywhere else: a file
+    `random.py` in it would run. Where pairclf itself is imported from there, without being installed, all stays.
+    """
+    if not Path(__file__).parents[1].samefile("."):
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
+
+
 def main() -> None:
     """Entry point: errors that a user can cause end in one message and exit code 2, never in a traceback."""
     # Nothing here ever phones a hub by itself; a hub id in the config is fetched only if this is unset by the user.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
+        keep_folder_out()
         app()
     except PairclfError as error:
         _complain(str(error))
@@ -720,6 +731,11 @@ def main() -> None:
             f"{error.filename or 'the system'}: {error.strerror or error}\n"
             "  remedy: free some disk space, or give another path; what was being written was not left half written"
         )
+        sys.exit(PairclfError.exit_code)
+    except RuntimeError as error:
+        if "Symlink loop" not in str(error):  # as `Path.resolve` raises it up to Python 3.12
+            raise
+        _complain(f"{error}\n  remedy: give another path, or remove the links")
         sys.exit(PairclfError.exit_code)
     except KeyboardInterrupt:
         console.print("interrupted")

@@ -616,6 +616,10 @@ class Config(Section):
                     raise ValueError(f"inputs.{name} must treat {a} and {b} alike, or a swap would cut anew")
 
 
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
+"""NUL and surrogates: quoted YAML can write them, and whatever is given them as a path raises."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: `off` and `no` are words and `1e-4` is a number (PyYAML alone reads YAML 1.1).
 
@@ -630,8 +634,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values that a node stands for. One that stands within itself stands for more than any limit."""
+    """Values that a node stands for. One that stands within itself stands for more than any limit.
+
+    Raises:
+        yaml.YAMLError: a text has a character that neither a file's name nor any other text can have.
+    """
     if isinstance(node, yaml.ScalarNode):
+        if found := _UNUSABLE.search(node.value):
+            raise yaml.YAMLError(f"{quoted(node.value)} has the character U+{ord(found[0]):04X}\n{node.start_mark}")
         return 1
     if id(node) not in known:
         known[id(node)] = MAX_NODES + 1  # until it is counted, whoever meets it is within it

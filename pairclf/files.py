@@ -25,12 +25,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from pairclf.console import console
-from pairclf.errors import PairclfError
+from pairclf.errors import ConfigError, PairclfError
 
 _CHUNK = 1 << 20  # bytes
 _LOCK, _OLD = ".lock", ".old-"  # entries of a writer's folder, beside what it writes
@@ -273,6 +273,30 @@ def write_private(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def open_to_append(path: Path) -> BinaryIO:
+    """A file that grows line by line, opened at its end, and made if it is not there; no link to one.
+
+    Raises:
+        PairclfError: a link, a pipe, a device or a folder is there.
+        OSError: as the opening raised it.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)  # a pipe that nobody reads would otherwise be waited for
+    except OSError:
+        if os.path.lexists(path) and not is_regular(path):
+            raise _no_file(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_file(path)
+    return os.fdopen(descriptor, "ab")
+
+
+def _no_file(path: Path) -> PairclfError:
+    return PairclfError(f"{path} is a link or no regular file, and is not written to", remedy="remove it")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with a closing newline, atomically. NaN and infinity are refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -414,30 +438,60 @@ def is_regular(path: Path) -> bool:
 # --- this machine's own ----------------------------------------------------------------------------------------------
 
 
+def home_folder() -> Path | None:
+    """This user's, by HOME or by the system's list of users; None where neither names one, as in some containers."""
+    try:
+        found = Path.home()
+    except RuntimeError:
+        return None
+    return found if found.is_absolute() else None
+
+
 def state_folder() -> Path:
-    """Where this user's pairclf keeps what no other folder may claim: `$XDG_STATE_HOME/pairclf`."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state", "pairclf")
+    """Where this user's pairclf keeps what no other folder may claim: `$XDG_STATE_HOME/pairclf`.
+
+    Raises:
+        ConfigError: this user has no home folder, and the variable names no folder.
+    """
+    return _own_folder("XDG_STATE_HOME", ".local/state")
 
 
 def cache_folder() -> Path:
-    """Where it keeps what it can make again: `$XDG_CACHE_HOME/pairclf`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pairclf")
+    """Where it keeps what it can make again: `$XDG_CACHE_HOME/pairclf`. Raises as `state_folder`."""
+    return _own_folder("XDG_CACHE_HOME", ".cache")
+
+
+def _own_folder(variable: str, below_home: str) -> Path:
+    """As the variables' standard has it, a relative path does not count: the working folder may be a stranger's."""
+    named, home = os.environ.get(variable, ""), home_folder()
+    if os.path.isabs(named):
+        return Path(named, "pairclf")
+    if home is None:
+        raise ConfigError(
+            f"this user has no home folder, and {variable} names none to use instead",
+            remedy=f"set HOME or {variable} to the full path of a folder that can be written to",
+        )
+    return home / below_home / "pairclf"
 
 
 def private_folder(path: Path) -> Path:
     """Make the folder `path`, which only its owner can enter (0700), and return it.
 
     Raises:
-        PairclfError: a link, a file or another user's folder is there.
+        PairclfError: a link, a file or another user's folder is there, or it can't be made or written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    remedy = "set XDG_STATE_HOME and XDG_CACHE_HOME to folders of yours that can be written to"
     try:
-        path.mkdir(0o700)
-    except FileExistsError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir(0o700)
         found = os.lstat(path)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise PairclfError(
-                f"{path} is not a folder of this user", remedy="remove it, or set XDG_STATE_HOME and XDG_CACHE_HOME"
-            ) from None
-        path.chmod(0o700)
+            raise PairclfError(f"{path} is not a folder of this user", remedy=f"remove it, or {remedy}")
+        if stat.S_IMODE(found.st_mode) != 0o700:
+            path.chmod(0o700)
+    except OSError as error:
+        raise PairclfError(f"{path} can't be made: {error.strerror or error}", remedy=remedy) from error
+    if not os.access(path, os.W_OK):
+        raise PairclfError(f"{path} can't be written to", remedy=remedy)
     return path

@@ -175,6 +175,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["pairclf", *map(str, arguments)])
+        monkeypatch.setenv("PYTHONSAFEPATH", "")  # what `main` sets is not for the tests that come later
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             main()

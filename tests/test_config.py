@@ -249,3 +249,11 @@ WORDS = {"winner_model_a": "a", "winner_model_b": "b", "winner_tie": "c"}
 def test_what_can_not_be_trained_is_refused_with_the_reason(tree: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         resolve(tree)
+
+
+@pytest.mark.parametrize("escape", ["\\0", "\\uD800"])
+@pytest.mark.parametrize("text", ['output: "a{}b"', 'members: [{{bundle: "a{}b"}}]', '{{"a{}b": 1}}'])
+def test_characters_that_no_path_can_have_are_refused(text: str, escape: str) -> None:
+    """Whatever opens such a path raises no error of a file."""
+    with pytest.raises(ConfigError, match=r"not valid YAML: .*has the character U\+(0000|D800)"):
+        parse_yaml(text.format(escape), "a.yaml")

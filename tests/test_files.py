@@ -15,18 +15,21 @@ from threading import Barrier, Thread
 import pytest
 
 from pairclf import files
-from pairclf.errors import PairclfError
+from pairclf.errors import ConfigError, PairclfError
 from pairclf.files import (
     atomic_file,
     atomic_folder,
+    cache_folder,
     check_name,
     check_path,
     copy_file,
     is_regular,
     locked,
+    open_to_append,
     private_folder,
     refuse_special_files,
     sha256_tree,
+    state_folder,
     write_json,
     write_private,
     write_text,
@@ -380,3 +383,53 @@ def test_copy_has_the_bytes_and_no_bond(tmp_path: Path) -> None:
     assert source.stat().st_size == 256 * 9000
     with pytest.raises(FileExistsError):
         copy_file(source, target)
+
+
+@pytest.mark.parametrize("kind", ["a link", "a link to nothing", "a pipe", "a folder"])
+def test_what_grows_line_by_line_is_a_file_itself(tmp_path: Path, kind: str) -> None:
+    """A planted link would have another file cut or written to, and a pipe would be waited for."""
+    path, other = tmp_path / "log", tmp_path / "other"
+    if kind == "a link":
+        other.write_text("mine")
+    make = {"a pipe": os.mkfifo, "a folder": os.mkdir}
+    make.get(kind, lambda made: os.symlink(other, made))(path)
+    with pytest.raises(PairclfError, match="is not written to"):
+        open_to_append(path)
+    assert other.exists() == (kind == "a link")
+    assert kind != "a link" or other.read_text() == "mine"
+
+
+def test_a_file_that_grows_is_made_and_kept(tmp_path: Path) -> None:
+    for line in (b"1\n", b"2\n"):
+        with open_to_append(tmp_path / "log") as stream:
+            stream.write(line)
+    assert (tmp_path / "log").read_bytes() == b"1\n2\n"
+
+
+@pytest.mark.parametrize("variable", ["XDG_STATE_HOME", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize("home", [None, "here"])
+def test_own_folders_never_lie_in_the_working_folder(
+    variable: str, home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path would, and a stranger's package could then hold rehearsals that it passed."""
+    folder = state_folder if variable == "XDG_STATE_HOME" else cache_folder
+    monkeypatch.chdir(tmp_path)
+    if home is None:  # and no such user in the system's list, as in some containers
+
+        def unknown(*_: object) -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", unknown)
+    else:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv(variable, "state")
+    with pytest.raises(ConfigError, match=f"no home folder, and {variable} names none"):
+        folder()
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert folder() == tmp_path / "pairclf"
+
+
+def test_private_folder_that_can_not_be_made_says_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PairclfError, match=r"can't be made: [A-Za-z ]+\n  remedy: set XDG_STATE_HOME"):
+        private_folder(tmp_path / "file" / "own")

@@ -39,6 +39,7 @@ TOKENS, MANIFEST = "tokens.arrow", "tokens.json"
 ROWS_AT_A_TIME = 1024
 WORTH_PROCESSES = 8192  # rows; below it a process costs more to start than it saves
 
+MOST_PROCESSES = 8  # on fewer cores than these: a stranger's bundle may ask for any number
 MAX_MANIFEST = 1 << 20  # bytes
 _SCHEMA = pa.schema(
     {
@@ -190,7 +191,8 @@ def _replace(
 ) -> None:
     if place.exists():
         console.print(f"note: the token cache {place} is damaged, and is built again")
-    processes = processes or (len(os.sched_getaffinity(0)) if rows >= WORTH_PROCESSES else 1)
+    cores = len(os.sched_getaffinity(0))
+    processes = min(processes or (cores if rows >= WORTH_PROCESSES else 1), max(cores, MOST_PROCESSES))
     with atomic_folder(place, known_by=MANIFEST if (place / MANIFEST).exists() else TOKENS) as new:
         _build(new / TOKENS, frames, tokenizer, fields, processes=processes, rows=rows)
         write_json(new / MANIFEST, {**made_from, "rows": rows, "sha256": sha256_file(new / TOKENS)})

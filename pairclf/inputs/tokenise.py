@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -14,12 +15,18 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pairclf.config import PLACE, Template
-from pairclf.errors import ConfigError, ModelError
+from pairclf.errors import ConfigError, ModelError, cut
 from pairclf.inputs.chat import REMEDY, render_chat_template
 from pairclf.inputs.truncate import Ids
 
+_REMEDY = "use a base model whose tokenizer.json is as its makers published it"
+
 TODAY = datetime(2024, 7, 26)
 """The date in a chat template that writes one: Llama-3's own default. Today's would make other ids tomorrow."""
+
+LARGEST_ID = 1 << 24
+"""Token ids are below it, and those of the largest vocabularies below a 32nd part of it. tokenizers writes a vocabulary
+in steps of one id, however few of them there are."""
 
 _WORD = re.compile(r"[^\W_]([^<>\[\]{}|｜]*)")
 """An added token that is a word: it begins with a letter or digit, and no bracket or bar is in it."""
@@ -40,7 +47,7 @@ class TurnTokenizer:
         after: ids that the tokenizer itself puts after a text, most often none.
 
     Raises:
-        ModelError: the tokenizer is not a fast one.
+        ModelError: the tokenizer is not a fast one, or it fails. So does every call: some fail at a few texts alone.
     """
 
     control: frozenset[int]
@@ -54,7 +61,12 @@ class TurnTokenizer:
                 f"{type(tokenizer).__name__} is not a fast tokenizer",
                 remedy="use a base model that has a tokenizer.json",
             )
-        self._set_up(backend.to_str())
+        if (largest := max(backend.get_vocab(with_added_tokens=True).values(), default=0)) >= LARGEST_ID:
+            raise ModelError(
+                f"the tokenizer gives a token the id {largest:,}, and ids are below {LARGEST_ID:,}", remedy=_REMEDY
+            )
+        with _whose_failures_are_its_own():
+            self._set_up(backend.to_str())
 
     @classmethod
     def from_json(cls, text: str) -> TurnTokenizer:
@@ -96,13 +108,14 @@ class TurnTokenizer:
         """
         backend = self._backend if start else self._continuing
         backend.encode_special_tokens = not special
-        found = [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        for place, ids in enumerate(found):
-            if not special and not self.control.isdisjoint(ids):
-                found[place] = self._broken_up(texts[place])
-            elif backend is not self._backend and not self._added.isdisjoint(ids):
-                found[place] = self._after_added(texts[place], special=special)
-        return [np.array(ids, dtype=np.int32) for ids in found]
+        with _whose_failures_are_its_own():
+            found = [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            for place, ids in enumerate(found):
+                if not special and not self.control.isdisjoint(ids):
+                    found[place] = self._broken_up(texts[place])
+                elif backend is not self._backend and not self._added.isdisjoint(ids):
+                    found[place] = self._after_added(texts[place], special=special)
+            return [np.array(ids, dtype=np.int32) for ids in found]
 
     def _after_added(self, text: str, *, special: bool) -> list[int]:
         """A continued text, from its first added token on as at the start: behind one, too, a blank may be put."""
@@ -129,6 +142,20 @@ class TurnTokenizer:
     def _of_parts(self, parts: list[str]) -> list[int]:
         encoded = self._continuing.encode_batch_fast(parts, add_special_tokens=False)
         return [one for part in encoded for one in part.ids]
+
+
+@contextmanager
+def _whose_failures_are_its_own() -> Iterator[None]:
+    """What tokenizers raises within: for an unknown token without a name, say, or a pattern that it gives up.
+
+    It has no exceptions of its own: they are of the class `Exception`, and panics of Rust not even that.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"the tokenizer fails: {cut(' '.join(str(error).split()))}", remedy=_REMEDY) from error
 
 
 def _bare(made: dict[str, Any]) -> Tokenizer:

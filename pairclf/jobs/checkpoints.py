@@ -16,6 +16,7 @@ A folder is whole or not there. Random numbers are no part of it: they are drawn
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ STATE = "state.json"
 ENGINE = "engine"
 STOPPED = "-stopped"
 FORMAT = 1
+
+_OURS = re.compile(rf"step-\d{{8,}}({STOPPED})?|\.tmp-step-\d{{8,}}({STOPPED})?(-[0-9a-f]{{8}})?")
 
 FREE = (
     *("output", "data", "folds", "inputs.processes", "predict.swap", "predict.tokens_per_batch", "package"),
@@ -156,8 +159,9 @@ class Checkpoints:
         kept = {*due[-self._keep :], newest}
         for path in set(self.found()) - kept:
             (path / STATE).unlink()  # first: without it a folder that is half deleted is no checkpoint
-        for path in (*self.folder.glob("step-*"), *self.folder.glob(".tmp-step-*")):
-            if path not in kept and not path.is_symlink():  # what was killed half-way goes too; a link is not ours
+        for path in self.folder.iterdir():
+            # What was killed half-way goes too. A link is not ours; the folder may be one, and hold others' files.
+            if path not in kept and _OURS.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
 
     def _delete_best(self, state: State) -> None:

@@ -30,7 +30,7 @@ from pairclf.data.audit import Finding, joined, note_changes
 from pairclf.data.identity import prompt_marks, row_hashes, seen_by
 from pairclf.data.tables import check_ids, scores_frame, write_scores
 from pairclf.errors import ConfigError, IncompleteError, StopError
-from pairclf.files import check_file_target, sha256_file
+from pairclf.files import check_file_target, refuse_special_files, sha256_file
 from pairclf.inference.agenda import Part
 from pairclf.inference.backlog import Inputs, look_at
 from pairclf.inference.conduct import Conductor, Outcome, Report
@@ -139,14 +139,19 @@ def predict(
 
 def _check_paths(out: Path, scores: Path | None, data: Path, sample: Path | None, work: Path) -> None:
     """Found out now, and not after hours of scoring."""
-    if out == work or (work.exists() and not work.is_dir()):
+    if out == work or work.is_symlink() or (work.exists() and not work.is_dir()):
         raise ConfigError(f"{work} must be free for the journal, and is no folder", remedy="give another --out")
+    if work.exists():
+        refuse_special_files(work)  # a link there would be written through
     written = [path for path in (out, scores) if path is not None]
     named = [path.resolve() for path in (*written, data, sample) if path is not None]
     if len(set(named)) != len(named):
         raise ConfigError("two of the files to read and to write are the same", remedy="give each its own path")
     for path in written:
         check_file_target(path)
+    for read in (data, sample):
+        if read is not None and read.exists() and not read.is_file():  # a pipe: it is read twice, and may never end
+            raise ConfigError(f"{read} is no regular file", remedy="give a file of rows")
 
 
 def _journal(path: Path, identity: dict[str, object], *, resume: bool) -> Journal:

@@ -78,7 +78,7 @@ class Scorer:
     def launch(self, items: Sequence[Item]) -> Tensor:
         """Raw logits `(R, C)` on the device; a GPU may still be at them, and the next batch can be launched behind."""
         with _evaluating(self.classifier):
-            batch = self._lay_out(items).to(self.classifier.device)
+            batch = self.classifier.require_known(self._lay_out(items)).to(self.classifier.device)
             logits: Tensor = self.classifier(batch.inputs, batch.read_at, batch.lengths, trim=self.trim)
         return logits
 

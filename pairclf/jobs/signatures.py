@@ -15,15 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pairclf.console import console
-from pairclf.errors import CheckpointError
-from pairclf.files import atomic_file, locked
+from pairclf.errors import CheckpointError, ConfigError
+from pairclf.files import atomic_file, locked, state_folder
 
 _SIZE = 32  # bytes
 
 
 def key_path() -> Path:
     """The file with the key: `$XDG_STATE_HOME/pairclf/checkpoint.key`, by default below `~/.local/state`."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state", "pairclf", "checkpoint.key")
+    return state_folder() / "checkpoint.key"
 
 
 def signature(digests: Mapping[str, str]) -> str | None:
@@ -36,6 +36,9 @@ def signature(digests: Mapping[str, str]) -> str | None:
         key = _key() or _make_key()
     except OSError as error:
         console.print(f"note: checkpoints are not signed, as {key_path()} can't be written ({error})")
+        return None
+    except ConfigError as error:
+        console.print(f"note: checkpoints are not signed: {error.what}")
         return None
     return _sign(key, digests)
 

@@ -20,6 +20,7 @@ from pairclf.config import Config, Train
 from pairclf.console import console
 from pairclf.dispositions import answering
 from pairclf.errors import ConfigError
+from pairclf.files import open_to_append
 from pairclf.jobs.checkpoints import check_disk, flat_settings
 from pairclf.jobs.estimate import (
     Cost,
@@ -128,8 +129,8 @@ class Log:
     def write(self, line: dict[str, Any]) -> None:
         """Append a line, and hand it to the trackers."""
         if self._accelerator.is_main_process:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            with open_to_append(self._path) as stream:
+                stream.write(f"{json.dumps(line)}\n".encode())
         shown = {name: value for name, value in line.items() if value is not None and name != "step"}
         self._accelerator.log(shown, step=line["step"])
 
@@ -144,7 +145,7 @@ class Log:
         self.tokens, self.seconds = state.get("tokens", 0), state.get("seconds", 0.0)
         if self._accelerator.is_main_process:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as stream:
+            with open_to_append(self._path) as stream:
                 stream.truncate(min(state.get("bytes", 0), self._path.stat().st_size))
 
 

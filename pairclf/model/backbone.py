@@ -126,7 +126,10 @@ def load_tokenizer(source: str) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=granted().remote_code)
-    except Exception as error:  # tokenizers raises no other kind for a tokenizer.json that it can't read
+    except BaseException as error:
+        # tokenizers raises `Exception` for a tokenizer.json that it can't read; a panic of Rust is not even that.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"the tokenizer of {source} can't be loaded: {_said(error)}") from error
 
 

@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from peft import set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
@@ -44,7 +46,7 @@ from safetensors.torch import load_file, save_file
 from pairclf.config import MAX_YAML, Config, Data, dump_config, parse_yaml, resolve
 from pairclf.console import console
 from pairclf.errors import BundleError, ConfigError, ModelError, cut, quoted
-from pairclf.files import read_plain, sha256_file, sha256_tree, write_json
+from pairclf.files import home_folder, read_plain, sha256_file, sha256_tree, write_json
 from pairclf.inputs.render import InputBuilder
 from pairclf.model.backbone import add_adapters, fingerprint, load_tokenizer, resolve_base
 from pairclf.model.engine import Classifier, build_frozen
@@ -56,8 +58,9 @@ MANIFEST = "bundle.json"
 CONFIG = "config.yaml"
 TRAINED_ON = "trained_on.parquet"
 FORMAT = 5
-MAX_MANIFEST, MAX_PROMPTS = 64 << 20, 100_000_000
-"""Bytes of a manifest, and rows of `trained_on.parquet`: what a file of a few bytes may not exceed once unpacked."""
+MAX_MANIFEST, MAX_PROMPTS, MAX_VALUES = 64 << 20, 100_000_000, 1024
+"""Bytes of a manifest, and rows of `trained_on.parquet` and values in one (257 are needed): what a file of a few bytes
+may not exceed once unpacked."""
 
 _TOKENIZER = (
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken)\.json|(vocab|merges|dict)\.txt|"
@@ -187,10 +190,13 @@ class Bundle:
         try:
             told = pl.scan_parquet(path, glob=False)
             rows = told.select(pl.len()).collect().item()
-            if told.collect_schema() in _MARKS and rows <= MAX_PROMPTS:
+            if told.collect_schema() in _MARKS and rows <= MAX_PROMPTS and _values(path) <= rows * MAX_VALUES:
                 return told.collect()
-            what = f"it must hold the columns prompt (UInt64) and sample, and at most {MAX_PROMPTS:,} rows"
-        except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            what = (
+                f"it must hold the columns prompt (UInt64) and sample, at most {MAX_PROMPTS:,} rows, and in each at "
+                f"most {MAX_VALUES:,} values"
+            )
+        except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException) as error:
             what = cut(error)
         raise BundleError(f"{TRAINED_ON} can't be used: {what}", where=path)
 
@@ -211,6 +217,13 @@ class Bundle:
         classifier = _with_weights(self, device, base, others)
         _load_head(classifier, self.folder / "head.safetensors")
         return classifier.eval()
+
+
+def _values(path: Path) -> int:
+    """How many values a Parquet file says that it holds, those in lists one by one."""
+    told = pq.read_metadata(path)
+    groups = (told.row_group(number) for number in range(told.num_row_groups))
+    return sum(group.column(number).num_values for group in groups for number in range(group.num_columns))
 
 
 def base_fingerprint(config: Config, base: Path | None = None) -> str:
@@ -282,9 +295,8 @@ def amend(folder: Path, *, metrics: dict[str, float], probes: Sequence[Probe]) -
 
 def _portable(config: Config) -> Config:
     """The config without what only the machine that trained knows: its folders, and the user's name in them."""
-    home = str(Path.home())
-    base = config.model.base
-    base = "~" + base[len(home) :] if base.startswith(home + "/") else base
+    home, base = home_folder(), config.model.base
+    base = "~" + base[len(str(home)) :] if home is not None and base.startswith(f"{home}/") else base
     model = config.model.model_copy(update={"base": base})
     data = Data(rules=config.data.rules)  # what is repaired in a training row is repaired in a test row
     return config.model_copy(update={"output": None, "data": data, "model": model})
@@ -367,7 +379,8 @@ def _refuse_unknown(folder: Path) -> None:
         raise BundleError(
             f"the bundle holds what does not belong there: {shown}",
             where=folder,
-            remedy="a bundle is the folder that `pairclf train` wrote, and no other file (docs/prediction.md)",
+            remedy="remove it if you or your system put it there (.DS_Store, README.md); a bundle holds what `pairclf "
+            "train` wrote, and no other file (docs/prediction.md)",
         )
 
 

@@ -55,6 +55,7 @@ class Classifier(nn.Module):
 
     Attributes:
         isolation: which layouts give every row the states that it has alone.
+        ids: token ids that the backbone has an embedding for: those below it.
 
     Raises:
         ModelError: the backbone can't be run, or not even padded rows score as each alone.
@@ -67,6 +68,7 @@ class Classifier(nn.Module):
         self.dtype = dtype
         self.pooling = pooling
         self.isolation = isolation_of(backbone, dtype)
+        self.ids = len(backbone.get_input_embeddings().weight)  # type: ignore[operator]
 
     def forward(self, inputs: Inputs, read_at: Tensor, lengths: Tensor, *, trim: bool = False) -> Tensor:
         """Logits `(R, C)` of a batch.
@@ -113,6 +115,23 @@ class Classifier(nn.Module):
         """The backbone's attention implementation, as transformers names it."""
         config: Any = self.backbone.config
         return str(config._attn_implementation)
+
+    def require_known(self, batch: Batch) -> Batch:
+        """Return a batch that lies on the CPU if the backbone has an embedding for each of its ids.
+
+        A GPU asked for one beyond the last gives an error that ends all that the process does on it.
+
+        Raises:
+            ModelError: names the largest id.
+        """
+        ids = batch.inputs["input_ids"]
+        assert isinstance(ids, Tensor)
+        if (largest := int(ids.max())) >= self.ids:
+            raise ModelError(
+                f"the tokenizer writes the id {largest}, and the base model has embeddings for ids below {self.ids}",
+                remedy="use the tokenizer and the base model that belong together",
+            )
+        return batch
 
     def why_not(self, layout: str) -> str | None:
         """Why sequences can't lie so in evaluation; None: they can."""

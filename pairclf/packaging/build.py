@@ -22,7 +22,15 @@ from pairclf import __version__
 from pairclf.config import Config, Package
 from pairclf.console import console
 from pairclf.errors import PackagingError
-from pairclf.files import atomic_folder, link_or_copy, refuse_special_files, sha256_tree, write_json, write_text
+from pairclf.files import (
+    atomic_folder,
+    link_or_copy,
+    private_folder,
+    refuse_special_files,
+    sha256_tree,
+    write_json,
+    write_text,
+)
 from pairclf.inference.members import Ensemble, EnsembleFile, open_ensemble, read_ensemble
 from pairclf.model.bundle import Bundle, open_bundle
 from pairclf.packaging.closure import prove_closure
@@ -38,7 +46,17 @@ from pairclf.packaging.metadata import (
 )
 from pairclf.packaging.notebook import Value, make_notebook, make_script
 from pairclf.packaging.payload import seal, split
-from pairclf.packaging.record import BUILD, PAYLOADS, Build, PackedBundle, Part, Payload, identity_of, write_build
+from pairclf.packaging.record import (
+    BUILD,
+    PAYLOADS,
+    Build,
+    PackedBundle,
+    Part,
+    Payload,
+    identity_of,
+    own_packages,
+    write_build,
+)
 from pairclf.packaging.secrets import refuse_secrets
 from pairclf.packaging.sources import shipped
 from pairclf.packaging.wheelhouse import Wheelhouse, fill_wheelhouse
@@ -90,6 +108,7 @@ def package(config: Config, bundles: Sequence[Path], out: Path) -> Path:
         OSError: the disk is full or read-only; nothing half built is left.
     """
     check_package(config.package)
+    private_folder(own_packages())  # found out now, and not after the wheels were fetched
     models = _open(bundles, config.package)
     config = _without_needless_base(config, models)
     settings = config.package

@@ -17,6 +17,7 @@ from itertools import chain
 
 VARIABLES = (
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "KAGGLE_KEY", "KAGGLE_API_TOKEN", "WANDB_API_KEY"),
+    *("COMET_API_KEY", "NEPTUNE_API_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
     *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GITHUB_TOKEN", "GH_TOKEN", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"),
 )
 """Environment variables that hold credentials."""
@@ -111,6 +112,10 @@ _NAMES = b"|".join(name.encode() for name in VARIABLES)
 _VALUE = rb"((?=[A-Za-z_/+-]{0,60}[0-9])[A-Za-z0-9_/+-]{20,200}={0,2})(?![A-Za-z0-9_/+.(-])"
 
 
+_BEGIN = rb"(?<![a-z0-9])"
+"""Before a prefix in small letters, instead of `\\b`, which has no word begin in `%3Dhf_` and `MY_hf_`."""
+
+
 def _form(kind: str, words: str, *patterns: bytes, anywhere: bool = True) -> list[Form]:
     """Forms of one kind, any of whose words may announce any of its patterns."""
     found = tuple(word.encode() for word in words.split())
@@ -127,7 +132,7 @@ _TABLE: tuple[list[Form], ...] = (
         rb"(?i:\bkey)" + _ASSIGNED + rb"([0-9a-f]{32})(?![0-9a-f])",
     ),
     # huggingface.co/docs/hub/security-tokens
-    _form("a Hugging Face token", "hf_ api_org_", rb"\b((?:hf_|api_org_)[A-Za-z0-9]{30,200})"),
+    _form("a Hugging Face token", "hf_ api_org_", _BEGIN + rb"((?:hf_|api_org_)[A-Za-z0-9]{30,200})"),
     # docs.wandb.ai: 40 hex digits, `wandb login`; keys since 2025 have a prefix
     _form(
         "a W&B key",
@@ -135,7 +140,7 @@ _TABLE: tuple[list[Form], ...] = (
         rb"(?i:\bwandb_api_key)" + _OR_SPACE + _HEX_40,
         rb"(?i:\bwandb(?:\.|\s)login)[\s(]{1,4}(?:(?:--)?(?:relogin|key|api_key)[\s=]{1,3}){0,2}[\\\"']{0,2}" + _HEX_40,
         rb"api\.wandb\.ai[\s\S]{1,200}?(?i:password)\s{1,8}" + _HEX_40,
-        rb"\b(wandb_v1_[A-Za-z0-9_]{40,200})",
+        _BEGIN + rb"(wandb_v1_[A-Za-z0-9_]{40,200})",
     ),
     # docs.aws.amazon.com/IAM: prefixes of identifiers; a secret key has 40 letters and no form of its own
     _form("an AWS key", "akia asia abia acca", rb"\b((?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16})\b"),
@@ -151,21 +156,21 @@ _TABLE: tuple[list[Form], ...] = (
     _form(
         "a GitHub token",
         "gh github_pat_",
-        rb"\b(gh[pousr]_[A-Za-z0-9]{36,255})",
-        rb"\b(github_pat_[A-Za-z0-9_]{60,255})",
+        _BEGIN + rb"(gh[pousr]_[A-Za-z0-9]{36,255})",
+        _BEGIN + rb"(github_pat_[A-Za-z0-9_]{60,255})",
     ),
     _form(
         "a GitLab token",
         "gl gr1348941",
-        rb"\b(gl(?:pat|dt|ft|soat|rtr|rt|cbt|imt|ptt|agent|oas|ffct|wt)-[A-Za-z0-9_=.-]{20,300})",
+        _BEGIN + rb"(gl(?:pat|dt|ft|soat|rtr|rt|cbt|imt|ptt|agent|oas|ffct|wt)-[A-Za-z0-9_=.-]{20,300})",
         rb"\b(GR1348941[A-Za-z0-9_-]{20,50})",
     ),
     # the documentation of OpenAI, Anthropic, Groq, xAI, Replicate, Perplexity, Nvidia
     _form(
         "an API key",
         "sk- gsk_ xai- r8_ pplx- nvapi-",
-        rb"\b(sk-(?=[A-Za-z_-]{0,200}[0-9])[A-Za-z0-9_-]{32,300})",
-        rb"\b((?:gsk_|xai-|r8_|pplx-)[A-Za-z0-9]{36,200}|nvapi-[A-Za-z0-9_-]{60,100})",
+        _BEGIN + rb"(sk-(?=[A-Za-z_-]{0,200}[0-9])[A-Za-z0-9_-]{32,300})",
+        _BEGIN + rb"((?:gsk_|xai-|r8_|pplx-)[A-Za-z0-9]{36,200}|nvapi-[A-Za-z0-9_-]{60,100})",
     ),
     # cloud.google.com/docs/authentication: API keys, OAuth clients, access tokens, service accounts' files
     _form(
@@ -180,8 +185,8 @@ _TABLE: tuple[list[Form], ...] = (
     _form(
         "a Slack token",
         "xox xapp- hooks.slack.com",
-        rb"\b(xox[abeoprs][.-](?=[A-Za-z-]{0,40}[0-9])[A-Za-z0-9.-]{20,300})",
-        rb"\b(xapp-[0-9]-[A-Z0-9]{8,20}-[0-9]{8,20}-[a-f0-9]{30,80})",
+        _BEGIN + rb"(xox[abeoprs][.-](?=[A-Za-z-]{0,40}[0-9])[A-Za-z0-9.-]{20,300})",
+        _BEGIN + rb"(xapp-[0-9]-[A-Z0-9]{8,20}-[0-9]{8,20}-[a-f0-9]{30,80})",
         rb"hooks\.slack\.com/(?:services|workflows)/([A-Za-z0-9/+]{40,80})",
     ),
     _form(
@@ -215,15 +220,15 @@ _TABLE: tuple[list[Form], ...] = (
     _form(
         "an npm token",
         "npm_ _authtoken",
-        rb"\b(npm_[A-Za-z0-9]{36})(?![A-Za-z0-9])",
+        _BEGIN + rb"(npm_[A-Za-z0-9]{36})(?![A-Za-z0-9])",
         rb"_authToken\s{0,2}=\s{0,2}[\"']?([A-Za-z0-9-]{30,80})",
     ),
-    _form("a PyPI token", "pypi-age", rb"\b(pypi-AgE[A-Za-z0-9_-]{50,1000})"),
+    _form("a PyPI token", "pypi-age", _BEGIN + rb"(pypi-AgE[A-Za-z0-9_-]{50,1000})"),
     _form(
         "a service's token",
         "sg. dckr_pat_ dop_v1_ doo_v1_ dor_v1_ dapi hvs. hvb. ntn_ pmak- lin_api_ shp",
         rb"\b(SG\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{30,64})",
-        rb"\b(dckr_pat_[A-Za-z0-9_-]{27,64}|do[opr]_v1_[a-f0-9]{64}|hv[sb]\.[A-Za-z0-9_-]{24,300})",
+        _BEGIN + rb"(dckr_pat_[A-Za-z0-9_-]{27,64}|do[opr]_v1_[a-f0-9]{64}|hv[sb]\.[A-Za-z0-9_-]{24,300})",
         rb"\b(dapi[a-f0-9]{32}|ntn_[A-Za-z0-9]{40,60}|PMAK-[a-f0-9]{24}-[a-f0-9]{34}|lin_api_[A-Za-z0-9]{40})\b",
         rb"\b(shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32})\b",
     ),
@@ -247,6 +252,7 @@ _TABLE: tuple[list[Form], ...] = (
         "a password in an address",
         "://",
         rb"""\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@"'<>{}()$%\\]{0,100}:([^\s/:@"'<>{}()$%\\*]{3,100})@[A-Za-z0-9\[][A-Za-z0-9.-]{1,200}""",
+        rb"""\b[a-z][a-z0-9+.-]{1,20}://((?=[A-Za-z_~.-]{0,100}[0-9])[A-Za-z0-9_~.-]{20,200})@[A-Za-z0-9\[]""",
         anywhere=False,
     ),
     _form(
@@ -257,7 +263,7 @@ _TABLE: tuple[list[Form], ...] = (
     ),
     _form(
         "the value of a variable for credentials",
-        "_key _token",
+        "_key _token _password",
         rb"(?i:\b(?:" + _NAMES + rb"))" + _OR_SPACE + _VALUE,
         anywhere=False,
     ),

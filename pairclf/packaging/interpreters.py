@@ -11,6 +11,8 @@ from pathlib import Path
 
 import uv
 
+from pairclf.files import home_folder
+
 _PROBE = "import sys; print('%d.%d' % sys.version_info[:2], '%d.%d.%d' % sys.version_info[:3], sys.implementation.name)"
 
 
@@ -39,7 +41,7 @@ def _candidates(python: str) -> Iterator[Path]:
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode == 0:
         yield Path(found.stdout.strip())
-    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    pyenv = Path(os.environ.get("PYENV_ROOT") or (home_folder() or Path("/")) / ".pyenv")
     yield from sorted(pyenv.glob(f"versions/*/bin/{name}"))
 
 

@@ -26,13 +26,16 @@ from packaging.utils import (
 )
 from packaging.version import InvalidVersion, Version
 
-from pairclf.errors import PackagingError
-from pairclf.files import check_name
+from pairclf.errors import PackagingError, cut, quoted
+from pairclf.files import check_name, read_plain
 from pairclf.packaging.sources import shipped
 
 IMAGES = "kaggle/images"
 IMAGE_LABEL = "image"
 """Local label of a stub's version: no registry has it, so that a resolver's answer says what is the image's."""
+
+MOST_FILES, MOST_BYTES = 32, 4 << 20
+"""Files of a profile, each counted as often as it is included, and bytes of one: two lines a file could double them."""
 
 _EDITABLE = re.compile(r"# Editable .*\((?P<pin>\S+==\S+)\)")  # pip's line before `-e PATH`
 _EGG = re.compile(r"#egg=(?P<name>[A-Za-z0-9._-]+)")
@@ -82,7 +85,7 @@ def read_profile(python: str, path: Path) -> Profile:
     """
     versions: dict[str, Version] = {}
     unknown: set[str] = set()
-    for name, version in _entries(path, frozenset()):
+    for name, version in _entries(path, frozenset(), []):
         versions.pop(name, None)
         unknown.discard(name)
         if version is None:
@@ -94,16 +97,25 @@ def read_profile(python: str, path: Path) -> Profile:
     return Profile(python, versions, frozenset(unknown))
 
 
-def _entries(path: Path, including: frozenset[Path]) -> Iterator[tuple[str, Version | None]]:
-    """`(project, version)` of each line; the version is None where the line does not tell it."""
-    if path in including or not path.is_file():
-        raise PackagingError(f"{path} is {'included by itself' if path in including else 'no file'}", remedy=_REFRESH)
+def _entries(path: Path, including: frozenset[Path], read: list[Path]) -> Iterator[tuple[str, Version | None]]:
+    """`(project, version)` of each line; the version is None where the line does not tell it.
+
+    `including`: the files that lead here; `read`: all that were read before, each as often as it was included.
+    """
+    read.append(path)
+    if path in including or not path.is_file() or len(read) > MOST_FILES:
+        what = "included by itself" if path in including else "no file" if not path.is_file() else "one file too many"
+        raise PackagingError(f"{path} is {what}", remedy=_REFRESH)
+    try:
+        lines = read_plain(path, MOST_BYTES).splitlines()
+    except (OSError, ValueError) as error:
+        raise PackagingError(f"{path} can't be read: {cut(error)}", remedy=_REFRESH) from error
     editable: str | None = None
-    for number, raw in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, raw in enumerate(lines, 1):
         line = raw.strip()
         if line.startswith(("-r ", "--requirement ")):
             beside = check_name(line.split(maxsplit=1)[1], f"the profile that {path}, line {number} includes")
-            yield from _entries(path.parent / beside, including | {path})
+            yield from _entries(path.parent / beside, including | {path}, read)
         elif line.startswith(("-e ", "--editable ")):
             yield from _editable(line, editable, f"{path}, line {number}")
         elif line and not line.startswith("#"):
@@ -128,9 +140,10 @@ def _entry(line: str, where: str) -> tuple[str, Version | None]:
     try:
         requirement = Requirement(line)
     except InvalidRequirement as error:
-        raise PackagingError(f"{line!r} is no line of a freeze: {error}", where=where, remedy=_REFRESH) from error
+        what = f"{quoted(line)} is no line of a freeze: {cut(error)}"
+        raise PackagingError(what, where=where, remedy=_REFRESH) from error
     if requirement.url is None:
-        raise PackagingError(f"{line!r} pins no version", where=where, remedy=_REFRESH)
+        raise PackagingError(f"{quoted(line)} pins no version", where=where, remedy=_REFRESH)
     return canonicalize_name(requirement.name), _version_in(requirement.url)
 
 
@@ -143,7 +156,7 @@ def _project(name: str, where: str) -> str:
     try:
         return canonicalize_name(name, validate=True)
     except InvalidName as error:
-        raise PackagingError(f"{name!r} is no name of a package", where=where, remedy=_REFRESH) from error
+        raise PackagingError(f"{quoted(name)} is no name of a package", where=where, remedy=_REFRESH) from error
 
 
 def parse_version(text: str) -> Version | None:

@@ -97,7 +97,12 @@ def is_own(build: Build) -> bool:
 
 
 def _own_path(build: Build) -> Path:
-    return state_folder() / "packages" / f"{build.identity}.json"
+    return own_packages() / f"{build.identity}.json"
+
+
+def own_packages() -> Path:
+    """The folder with what this machine packaged."""
+    return state_folder() / "packages"
 
 
 def _outside(build: Build) -> str:

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import pairclf
 from pairclf.errors import PackagingError
+from pairclf.files import home_folder
 from pairclf.model.bundle import MANIFEST
 from pairclf.packaging.credentials import FORMS, VARIABLES, Form, Words, literal_form
 from pairclf.packaging.sources import checkout, shipped
@@ -64,7 +65,7 @@ _WHOLE = rb"(?<![A-Za-z0-9])%s(?![A-Za-z0-9])"
 _FOLDER = rb"(?<![A-Za-z0-9])%s(?![A-Za-z0-9._-])"  # /a/b is none in /a/b-c
 _AS_NAME = rb"(?:(?<=[/\\])%s(?=[/\\])|(?<=~)%s(?![A-Za-z0-9])|(?<![A-Za-z0-9])%s@|(?<=@)%s(?![A-Za-z0-9]))"
 _ANYBODYS = (
-    rb"(?i)(?<![A-Za-z0-9._-])(?:/home|/Users|[A-Za-z]:[\\/]{1,4}Users)[\\/]{1,4}"
+    rb"(?i)(?<![A-Za-z0-9._-])(?:(?:/(?:var|mnt|export|data|nfs|lustre|[a-z]|mnt/[a-z]))?/(?:home|Users)|[A-Za-z]:[\\/]{1,4}Users)[\\/]{1,4}"
     rb"(?!(?:%s)(?![A-Za-z0-9._-]))[a-z0-9_][a-z0-9._-]+"
 )
 _IN_LIBRARIES = "a private key"  # its first line stands in every library that reads one, and in their tests
@@ -116,9 +117,10 @@ def refuse_secrets(folder: Path, owner: str, parts: Iterable[str]) -> None:
 
 def _search(owner: str) -> Search:
     own = tuple(_any_of(kind, values) for kind, values in _credentials().items() if values)
-    home, deep = Path.home(), [path for path in _folders() if len(path.parts) > 2]
+    home, deep = home_folder(), [path for path in _folders() if len(path.parts) > 2]
     folders = (_any_of("a folder of this machine", map(str, deep), _FOLDER),) if deep else ()
-    at_home = () if len(home.parts) < 2 else (_any_of("the home folder of this machine", [str(home)], _FOLDER),)
+    named = home is not None and len(home.parts) > 1
+    at_home = (_any_of("the home folder of this machine", [str(home)], _FOLDER),) if named else ()
     binary = own + tuple(form for form in FORMS if form.anywhere) + folders
     inexact = tuple(form for form in FORMS if not form.anywhere)
     return Search(own, binary, binary + inexact + at_home + tuple(_names(owner)) + (_anybodys_home(),))
@@ -136,7 +138,7 @@ def _anybodys_home() -> Form:
 
 
 def _folders() -> Iterator[Path]:
-    for path in (Path.home(), Path.cwd(), checkout(), Path(tempfile.gettempdir())):
+    for path in (home_folder(), Path.cwd(), checkout(), Path(tempfile.gettempdir())):
         if path is not None and not path.is_relative_to("/kaggle"):  # which everybody has there
             yield from {path, path.resolve()}
 
@@ -166,7 +168,7 @@ def _user() -> str:
 
 def _credentials() -> dict[str, list[str]]:
     """`{where it is kept: values}`, where Kaggle's, Hugging Face's and other clients look for them."""
-    home = Path.home()
+    home = home_folder() or Path("/")  # where there is none, nothing is kept in it
     kept = {f"the value of {name}": [os.environ.get(name, "")] for name in VARIABLES}
     settings = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config") / "kaggle"
     folders = [home / ".kaggle", settings, *map(Path, filter(None, [os.environ.get("KAGGLE_CONFIG_DIR")]))]

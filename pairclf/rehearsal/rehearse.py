@@ -20,7 +20,7 @@ from pairclf.config import Config, parse_yaml, resolve
 from pairclf.console import Advance, console, progress
 from pairclf.dispositions import answering
 from pairclf.errors import ModelError, PackagingError
-from pairclf.files import atomic_file, is_regular, locked, refuse_special_files, sha256_file
+from pairclf.files import atomic_file, is_regular, locked, private_folder, refuse_special_files, sha256_file
 from pairclf.inference.deadline import seconds_until
 from pairclf.packaging.metadata import KERNEL, MACHINES
 from pairclf.packaging.payload import prove
@@ -162,6 +162,7 @@ def _construct(folder: Path, options: Options) -> _Rehearsal:
         refuse_special_files(options.out)
     image = _image(build, options)
     _check_options(build, options, image)
+    private_folder(rehearsal_path(build.identity).parent)  # found out now, and not after the run
     prove(folder, build)
     test, sample = options.test or build.test, options.sample or build.sample
     if test is None or sample is None:

@@ -216,6 +216,21 @@ def test_several_processes_build_the_same(tmp_path: Path, builder: InputBuilder)
     assert one == two
 
 
+def test_no_bundle_can_ask_for_any_number_of_processes(
+    tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counted(chunks: Any, tokenizer: Any, fields: Any, processes: int) -> Any:
+        asked.append(processes)
+        return tokenised(chunks, tokenizer, fields, 1)
+
+    tokenised = module._tokenised
+    monkeypatch.setattr(module, "_tokenised", counted)
+    cache_of(tmp_path, frame_of(ROWS), builder, processes=100_000)
+    assert asked == [max(module.MOST_PROCESSES, len(os.sched_getaffinity(0)))]
+
+
 def test_a_process_that_dies_is_told_and_leaves_nothing(
     tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -318,6 +318,17 @@ def test_of_linked_checkpoints_nothing_is_read_or_deleted(tmp_path: Path, linked
     assert (other / STATE).read_text() == "{}"
 
 
+def test_others_folders_are_not_taken_for_checkpoints(tmp_path: Path) -> None:
+    """The folder may be a link, and a stranger's choice what it leads to."""
+    names = ["step-1-of-my-thesis", "step-notes", ".tmp-step-mine", "step-00000007.zip"]
+    ours = ["step-00000001", "step-00000002-stopped", ".tmp-step-00000003-0123abcd", "step-00000004"]
+    for name in (*names, *ours):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000004" / STATE).write_text("{}")
+    module.Checkpoints(tmp_path, 1, {})._delete_old()
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "step-00000004"}
+
+
 def test_without_a_checkpoint_it_starts_from_the_beginning(
     config_for: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

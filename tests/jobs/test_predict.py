@@ -27,7 +27,7 @@ from polars.testing import assert_frame_equal
 from pairclf.config import dump_config, load_config, resolve
 from pairclf.data.arena import generate, write_lmsys
 from pairclf.data.tables import check_submission
-from pairclf.errors import BundleError, ConfigError, DataError, IncompleteError
+from pairclf.errors import BundleError, ConfigError, DataError, IncompleteError, PairclfError
 from pairclf.inference import crew, sink, worker
 from pairclf.inference.members import open_ensemble
 from pairclf.inference.work import Floats
@@ -381,6 +381,26 @@ def test_output_that_can_not_be_written_is_an_error_at_once(
     monkeypatch.setattr(job, "ProcessCrew", refused)
     with pytest.raises(OSError, match="Read-only"):
         predict(bundles(run), **files(run, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", "journal.sqlite", "journal.sqlite-wal", "tokens"])
+def test_a_work_folder_with_links_is_not_written_to(tmp_path: Path, name: str) -> None:
+    """Somebody who shares the folder may have put them there."""
+    (tmp_path / "mine").mkdir()
+    work = tmp_path / "out.work"
+    if name:
+        work.mkdir()
+    (work / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(PairclfError, match=r"is a link|is no folder"):
+        job._check_paths(tmp_path / "out.csv", None, tmp_path / "test.csv", None, work)
+
+
+@pytest.mark.parametrize("name", ["test.csv", "sample.csv"])
+def test_a_pipe_in_the_place_of_rows_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    given = [tmp_path / one for one in ("test.csv", "sample.csv")]
+    with pytest.raises(ConfigError, match=rf"{name} is no regular file"):
+        job._check_paths(tmp_path / "out.csv", None, *given, tmp_path / "out.work")
 
 
 def test_ids_that_are_not_the_samples_are_refused_before_anything_is_scored(

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from tests_support import make_rows
 
 from pairclf.config import Config, resolve
-from pairclf.errors import ConfigError
+from pairclf.errors import ConfigError, PairclfError
 from pairclf.jobs import watch as module
 from pairclf.jobs.estimate import Cost
 from pairclf.jobs.inputs import open_inputs
@@ -30,6 +30,17 @@ OUTCOME = Outcome(loss=1.0, tokens=80, computed=100, stopping=False)
 
 def log_of(folder: Path, accelerator: Accelerator, every: int = 2) -> Log:
     return Log(folder / "metrics.jsonl", every, accelerator, COST)
+
+
+def test_a_linked_log_is_neither_cut_nor_written_to(tmp_path: Path) -> None:
+    """`--resume` in a stranger's run folder would empty the file that the link leads to."""
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "metrics.jsonl").symlink_to("mine")
+    log = log_of(tmp_path, make_accelerator(resolve({})))
+    for call in (lambda: log.begin({}), lambda: log.write({"step": 1})):
+        with pytest.raises(PairclfError, match=r"metrics\.jsonl is a link"):
+            call()
+    assert (tmp_path / "mine").read_text() == "precious"
 
 
 def test_means_and_sums_are_those_since_the_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -490,6 +490,9 @@ def test_a_mutated_byte_of_any_other_file_is_refused(copy: Path) -> None:
         pl.DataFrame({"prompt": ["a"]}),
         pl.DataFrame({"prompts": pl.Series([1], dtype=pl.UInt64)}),
         pl.DataFrame({"prompt": pl.Series([1], dtype=pl.UInt64), "more": [1]}),
+        pl.DataFrame(  # 600 bytes; with more zeros it would fill any memory
+            {"prompt": pl.Series([1], dtype=pl.UInt64), "sample": pl.Series([[0] * 3000], dtype=pl.List(pl.UInt32))}
+        ),
         None,
     ],
 )
@@ -502,3 +505,54 @@ def test_other_things_than_hashes_of_prompts_are_refused(copy: Path, frame: pl.D
     reseal(copy)
     with pytest.raises(BundleError, match=r"trained_on\.parquet can't be used"):
         open_bundle(copy).trained_on()
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def _without_unknown(kind: str) -> dict[str, Any]:
+    models = {
+        "WordPiece": {"unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
+        "Unigram": {"unk_id": None, "byte_fallback": False, "vocab": [["a", -1.0]]},
+    }
+    return {"model": {"type": kind, "vocab": {"a": 0}, **models[kind]}}
+
+
+def _replacing(pattern: str) -> dict[str, Any]:
+    return {"normalizer": {"type": "Replace", "pattern": {"Regex": pattern}, "content": "a"}}
+
+
+TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
+    "no id for an unknown token": (_without_unknown("Unigram"), "the tokenizer fails: Encountered an unknown token"),
+    "no word for an unknown token": (_without_unknown("WordPiece"), "the tokenizer fails: WordPiece error"),
+    "a pattern that is given up": (_replacing(r"(([\s\S]*)*)*\d{9}Z"), "the tokenizer fails: Onig: .* retry-limit"),
+    "a panic where it is loaded": (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        "can't be loaded: PanicException",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_that_fails_is_refused(copy: Path, name: str) -> None:
+    changes, says = TOKENIZERS[name]
+    edit(copy / "tokenizer" / "tokenizer.json", **changes)
+    reseal(copy)
+    with pytest.raises(ModelError, match=says):
+        look(copy)
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(4_000_000_000, r"gives a token the id 4,000,000,00\d"), (9_999, "writes the id (9999|10000), and")],
+)
+def test_ids_that_no_base_has_an_embedding_for_are_refused(copy: Path, number: int, says: str) -> None:
+    """tokenizers counts up to the first for minutes; a GPU that is asked for the second is lost to the process."""
+    path = copy / "tokenizer" / "tokenizer.json"
+    vocabulary = json.loads(path.read_text())["model"]["vocab"]
+    edit(
+        path, model=json.loads(path.read_text())["model"] | {"vocab": vocabulary | {"e": number, "\u0120": number + 1}}
+    )
+    reseal(copy)
+    with pytest.raises(ModelError, match=says):
+        look(copy)

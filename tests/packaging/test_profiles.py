@@ -153,3 +153,19 @@ def test_a_line_can_not_name_a_file_elsewhere(tmp_path: Path, lines: str) -> Non
     assert "line " in str(caught.value), "the line is named"
     assert "secret" not in str(caught.value)
     assert [path.name for path in (tmp_path / "outside").iterdir()] == ["python3.13.txt"]
+
+
+def test_files_that_include_each_other_twice_are_not_read_for_ever(tmp_path: Path) -> None:
+    """Forty files of two lines each stand for a trillion files; so does a chain of thousands for a deep stack."""
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"-r {number + 1}.txt\n" * 2)
+    (tmp_path / "40.txt").write_text("torch==2.0\n")
+    with pytest.raises(PackagingError, match=r"one file too many"):
+        read_profile("3.12", tmp_path / "0.txt")
+    assert read_profile("3.12", tmp_path / "37.txt").versions == {"torch": Version("2.0")}
+
+
+def test_a_profile_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"torch==2.0\n\xff")
+    with pytest.raises(PackagingError, match=r"can't be read: 'utf-8'"):
+        read_profile("3.12", tmp_path / "a.txt")

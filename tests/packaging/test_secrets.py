@@ -98,6 +98,10 @@ SHAPES: dict[str, tuple[str, str]] = {
     "hugging face": ("a Hugging Face token", "hf_" + MIXED[:34]),
     "hugging face organisation": ("a Hugging Face token", "api_org_" + MIXED[:34]),
     "hugging face escaped": ("a Hugging Face token", r'"print(\"x\")\nhf_' + MIXED[:34] + '"'),
+    "hugging face in a query": ("a Hugging Face token", "https://host/?next=a%26token%3Dhf_" + MIXED[:34]),
+    "hugging face behind a name": ("a Hugging Face token", "MY_hf_" + MIXED[:34]),
+    "mlflow": ("the value of a variable for credentials", f"MLFLOW_TRACKING_PASSWORD={MIXED[:24]}"),
+    "address with a token alone": ("a password in an address", f"git clone https://{HEX[:40]}@git.example.org/a"),
     "wandb variable": ("a W&B key", f'os.environ["WANDB_API_KEY"] = "{HEX[:40]}"'),
     "wandb setdefault": ("a W&B key", f'environ.setdefault("WANDB_API_KEY", "{HEX[:40]}")'),
     "wandb login": ("a W&B key", f"wandb.login(key='{HEX[:40]}')"),
@@ -165,6 +169,9 @@ SHAPES: dict[str, tuple[str, str]] = {
     "home": ("somebody's home folder", "cwd: /home/peregrine/data"),
     "home on a mac": ("somebody's home folder", '"/Users/peregrine/x.csv"'),
     "home on windows": ("somebody's home folder", r"C:\Users\Peregrine\x.csv"),
+    "home in /var": ("somebody's home folder", "/var/home/peregrine/x"),
+    "home on a server": ("somebody's home folder", "/nfs/home/peregrine/x"),
+    "home on windows, seen from linux": ("somebody's home folder", "/mnt/c/Users/peregrine/x"),
     "home on windows escaped": ("somebody's home folder", r'"C:\\Users\\Peregrine\\x.csv"'),
 }
 
