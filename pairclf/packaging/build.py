@@ -42,6 +42,7 @@ from pairclf.packaging.record import BUILD, PAYLOADS, Build, PackedBundle, Part,
 from pairclf.packaging.secrets import refuse_secrets
 from pairclf.packaging.sources import shipped
 from pairclf.packaging.wheelhouse import Wheelhouse, fill_wheelhouse
+from pairclf.scores.metrics import likeliest
 from pairclf.task import LMSYS, WSDM, Task
 from pairclf.trust import REMOTE_CODE, granted
 
@@ -300,7 +301,7 @@ def _prior(ensemble: Ensemble) -> dict[str, str]:
     task: Task = ensemble.task
     made = {name: f"{share:.9f}" for name, share in zip(task.classes, ensemble.prior, strict=True)}
     if task.label_column is not None:
-        made[task.label_column] = task.classes[int(np.argmax(ensemble.prior))]
+        made[task.label_column] = task.classes[int(likeliest([ensemble.prior])[0])]
     return made
 
 
