@@ -354,9 +354,9 @@ def _run_name(config: Config, models: _Models) -> str:
 
 
 def _out_of_fold(bundles: Sequence[Bundle], metric: str) -> float | None:
-    """The metric over the rows of all folds, where each bundle held out a fold of its own."""
+    """The metric over the rows of all folds, by their weights, where each bundle held out a fold of its own."""
     folds = [bundle.manifest.fold for bundle in bundles]
     figures = [bundle.manifest.metrics for bundle in bundles]
-    if None in folds or len(set(folds)) < len(folds) or not all({"rows", metric} <= one.keys() for one in figures):
+    if None in folds or len(set(folds)) < len(folds) or not all({"weight", metric} <= one.keys() for one in figures):
         return None
-    return float(np.average([one[metric] for one in figures], weights=[one["rows"] for one in figures]))
+    return float(np.average([one[metric] for one in figures], weights=[one["weight"] for one in figures]))

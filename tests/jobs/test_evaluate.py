@@ -26,7 +26,8 @@ from pairclf.jobs import cv
 from pairclf.jobs.evaluate import Evaluation, evaluate, out_of_fold, render, scored
 from pairclf.jobs.proof import Sample, compare
 from pairclf.jobs.run import Paths, labelled_rows, output_of
-from pairclf.model.bundle import read_manifest
+from pairclf.model.bundle import open_bundle, read_manifest
+from pairclf.packaging import build
 from pairclf.scores.metrics import Floats
 from pairclf.scores.probabilities import mean_of_orders
 from pairclf.task import LMSYS, PRESETS, Task
@@ -105,7 +106,7 @@ def config_of(
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_every_command_has_scikit_learns_figures(kind: str, config_of: Callable[[str], tuple[Config, str]]) -> None:
-    """What `train` writes, its looks see, `cv` and `evaluate` print, and merging compares."""
+    """What `train` writes, its looks see, `cv` and `evaluate` print, merging compares, and a package says."""
     (config, printed), task = config_of(kind), TASKS[kind]
     labelled, run = labelled_rows(config), output_of(config)
 
@@ -133,6 +134,9 @@ def test_every_command_has_scikit_learns_figures(kind: str, config_of: Callable[
         assert [judged.log_loss, judged.accuracy] == pytest.approx([*wanted.values()], rel=1e-9)
         assert judged.weighted
         assert f"{wanted['log_loss']:.4f}" in shown(judged, task)
+    bundles = [open_bundle(Paths(run, fold).bundle) for fold in (0, 1)]
+    for name, figure in wanted.items():  # what a package says of its folds
+        assert build._out_of_fold(bundles, name) == pytest.approx(figure, rel=1e-9)
     rows = scores.select("id").join(labelled, on="id", how="left", maintain_order="left")
     values = class_matrix(scores, task)
     shift = compare(Sample(to_rows(rows, task), [], values, False, None), values, values, task, parts=1, done="merged")
