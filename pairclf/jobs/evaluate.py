@@ -53,7 +53,8 @@ class Evaluation:
     Attributes:
         one_order: log loss of the first order alone; `swap_gain` is what averaging both orders saved.
         best: the lowest expected log loss that any model can have, where the true probabilities are known.
-        way: the part of the way from the prior's to the best log loss.
+        way: the part of the way from the prior's to the best log loss; None: few rows may have labels by which the
+            best is no better than their own prior.
         temperature: of the lowest log loss on these very rows, `log_loss_at_it`; `setting` says what to set to it.
         weighted: rows have different weights.
         note: as `Scored` has it.
@@ -161,7 +162,9 @@ def evaluate(labelled: pl.DataFrame, scores: Scored, task: Task, *, truth: Path 
         one_order=single,
         swap_gain=None if single is None else single - found["log_loss"],
         best=best,
-        way=None if best is None else way_to_best(found["log_loss"], of_prior["log_loss"], best),
+        way=None
+        if best is None or best >= of_prior["log_loss"]
+        else way_to_best(found["log_loss"], of_prior["log_loss"], best),
         note=scores.note,
     )
 

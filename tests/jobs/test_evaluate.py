@@ -290,6 +290,15 @@ def test_files_of_others_are_joined_on_ids_of_any_type(kind: Any, tmp_path: Path
     assert judged.best == pytest.approx(-(chances * np.log(chances)).sum())
 
 
+def test_one_row_is_judged(tmp_path: Path) -> None:
+    """Its own label is its prior, beside which the true probabilities look worse: there is no way to go."""
+    labelled, _ = biased(tmp_path / "run", 30)
+    of_others(tmp_path / "theirs.parquet", labelled["id"], labelled)
+    pl.read_parquet(tmp_path / "theirs.parquet").head(1).write_csv(tmp_path / "one.csv")
+    judged = evaluate(labelled, scored(tmp_path / "one.csv", LMSYS), LMSYS, truth=tmp_path / "theirs.parquet")
+    assert (judged.rows, judged.accuracy, judged.prior, judged.way) == (1, 1.0, pytest.approx(0, abs=1e-9), None)
+
+
 def test_true_probabilities_hold_each_row_once(tmp_path: Path) -> None:
     labelled, _ = biased(tmp_path / "run", 30)
     of_others(tmp_path / "theirs.parquet", labelled["id"], labelled)
