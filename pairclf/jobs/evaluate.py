@@ -118,7 +118,7 @@ def scored(path: Path, task: Task) -> Scored:
         DataError: as `read_scores`.
     """
     frame = read_scores(path, task, foreign=True)
-    values = class_matrix(frame, task)
+    values, inside = class_matrix(frame, task), (frame["seen"] > 0).sum()
     return Scored(
         rows=frame.select("id", *HASHES),
         at=lambda temperature: apply_temperature(values, temperature, task),
@@ -126,6 +126,7 @@ def scored(path: Path, task: Task) -> Scored:
         one_order=None,
         setting="ensemble temperature",
         where=path,
+        note=f"IN SAMPLE: models behind {inside:,} rows were trained on (nearly) their prompts" if inside else "",
     )
 
 
