@@ -452,7 +452,7 @@ def evaluate(
 
     settings = _load(config, overrides)
     task = settings.task
-    found = scored(scores, task) if scores else out_of_fold(output_of(settings), task, settings.predict.temperature)
+    found = scored(scores, task) if scores else out_of_fold(output_of(settings), task, settings.predict)
     output.print(render(job(labelled_rows(settings), found, task, truth=truth), task))
 
 

@@ -121,7 +121,7 @@ class Rules(Section):
     conflicting_label: Literal["keep", "fix", "drop", "error"] = Field(
         "keep",
         description="the same texts, in either order, with another label (people disagree); fix: each gets the mean "
-        "label, in which rows count by their weight",
+        "label, in which rows count by their weight, and train_only rows only where no other has the texts",
     )
     mirrored_pair: Literal["keep", "drop", "error"] = Field(
         "keep", description="a pair that also stands with its sides exchanged; drop: the later rows go"

@@ -250,20 +250,29 @@ def _mask(rows: pl.Series, length: int) -> pl.Series:
 
 
 def _judge_conflicts(judge: _Judge, keys: pl.DataFrame) -> None:
-    """Other labels for the same texts. A mirrored row votes, too: with its label swapped, as its sides are."""
-    votes = keys.hstack(judge.frame.select("target", "weight")).filter(judge.stays)
+    """Other labels for the same texts. A mirrored row votes, too: with its label swapped, as its sides are.
+
+    A row that is train_only has no vote on one that may be held out: it gets that row's label, or the mean of those.
+    """
+    votes = keys.hstack(judge.frame.select("target", "weight", "train_only")).filter(judge.stays)
     votes = votes.with_columns(
         either=pl.min_horizontal("pair", "mirror"), turned=pl.col("pair") > pl.col("mirror")
     ).filter(pl.col("either").is_duplicated() & pl.col("target").is_not_null())
     votes = votes.with_columns(_turned(pl.col("target"), judge.task))
-    unlike = votes.filter(pl.col("target").hash().n_unique().over("either") > 1)
+    label, alone = pl.col("target").hash(), pl.col("train_only").all()
+    votes = votes.with_columns(
+        unlike=label.n_unique().over("either") > 1,
+        unlike_folded=label.filter(~pl.col("train_only")).n_unique().over("either") > 1,
+        vote=pl.when(pl.col("train_only") & ~alone.over("either")).then(0.0).otherwise("weight"),
+    )
+    unlike = votes.filter(pl.when("train_only").then("unlike").otherwise(pl.col("unlike_folded")))
     if judge.meet("conflicting_label", _mask(unlike["row"], len(keys))):
-        total = pl.col("weight").sum().over("either")
+        total = pl.col("vote").sum().over("either")
         shares = (
-            (pl.col("target").list.get(place) * pl.col("weight")).sum().over("either") / total
+            (pl.col("target").list.get(place) * pl.col("vote")).sum().over("either") / total
             for place in range(len(judge.task.classes))
         )
-        means = unlike.select("row", "turned", target=pl.concat_list(shares))
+        means = votes.with_columns(target=pl.concat_list(shares)).join(unlike.select("row"), on="row", how="semi")
         means = means.select("row", mean=_turned(pl.col("target"), judge.task))
         shared = keys.join(means, on="row", how="left", maintain_order="left")["mean"]
         judge.frame = judge.frame.with_columns(target=shared.zip_with(shared.is_not_null(), judge.frame["target"]))

@@ -88,7 +88,8 @@ def near_overlap(frame: pl.DataFrame, seen: pl.DataFrame, task: Task, threshold:
     if threshold is None or fresh.is_empty():
         return overlap
     labels = np.concatenate([np.zeros(len(known), np.int64), np.full(len(fresh), -1)])
-    near = [len(met) > 0 for _, met in NearIndex.of([*known, *fresh], threshold).walk(labels, start=len(known))]
+    index, places = NearIndex.of([*known, *fresh], threshold), range(len(known), len(labels))
+    near = [len(met) > 0 for _, met in index.walk(labels, places)]
     return overlap | prompts.is_in(fresh.filter(pl.Series(near)).to_list())
 
 
@@ -114,23 +115,27 @@ def samples(prompts: pl.Series) -> pl.Series:
     return pl.Series("sample", lowest, dtype=pl.List(pl.UInt32))
 
 
-def near_samples(fresh: pl.Series, known: pl.Series, labels: Sequence[Places], threshold: float) -> list[pl.Series]:
-    """For each labelling, which of the fresh prompts are near to a known one that it labels 0; Boolean `(N,)` each.
+def near_samples(
+    fresh: pl.Series, known: pl.Series, searches: Sequence[tuple[pl.Series, pl.Series]], threshold: float
+) -> list[pl.Series]:
+    """For each search, which of the fresh prompts asked about are near to a known one that counts; Boolean `(N,)` each.
 
     Args:
-        fresh: `samples` of the prompts asked about.
-        known: `samples` of the prompts that are searched in, each once.
-        labels: `(K,)` each: 0 for the known prompts that count, -1 for others. The search is prepared once for all.
+        fresh: `samples` of prompts `(N,)`.
+        known: `samples` of the prompts that are searched in `(K,)`, each once.
+        searches: which of the known prompts count `(K,)`, and which of the fresh ones are asked about `(N,)`. The index
+            is made once for all.
         threshold: Jaccard index from which prompts are nearly equal.
     """
-    sets = [one.to_numpy() for one in (*known, *fresh)]
-    index, others = NearIndex(sets, threshold, sampled=True), np.full(len(fresh), -1)
-    return [
-        pl.Series(
-            [len(met) > 0 for _, met in index.walk(np.concatenate([one, others]), start=len(known))], dtype=pl.Boolean
-        )
-        for one in labels
-    ]
+    index = NearIndex([one.to_numpy() for one in (*known, *fresh)], threshold, sampled=True)
+    found = []
+    for counts, asked in searches:
+        labels = np.full(len(known) + len(fresh), -1)
+        labels[: len(known)][counts.to_numpy()] = 0
+        places = (asked.arg_true() + len(known)).to_list()
+        near = [place - len(known) for place, met in index.walk(labels, places) if len(met)]
+        found.append(pl.Series(np.isin(np.arange(len(fresh)), near)))
+    return found
 
 
 class NearIndex:
@@ -173,14 +178,14 @@ class NearIndex:
                     for place in places:
                         self._buckets.setdefault(place, []).append(bucket)
 
-    def walk(self, labels: Places, start: int = 0) -> Iterator[tuple[int, Places]]:
-        """Each place from `start` on, and what `near` finds for it; the labels may change on the way."""
-        count = len(labels) - start
-        with progress("Joining near prompts", count, visible=count >= _SHOWN) as advance:
-            for place in range(start, len(labels)):
+    def walk(self, labels: Places, places: Sequence[int] | None = None) -> Iterator[tuple[int, Places]]:
+        """Each of the places (None: all), and what `near` finds for it; the labels may change on the way."""
+        places = range(len(labels)) if places is None else places
+        with progress("Joining near prompts", len(places), visible=len(places) >= _SHOWN) as advance:
+            for number, place in enumerate(places):
                 yield place, self.near(place, labels)
-                if (place - start) % _STEP == 0:
-                    advance(min(_STEP, len(labels) - place))
+                if number % _STEP == 0:
+                    advance(min(_STEP, len(places) - number))
 
     def near(self, place: int, labels: Places) -> Places:
         """Prompts before `place` that are near to it: one for each label that such prompts have.

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
 from pairclf.data.duplicates import near_samples, normalised_prompts, normalised_texts, samples
@@ -95,7 +94,7 @@ def seen_by(
     for near in {near for near in nears if near is not None}:
         models = {place: one for place, one in enumerate(trained_on) if one is not None and nears[place] == near}
         sampled = {place: one for place, one in models.items() if _has_samples(one)}
-        nearly = _near(marks, sampled, near)
+        nearly = _near(marks, sampled, {place: found[place] for place in sampled}, near)
         for place in models:
             found[place] |= nearly.get(place, unknown)  # true or null is true, false or null is null
     return found
@@ -105,14 +104,20 @@ def _has_samples(trained_on: pl.DataFrame) -> bool:
     return "sample" in trained_on.columns and trained_on["sample"].null_count() == 0
 
 
-def _near(marks: pl.DataFrame, trained_on: dict[int, pl.DataFrame], near: float) -> dict[int, pl.Series]:
-    """By model, which rows have a prompt that is near to one of its own."""
+def _near(
+    marks: pl.DataFrame, trained_on: dict[int, pl.DataFrame], equal: dict[int, pl.Series], near: float
+) -> dict[int, pl.Series]:
+    """By model, which rows have a prompt that is near to one of its own; `equal` rows are not looked at any more."""
     if not trained_on:
         return {}
     known = pl.concat(trained_on.values()).unique("prompt", maintain_order=True)
-    fresh = marks.unique("prompt", maintain_order=True)
-    labels = [np.where(known["prompt"].is_in(one["prompt"].to_list()), 0, -1) for one in trained_on.values()]
-    nearly = near_samples(fresh["sample"], known["sample"], labels, near)
+    unequal = pl.select(pl.any_horizontal(~one for one in equal.values())).to_series()
+    fresh = marks.filter(unequal).unique("prompt", maintain_order=True)
+    searches = []
+    for place, one in trained_on.items():
+        asked = ~fresh["prompt"].is_in(marks["prompt"].filter(equal[place]).to_list())
+        searches.append((known["prompt"].is_in(one["prompt"].to_list()), asked))
+    nearly = near_samples(fresh["sample"], known["sample"], searches, near)
     return {
         place: marks["prompt"].is_in(fresh["prompt"].filter(one).to_list())
         for place, one in zip(trained_on, nearly, strict=True)

@@ -519,7 +519,8 @@ def read_scores(path: Path, task: Task, *, foreign: bool = False) -> pl.DataFram
     """Read what `write_scores` wrote, checked again. `seen` and `HASHES` are null where an older pairclf wrote none.
 
     Args:
-        foreign: accept a file of other people's: `id` and a column a class, further ones unread, the rest null.
+        foreign: accept a file of other people's: `id` and a column a class, further ones unread, the rest null. Their
+            `prompt` may be the prompt itself.
 
     Raises:
         DataError: the file can't be read, is no table of scores of this task, or breaks a rule of `scores_frame`.
@@ -550,10 +551,18 @@ def _converted(frame: pl.DataFrame, wanted: pl.Schema, path: Path) -> pl.DataFra
         plain = {name: frame[name].dtype == pl.Struct and is_plain(frame[name]) for name in frame.columns}
         cells = [as_text(frame[name]) if plain[name] else frame[name] for name in wanted if name in plain]
         cells = [as_ids(cell, path) if cell.name == "id" else cell for cell in cells]
+        cells = [_hashes(cell) if cell.name in HASHES else cell for cell in cells]
         return pl.DataFrame([cell.cast(wanted[cell.name]) for cell in cells])
     except PolarsError as error:
         what = f"scores can't be read: {str(error).splitlines()[0]}"
         raise DataError(what, where=path, remedy="write ids as text and probabilities as floats") from error
+
+
+def _hashes(cells: pl.Series) -> pl.Series:
+    """A column of `HASHES`, null where a column of that name holds something else."""
+    exact = cells.dtype == pl.String or cells.dtype.is_integer()
+    made = cells.cast(pl.UInt64, strict=False) if exact else cells.clear(len(cells)).cast(pl.UInt64)
+    return made if made.null_count() == cells.null_count() else made.clear(len(cells))
 
 
 def _shown(schema: pl.Schema) -> str:

@@ -52,7 +52,7 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
     with clock.stage("training: NF4 QLoRA, fold by fold, and out-of-fold scores"):
         bundles = cross_validate(config, resume=False)
     with clock.stage("evaluation"):
-        scores = out_of_fold(output_of(config), config.task, config.predict.temperature)
+        scores = out_of_fold(output_of(config), config.task, config.predict)
         judged = evaluate(labelled_rows(config), scores, config.task, truth=data / "truth.parquet")
         output.print(render(judged, config.task))
     with clock.stage("packaging: notebook, bundles, wheels"):

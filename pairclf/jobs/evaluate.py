@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from polars.exceptions import PolarsError
 from rich.table import Table
 
+from pairclf.config import Predict
 from pairclf.console import table
 from pairclf.data.identity import refuse_other_rows
 from pairclf.data.tables import HASHES, class_matrix, read_logits, read_scores
 from pairclf.errors import DataError
-from pairclf.jobs.run import OOF, OOF_LOGITS
+from pairclf.jobs.run import OOF, OOF_AB, OOF_LOGITS
 from pairclf.scores.calibration import apply_temperature, fit_temperature
 from pairclf.scores.metrics import Floats, class_prior, entropy, measure, title, way_to_best
 from pairclf.scores.probabilities import mean_of_orders
@@ -34,6 +34,7 @@ class Scored:
         one_order: probabilities `(N, C)` of the first order alone; None: not known, or there is no other.
         setting: what the temperature is a setting of, for people.
         where: the file.
+        note: on what is judged, for people; empty: there is nothing to say.
     """
 
     rows: pl.DataFrame
@@ -42,6 +43,7 @@ class Scored:
     one_order: Floats | None
     setting: str
     where: Path
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,11 @@ class Evaluation:
     Attributes:
         one_order: log loss of the first order alone; `swap_gain` is what averaging both orders saved.
         best: the lowest expected log loss that any model can have, where the true probabilities are known.
-        way: the part of the way from the prior's to the best log loss.
+        way: the part of the way from the prior's to the best log loss; None: few rows may have labels by which the
+            best is no better than their own prior.
         temperature: of the lowest log loss on these very rows, `log_loss_at_it`; `setting` says what to set to it.
         weighted: rows have different weights.
+        note: as `Scored` has it.
     """
 
     rows: int
@@ -70,31 +74,38 @@ class Evaluation:
     swap_gain: float | None = None
     best: float | None = None
     way: float | None = None
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def out_of_fold(run: Path, task: Task, temperature: float) -> Scored:
-    """The out-of-fold scores of a run, made of its logits at `temperature`, as `predict.temperature` makes them.
+def out_of_fold(run: Path, task: Task, settings: Predict) -> Scored:
+    """The out-of-fold scores of a run, made of its logits as `predict` makes them with these settings.
 
-    A run of an older pairclf has no logits: its scores are judged as they are.
+    With `swap: off` they are those of order AB alone. `budget` and `split` are judged as `full`: in the mean over
+    models, both orders have a say there, too. A run of an older pairclf has no logits: its scores are judged as they
+    are.
 
     Raises:
         DataError: as `read_logits` and `scored`.
     """
-    path = run / OOF_LOGITS
+    path, one_way = run / OOF_LOGITS, task.swappable and settings.swap == "off"
+    note = "order AB alone, as predict.swap=off has it" if one_way else ""
     if not path.is_file():
-        return scored(run / OOF, task)
+        return replace(scored(run / (OOF_AB if one_way else OOF), task), note=note)
     frame = read_logits(path, task)
     logits = np.array(frame["logits"].to_list(), dtype=np.float64)
+    first = mean_of_orders(logits[:, :1], task, settings.temperature)
+    judged = logits[:, :1] if one_way else logits
     return Scored(
         rows=frame.select("id", *HASHES),
-        at=lambda temperature: mean_of_orders(logits, task, temperature),
-        temperature=temperature,
-        one_order=mean_of_orders(logits[:, :1], task, temperature) if task.swappable else None,
+        at=lambda temperature: mean_of_orders(judged, task, temperature),
+        temperature=settings.temperature,
+        one_order=first if task.swappable and not one_way else None,
         setting="predict.temperature",
         where=path,
+        note=note,
     )
 
 
@@ -106,8 +117,8 @@ def scored(path: Path, task: Task) -> Scored:
     Raises:
         DataError: as `read_scores`.
     """
-    frame = read_scores(path, task)
-    values = class_matrix(frame, task)
+    frame = read_scores(path, task, foreign=True)
+    values, inside = class_matrix(frame, task), (frame["seen"] > 0).sum()
     return Scored(
         rows=frame.select("id", *HASHES),
         at=lambda temperature: apply_temperature(values, temperature, task),
@@ -115,6 +126,7 @@ def scored(path: Path, task: Task) -> Scored:
         one_order=None,
         setting="ensemble temperature",
         where=path,
+        note=f"IN SAMPLE: models behind {inside:,} rows were trained on (nearly) their prompts" if inside else "",
     )
 
 
@@ -125,7 +137,7 @@ def evaluate(labelled: pl.DataFrame, scores: Scored, task: Task, *, truth: Path 
         labelled: canonical table with targets.
         scores: as `out_of_fold` or `scored` read them.
         task: whose classes the columns are.
-        truth: parquet with `id` and the true probability of each class (the synthetic arena has one).
+        truth: file with `id` and the true probability of each class (the synthetic arena has one).
 
     Raises:
         DataError: a score has no label, is another row's, or nothing is scored.
@@ -151,7 +163,10 @@ def evaluate(labelled: pl.DataFrame, scores: Scored, task: Task, *, truth: Path 
         one_order=single,
         swap_gain=None if single is None else single - found["log_loss"],
         best=best,
-        way=None if best is None else way_to_best(found["log_loss"], of_prior["log_loss"], best),
+        way=None
+        if best is None or best >= of_prior["log_loss"]
+        else way_to_best(found["log_loss"], of_prior["log_loss"], best),
+        note=scores.note,
     )
 
 
@@ -172,13 +187,8 @@ def _labels(labelled: pl.DataFrame, scores: Scored) -> tuple[list[str], Floats, 
 
 
 def _best_possible(path: Path, ids: list[str], weights: Floats, task: Task) -> float:
-    """Log loss of the true probabilities in a parquet file."""
-    try:
-        truth = pl.read_parquet(path, glob=False)
-    except (OSError, PolarsError) as error:
-        raise DataError(f"true probabilities can't be read: {error}", where=path) from error
-    if lacking := {"id", *task.classes} - set(truth.columns):
-        raise DataError(f"true probabilities lack the columns {sorted(lacking)}", where=path)
+    """Log loss of the true probabilities in a file, which is read as scores of other people are."""
+    truth = read_scores(path, task, foreign=True)
     wanted = pl.DataFrame({"id": ids})
     joined = wanted.join(truth.select("id", *task.classes), on="id", how="left", maintain_order="left")
     if missing := joined.filter(pl.any_horizontal(pl.all().is_null()))["id"].to_list():
@@ -202,6 +212,8 @@ def render(evaluation: Evaluation, task: Task) -> Table:
         notes.append(f"the swap gained {evaluation.swap_gain:.4f}")
     if evaluation.way is not None:
         notes.append(f"{evaluation.way:.0%} of the way from the prior to the best possible")
+    if evaluation.note:
+        notes.append(evaluation.note)
     if evaluation.weighted:
         notes.append("rows count by their weight")
     shown.caption, shown.caption_justify = "; ".join(notes), "left"

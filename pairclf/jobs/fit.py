@@ -36,6 +36,9 @@ from pairclf.scores.probabilities import mean_of_orders
 from pairclf.task import AB, Row, Task
 
 PROBES = 8
+COUNTS = ("rows", "weight")
+"""Among a bundle's figures: how many rows were held out, and their weights' sum, in which folds' figures are averaged.
+"""
 TRAINED = "trained.json"
 
 
@@ -157,7 +160,9 @@ def _save(
         del classifier
         free_memory()
         difference = _prove(new, device)
-    shown = ", ".join(f"{_title(name, config.task)} {value:.4f}" for name, value in metrics.items() if name != "rows")
+    shown = ", ".join(
+        f"{_title(name, config.task)} {value:.4f}" for name, value in metrics.items() if name not in COUNTS
+    )
     console.print(f"saved and re-scored {paths.bundle} (logits differ by {difference:.1g}) {shown}")
 
 
@@ -202,7 +207,8 @@ def _write_held_out(config: Config, paths: Paths, held_out: pl.DataFrame, logits
         )
         figures[name] = measure(values, targets, task, weights)
     one_order = {"log_loss_one_order": figures[OOF_AB]["log_loss"]}
-    return {"rows": float(len(ids)), **figures[OOF], **one_order}
+    counts = dict(zip(COUNTS, (float(len(ids)), float(weights.sum())), strict=True))
+    return {**counts, **figures[OOF], **one_order}
 
 
 def _targets(frame: pl.DataFrame) -> Floats:

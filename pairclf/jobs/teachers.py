@@ -71,7 +71,7 @@ def out_of_sample(path: Path, rows: pl.DataFrame, task: Task, *, unproven: bool)
         unproven: accept scores that don't say whether their models were trained on the row.
 
     Returns:
-        `(N, C)`, in the order of `rows`; NaN where the file has no score.
+        `(N, C)`, in the order of `rows`; NaN where the file has no score, or one that no model made (`orders` 0).
 
     Raises:
         DataError: the file can't be read, has other classes, an id twice or a row that is no distribution, or its
@@ -80,7 +80,8 @@ def out_of_sample(path: Path, rows: pl.DataFrame, task: Task, *, unproven: bool)
     """
     scores = read_scores(path, task, foreign=True)
     refuse_other_rows(scores, rows, task, path)
-    joined = rows.select("id").join(scores, on="id", how="left", maintain_order="left")
+    by_models = scores.filter((pl.col("orders") > 0).fill_null(value=True))  # 0: the prior, where time ran out
+    joined = rows.select("id").join(by_models, on="id", how="left", maintain_order="left")
     scored = joined[task.classes[0]].is_not_null()
     _refuse_in_sample(path, joined)
     if not unproven:

@@ -60,6 +60,7 @@ from pairclf.packaging.record import (
 from pairclf.packaging.secrets import refuse_secrets
 from pairclf.packaging.sources import shipped
 from pairclf.packaging.wheelhouse import Wheelhouse, fill_wheelhouse
+from pairclf.scores.metrics import likeliest
 from pairclf.task import LMSYS, WSDM, Task
 from pairclf.trust import REMOTE_CODE, granted
 
@@ -319,7 +320,7 @@ def _prior(ensemble: Ensemble) -> dict[str, str]:
     task: Task = ensemble.task
     made = {name: f"{share:.9f}" for name, share in zip(task.classes, ensemble.prior, strict=True)}
     if task.label_column is not None:
-        made[task.label_column] = task.classes[int(np.argmax(ensemble.prior))]
+        made[task.label_column] = task.classes[int(likeliest([ensemble.prior])[0])]
     return made
 
 
@@ -372,9 +373,9 @@ def _run_name(config: Config, models: _Models) -> str:
 
 
 def _out_of_fold(bundles: Sequence[Bundle], metric: str) -> float | None:
-    """The metric over the rows of all folds, where each bundle held out a fold of its own."""
+    """The metric over the rows of all folds, by their weights, where each bundle held out a fold of its own."""
     folds = [bundle.manifest.fold for bundle in bundles]
     figures = [bundle.manifest.metrics for bundle in bundles]
-    if None in folds or len(set(folds)) < len(folds) or not all({"rows", metric} <= one.keys() for one in figures):
+    if None in folds or len(set(folds)) < len(folds) or not all({"weight", metric} <= one.keys() for one in figures):
         return None
-    return float(np.average([one[metric] for one in figures], weights=[one["rows"] for one in figures]))
+    return float(np.average([one[metric] for one in figures], weights=[one["weight"] for one in figures]))

@@ -47,6 +47,7 @@ def canonical(rows: list[Cells], flaws: dict[str, Flaw] | None = None, files: li
         "weight": [1.0] * len(ids),
         "file": files or ["rows.csv"] * len(ids),
         "flaws": [int((flaws or {}).get(row_id, 0)) for row_id in ids],
+        "train_only": [False] * len(ids),
     }
     kinds = {**dict.fromkeys(LMSYS.fields, pl.List(pl.String)), "target": pl.List(pl.Float64), "flaws": pl.UInt32}
     return pl.DataFrame(columns, schema_overrides=kinds)
@@ -260,6 +261,29 @@ def test_conflicting_labels_become_their_weighted_mean_over_both_orders(votes: l
         assert found == pytest.approx(wanted, abs=1e-12)
     assert cleaned["target"].to_list()[-1] == A
     assert clean(cleaned, LMSYS, Rules(conflicting_label="fix"), labelled=True)[0].equals(cleaned)
+
+
+@pytest.mark.parametrize("folded", [[A], [A, A], [A, B]])
+@pytest.mark.parametrize("action", ["fix", "drop"])
+def test_train_only_rows_have_no_vote_on_rows_that_may_be_held_out(folded: list[list[float]], action: str) -> None:
+    """Validation measures people's labels, with and without pseudo-labels of the same texts."""
+    rules = Rules(conflicting_label=action, identical_with_winner="keep")
+    rows: list[Cells] = [(str(row), ["p"], ["x"], ["y"], target) for row, target in enumerate(folded)]
+    pseudo: list[Cells] = [("mirror", ["p"], ["y"], ["x"], TIE), ("same", ["p"], ["x"], ["y"], [0.2, 0.3, 0.5])]
+    others: list[Cells] = [("o1", ["q"], ["x"], ["y"], A), ("o2", ["q"], ["x"], ["y"], B)]
+    frame = canonical([*rows, *pseudo, *others])
+    with_pseudo = frame.with_columns(train_only=~pl.col("id").is_in([row[0] for row in rows]))
+    cleaned, _ = clean(with_pseudo, LMSYS, rules, labelled=True)
+    alone, _ = clean(canonical(rows), LMSYS, rules, labelled=True)
+    assert cleaned.filter(~pl.col("train_only")).equals(alone)
+    labels = dict(cleaned.select("id", "target").rows())
+    if action == "fix":
+        mean = np.mean(folded, axis=0)
+        assert labels["same"] == pytest.approx(mean)
+        assert labels["mirror"] == pytest.approx(LMSYS.swap_target(mean))
+        assert labels["o1"] == labels["o2"] == [0.5, 0.5, 0.0]  # among themselves they vote
+    else:
+        assert not {"same", "mirror", "o1", "o2"} & set(labels)
 
 
 def test_a_mirror_with_the_same_verdict_is_no_conflict() -> None:

@@ -17,7 +17,7 @@ import sklearn.metrics
 from rich.console import Console
 from scipy.special import softmax
 
-from pairclf.config import Config, override, resolve
+from pairclf.config import Config, Predict, override, resolve
 from pairclf.data.identity import row_hashes
 from pairclf.data.tables import class_matrix, read_rows, read_scores, scores_frame, to_rows, write_logits, write_scores
 from pairclf.errors import DataError
@@ -26,7 +26,8 @@ from pairclf.jobs import cv
 from pairclf.jobs.evaluate import Evaluation, evaluate, out_of_fold, render, scored
 from pairclf.jobs.proof import Sample, compare
 from pairclf.jobs.run import Paths, labelled_rows, output_of
-from pairclf.model.bundle import read_manifest
+from pairclf.model.bundle import open_bundle, read_manifest
+from pairclf.packaging import build
 from pairclf.scores.metrics import Floats
 from pairclf.scores.probabilities import mean_of_orders
 from pairclf.task import LMSYS, PRESETS, Task
@@ -105,7 +106,7 @@ def config_of(
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_every_command_has_scikit_learns_figures(kind: str, config_of: Callable[[str], tuple[Config, str]]) -> None:
-    """What `train` writes, its looks see, `cv` and `evaluate` print, and merging compares."""
+    """What `train` writes, its looks see, `cv` and `evaluate` print, merging compares, and a package says."""
     (config, printed), task = config_of(kind), TASKS[kind]
     labelled, run = labelled_rows(config), output_of(config)
 
@@ -127,12 +128,15 @@ def test_every_command_has_scikit_learns_figures(kind: str, config_of: Callable[
     wanted = expected(scores)
     assert re.search(rf"^all +24 +{wanted['log_loss']:.4f} +{wanted['accuracy']:.4f}", printed, re.MULTILINE)
     for judged in (
-        evaluate(labelled, out_of_fold(run, task, 1.0), task),
+        evaluate(labelled, out_of_fold(run, task, Predict()), task),
         evaluate(labelled, scored(run / "oof.parquet", task), task),
     ):
         assert [judged.log_loss, judged.accuracy] == pytest.approx([*wanted.values()], rel=1e-9)
         assert judged.weighted
         assert f"{wanted['log_loss']:.4f}" in shown(judged, task)
+    bundles = [open_bundle(Paths(run, fold).bundle) for fold in (0, 1)]
+    for name, figure in wanted.items():  # what a package says of its folds
+        assert build._out_of_fold(bundles, name) == pytest.approx(figure, rel=1e-9)
     rows = scores.select("id").join(labelled, on="id", how="left", maintain_order="left")
     values = class_matrix(scores, task)
     shift = compare(Sample(to_rows(rows, task), [], values, False, None), values, values, task, parts=1, done="merged")
@@ -149,7 +153,7 @@ def shown(judged: Evaluation, task: Task) -> str:
 
 def test_the_output_says_how_several_labels_come_together(config_of: Callable[[str], tuple[Config, str]]) -> None:
     config, printed = config_of("tags")
-    text = shown(evaluate(labelled_rows(config), out_of_fold(output_of(config), TAGS, 1.0), TAGS), TAGS)
+    text = shown(evaluate(labelled_rows(config), out_of_fold(output_of(config), TAGS, Predict()), TAGS), TAGS)
     for words in ("log loss (label sum)", "accuracy (label mean)"):
         assert words in printed
         assert words in text
@@ -198,7 +202,7 @@ def test_the_temperature_is_fitted_where_it_is_applied(tmp_path: Path) -> None:
     write_logits(tmp_path / "run" / "oof-logits.parquet", labelled["id"], logits, row_hashes(labelled, LMSYS))
 
     def judged(temperature: float) -> Evaluation:
-        return evaluate(labelled, out_of_fold(tmp_path / "run", LMSYS, temperature), LMSYS)
+        return evaluate(labelled, out_of_fold(tmp_path / "run", LMSYS, Predict(temperature=temperature)), LMSYS)
 
     promised = judged(1.0)
     for now in (1.0, 0.7, promised.temperature):  # whatever the scores were made with
@@ -220,6 +224,29 @@ def test_the_temperature_is_fitted_where_it_is_applied(tmp_path: Path) -> None:
     assert after.setting != promised.setting
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_promise_of_one_order_is_that_of_one_order(kept: bool, tmp_path: Path) -> None:
+    """With a position bias, the temperature for both orders does harm to predictions of order AB alone."""
+    labelled, logits = biased(tmp_path / "run")
+    hashes, one_way = row_hashes(labelled, LMSYS), logits[:, :1]
+    if kept:
+        write_logits(tmp_path / "run" / "oof-logits.parquet", labelled["id"], logits, hashes)
+    else:  # a run of an older pairclf
+        frame = scores_frame(labelled["id"].to_list(), mean_of_orders(one_way, LMSYS), LMSYS, 1, ["m"], hashes=hashes)
+        write_scores(tmp_path / "run" / "oof-ab.parquet", frame)
+    judged = evaluate(labelled, out_of_fold(tmp_path / "run", LMSYS, Predict(swap="off")), LMSYS)
+    labels = np.array(labelled["target"].to_list()).argmax(axis=1)
+
+    def at(temperature: float) -> float:
+        return float(sklearn.metrics.log_loss(labels, mean_of_orders(one_way, LMSYS, temperature)))
+
+    assert judged.log_loss == pytest.approx(at(1.0), abs=1e-9)
+    assert judged.log_loss_at_it == pytest.approx(at(judged.temperature), abs=1e-9)
+    assert judged.log_loss_at_it == pytest.approx(min(map(at, np.geomspace(0.5, 20, 400))), abs=1e-4)
+    assert judged.swap_gain is None
+    assert "order AB alone" in shown(judged, LMSYS)
+
+
 def test_prediction_applies_it_where_it_was_fitted(tmp_path: Path) -> None:
     from pairclf.inference.backlog import Inputs
 
@@ -233,13 +260,63 @@ def test_prediction_applies_it_where_it_was_fitted(tmp_path: Path) -> None:
 def test_several_labels_are_tempered_by_the_sigmoid(config_of: Callable[[str], tuple[Config, str]]) -> None:
     config, _ = config_of("tags")
     labelled, run = labelled_rows(config), output_of(config)
-    promised = evaluate(labelled, out_of_fold(run, TAGS, 1.0), TAGS)
-    at_it = evaluate(labelled, out_of_fold(run, TAGS, promised.temperature), TAGS)
+    promised = evaluate(labelled, out_of_fold(run, TAGS, Predict()), TAGS)
+    at_it = evaluate(labelled, out_of_fold(run, TAGS, Predict(temperature=promised.temperature)), TAGS)
     assert at_it.log_loss == pytest.approx(promised.log_loss_at_it, abs=1e-12)
     of_scores = evaluate(labelled, scored(run / "oof.parquet", TAGS), TAGS)
     assert of_scores.log_loss_at_it == pytest.approx(
         promised.log_loss_at_it, abs=1e-6
     )  # one order: both places are one
+
+
+# --- files of other people ---------------------------------------------------------------------------------------
+
+
+def of_others(path: Path, ids: Any, labelled: pl.DataFrame) -> None:
+    """A file of probabilities that are the labels, mixed with one third, and no more of it is pairclf's."""
+    shares = 0.1 / 3 + 0.9 * np.array(labelled["target"].to_list())
+    columns = {name: shares[:, place] for place, name in enumerate(LMSYS.classes)}
+    texts = {"prompt": [f"prompt {row}" for row in range(len(shares))]}
+    pl.DataFrame({"id": ids, **texts, **columns})[::-1].write_parquet(path)
+
+
+@pytest.mark.parametrize("kind", [pl.Int64, pl.Float64, pl.String, pl.Categorical])
+def test_files_of_others_are_joined_on_ids_of_any_type(kind: Any, tmp_path: Path) -> None:
+    labelled, _ = biased(tmp_path / "run", 30)
+    of_others(tmp_path / "theirs.parquet", labelled["id"].cast(kind), labelled)
+    judged = evaluate(labelled, scored(tmp_path / "theirs.parquet", LMSYS), LMSYS, truth=tmp_path / "theirs.parquet")
+    chances = np.array([0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3])
+    assert judged.log_loss == pytest.approx(-np.log(chances[0]))
+    assert judged.best == pytest.approx(-(chances * np.log(chances)).sum())
+
+
+def test_one_row_is_judged(tmp_path: Path) -> None:
+    """Its own label is its prior, beside which the true probabilities look worse: there is no way to go."""
+    labelled, _ = biased(tmp_path / "run", 30)
+    of_others(tmp_path / "theirs.parquet", labelled["id"], labelled)
+    pl.read_parquet(tmp_path / "theirs.parquet").head(1).write_csv(tmp_path / "one.csv")
+    judged = evaluate(labelled, scored(tmp_path / "one.csv", LMSYS), LMSYS, truth=tmp_path / "theirs.parquet")
+    assert (judged.rows, judged.accuracy, judged.prior, judged.way) == (1, 1.0, pytest.approx(0, abs=1e-9), None)
+
+
+@pytest.mark.parametrize(("seen", "said"), [([0, 1, 2], "IN SAMPLE: models behind 2 rows"), ([0, 0, None], None)])
+def test_scores_of_rows_that_were_trained_on_are_called_so(
+    seen: list[int | None], said: str | None, tmp_path: Path
+) -> None:
+    labelled, _ = biased(tmp_path / "run", 3)
+    known = pl.Series("seen", seen, dtype=pl.UInt16)
+    frame = scores_frame(labelled["id"].to_list(), np.full((3, 3), 1 / 3), LMSYS, 2, ["m"], seen=known)
+    write_scores(tmp_path / "s.parquet", frame)
+    text = " ".join(shown(evaluate(labelled, scored(tmp_path / "s.parquet", LMSYS), LMSYS), LMSYS).split())
+    assert said in text if said else "IN SAMPLE" not in text
+
+
+def test_true_probabilities_hold_each_row_once(tmp_path: Path) -> None:
+    labelled, _ = biased(tmp_path / "run", 30)
+    of_others(tmp_path / "theirs.parquet", labelled["id"], labelled)
+    pl.concat([pl.read_parquet(tmp_path / "theirs.parquet")] * 2).write_parquet(tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="stand twice"):
+        evaluate(labelled, scored(tmp_path / "theirs.parquet", LMSYS), LMSYS, truth=tmp_path / "twice.parquet")
 
 
 # --- which rows ------------------------------------------------------------------------------------------------------
@@ -250,7 +327,7 @@ def test_scores_of_other_rows_with_the_same_ids_are_refused(
 ) -> None:
     config, _ = config_of("lmsys")
     run, task = output_of(config), config.task
-    both = (out_of_fold(run, task, 1.0), scored(run / "oof.parquet", task))
+    both = (out_of_fold(run, task, Predict()), scored(run / "oof.parquet", task))
     write_data(tmp_path / "other.csv", task, prefix="another ")
     other = read_rows([tmp_path / "other.csv"], task, labelled=True)
     a, b = task.swap_fields or ("", "")

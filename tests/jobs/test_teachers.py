@@ -18,7 +18,7 @@ from pairclf.errors import BundleError, ConfigError, DataError, LeakError
 from pairclf.jobs.cv import cross_validate
 from pairclf.jobs.predict import _seen, predict
 from pairclf.jobs.run import labelled_rows, split
-from pairclf.jobs.teachers import teachers_of
+from pairclf.jobs.teachers import out_of_sample, teachers_of
 from pairclf.model.bundle import TRAINED_ON, open_bundle
 from pairclf.scores.blend import blend
 from pairclf.task import LMSYS
@@ -212,6 +212,14 @@ def test_teachers_are_averaged_over_those_that_scored_the_row(run: Config, frame
         teachers_of(config, frame[4:6])
     with pytest.raises(ConfigError, match="names a file twice"):
         teachers_of(taught(run, tmp_path / "a.parquet", tmp_path / "a.parquet"), frame[:5])
+
+
+def test_the_prior_of_a_row_that_no_model_scored_teaches_nobody(tmp_path: Path, frame: pl.DataFrame) -> None:
+    """`predict` gives it to rows that no time was left for; they have no model that could have seen them, either."""
+    values, orders = np.full((len(frame), 3), 1 / 3), [row % 3 for row in range(len(frame))]
+    write_scores(tmp_path / "s.parquet", scores_frame(frame["id"].to_list(), values, LMSYS, orders, ["m"], seen=0))
+    found = out_of_sample(tmp_path / "s.parquet", frame, LMSYS, unproven=False)
+    assert np.isfinite(found).all(axis=1).tolist() == [one > 0 for one in orders]
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_identity_is_that_of_what_is_uploaded(
 @pytest.mark.usefixtures("wheels")
 def test_out_of_fold_loss_is_over_the_rows_of_all_folds(config: Config, tmp_path: Path, write_bundle: Write) -> None:
     def written(name: str, loss: float, rows: float) -> Path:
-        return write_bundle(tmp_path / name, config, name, metrics={"log_loss": loss, "rows": rows})
+        return write_bundle(tmp_path / name, config, name, metrics={"log_loss": loss, "rows": 7.0, "weight": rows})
 
     one = written("x", 1.0, 100.0)
     assert read_build(package(config, [one], tmp_path / "out")).out_of_fold == 1.0
