@@ -63,8 +63,8 @@ _MIXED = pl.Struct({"text": pl.String(), "turns": TURNS, "surrogate": pl.Boolean
 _BOOLEAN, _WHOLE_FLOAT, _FLOAT = "booleans", "whole floats", "floats with fractions, or too large to be exact"
 _OBJECT, _OTHER_LIST = "objects", "lists of other things than texts"
 
-WHOLE: dict[type[pl.DataType], int] = {pl.Float64: 2**53, pl.Float32: 2**24, pl.Float16: 2**11}
-"""From here on a float does not tell one whole number from the next."""
+WHOLE = {"Float64": 2**53, "Float32": 2**24, "Float16": 2**11}
+"""From here on a float does not tell one whole number from the next. By name: polars 1.35, on Kaggle, has no Float16."""
 
 _REMEDIES = {
     ".csv": "the file must be whole, in UTF-8, with as many cells in each row as the header has",
@@ -362,7 +362,7 @@ def _json_text(cell: Any) -> tuple[str | None, str | None]:
     if isinstance(cell, int):
         return str(cell), None
     if isinstance(cell, float):
-        whole = cell.is_integer() and abs(cell) < WHOLE[pl.Float64]
+        whole = cell.is_integer() and abs(cell) < WHOLE["Float64"]
         return (None, None) if math.isnan(cell) else (str(int(cell)), _WHOLE_FLOAT) if whole else (repr(cell), _FLOAT)
     return json.dumps(cell), _OBJECT if isinstance(cell, dict) else _OTHER_LIST
 
@@ -421,7 +421,7 @@ def as_ids(cells: pl.Series, where: object) -> pl.Series:
         wrong = (kinds != _WHOLE_FLOAT).fill_null(value=False)
         found = _FLOAT if (kinds == _FLOAT).any() else _BOOLEAN
     elif cells.dtype.is_float():
-        wrong = ((cells != cells.floor()) | (cells.abs() >= WHOLE[type(cells.dtype)])) & cells.is_not_nan()
+        wrong = ((cells != cells.floor()) | (cells.abs() >= WHOLE[str(cells.dtype)])) & cells.is_not_nan()
         wrong, found = wrong.fill_null(value=False), _FLOAT
     else:
         wrong, found = pl.repeat(cells.dtype == pl.Boolean, len(cells), eager=True) & cells.is_not_null(), _BOOLEAN
