@@ -34,6 +34,7 @@ class Scored:
         one_order: probabilities `(N, C)` of the first order alone; None: not known, or there is no other.
         setting: what the temperature is a setting of, for people.
         where: the file.
+        seen: rows whose prompt the models were trained on.
     """
 
     rows: pl.DataFrame
@@ -42,6 +43,7 @@ class Scored:
     one_order: Floats | None
     setting: str
     where: Path
+    seen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class Evaluation:
         way: the part of the way from the prior's to the best log loss.
         temperature: of the lowest log loss on these very rows, `log_loss_at_it`; `setting` says what to set to it.
         weighted: rows have different weights.
+        seen: rows whose prompt the models were trained on; on these the figures are better than on new rows.
     """
 
     rows: int
@@ -66,6 +69,7 @@ class Evaluation:
     log_loss_at_it: float
     setting: str
     weighted: bool
+    seen: int = 0
     one_order: float | None = None
     swap_gain: float | None = None
     best: float | None = None
@@ -115,6 +119,7 @@ def scored(path: Path, task: Task) -> Scored:
         one_order=None,
         setting="ensemble temperature",
         where=path,
+        seen=int((frame["seen"] > 0).sum()),
     )
 
 
@@ -148,6 +153,7 @@ def evaluate(labelled: pl.DataFrame, scores: Scored, task: Task, *, truth: Path 
         log_loss_at_it=measure(scores.at(temperature), targets, task, weights)["log_loss"],
         setting=scores.setting,
         weighted=bool(np.ptp(weights) > 0),
+        seen=scores.seen,
         one_order=single,
         swap_gain=None if single is None else single - found["log_loss"],
         best=best,
@@ -204,5 +210,10 @@ def render(evaluation: Evaluation, task: Task) -> Table:
         notes.append(f"{evaluation.way:.0%} of the way from the prior to the best possible")
     if evaluation.weighted:
         notes.append("rows count by their weight")
+    if evaluation.seen:
+        notes.append(
+            f"in sample: the models were trained on prompts of {evaluation.seen:,} of these rows; expect worse figures "
+            "on new rows"
+        )
     shown.caption, shown.caption_justify = "; ".join(notes), "left"
     return shown

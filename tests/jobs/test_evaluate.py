@@ -267,6 +267,21 @@ def test_scores_of_other_rows_with_the_same_ids_are_refused(
         assert caught.value.rows == ("7",)
 
 
+def test_figures_of_rows_that_were_trained_on_say_so(
+    config_of: Callable[[str], tuple[Config, str]], tmp_path: Path
+) -> None:
+    config, _ = config_of("lmsys")
+    run, task, rows = output_of(config), config.task, labelled_rows(config)
+    known = read_scores(run / "oof.parquet", task)
+    seen = pl.Series("seen", [2, 1, *[0] * (len(known) - 3), None], dtype=pl.UInt16)
+    write_scores(tmp_path / "scores.parquet", known.with_columns(seen))
+    judged = evaluate(rows, scored(tmp_path / "scores.parquet", task), task)
+    assert judged.seen == 2
+    assert "in sample: the models were trained on prompts of 2 of these rows" in str(render(judged, task).caption)
+    out = evaluate(rows, scored(run / "oof.parquet", task), task)
+    assert (out.seen, "in sample" in str(render(out, task).caption)) == (0, False)
+
+
 def test_folds_of_other_data_are_not_joined(config_of: Callable[[str], tuple[Config, str]], tmp_path: Path) -> None:
     config, _ = config_of("wsdm")
     source = Paths(output_of(config), 0).folder

@@ -383,6 +383,13 @@ def test_output_that_can_not_be_written_is_an_error_at_once(
         predict(bundles(run), **files(run, tmp_path))
 
 
+def test_a_test_file_that_is_not_there_is_named_as_such(run: Path, tmp_path: Path) -> None:
+    for name, words in (("absent.csv", "there is no such file"), ("", "a folder, not a file")):
+        with pytest.raises(DataError, match=words):
+            predict(bundles(run), **{**files(run, tmp_path), "data": tmp_path / name})
+    assert not any(tmp_path.iterdir())
+
+
 def test_ids_that_are_not_the_samples_are_refused_before_anything_is_scored(
     run: Path, tmp_path: Path, inject: Inject
 ) -> None:
