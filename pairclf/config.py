@@ -281,7 +281,10 @@ class Model(Section):
         if not isinstance(tree, Mapping) or "trust_remote_code" not in tree:
             return tree
         if tree["trust_remote_code"] is not False:
-            raise ValueError(f"trust_remote_code is not a setting: give {REMOTE_CODE} on the command line instead")
+            raise ValueError(
+                "trust_remote_code is not a setting any more: remove this line, and give "
+                f"{REMOTE_CODE} on the command line if you trust the model's code"
+            )
         return {name: value for name, value in tree.items() if name != "trust_remote_code"}
 
     @model_validator(mode="after")

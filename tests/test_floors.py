@@ -51,6 +51,24 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+NEWER_POLARS = {
+    "Float16", "Map", "PartitionBy", "delete_iceberg", "list", "merge_sorted", "read_lines", "scan_lines",
+}  # fmt: skip
+"""Names of polars that 1.35 lacks, the oldest version that is accepted and that of Kaggle's images."""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_the_oldest_polars_has_every_name(path: Path) -> None:
+    """One name that it lacks, and no command starts on Kaggle."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("pl", "polars")
+    }
+    assert not used & NEWER_POLARS
+
+
 def name_of(path: Path) -> str:
     return ".".join(["pairclf", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
 

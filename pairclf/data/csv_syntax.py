@@ -44,6 +44,7 @@ _QUOTES_REMEDY = (
     "double the quotes inside a quoted cell (pandas: to_csv without doublequote=False and escapechar), or write "
     "parquet; a source of data.train whose quotes have a backslash before them is read with `escape: backslash`"
 )
+_OPEN_REMEDY = f"get the file again if its end is missing; otherwise {_QUOTES_REMEDY}"
 _CELLS_REMEDY = "quote the cells that hold commas or line breaks, and write every cell of a row, empty ones too"
 _ENDS_REMEDY = "save the file with one kind of line end (LF or CR LF), or quote cells that end in a carriage return"
 
@@ -105,7 +106,7 @@ def check_stream(stream: BinaryIO, path: Path, *, lossy: bool = False) -> Shape:
         if fault is not None:
             raise _refusal(stream, path, fault, names)
     if look.inside:
-        fault = Fault(look.opened, look.column, "the quote that opens here is never closed", _QUOTES_REMEDY)
+        fault = Fault(look.opened, look.column, "the quote that opens here is never closed", _OPEN_REMEDY)
         raise _refusal(stream, path, fault, names)
     return Shape(names, max(0, look.records - 1))
 
@@ -345,7 +346,8 @@ def without_escapes(data: bytes, path: Path) -> tuple[bytes, dict[str, str]]:
                 what + (shown if pair[1] else "the end") + "; `escape: backslash` reads one before a quote, a "
                 "backslash, a comma or a line break",
                 where=path,
-                remedy="write the file with quotes doubled and no escapes, or as parquet",
+                remedy="leave `escape` out if the file doubles its quotes; otherwise write it with quotes doubled and "
+                "no escapes, or as parquet",
             )
     free = (chr(code) for code in range(0x80, 0x800) if chr(code).encode() not in data)
     stand_ins = dict(zip(allowed, free, strict=False))

@@ -64,7 +64,7 @@ _BOOLEAN, _WHOLE_FLOAT, _FLOAT = "booleans", "whole floats", "floats with fracti
 _OBJECT, _OTHER_LIST = "objects", "lists of other things than texts"
 
 WHOLE = {"Float64": 2**53, "Float32": 2**24, "Float16": 2**11}
-"""By the name of a dtype (older polars has no Float16): from here on one float stands for several whole numbers."""
+"""From here on a float does not tell one whole number from the next. By name, as polars 1.35 has no Float16."""
 
 _REMEDIES = {
     ".csv": "the file must be whole, in UTF-8, with as many cells in each row as the header has",
@@ -177,6 +177,7 @@ def _reader(path: Path, escape: bool) -> _Reader:
     Raises:
         DataError: nothing does, or the file begins as one of another kind.
     """
+    check_is_file(path)
     readers = {".csv": _read_escaped if escape else _read_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
     kind = path.suffix.lower()
     if kind not in readers:
@@ -188,6 +189,17 @@ def _reader(path: Path, escape: bool) -> _Reader:
     if escape and kind != ".csv":
         what = f"the source says `escape: backslash`, which is for CSVs; this is {path.suffix!r}"
         raise DataError(what, where=path, remedy="name these files in a source of their own")
+    if kind != ".parquet":
+        check_text(path)
+    return readers[kind]
+
+
+def check_is_file(path: Path) -> None:
+    """Do nothing if there is a file of rows at this path.
+
+    Raises:
+        DataError: there is none, or it is a folder.
+    """
     if path.is_dir():
         raise DataError("this is a folder, not a file", where=path, remedy="name the file, or a glob for those in it")
     if not path.is_file():
@@ -196,9 +208,6 @@ def _reader(path: Path, escape: bool) -> _Reader:
             where=path,
             remedy="check the path; names in a config are relative to its data.folder",
         )
-    if kind != ".parquet":
-        check_text(path)
-    return readers[kind]
 
 
 def check_text(path: Path) -> None:

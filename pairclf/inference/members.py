@@ -186,7 +186,13 @@ def read_ensemble(paths: Sequence[Path]) -> EnsembleFile:
         raise ConfigError(
             f"{path} can't be read: {cut(error)}", remedy="give bundle folders, or a YAML file"
         ) from error
-    file = checked(EnsembleFile, parse_yaml(text, path), path, "docs/export.md shows an ensemble's file")
+    tree = parse_yaml(text, path)
+    if isinstance(tree, dict) and "members" not in tree and tree.keys() & Config.model_fields.keys():
+        raise ConfigError(
+            f"{path} is the config of a run, and not an ensemble's file: it has no `members`",
+            remedy="give bundles, such as RUN/fold0/bundle, or an ensemble's file (docs/export.md)",
+        )
+    file = checked(EnsembleFile, tree, path, "docs/export.md shows an ensemble's file")
     for one in file.members:
         one.bundle = _beside(path, one.bundle)
         one.base = None if one.base is None else _beside(path, one.base)

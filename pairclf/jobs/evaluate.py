@@ -34,7 +34,8 @@ class Scored:
         one_order: probabilities `(N, C)` of the first order alone; None: not known, or there is no other.
         setting: what the temperature is a setting of, for people.
         where: the file.
-        note: on what is judged, for people; empty: there is nothing to say.
+        note: on what is measured, for people; empty: there is nothing to say.
+        seen: rows whose prompt the models were trained on.
     """
 
     rows: pl.DataFrame
@@ -44,6 +45,7 @@ class Scored:
     setting: str
     where: Path
     note: str = ""
+    seen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Evaluation:
         temperature: of the lowest log loss on these very rows, `log_loss_at_it`; `setting` says what to set to it.
         weighted: rows have different weights.
         note: as `Scored` has it.
+        seen: rows whose prompt the models were trained on; on these the figures are better than on new rows.
     """
 
     rows: int
@@ -70,6 +73,7 @@ class Evaluation:
     log_loss_at_it: float
     setting: str
     weighted: bool
+    seen: int = 0
     one_order: float | None = None
     swap_gain: float | None = None
     best: float | None = None
@@ -118,7 +122,7 @@ def scored(path: Path, task: Task) -> Scored:
         DataError: as `read_scores`.
     """
     frame = read_scores(path, task, foreign=True)
-    values, inside = class_matrix(frame, task), (frame["seen"] > 0).sum()
+    values = class_matrix(frame, task)
     return Scored(
         rows=frame.select("id", *HASHES),
         at=lambda temperature: apply_temperature(values, temperature, task),
@@ -126,7 +130,7 @@ def scored(path: Path, task: Task) -> Scored:
         one_order=None,
         setting="ensemble temperature",
         where=path,
-        note=f"IN SAMPLE: models behind {inside:,} rows were trained on (nearly) their prompts" if inside else "",
+        seen=int((frame["seen"] > 0).sum()),
     )
 
 
@@ -160,6 +164,7 @@ def evaluate(labelled: pl.DataFrame, scores: Scored, task: Task, *, truth: Path 
         log_loss_at_it=measure(scores.at(temperature), targets, task, weights)["log_loss"],
         setting=scores.setting,
         weighted=bool(np.ptp(weights) > 0),
+        seen=scores.seen,
         one_order=single,
         swap_gain=None if single is None else single - found["log_loss"],
         best=best,
@@ -216,5 +221,10 @@ def render(evaluation: Evaluation, task: Task) -> Table:
         notes.append(evaluation.note)
     if evaluation.weighted:
         notes.append("rows count by their weight")
+    if evaluation.seen:
+        notes.append(
+            f"in sample: the models were trained on prompts of {evaluation.seen:,} of these rows; expect worse figures "
+            "on new rows"
+        )
     shown.caption, shown.caption_justify = "; ".join(notes), "left"
     return shown

@@ -17,7 +17,7 @@ from pairclf.config import Config
 from pairclf.console import console
 from pairclf.data.identity import prompt_marks, row_hashes
 from pairclf.data.tables import scores_frame, to_rows, write_logits, write_scores
-from pairclf.errors import BundleError, ConfigError
+from pairclf.errors import BundleError, ConfigError, cut
 from pairclf.files import atomic_folder, locked, write_json
 from pairclf.inputs.cache import EncodedRows
 from pairclf.jobs.checkpoints import CHECKPOINTS, discard, identity_of
@@ -81,6 +81,7 @@ def fit(config: Config, fold: int | None, *, resume: bool | None = None, trust_c
                 console.print(f"{paths.bundle} is there, of these settings and rows (--no-resume makes it anew)")
             return paths.bundle
         if main:
+            _note_other(paths, identity)
             (paths.folder / TRAINED).unlink(missing_ok=True)
         classifier = train(
             config,
@@ -115,6 +116,17 @@ def _is_done(paths: Paths, identity: dict[str, Any]) -> bool:
         console.print(f"trained anew: {error}")
         return False
     return True
+
+
+def _note_other(paths: Paths, identity: dict[str, Any]) -> None:
+    """Say by what a finished training, whose bundle this one will replace, differs from it."""
+    before = trained_as(paths)
+    other = [name for name in (before | identity) if before.get(name) != identity.get(name)]
+    if before and other:
+        console.print(
+            f"{paths.bundle} is of another training (different: {cut(', '.join(other))}); the new bundle replaces it "
+            "when it is saved"
+        )
 
 
 def trained_as(paths: Paths) -> dict[str, Any]:

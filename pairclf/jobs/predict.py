@@ -27,6 +27,7 @@ from pairclf import __version__
 from pairclf.config import Config
 from pairclf.console import Advance, console, progress, table
 from pairclf.data.audit import Finding, joined, note_changes
+from pairclf.data.formats import check_is_file
 from pairclf.data.identity import prompt_marks, row_hashes, seen_by
 from pairclf.data.tables import check_ids, scores_frame, write_scores
 from pairclf.errors import ConfigError, IncompleteError, StopError
@@ -143,6 +144,7 @@ def _check_paths(out: Path, scores: Path | None, data: Path, sample: Path | None
         raise ConfigError(f"{work} must be free for the journal, and is no folder", remedy="give another --out")
     if work.exists():
         refuse_special_files(work)  # a link there would be written through
+    check_is_file(data)
     written = [path for path in (out, scores) if path is not None]
     named = [path.resolve() for path in (*written, data, sample) if path is not None]
     if len(set(named)) != len(named):

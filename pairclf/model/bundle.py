@@ -365,11 +365,12 @@ def _unknown(folder: Path, part: str = "") -> Iterator[tuple[str, str]]:
         if entry.is_dir(follow_symlinks=False):
             yield from _unknown(folder, name) if name in _FILES else [(name, "an unknown folder")]
         elif entry.is_symlink() and not (trust.linked_files and Path(entry.path).is_file()):
-            yield name, f"a link, which only {LINKED_FILES} permits, to a file"
+            yield name, f"a link (links to files are permitted by {LINKED_FILES})"
         elif not entry.is_file():
             yield name, "no regular file"
         elif not re.fullmatch(names, entry.name):
-            yield name, f"code, which only {REMOTE_CODE} permits" if entry.name.endswith(".py") else "an unknown file"
+            code = entry.name.endswith(".py")
+            yield name, f"code (permitted by {REMOTE_CODE})" if code else "an unknown file"
 
 
 def _refuse_unknown(folder: Path) -> None:
@@ -377,10 +378,10 @@ def _refuse_unknown(folder: Path) -> None:
     if found := list(islice(_unknown(folder), 5)):
         shown = "; ".join(f"{quoted(name)}: {why}" for name, why in found)
         raise BundleError(
-            f"the bundle holds what does not belong there: {shown}",
+            f"the bundle's folder holds files that are not part of a bundle: {shown}",
             where=folder,
-            remedy="remove it if you or your system put it there (.DS_Store, README.md); a bundle holds what `pairclf "
-            "train` wrote, and no other file (docs/prediction.md)",
+            remedy="move them out of the folder, such as .DS_Store or README.md: it may hold only what `pairclf train` "
+            "writes (docs/prediction.md)",
         )
 
 
@@ -410,7 +411,7 @@ def read_manifest(folder: Path) -> Manifest:
         BundleError: there is none, it was changed, its format is another, or the folder holds other things too.
     """
     path = folder / MANIFEST
-    remedy = "give the folder that `pairclf train` or `pairclf cv` wrote, copied whole"
+    remedy = "give a bundle's folder, such as RUN/fold0/bundle, copied whole"
     if not path.is_file():
         raise BundleError(f"{folder} is no bundle: it holds no {MANIFEST}", remedy=remedy)
     _refuse_unknown(folder)
@@ -423,12 +424,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{MANIFEST} is damaged: {_why(error)}", where=path, remedy=remedy) from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         told = tree if isinstance(tree, dict) else {}
-        versions = told.get("versions")
-        wrote = quoted(versions.get("pairclf")) if isinstance(versions, dict) else "the version"
         raise BundleError(
             f"the bundle has format {quoted(told.get('format'))}, this pairclf reads format {FORMAT}",
             where=path,
-            remedy=f"use pairclf {wrote}, which wrote it",
+            remedy="train it again with this pairclf, or use it with the version of pairclf that wrote it",
         )
     if manifest.seal != seal:
         raise BundleError(f"{MANIFEST} was changed after it was written", where=path, remedy=remedy)

@@ -121,8 +121,9 @@ def read_build(folder: Path) -> Build:
         PairclfError: something that is neither a file nor a folder lies in it.
         ConfigError: its record is of another version of pairclf, or was changed.
     """
-    refuse_special_files(folder)
     path = folder / BUILD
+    if folder.is_dir():
+        refuse_special_files(folder)
     if not path.is_file():
         raise PackagingError(
             f"{folder} is no package: it has no {BUILD}", remedy="give the folder that `pairclf package` made"

@@ -110,8 +110,8 @@ def rehearse(folder: Path, options: Options) -> Reports:
     SIGTERM ends it as Ctrl-C does; the kernel does not outlive it.
 
     In `out` it leaves `report.json`, `submission.csv`, `scores.parquet` and `executed.ipynb` (`executed.log` of a
-    script), after a failure too, up to the cell that failed; of a run with a fault `report-FAULT.json` and so on, and of
-    one that is saved, or has a faster clock, `report-trial.json`: neither takes the place of what `push` asks for.
+    script), after a failure too, up to the cell that failed; of a run with a fault `report-FAULT.json` and so on, and
+    of one that is saved, or has a faster clock, `report-trial.json`: neither takes the place of what `push` asks for.
 
     Args:
         folder: what `package` made.
@@ -137,7 +137,7 @@ def rehearse(folder: Path, options: Options) -> Reports:
         raise PackagingError(
             "the rehearsal did not end as it must:\n" + "\n".join(f"  {line}" for line in lines),
             where=rehearsal.out,
-            remedy=f"{EXECUTED} (of a script {PRINTED}; of a fault or a trial with its name) holds all that was printed",
+            remedy=f"{EXECUTED} (of a script {PRINTED}; of a fault or trial with its name) holds all that was printed",
         )
     return reports
 

@@ -137,6 +137,7 @@ def test_what_is_no_ensemble(folder: Path) -> None:
         ([], "no bundle is given"),
         ([folder / "a", *file], "must be given alone"),
         ([folder / "none.yaml"], "can't be read"),
+        ([folder / "a" / "config.yaml"], "is the config of a run, and not an ensemble's file"),
         ([folder / "a", folder / "a"], "given twice"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -299,7 +299,9 @@ def test_one_row_is_judged(tmp_path: Path) -> None:
     assert (judged.rows, judged.accuracy, judged.prior, judged.way) == (1, 1.0, pytest.approx(0, abs=1e-9), None)
 
 
-@pytest.mark.parametrize(("seen", "said"), [([0, 1, 2], "IN SAMPLE: models behind 2 rows"), ([0, 0, None], None)])
+@pytest.mark.parametrize(
+    ("seen", "said"), [([0, 1, 2], "in sample: the models were trained on prompts of 2"), ([0, 0, None], None)]
+)
 def test_scores_of_rows_that_were_trained_on_are_called_so(
     seen: list[int | None], said: str | None, tmp_path: Path
 ) -> None:
@@ -308,7 +310,7 @@ def test_scores_of_rows_that_were_trained_on_are_called_so(
     frame = scores_frame(labelled["id"].to_list(), np.full((3, 3), 1 / 3), LMSYS, 2, ["m"], seen=known)
     write_scores(tmp_path / "s.parquet", frame)
     text = " ".join(shown(evaluate(labelled, scored(tmp_path / "s.parquet", LMSYS), LMSYS), LMSYS).split())
-    assert said in text if said else "IN SAMPLE" not in text
+    assert said in text if said else "in sample" not in text
 
 
 def test_true_probabilities_hold_each_row_once(tmp_path: Path) -> None:
@@ -342,6 +344,21 @@ def test_scores_of_other_rows_with_the_same_ids_are_refused(
             changed = pl.when(pl.col("id") == "7").then(pl.lit(["else"])).otherwise(a).alias(a)
             evaluate(rows.with_columns(changed), scores, task)
         assert caught.value.rows == ("7",)
+
+
+def test_figures_of_rows_that_were_trained_on_say_so(
+    config_of: Callable[[str], tuple[Config, str]], tmp_path: Path
+) -> None:
+    config, _ = config_of("lmsys")
+    run, task, rows = output_of(config), config.task, labelled_rows(config)
+    known = read_scores(run / "oof.parquet", task)
+    seen = pl.Series("seen", [2, 1, *[0] * (len(known) - 3), None], dtype=pl.UInt16)
+    write_scores(tmp_path / "scores.parquet", known.with_columns(seen))
+    judged = evaluate(rows, scored(tmp_path / "scores.parquet", task), task)
+    assert judged.seen == 2
+    assert "in sample: the models were trained on prompts of 2 of these rows" in str(render(judged, task).caption)
+    out = evaluate(rows, scored(run / "oof.parquet", task), task)
+    assert (out.seen, "in sample" in str(render(out, task).caption)) == (0, False)
 
 
 def test_folds_of_other_data_are_not_joined(config_of: Callable[[str], tuple[Config, str]], tmp_path: Path) -> None:

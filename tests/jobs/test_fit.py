@@ -101,8 +101,11 @@ def test_cv_joins_the_folds_of_these_settings_and_shows_them(
     text = capsys.readouterr().err
     assert text.count("is there, of these settings and rows") == 2
     assert "Out of fold: 3 of 3 folds" in text
+    assert "is of another training" not in text
     cross_validate(override(one[1], ["train.learning_rate=2e-3"]))
     assert rows() < 24  # the other folds are of other settings
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is of another training (different: train.learning_rate); the new bundle replaces it" in said
 
 
 def test_looks_need_held_out_rows(config: Config) -> None:

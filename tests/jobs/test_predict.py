@@ -403,6 +403,13 @@ def test_a_pipe_in_the_place_of_rows_is_not_waited_for(tmp_path: Path, name: str
         job._check_paths(tmp_path / "out.csv", None, *given, tmp_path / "out.work")
 
 
+def test_a_test_file_that_is_not_there_is_named_as_such(run: Path, tmp_path: Path) -> None:
+    for name, words in (("absent.csv", "there is no such file"), ("", "a folder, not a file")):
+        with pytest.raises(DataError, match=words):
+            predict(bundles(run), **{**files(run, tmp_path), "data": tmp_path / name})
+    assert not any(tmp_path.iterdir())
+
+
 def test_ids_that_are_not_the_samples_are_refused_before_anything_is_scored(
     run: Path, tmp_path: Path, inject: Inject
 ) -> None:

@@ -337,8 +337,9 @@ def test_older_results_of_another_outcome_do_not_stay(packaged: Packager) -> Non
 
 
 def test_folder_that_is_no_package(tmp_path: Path) -> None:
-    with pytest.raises(PackagingError, match="is no package"):
-        rehearse(tmp_path, Options())
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(PackagingError, match="is no package"):
+            rehearse(folder, Options())
 
 
 @pytest.mark.parametrize(
