@@ -299,20 +299,6 @@ def test_one_row_is_judged(tmp_path: Path) -> None:
     assert (judged.rows, judged.accuracy, judged.prior, judged.way) == (1, 1.0, pytest.approx(0, abs=1e-9), None)
 
 
-@pytest.mark.parametrize(
-    ("seen", "said"), [([0, 1, 2], "in sample: the models were trained on prompts of 2"), ([0, 0, None], None)]
-)
-def test_scores_of_rows_that_were_trained_on_are_called_so(
-    seen: list[int | None], said: str | None, tmp_path: Path
-) -> None:
-    labelled, _ = biased(tmp_path / "run", 3)
-    known = pl.Series("seen", seen, dtype=pl.UInt16)
-    frame = scores_frame(labelled["id"].to_list(), np.full((3, 3), 1 / 3), LMSYS, 2, ["m"], seen=known)
-    write_scores(tmp_path / "s.parquet", frame)
-    text = " ".join(shown(evaluate(labelled, scored(tmp_path / "s.parquet", LMSYS), LMSYS), LMSYS).split())
-    assert said in text if said else "in sample" not in text
-
-
 def test_true_probabilities_hold_each_row_once(tmp_path: Path) -> None:
     labelled, _ = biased(tmp_path / "run", 30)
     of_others(tmp_path / "theirs.parquet", labelled["id"], labelled)
