@@ -49,10 +49,12 @@ def refuse_other_rows(scores: pl.DataFrame, rows: pl.DataFrame, task: Task, wher
     """
     met = rows.filter(pl.col("id").is_in(scores["id"].to_list()))
     own = pl.DataFrame([met["id"], *(hashes.alias(f"own_{hashes.name}") for hashes in row_hashes(met, task))])
-    own = own.with_columns(_text_hashes(met, tuple(task.swapped_fields.values())).alias("mirror"))
     joined = scores.select("id", *HASHES).join(own, on="id", how="inner", maintain_order="left")
     prompt = (joined["prompt"] != joined["own_prompt"]).fill_null(value=False)
     text = (joined["row_hash"] != joined["own_row_hash"]).fill_null(value=False)
+    odd = met.filter(pl.col("id").is_in(joined["id"].filter(text).to_list()))
+    mirrors = pl.DataFrame([odd["id"], _text_hashes(odd, tuple(task.swapped_fields.values())).alias("mirror")])
+    joined = joined.join(mirrors, on="id", how="left", maintain_order="left")
     mirrored = text & (joined["row_hash"] == joined["mirror"]).fill_null(value=False)
     for unlike, what in (
         (prompt, "another prompt: these are scores of other rows"),
