@@ -7,7 +7,10 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,7 +18,7 @@ from pairclf.cli import _packaged
 from pairclf.config import Config, Data
 from pairclf.errors import BundleError, ConfigError, PackagingError, PairclfError
 from pairclf.files import sha256_file, sha256_tree
-from pairclf.inference.members import open_ensemble
+from pairclf.inference.members import Ensemble, open_ensemble
 from pairclf.packaging import build, payload
 from pairclf.packaging.build import package
 from pairclf.packaging.metadata import KERNEL_METADATA, Limits
@@ -23,6 +26,7 @@ from pairclf.packaging.payload import prove
 from pairclf.packaging.record import identity_of, read_build
 from pairclf.packaging.wheelhouse import Wheel, Wheelhouse
 from pairclf.rehearsal.mounts import READ_BY_THE_CLIENT
+from pairclf.task import Task
 from pairclf.trust import Trust, grant
 
 Write = Callable[..., Path]
@@ -316,3 +320,9 @@ def test_bundle_that_brings_other_files_along_is_refused(
     with pytest.raises(PairclfError, match=r"'more': (a link|no regular file)"):
         package(config, [bundle], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prior_that_is_a_tie_names_the_class_that_submissions_name() -> None:
+    task = Task(name="t", fields=("text",), classes=("x", "y"), label_column="label")
+    ensemble = cast(Ensemble, SimpleNamespace(task=task, prior=np.array([0.5 - 1e-9, 0.5 + 1e-9])))
+    assert build._prior(ensemble)["label"] == "x"
