@@ -217,7 +217,11 @@ def test_secret_that_got_into_a_package_is_not_sent(
     package: Path, kaggle: FakeKaggle, ticks: Ticks, tmp_path: Path
 ) -> None:
     with pytest.raises(PackagingError, match="a Kaggle token"):
-        push(small_package(tmp_path / "told", code="token = 'KGAT_" + "a1" * 16 + "'"), go=True, clock=ticks.clock)
+        push(
+            small_package(tmp_path / "told", code="token = 'KGAT_" + "3f9a1c7e5b2d8046" * 2 + "'"),
+            go=True,
+            clock=ticks.clock,
+        )
     assert kaggle.calls == []
 
 
