@@ -36,6 +36,8 @@ _CHUNK = 1 << 20  # bytes
 _LOCK, _OLD = ".lock", ".old-"  # entries of a writer's folder, beside what it writes
 _TRIES = 1000  # of a folder to take its place, while other writers take it too
 _CLONE = 0x40049409  # FICLONE of ioctl_ficlone(2): the copy shares its blocks until one of the two is changed
+MAX_JSON = 64 << 20
+"""Bytes of a file in JSON that a run, a package or a kernel left."""
 _LONGEST_NAME = 255  # bytes of a name, of every usual file system
 
 
@@ -319,6 +321,18 @@ def read_plain(path: Path, most: int) -> str:
     if len(content) > most:
         raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
     return content.decode("utf-8")
+
+
+def parsed(text: str | bytes) -> Any:
+    """What a text in JSON says.
+
+    Raises:
+        ValueError: it is no JSON, or its lists lie in each other deeper than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its lists and objects lie too deep in each other") from error
 
 
 def sha256_file(path: Path) -> str:

@@ -26,6 +26,7 @@ from pairclf.files import (
     is_regular,
     locked,
     open_to_append,
+    parsed,
     private_folder,
     refuse_special_files,
     sha256_tree,
@@ -433,3 +434,10 @@ def test_private_folder_that_can_not_be_made_says_what_to_set(tmp_path: Path) ->
     (tmp_path / "file").touch()
     with pytest.raises(PairclfError, match=r"can't be made: [A-Za-z ]+\n  remedy: set XDG_STATE_HOME"):
         private_folder(tmp_path / "file" / "own")
+
+
+def test_json_that_lies_too_deep_is_none() -> None:
+    assert parsed('{"a": [1]}') == {"a": [1]}
+    for text in ("[" * 200_000, '{"a":' * 200_000, "", "{"):
+        with pytest.raises(ValueError, match=r"lie too deep|Expecting"):
+            parsed(text)

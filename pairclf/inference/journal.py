@@ -17,6 +17,7 @@ import numpy as np
 
 from pairclf.console import console
 from pairclf.errors import PairclfError
+from pairclf.files import parsed
 from pairclf.inference.work import Floats
 
 NOT_FINITE = "logits are not finite"
@@ -224,7 +225,7 @@ def _text(content: bytes) -> str:
 
 
 def _identity(file: sqlite3.Connection) -> dict[str, Any]:
-    return {key: json.loads(value) for key, value in file.execute("SELECT key, value FROM identity")}
+    return {key: parsed(value) for key, value in file.execute("SELECT key, value FROM identity")}
 
 
 def _difference(found: dict[str, Any], identity: dict[str, Any]) -> Callable[[str], str]:

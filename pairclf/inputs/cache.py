@@ -8,7 +8,6 @@ A cache is named by a hash of all that it was made from; it is written under ano
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from bisect import bisect_right
 from collections import deque
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 
 from pairclf.console import console, progress
 from pairclf.errors import DataError
-from pairclf.files import atomic_folder, locked, read_plain, sha256_file, write_json
+from pairclf.files import atomic_folder, locked, parsed, read_plain, sha256_file, write_json
 from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
 from pairclf.inputs.tokenise import TurnTokenizer
 from pairclf.inputs.truncate import Ids
@@ -168,7 +167,7 @@ def _is_sound(place: Path) -> bool:
     A shared run folder may hold a stranger's; read without a look, its offsets would lead into other memory.
     """
     try:
-        made = json.loads(read_plain(place / MANIFEST, MAX_MANIFEST))
+        made = parsed(read_plain(place / MANIFEST, MAX_MANIFEST))
         if not (place / TOKENS).is_file() or made["sha256"] != sha256_file(place / TOKENS):
             return False
         with pa.memory_map(str(place / TOKENS)) as source, pa.ipc.open_stream(source) as batches:

@@ -15,7 +15,6 @@ A folder is whole or not there. Random numbers are no part of it: they are drawn
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -33,7 +32,7 @@ from torch import Tensor
 from pairclf.config import Config
 from pairclf.console import console
 from pairclf.errors import CheckpointError
-from pairclf.files import atomic_file, atomic_folder, sha256_file, write_json
+from pairclf.files import MAX_JSON, atomic_file, atomic_folder, parsed, read_plain, sha256_file, write_json
 from pairclf.jobs.optimizers import copy_weights
 from pairclf.jobs.signatures import is_signed, key_path, signature
 from pairclf.jobs.step import Examples, HeldOut, Learner
@@ -166,7 +165,7 @@ class Checkpoints:
 
     def _delete_best(self, state: State) -> None:
         """Best weights that neither a checkpoint nor the training itself would go on with."""
-        bests = [json.loads((path / STATE).read_text(encoding="utf-8"))["state"]["best"] for path in self.found()]
+        bests = [_state_of(path)["state"]["best"] for path in self.found()]
         named = {_best_name(best["step"]) for best in bests if best} | (
             {_best_name(state.best.step)} if state.best else set()
         )
@@ -185,14 +184,14 @@ class Checkpoints:
             return None
         path = found[-1]
         try:
-            tree = json.loads((path / STATE).read_text(encoding="utf-8"))
+            tree = _state_of(path)
             self._check(tree, path)
             self._fill(path, tree, learner)
             best = tree["state"].pop("best")
             state = State(**tree["state"], best=Best(**best) if best else None)
             if learner.config.train.keep == "best" and state.best:
                 self.load_best(state.best.step)  # now, and not after the last step
-        except (SafetensorError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"the checkpoint is damaged: {' '.join(str(error).split())[:200]}",
                 where=path,
@@ -271,6 +270,14 @@ class Checkpoints:
     def load_best(self, step: int) -> dict[str, Tensor]:
         """The weights that `save_best` kept."""
         return load_file(self.folder / _best_name(step))
+
+
+def _state_of(checkpoint: Path) -> Any:
+    """What its `state.json` says. Raises `ValueError` where it is none, or no regular file."""
+    try:
+        return parsed(read_plain(checkpoint / STATE, MAX_JSON))
+    except OSError as error:
+        raise ValueError(f"{STATE} can't be read: {error.strerror}") from error
 
 
 def discard(folder: Path) -> None:

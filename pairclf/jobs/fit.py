@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +17,7 @@ from pairclf.console import console
 from pairclf.data.identity import prompt_marks, row_hashes
 from pairclf.data.tables import scores_frame, to_rows, write_logits, write_scores
 from pairclf.errors import BundleError, ConfigError, cut
-from pairclf.files import atomic_folder, locked, write_json
+from pairclf.files import MAX_JSON, atomic_folder, locked, parsed, read_plain, write_json
 from pairclf.inputs.cache import EncodedRows
 from pairclf.jobs.checkpoints import CHECKPOINTS, discard, identity_of
 from pairclf.jobs.inputs import encoded_rows, open_inputs
@@ -132,8 +131,8 @@ def _note_other(paths: Paths, identity: dict[str, Any]) -> None:
 def trained_as(paths: Paths) -> dict[str, Any]:
     """What a finished training was made of, as `identity_of` tells it; empty, if there is none or it can't be read."""
     try:
-        read: Any = json.loads((paths.folder / TRAINED).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        read: Any = parsed(read_plain(paths.folder / TRAINED, MAX_JSON))
+    except (OSError, ValueError):
         return {}
     return read if isinstance(read, dict) else {}
 

@@ -7,7 +7,6 @@ without `--trust-remote-code`, and the rest always.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -18,7 +17,7 @@ from typing import Any
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from pairclf.errors import ModelError, quoted
-from pairclf.files import read_plain
+from pairclf.files import parsed, read_plain
 from pairclf.trust import REMOTE_CODE, granted
 
 CONFIG, TOKENIZER_CONFIG, ADAPTER_CONFIG = "config.json", "tokenizer_config.json", "adapter_config.json"
@@ -47,8 +46,8 @@ def read_json(path: Path, most: int = MAX_JSON) -> Any:
         ModelError: it can't be read, is larger than `most` bytes, or is no JSON.
     """
     try:
-        return json.loads(read_plain(path, most))
-    except (OSError, ValueError, RecursionError) as error:
+        return parsed(read_plain(path, most))
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path.name} can't be used: {quoted(str(error))}", where=path) from error
 
 

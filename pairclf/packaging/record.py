@@ -16,9 +16,12 @@ from pydantic import Field
 from pairclf.config import Package, Section, checked
 from pairclf.errors import PackagingError
 from pairclf.files import (
+    MAX_JSON,
     check_name,
     check_path,
     is_regular,
+    parsed,
+    read_plain,
     refuse_special_files,
     sha256_file,
     state_folder,
@@ -207,6 +210,7 @@ def identity_of(folder: Path, kernel_file: str, parts: Sequence[Part]) -> str:
 def parse_json(path: Path) -> object:
     """Raises `PackagingError` where `path` holds no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value: object = parsed(read_plain(path, MAX_JSON))
+        return value
     except ValueError as error:
         raise PackagingError(f"{path} is not JSON: {error}", remedy="package again") from error

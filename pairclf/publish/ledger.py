@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from rich.text import Text
 from pairclf.config import Section, checked
 from pairclf.console import console, table
 from pairclf.errors import PackagingError
-from pairclf.files import atomic_file, check_file_target, locked, write_text
+from pairclf.files import atomic_file, check_file_target, locked, parsed, write_text
 from pairclf.publish.client import Clock, Kaggle
 
 _FEWEST = 3  # runs; of two, any correlation is 1
@@ -77,7 +76,7 @@ def _text(path: Path) -> str:
 
 def _row(line: str, where: str) -> Row:
     try:
-        tree = json.loads(line)
+        tree = parsed(line)
     except ValueError as error:
         raise PackagingError(
             f"a line of the ledger is no JSON: {error}", where=where, remedy="mend or remove it"

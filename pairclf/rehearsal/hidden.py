@@ -10,7 +10,7 @@ import polars as pl
 
 from pairclf.data.csv_syntax import check_csv
 from pairclf.errors import PackagingError
-from pairclf.files import atomic_file
+from pairclf.files import atomic_file, parsed
 
 
 def read_raw(path: Path) -> pl.DataFrame:
@@ -119,7 +119,7 @@ def _ended(turns: list[str | None], ending: str) -> list[str | None]:
 def _ended_text(cell: str | None, ending: str) -> str:
     """A list of turns in JSON stays one; what is none, a broken one too, is a text."""
     try:
-        turns = json.loads(cell or "")
+        turns = parsed(cell or "")
     except ValueError:
         turns = None
     if isinstance(turns, list) and all(one is None or isinstance(one, str) for one in turns):

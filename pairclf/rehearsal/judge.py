@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import polars as pl
 
 from pairclf.data.tables import check_submission
 from pairclf.errors import DataError, PackagingError
+from pairclf.files import parsed
 from pairclf.packaging.record import Build
 from pairclf.rehearsal.faults import STRUCK, Fault
 from pairclf.rehearsal.hidden import read_raw
@@ -145,7 +145,7 @@ def _served(path: Path) -> Scored | None:
     if not path.is_file():
         return None
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = parsed(path.read_text(encoding="utf-8"))
         if "rows" not in told:  # without a model, nobody counted
             return None
         return Scored(both=int(told["both"]), one=int(told["one"]), prior=int(told["priors"]))
@@ -191,7 +191,7 @@ def _parity(path: Path, build: Build) -> list[Parity]:
     found: dict[str, dict[str, Any]] = {}
     if path.is_file():
         try:
-            found = {str(one["bundle"]): one for one in json.loads(path.read_text(encoding="utf-8"))}
+            found = {str(one["bundle"]): one for one in parsed(path.read_text(encoding="utf-8"))}
         except (ValueError, TypeError, KeyError) as error:
             raise PackagingError(f"{VERIFIED} is not what `pairclf verify` writes: {error!r}") from error
     return [_of_bundle(bundle.folder, found.get(bundle.folder)) for bundle in build.bundles]

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -316,6 +317,22 @@ def test_of_linked_checkpoints_nothing_is_read_or_deleted(tmp_path: Path, linked
     assert not folder.is_symlink()
     assert not folder.exists()
     assert (other / STATE).read_text() == "{}"
+
+
+@pytest.mark.parametrize("harm", ["a pipe", "too deep", "too long", "no object", "no state"])
+def test_a_state_that_can_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
+    """A stranger's run folder may hold anything; a pipe would be waited for."""
+    path = tmp_path / "step-00000001" / STATE
+    path.parent.mkdir()
+    monkeypatch.setattr(module, "MAX_JSON", 1 << 20)
+    texts = {"too deep": "[" * 200_000, "too long": " " * (2 << 20), "no object": "[]"}
+    if harm == "a pipe":
+        os.mkfifo(path)
+    else:
+        identity: dict[str, Any] = {}
+        path.write_text(texts.get(harm, json.dumps({"format": module.FORMAT, "identity": identity, "state": "x"})))
+    with pytest.raises(CheckpointError, match="the checkpoint is damaged"):
+        module.Checkpoints(tmp_path, 1, {}).restore(SimpleNamespace(engine=False))  # type: ignore[arg-type]
 
 
 def test_others_folders_are_not_taken_for_checkpoints(tmp_path: Path) -> None:
