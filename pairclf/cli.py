@@ -43,7 +43,7 @@ TrustRemoteCode = Annotated[
     typer.Option(REMOTE_CODE, help="run Python files that come with a model: they can do all that you can do"),
 ]
 LinkedFiles = Annotated[
-    bool, typer.Option(LINKED_FILES, help="a bundle's files may be symbolic links, as the hub's cache has them")
+    bool, typer.Option(LINKED_FILES, help="accept symbolic links to files in a bundle (the hub's cache has them)")
 ]
 PackageFolder = Annotated[Path, typer.Argument(metavar="PACKAGE", help="folder that `pairclf package` wrote")]
 
@@ -716,6 +716,12 @@ def keep_folder_out() -> None:
         os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
+def _remedy(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "check the path"
+    return "free some disk space, or give another path"
+
+
 def main() -> None:
     """Entry point: errors that a user can cause end in one message and exit code 2, never in a traceback."""
     # Nothing here ever phones a hub by itself; a hub id in the config is fetched only if this is unset by the user.
@@ -729,7 +735,7 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder without permission, a path through a file
         _complain(
             f"{error.filename or 'the system'}: {error.strerror or error}\n"
-            "  remedy: free some disk space, or give another path; what was being written was not left half written"
+            f"  remedy: {_remedy(error)}; what was being written was not left half written"
         )
         sys.exit(PairclfError.exit_code)
     except RuntimeError as error:

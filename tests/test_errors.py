@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pairclf import cli
 from pairclf.errors import MAX_MESSAGE, MAX_SHOWN, PairclfError, cut, quoted
 
 DEEP: list[Any] = []
@@ -38,3 +41,22 @@ def test_a_message_has_an_end_whatever_it_quotes(part: str) -> None:
     assert len(text) < 2 * MAX_MESSAGE
     assert not {"\x1b", "\x07", "\u202e"} & set(text)
     assert "\\x1b" in text
+
+
+def test_a_path_that_is_not_there_is_not_a_full_disk(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remedies = {errno.ENOENT: "remedy: check the path", errno.ENOSPC: "remedy: free some disk space"}
+    for number, remedy in remedies.items():
+
+        def failing(number: int = number) -> None:
+            raise OSError(number, os.strerror(number), "some/file")
+
+        monkeypatch.setattr(cli, "app", failing)
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert "some/file" in said
+        assert remedy in said

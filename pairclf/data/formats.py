@@ -151,7 +151,7 @@ def read_file(
         for chunk in reader(path, rows, lossy, size):
             if _stamp(path) != before:
                 what = "the file was changed while it was read"
-                raise DataError(what, where=path, remedy="read it again, once nobody writes it")
+                raise DataError(what, where=path, remedy="run the command again when no program writes this file")
             if len(chunk):
                 empty = False
                 yield chunk

@@ -108,7 +108,7 @@ class Sink:
             yield
         except BaseException:
             if self.older:
-                console.print(f"{self.out} is still the one of an earlier run: this run wrote none")
+                console.print(f"{self.out} is still the submission of an earlier run: this run wrote none")
             raise
 
     def _is_of_this_run(self) -> bool:

@@ -244,7 +244,7 @@ class Checkpoints:
                 "the engine's part of the checkpoint was not written by this user on this machine, or was changed "
                 "since; it is made of pickles, which can run any code",
                 where=path / ENGINE,
-                remedy="if you trust whoever wrote it, add --trust-checkpoint; to go on from your own on another "
+                remedy="if you trust its author, add --trust-checkpoint; to go on from your own on another "
                 f"machine, copy {key_path()} there; or start over with --no-resume",
             )
 

@@ -86,7 +86,8 @@ class Watch:
             self.windows.append((type(module).__name__, window, mask))
         elif topology is None:
             raise ModelError(
-                f"{type(module).__name__} is not told where the rows of a packed batch lie: they would see each other",
+                f"{type(module).__name__} does not receive the places of the rows in a packed batch: they would see "
+                "each other",
                 remedy="set train.layout=padded and predict.layout=padded",
             )
 

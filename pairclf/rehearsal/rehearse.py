@@ -196,8 +196,8 @@ def _without_strange_paths(build: Build) -> Build:
     if is_own(build):
         return build
     console.print(
-        "note: this machine did not make this package. Its kernel is code, and the rehearsal runs it: rehearse those "
-        "of people whom you trust. Its paths of test file, sample submission and image profiles are not used"
+        "note: this machine did not make this package. The rehearsal runs its notebook: go on only if you trust the "
+        "package's author. Its paths of test file, sample submission and image profiles are not used"
     )
     package = build.package.model_copy(update={"images": None})
     return build.model_copy(update={"test": None, "sample": None, "package": package})

@@ -225,7 +225,7 @@ def read_passed(build: Path) -> Report:
     record = read_build(build)
     path, remedy = rehearsal_path(record.identity), f"run `pairclf rehearse {build}`"
     if not is_regular(path):
-        there = f"; {REHEARSAL}/{REPORT} in it is no proof: anybody can write it"
+        there = f"; {REHEARSAL}/{REPORT} in it does not count, as anybody can write that file"
         raise PackagingError(
             f"{build} was never rehearsed on this machine as it is now (build {record.identity[:12]})"
             f"{there if (build / REHEARSAL / REPORT).exists() else ''}",
@@ -234,7 +234,8 @@ def read_passed(build: Path) -> Report:
         )
     report = read_report(path)
     if report.build != record.identity or report.ending:
-        raise PackagingError("the report is not that of this build as Kaggle scores it", where=path, remedy=remedy)
+        what = "the report is of another build, or not of a hidden rerun without faults"
+        raise PackagingError(what, where=path, remedy=remedy)
     if not report.passed or report.problems:
         problems = "".join(f"\n  {problem}" for problem in report.problems)
         raise PackagingError(f"the rehearsal of this build did not pass:{problems}", where=path, remedy=remedy)

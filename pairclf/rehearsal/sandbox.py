@@ -91,7 +91,7 @@ def namespaces(view: confine.View, folder: Path, python: Path) -> Sandbox | None
             means = "namespace of its own", "read-only mount", "file system of its own", "not there"
             return Sandbox(prefix, *means, guarded=False)
         said = next(reversed(done.stderr.strip().splitlines()), "")
-    console.print(f"note: this machine allows no sandbox of namespaces, weaker means stand in: {said}")
+    console.print(f"note: this machine allows no namespaces, so the sandbox is weaker (docs/kaggle.md): {said}")
     return None
 
 

@@ -204,7 +204,7 @@ def test_an_earlier_runs_submission_keeps_its_time_and_is_named(
         raise KeyboardInterrupt
     said = " ".join(capsys.readouterr().err.split())
     assert "is of an earlier run, written at 1970-01-01" in said
-    assert "is still the one of an earlier run: this run wrote none" in said
+    assert "is still the submission of an earlier run: this run wrote none" in said
     assert (out.read_bytes(), out.stat().st_mtime) == (before, 3600)
 
 

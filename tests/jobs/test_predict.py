@@ -331,7 +331,7 @@ def test_killed_before_its_first_scores_a_run_leaves_the_older_submission_as_it_
         patch.setattr(job, "_proven", killed)
         predict(bundles(run)[:1], **files(run, tmp_path))
     assert (out.read_bytes(), out.stat().st_mtime) == (before, 3600)
-    assert "is still the one of an earlier run" in " ".join(capsys.readouterr().err.split())
+    assert "is still the submission of an earlier run" in " ".join(capsys.readouterr().err.split())
     predict(bundles(run)[:1], **files(run, tmp_path))
     assert out.read_bytes() != before
     assert [entry.name for entry in tmp_path.iterdir()] == ["submission.csv"]

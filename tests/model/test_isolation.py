@@ -43,7 +43,7 @@ def nemotron(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("kind", "layout", "why"),
     [
-        ("nemotron", "packed", "NemotronAttention is not told where the rows of a packed batch lie"),
+        ("nemotron", "packed", "NemotronAttention does not receive the places of the rows"),
         ("phimoe", "packed", "PhimoeAttention hands sliding_window=None to its attention, and its mask is another one"),
         ("bamba", "packed", "layers of the kind linear_attention"),
         ("gpt_oss", "padded", "GptOssAttention gives s_aux to its attention"),
@@ -129,7 +129,7 @@ def _shift_tokens(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "break_", "why"),
     [
-        ("llama", {}, _drop_keywords_in_one_layer, "LlamaAttention is not told where the rows"),
+        ("llama", {}, _drop_keywords_in_one_layer, "LlamaAttention does not receive the places of the rows"),
         ("llama", {}, _compute_one_layer_by_other_attention, "differ from those of the row alone"),
         ("gpt2", {}, _let_positions_run_on, "differ from those of the row alone"),
         ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, _forget_the_window, "hands sliding_window=None"),
@@ -257,7 +257,7 @@ def test_it_is_measured_once_for_a_base(config_for: Callable[..., Config], monke
 def test_a_base_that_mixes_rows_falls_back_or_is_refused_as_it_was_asked_for(nemotron: Path) -> None:
     classifier = decoder_of(nemotron)
     assert Scorer(classifier).layout == "padded"
-    assert "not packed, as NemotronModel: NemotronAttention is not told" in Scorer(classifier).why
+    assert "not packed, as NemotronModel: NemotronAttention does not receive" in Scorer(classifier).why
     with pytest.raises(ModelError, match=r"predict\.layout=packed: NemotronModel.*\n.*predict\.layout=auto"):
         Scorer(classifier, "packed")
     with pytest.raises(ModelError, match=r"layout shared: NemotronModel.*\n.*train\.layout=padded"):
@@ -284,7 +284,7 @@ def test_a_packed_batch_whose_topology_is_lost_on_the_way_is_an_error(
     classifier.train()(batch.inputs, batch.read_at, batch.lengths).sum().backward()
     _drop_keywords_in_one_layer(classifier.backbone.get_base_model())  # type: ignore[operator]
     for mode in (True, False):
-        with pytest.raises(ModelError, match="LlamaAttention is not told where the rows of a packed batch lie"):
+        with pytest.raises(ModelError, match="LlamaAttention does not receive the places of the rows"):
             classifier.train(mode)(batch.inputs, batch.read_at, batch.lengths)
     logits_of(classifier, padded(rows()))
 
