@@ -316,6 +316,6 @@ def test_bundle_that_brings_other_files_along_is_refused(
         os.mkfifo(bundle / "more")
     else:
         (bundle / "more").symlink_to(secret if kind.endswith("folder") else secret / "id_ed25519")
-    with pytest.raises(PairclfError, match="'more' is a"):
+    with pytest.raises(PairclfError, match=r"'more'(:| is) (a|no)"):
         package(config, [bundle], tmp_path / "out")
     assert not (tmp_path / "out").exists()
