@@ -15,6 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from enum import IntFlag, auto
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from polars.exceptions import ComputeError, NoDataError, PanicException, PolarsError
 
@@ -289,6 +292,11 @@ def _without_blank_tail(chunks: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame
 
 
 def _read_parquet(path: Path, rows: int | None, lossy: bool, size: int | None) -> Iterator[pl.DataFrame]:
+    with suppress(OSError, pa.ArrowException):  # polars says below what is wrong with the file
+        names = pq.read_schema(path).names
+        if twice := sorted({name for name in names if names.count(name) > 1}):  # polars 1.35 would read one of them
+            remedy = "rename or remove all but one of each"
+            raise DataError(f"columns {twice} stand more than once", where=path, remedy=remedy)
     if size is None:
         yield with_plain_texts(pl.read_parquet(path, n_rows=rows, glob=False))
     else:

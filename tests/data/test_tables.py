@@ -781,7 +781,7 @@ def test_parquet_files_that_hold_no_table_are_refused(tmp_path: Path) -> None:
     pq.ParquetWriter(path, table.schema).close()
     assert "no rows" in str(refusal(lambda: read_rows([path], WSDM, labelled=True)))
     pq.write_table(table.rename_columns(["id", "prompt", "prompt", "response_a", "winner"]), path)
-    assert "can't be read as parquet" in str(refusal(lambda: read_rows([path], WSDM, labelled=True)))
+    assert "['prompt'] stand more than once" in str(refusal(lambda: read_rows([path], WSDM, labelled=True)))
 
 
 # --- chunks, globs, sources ------------------------------------------------------------------------------------------
