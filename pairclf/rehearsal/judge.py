@@ -104,7 +104,8 @@ class Judge:
             if wanted == "none":
                 yield from _not_of_priors(kept / SUBMISSION)
             else:
-                yield f"there is no {SERVED if self._serves else SCORES}"
+                name, program = (SERVED, "the server") if self._serves else (SCORES, "`pairclf predict`")
+                yield f"there is no {name}: {program} failed, and what its cell printed says why"
             return
         if (told := scored.both + scored.one + scored.prior) != rows:
             yield f"{told:,} rows are told of, and there are {rows:,}"
