@@ -201,11 +201,13 @@ def check_is_file(path: Path) -> None:
     """Do nothing if there is a file of rows at this path.
 
     Raises:
-        DataError: there is none, or it is a folder.
+        DataError: there is none, or it is a folder, a pipe or a device.
     """
     if path.is_dir():
         raise DataError("this is a folder, not a file", where=path, remedy="name the file, or a glob for those in it")
-    if not path.is_file():
+    if path.exists() and not path.is_file():  # it is read twice, and may never end
+        raise DataError("this is a pipe or a device, and no regular file", where=path, remedy="give a file of rows")
+    if not path.exists():
         raise DataError(
             "there is no such file",
             where=path,

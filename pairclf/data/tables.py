@@ -526,6 +526,10 @@ def read_scores(path: Path, task: Task, *, foreign: bool = False) -> pl.DataFram
         DataError: the file can't be read, is no table of scores of this task, or breaks a rule of `scores_frame`.
     """
     frame, wanted = load(path), _score_schema(task)
+    missing = [name for name in ("id", *task.classes) if name not in frame.columns]
+    if foreign and missing:
+        what = f"columns {missing} are missing; the file has {frame.columns}"
+        raise DataError(what, where=path, remedy=f"give a table of id and probabilities: {', '.join(task.classes)}")
     frame = _completed(frame, wanted, ["orders", "models"] if foreign else [])
     if foreign:
         frame = _converted(frame, wanted, path)

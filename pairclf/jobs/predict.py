@@ -144,16 +144,15 @@ def _check_paths(out: Path, scores: Path | None, data: Path, sample: Path | None
         raise ConfigError(f"{work} must be free for the journal, and is no folder", remedy="give another --out")
     if work.exists():
         refuse_special_files(work)  # a link there would be written through
-    check_is_file(data)
+    for read in (data, sample):
+        if read is not None:
+            check_is_file(read)
     written = [path for path in (out, scores) if path is not None]
     named = [path.resolve() for path in (*written, data, sample) if path is not None]
     if len(set(named)) != len(named):
         raise ConfigError("two of the files to read and to write are the same", remedy="give each its own path")
     for path in written:
         check_file_target(path)
-    for read in (data, sample):
-        if read is not None and read.exists() and not read.is_file():  # a pipe: it is read twice, and may never end
-            raise ConfigError(f"{read} is no regular file", remedy="give a file of rows")
 
 
 def _journal(path: Path, identity: dict[str, object], *, resume: bool) -> Journal:

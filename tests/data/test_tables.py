@@ -403,7 +403,7 @@ def test_scores_of_other_people_are_read_where_they_may_be(tmp_path: Path, suffi
     assert class_matrix(read, LMSYS).tolist() == [[0.25, 0.25, 0.5], [0.5, 0.5, 0]]
     assert read.select("orders", "models", "seen", *HASHES).rows() == [(None,) * 5] * 2
     assert "scores of task 'lmsys' have" in str(refusal(lambda: read_scores(path, LMSYS)))
-    assert "scores of task 'wsdm' have" in str(refusal(lambda: read_scores(path, WSDM, foreign=True)))
+    assert "['model_a', 'model_b'] are missing" in str(refusal(lambda: read_scores(path, WSDM, foreign=True)))
     spoiled = write_as(tmp_path / f"t{suffix}", {**columns, "winner_tie": ["a lot", "0"], "id": ["1", "2"]})
     assert "scores can't be read" in str(refusal(lambda: read_scores(spoiled, LMSYS, foreign=True)))
 

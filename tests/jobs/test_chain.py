@@ -165,7 +165,7 @@ def test_perfect_scores_are_the_best_possible(run: Path, tmp_path: Path) -> None
         (["cv", "{config}", "folds.run=[0,0]"], "a fold twice"),
         (["cv", "{config}", "folds.n=3"], "folds.csv"),
         (["evaluate", "{config}", "output=nowhere"], "nowhere"),
-        (["evaluate", "{config}", "--truth", "{folder}/test.csv"], "true probabilities can't be read"),
+        (["evaluate", "{config}", "--truth", "{folder}/test.csv"], "'winner_tie'] are missing; the file has ['id',"),
         (["verify", "nowhere"], "no bundle"),
         (["check", "{folder}/train.csv", "--task", "imdb"], "no preset"),
         (["predict", "{bundle}", "--data", "{folder}/nothing.csv"], "nothing.csv"),

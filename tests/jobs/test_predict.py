@@ -397,10 +397,12 @@ def test_a_work_folder_with_links_is_not_written_to(tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize("name", ["test.csv", "sample.csv"])
 def test_a_pipe_in_the_place_of_rows_is_not_waited_for(tmp_path: Path, name: str) -> None:
-    os.mkfifo(tmp_path / name)
     given = [tmp_path / one for one in ("test.csv", "sample.csv")]
-    with pytest.raises(ConfigError, match=rf"{name} is no regular file"):
+    for path in given:
+        os.mkfifo(path) if path.name == name else path.touch()
+    with pytest.raises(DataError, match="no regular file") as caught:
         job._check_paths(tmp_path / "out.csv", None, *given, tmp_path / "out.work")
+    assert caught.value.where == tmp_path / name
 
 
 def test_a_test_file_that_is_not_there_is_named_as_such(run: Path, tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def test_the_prior_of_a_row_that_no_model_scored_teaches_nobody(tmp_path: Path, 
         (lambda frame: pl.concat([frame, frame[:1]]), "stand twice"),
         (lambda frame: frame.with_columns(winner_tie=pl.lit(0.9)), "do not sum to one"),
         (lambda frame: frame.with_columns(winner_tie=pl.lit(None, dtype=pl.Float64)), "no finite numbers"),
-        (lambda frame: frame.rename({"winner_tie": "tie"}), "scores of task 'lmsys' have"),
+        (lambda frame: frame.rename({"winner_tie": "tie"}), "are missing; the file has"),
     ],
 )
 def test_a_file_that_is_no_table_of_scores_is_refused(
