@@ -15,8 +15,10 @@ from pairclf.packaging.wheelhouse import repack
 LINUX = "manylinux_2_17_x86_64.manylinux2014_x86_64"
 
 
-def fake_wheel(folder: Path, name: str, version: str, needs: Sequence[str] = (), tags: str = "py3-none-any") -> Path:
-    """A wheel with one empty module of its name."""
+def fake_wheel(
+    folder: Path, name: str, version: str, needs: Sequence[str] = (), tags: str = "py3-none-any", *, claims: str = ""
+) -> Path:
+    """A wheel with one empty module of its name; `claims` is the text of its top_level.txt, which need not be true."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name.replace('-', '_')}-{version}"
     path = folder / f"{stem}-{tags}.whl"
@@ -25,6 +27,8 @@ def fake_wheel(folder: Path, name: str, version: str, needs: Sequence[str] = (),
         archive.writestr(f"{stem}.dist-info/METADATA", "\n".join(lines) + "\n")
         archive.writestr(f"{stem}.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: {tags}\n")
         archive.writestr(f"{name.replace('-', '_')}.py", "")
+        if claims:
+            archive.writestr(f"{stem}.dist-info/top_level.txt", claims)
         record = [f"{entry},,\n" for entry in (*archive.namelist(), f"{stem}.dist-info/RECORD")]
         archive.writestr(f"{stem}.dist-info/RECORD", "".join(record))
     return path

@@ -44,11 +44,18 @@ for name in sys.argv[1:]:
 
 # A kernel's environment is thrown away with the byte code that it made: made once here, each rehearsal saves as much.
 _IMPORT_ALL = """
-import importlib, importlib.metadata, re, sys
+import importlib, importlib.metadata, importlib.util, re, sys
+missing = set(sys.argv[1:])
 for module, projects in importlib.metadata.packages_distributions().items():
-    if {re.sub("[-_.]+", "-", name).lower() for name in projects} & set(sys.argv[1:]):
+    asked = {re.sub("[-_.]+", "-", name).lower() for name in projects} & set(sys.argv[1:])
+    # A project's top_level.txt can name modules that no file is (pyarrow 18 has `__dummy__` there).
+    if asked and importlib.util.find_spec(module) is not None:
         importlib.import_module(module)
+        missing -= asked
+if missing:
+    sys.exit(f"no module of theirs can be imported: {sorted(missing)}")
 """
+"""Import every module of the projects that are named."""
 
 
 def make_image(folder: Path, hidden: Collection[str], environment: Path | None = None) -> Path:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_folders_that_the_interpreter_needs() -> None:
     needed = image.needed_by(Path(sys.executable))
     assert all(path.exists() for path in needed)
     for module in ("json", "polars"):
-        place = Path(str(sys.modules[module].__file__))
+        place = Path(str(import_module(module).__file__))
         assert any(place.is_relative_to(path) for path in needed), module
     assert not any(Path(image.__file__).is_relative_to(path) for path in needed), "the checkout is not needed"
 
@@ -116,6 +117,17 @@ def test_environment_holds_the_images_own_versions(
     assert all(imports(python, name) for name in ("alone", "below", "runner"))
     assert not any(imports(python, name) for name in ("lacking", "unrelated", "pairclf", "polars"))
     assert "gone 2.0 stands for the image's 1.0, which can't be had" in " ".join(capsys.readouterr().err.split())
+
+
+def test_modules_that_a_project_claims_and_lacks_are_none(profile: Path, tmp_path: Path) -> None:
+    """pyarrow 18's top_level.txt names `__dummy__`; a project without any module is still found out."""
+    registry = tmp_path / "registry"
+    fake_wheel(registry, "alone", "1.0", ["below"], claims="__dummy__\nalone\n")
+    assert imports(image_environment(HERE, profile, tmp_path / "cache"), "alone")
+    fake_wheel(registry, "alone", "3.0", ["below"], claims="__dummy__\n")
+    profile.write_text(profile.read_text().replace("alone==1.0", "alone==3.0"))
+    with pytest.raises(PackagingError, match=r"no module of theirs can be imported: \['alone'\]"):
+        image_environment(HERE, profile, tmp_path / "cache")
 
 
 def test_environment_is_made_once(profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
