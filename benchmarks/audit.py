@@ -26,9 +26,9 @@ import numpy as np
 import polars as pl
 
 from pairclf.config import Rules
-from pairclf.data.arena import corpus
 from pairclf.data.audit import audit
-from pairclf.data.tables import read_rows
+from pairclf.data.rows import read_rows
+from pairclf.demo.arena import corpus
 from pairclf.task import LMSYS
 
 WORDS_PER_TOKEN = 0.75

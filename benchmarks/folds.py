@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pairclf.console import output
+from pairclf.console import stdout
 from pairclf.data.duplicates import SHINGLE
 from pairclf.data.folds import assert_no_leak, make_folds, report
 from pairclf.task import LMSYS
@@ -85,7 +85,7 @@ def main() -> None:
         folds = measured(
             name, lambda stable=stable: make_folds(frame, LMSYS, n=N, seed=SEED, near=NEAR, stable=stable), figures
         )
-        output.print(report(folds, frame, LMSYS))
+        stdout.print(report(folds, frame, LMSYS))
         fold = folds["fold"].to_numpy()
         twins, originals = fold[rows - len(sources) :], fold[sources]
         figures[f"{name}_recall"] = round(float(((twins == originals) | (twins < 0) | (originals < 0)).mean()), 5)

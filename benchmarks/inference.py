@@ -305,33 +305,33 @@ def make_scorer(folder: Path, layout: str) -> Any:
     """pairclf's model with the head that the others have."""
     from safetensors import safe_open
 
-    from pairclf.jobs.scoring import Scorer
     from pairclf.model.engine import build
+    from pairclf.model.scoring import ClassifierScorer
 
     classifier = build(config_of("lmsys", folder), torch.device("cpu")).eval()
     with safe_open(folder / "model.safetensors", "pt") as weights, torch.no_grad():
         head: Any = classifier.head
         head.weight.copy_(weights.get_tensor("score.weight"))
         head.bias.zero_()
-    return Scorer(classifier, layout)
+    return ClassifierScorer(classifier, layout)
 
 
 def score_all(scorer: Any, encoded: Sequence[tuple[Encoded, ...]], budget: int, *, once: bool) -> Logits:
     """As `predict` plans it: rows in both orders, longest first, equal sequences once."""
-    from pairclf.inference.backlog import Backlog, look_at
-    from pairclf.model.batch import Item
+    from pairclf.inference.pending import PendingSequences
+    from pairclf.inputs.sequences import Item, index_sequences
 
-    inputs = look_at(encoded)
+    inputs = index_sequences(encoded)
     if not once:
-        inputs = replace(inputs, twin=np.arange(inputs.twin.size).reshape(inputs.twin.shape))
-    backlog = Backlog(inputs, (0, 1))
+        inputs = replace(inputs, duplicate_of=np.arange(inputs.duplicate_of.size).reshape(inputs.duplicate_of.shape))
+    backlog = PendingSequences(inputs, (0, 1))
     backlog.layout = scorer.layout
-    logits = np.full((inputs.twin.size, CLASSES), np.nan)
+    logits = np.full((inputs.duplicate_of.size, CLASSES), np.nan)
     for members in backlog.batches(budget):
-        sequences = [(piece.row, order) for piece in backlog.pieces(members) for order in piece.orders]
+        sequences = [(piece.row, order) for piece in backlog.row_orders(members) for order in piece.orders]
         found, _ = scorer([Item(row, order, encoded[row][order].ids) for row, order in sequences])
         logits[[row * 2 + order for row, order in sequences]] = found
-    scored: Logits = logits[inputs.twin]
+    scored: Logits = logits[inputs.duplicate_of]
     return scored
 
 
@@ -376,7 +376,7 @@ def work(name: str, folder: Path, options: argparse.Namespace, pipe: Connection)
 def working(names: Sequence[str], folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Connection]]:
     """A process an arm; they are forks of one that has imported what all need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pairclf.jobs.scoring", "pairclf.inference.backlog", "sentence_transformers"])
+    context.set_forkserver_preload(["pairclf.model.scoring", "pairclf.inference.pending", "sentence_transformers"])
     pipes: dict[str, Connection] = {}
     processes = []
     for name in names:
@@ -463,14 +463,15 @@ def measure(name: str, round_: int, options: argparse.Namespace, pipes: dict[str
 
 def remember(folder: Path, options: argparse.Namespace, layout: str, budget: int, pipe: Connection) -> None:
     """A process that foretells its peak, scores 4 rows, then 16; answers the three peaks in bytes."""
-    from pairclf.inference.memory import Largest, footprint
-    from pairclf.jobs.estimate import peak_memory
+    from pairclf.inputs.sequences import LargestPass
+    from pairclf.model.device_memory import peak_memory
+    from pairclf.model.memory import footprint
 
     torch.set_num_threads(1)
     quiet()
     bench, scorer = open_bench("lmsys", 0, options.quick, 1), make_scorer(folder, layout)
     lengths = [len(one.ids) for row in bench.encoded[:16] for one in row]
-    peaks = [footprint(scorer, Largest(max(lengths), min(budget, sum(lengths)), orders=2)).peak]
+    peaks = [footprint(scorer, LargestPass(max(lengths), min(budget, sum(lengths)), orders=2)).peak]
     for rows in (4, 16):  # the longest are the first
         score_all(scorer, bench.encoded[:rows], budget, once=True)
         peaks.append(peak_memory(torch.device("cpu")))
@@ -525,9 +526,9 @@ def gpu_model(sizes: dict[str, Any], device: torch.device, *, nf4: bool) -> Any:
 
 def gpu_speed(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of forward passes over rows of the length model, 16,384 tokens each."""
-    from pairclf.jobs.scoring import Scorer
+    from pairclf.inputs.sequences import Item
     from pairclf.model.attention import pick_kernel
-    from pairclf.model.batch import Item
+    from pairclf.model.scoring import ClassifierScorer
 
     assert options.quick or torch.cuda.is_available(), "--gpu needs a CUDA device"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -542,7 +543,7 @@ def gpu_speed(options: argparse.Namespace) -> dict[str, Any]:
         batches.append([Item(row, 0, one) for row, one in enumerate(ids)])
     found: dict[str, Any] = {"device": str(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"}
     for name in ("bf16", "nf4"):
-        scorer = Scorer(gpu_model(sizes, device, nf4=name == "nf4"), "packed")
+        scorer = ClassifierScorer(gpu_model(sizes, device, nf4=name == "nf4"), "packed")
         for batch in batches:  # each shape once: kernels are loaded, memory is found
             scorer(batch)
         start = time.perf_counter()

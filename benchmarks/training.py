@@ -158,11 +158,11 @@ def pairclf_arm(layout: str) -> Callable[[Path, Rows, argparse.Namespace], Arm]:
     def make(folder: Path, rows: Rows, options: argparse.Namespace) -> Arm:
         from safetensors import safe_open
 
+        from pairclf.approaches.finetune.distributed import make_accelerator
+        from pairclf.approaches.finetune.step import accumulate, make_examples, optimizer_step
+        from pairclf.approaches.finetune.train import construct
         from pairclf.config import resolve
         from pairclf.inputs.render import Encoded
-        from pairclf.jobs.launch import make_accelerator
-        from pairclf.jobs.step import accumulate, apply, prepare
-        from pairclf.jobs.train import construct
         from pairclf.model.engine import build
         from pairclf.task import Row
 
@@ -171,11 +171,11 @@ def pairclf_arm(layout: str) -> Callable[[Path, Rows, argparse.Namespace], Arm]:
                 "model": {"base": str(folder), "quantization": "none", "lora": None},
                 "train": {
                     "layout": layout,
-                    "rows_per_step": BATCH,
+                    "global_batch_size": BATCH,
                     "tokens_per_batch": options.tokens_per_batch,
                     "learning_rate": LEARNING_RATE,
                     "weight_decay": 0.0,
-                    "clip": CLIP,
+                    "max_grad_norm": CLIP,
                     "swap": "none",
                 },
             }
@@ -190,7 +190,7 @@ def pairclf_arm(layout: str) -> Callable[[Path, Rows, argparse.Namespace], Arm]:
         fields = dict.fromkeys(config.task.fields, ("",))
         targets = np.eye(CLASSES)[rows.labels].tolist()
         labelled = [Row(str(number), fields, tuple(target)) for number, target in enumerate(targets)]
-        examples = prepare(labelled, encoded, config)
+        examples = make_examples(labelled, encoded, config)
         classifier.train()
 
         def run(steps: Steps) -> list[float]:
@@ -200,7 +200,7 @@ def pairclf_arm(layout: str) -> Callable[[Path, Rows, argparse.Namespace], Arm]:
                 budget = config.train.tokens_per_batch
                 outcome = accumulate(learner, np.array(step), number, budget)
                 assert outcome is not None
-                apply(learner, config.train.clip, outcome.loss)
+                optimizer_step(learner, config.train.clip, outcome.loss)
                 losses.append(outcome.loss)
             return losses
 

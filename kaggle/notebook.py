@@ -55,6 +55,7 @@ TRUST = "{{trust}}"  # flags that `pairclf package` was given, and that the comm
 GPUS = "{{gpus}}"
 DEADLINE = "{{deadline}}"  # seconds from now on
 LIMIT = "{{limit}}"  # likewise, when Kaggle ends the run
+ROWS = "{{rows}}"  # expected in the hidden test, about
 LANDMARK = "{{landmark}}"  # what the competition's folder is known by
 SERVES = LANDMARK == "kaggle_evaluation"  # Kaggle hands out the rows, and writes the submission
 TESTS = ("test.parquet", "test.csv", "test.jsonl")  # the first that is there
@@ -413,12 +414,14 @@ from kaggle_evaluation.default_inference_server import DefaultInferenceServer
 
 if not lacking:
     try:
-        from pairclf.jobs.serve import Server
+        from pairclf.inference.serve import Server
         from pairclf.trust import Trust
 
         members, left = [bundles / name for name in MEMBERS], STARTED + DEADLINE / SPEED - time.time()
         trust = Trust(remote_code=bool(TRUST), linked_files=True)
-        server = Server(members, base=base, seconds=left, batch_seconds=300 / SPEED, strict=not RERUN, trust=trust)
+        server = Server(
+            members, base=base, seconds=left, rows=ROWS, batch_seconds=300 / SPEED, strict=not RERUN, trust=trust
+        )
     except Exception as error:
         if not RERUN:
             raise

@@ -1,4 +1,4 @@
-"""pairclf: from preference pairs to a submission that is right and in time."""
+"""pairclf trains classifiers on preference pairs, predicts test files and packages the models for Kaggle."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""`python -m pairclf` is `pairclf`; `accelerate launch -m pairclf` needs it."""
+"""`python -m pairclf` runs the command line; `accelerate launch -m pairclf` needs this file."""
 
 from pairclf.cli import main
 

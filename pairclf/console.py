@@ -1,6 +1,6 @@
-"""What the user reads while a job works: one console, one kind of table, one progress bar with an ETA.
+"""Terminal output: the consoles, tables, numbers and the progress bar.
 
-Everything goes to standard error, so that standard output stays free for what a command is asked to print.
+Progress and notes go to standard error; standard output holds only what a command is asked to print.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.progress import Task as ProgressTask
 from rich.table import Column, Table
 
-# Ids, paths and class names come from users and may hold brackets: nothing printed here is read as markup.
+# Ids, paths and class names come from users and may hold brackets, so markup is off.
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-output = Console(highlight=False, markup=False, soft_wrap=True)
+stdout = Console(highlight=False, markup=False, soft_wrap=True)
 
 LOG_SECONDS = 60.0
-"""Between two lines of progress where the output is no terminal: a notebook's log, a file."""
+"""Seconds between two progress lines if the output is not a terminal: the log of a notebook, a file."""
 
 
 class Advance(Protocol):
-    """Called with the work done since the last call, and what to show beside the bar."""
+    """A callback that gets the work done since the last call, and a note to show beside the bar."""
 
     def __call__(self, step: float = 1, *, note: str = "") -> None: ...
 
 
 @contextmanager
 def progress(title: str, total: float, *, done: int = 0, visible: bool = True) -> Iterator[Advance]:
-    """A bar with count, time elapsed and ETA; in a log, where nothing can move, a line every minute."""
+    """A progress bar with count, elapsed time and ETA; in a log, one line per minute."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=10),
@@ -41,7 +41,7 @@ def progress(title: str, total: float, *, done: int = 0, visible: bool = True) -
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
     )
-    # The note takes what the others leave: in a narrow terminal it is cut, and not the count or the ETA.
+    # The note takes the remaining width: a narrow terminal truncates it, and not the count or the ETA.
     with Progress(*columns, console=console, disable=not visible, expand=True) as bar:
         job = bar.add_task(title, total=total, completed=done, note="")
 
@@ -63,9 +63,23 @@ def _line(task: ProgressTask) -> str:
     return f"{task.description} {done} after {(task.elapsed or 0) / 60:.0f} min, eta {left} {task.fields['note']}"
 
 
+def counted(count: int, one: str, more: str = "") -> str:
+    """A number with its noun, in the singular or plural.
+
+    >>> counted(1, "row"), counted(25_000, "row"), counted(1, "row has", "rows have")
+    ('1 row', '25,000 rows', '1 row has')
+    """
+    return f"{count:,} {one if count == 1 else more or f'{one}s'}"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for a table; a hyphen for None."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def table(title: str, *columns: str) -> Table:
-    """An empty table in the house's look; the first column is left-aligned, the others right-aligned."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    """An empty table in pairclf's style; the first column is left-aligned, the others right-aligned."""
+    empty_table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(columns):
-        made.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-    return made
+        empty_table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    return empty_table

@@ -1,7 +1,20 @@
-"""The exception tree: what the user sees when something is wrong, and the exit code.
+"""The exceptions, their messages and exit codes, and the shortening of values that a message quotes.
 
-Every error that a user can cause is a `PairclfError`. The command line prints it without a traceback and
-exits with its `exit_code`; anything else that escapes is a bug of ours and keeps its traceback.
+    PairclfError            exit code 2
+      ConfigError           a setting
+      DataError             a file of rows or scores
+        LeakError           a prompt both in training rows and in rows that must stay unseen
+      ModelError            a base model
+      CheckpointError       a checkpoint
+      BundleError           a bundle
+      StopError             a signal; exit code 128 + its number
+      IncompleteError       rows without a score under `--strict`; exit code 3
+      PackagingError        a package for Kaggle, or its rehearsal
+        KaggleError         an answer of Kaggle, or none (publish/client.py)
+      WorkerError           a process of `--processes`; exit code of that process (runs/processes.py)
+
+Every error that a user can cause is a `PairclfError`. The command line prints its message without a traceback and
+exits with its `exit_code`. Any other exception is a bug in pairclf and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,15 +27,15 @@ MAX_SHOWN = 200
 """Characters of a value, a name or another program's message that an error shows."""
 
 MAX_MESSAGE = 10_000
-"""Characters of a whole message, whatever it quotes."""
+"""Most characters of a whole message."""
 
-# C0 (less tab and line feed), DEL, C1, and what turns the direction of text: a terminal obeys them.
+# C0 except tab and line feed, DEL, C1, and marks of text direction: a terminal obeys them.
 _OBEYED = [*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F)]
 _VISIBLE = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in [*_OBEYED, *range(0x2066, 0x206A)]}
 
 
 def visible(text: object) -> str:
-    """What a user typed, as it may be printed: nothing in it is a command to the terminal.
+    """A text that is safe to print: control characters are escaped, so that the terminal does not obey them.
 
     >>> visible("a\\x1b[2Jb")
     'a\\\\x1b[2Jb'
@@ -31,7 +44,7 @@ def visible(text: object) -> str:
 
 
 def cut(text: object, most: int = MAX_SHOWN) -> str:
-    """A text on which an error reports, or what another program says of it, at most `most` characters of it.
+    """The first `most` characters of a text, with its length if it is longer.
 
     >>> cut("abcdef", 4)
     'abcd… (6 characters)'
@@ -41,7 +54,7 @@ def cut(text: object, most: int = MAX_SHOWN) -> str:
 
 
 def quoted(value: object) -> str:
-    """`repr` of what a user or a file gave: at most `MAX_SHOWN` characters, however large or deep it is.
+    """`repr` of a value from a user or a file, in at most `MAX_SHOWN` characters, however large or deep it is.
 
     >>> quoted(["x" * 1000] * 1000)[:20], len(quoted(["x" * 1000] * 1000)) < 500
     ("['xxxxxxxxxxxxxxxxxx", True)
@@ -56,13 +69,13 @@ def quoted(value: object) -> str:
 
 
 class PairclfError(Exception):
-    """A failure with a place, the rows concerned and a remedy.
+    """An error with its place, the affected rows and a remedy.
 
     Args:
-        what: parameter, value and the rule that it breaks, in one sentence.
-        where: file, key or command that it was found in.
-        rows: ids of the rows concerned; the first five are shown, and their number.
-        remedy: what the user can do about it.
+        what: the parameter, its value and the broken rule, in one sentence.
+        where: the file, key or command.
+        rows: ids of the affected rows; the message shows five of them and their number.
+        remedy: what the user can do.
     """
 
     exit_code = 2
@@ -77,7 +90,7 @@ class PairclfError(Exception):
         super().__init__(self._text())
 
     def __reduce__(self) -> tuple[object, ...]:
-        # It goes from process to process as it stands: `__init__` asks for more than the text that pickle would give.
+        # Pickle would call `__init__` with the text alone; errors travel between processes.
         return _unpickled, (type(self), self.args, self.__dict__)
 
     def _text(self) -> str:
@@ -85,9 +98,9 @@ class PairclfError(Exception):
         if self.where is not None:
             lines.append(f"  where:  {visible(cut(self.where, 1000))}")
         if self.rows:
-            shown = ", ".join(visible(cut(row)) for row in self.rows[:MAX_ROWS_SHOWN])
+            ids = ", ".join(visible(cut(row)) for row in self.rows[:MAX_ROWS_SHOWN])
             more = len(self.rows) - MAX_ROWS_SHOWN
-            lines.append(f"  rows:   {shown}" + (f" and {more:,} more" if more > 0 else ""))
+            lines.append(f"  rows:   {ids}" + (f" and {more:,} more" if more > 0 else ""))
         if self.remedy:
             lines.append(f"  remedy: {visible(cut(self.remedy, MAX_MESSAGE))}")
         return "\n".join(lines)
@@ -100,19 +113,19 @@ def _unpickled(kind: type[PairclfError], arguments: tuple[object, ...], state: d
 
 
 class ConfigError(PairclfError):
-    """A setting is unknown, has a wrong value, or contradicts another."""
+    """A setting is unknown, has a wrong value, or contradicts another one."""
 
 
 class DataError(PairclfError):
-    """A file of rows or scores can't be used as it is."""
+    """A file of rows or scores can't be used."""
 
 
 class LeakError(DataError):
-    """A row that must stay unseen shares its prompt with a row that is trained on."""
+    """A row that must stay unseen shares its prompt with a training row."""
 
 
 class ModelError(PairclfError):
-    """A base model can't be loaded, or a combination of its parts is not legal."""
+    """A base model can't be loaded, or its parts can't be combined."""
 
 
 class CheckpointError(PairclfError):
@@ -120,7 +133,7 @@ class CheckpointError(PairclfError):
 
 
 class StopError(PairclfError):
-    """A signal ended the work in good order: it can go on. The exit code is the shell's for it, 128 + its number."""
+    """A signal ended the command, which can be resumed. The exit code is the shell's: 128 + the signal's number."""
 
     def __init__(self, what: str, *, signal: int, remedy: str) -> None:
         super().__init__(what, remedy=remedy)
@@ -128,14 +141,14 @@ class StopError(PairclfError):
 
 
 class BundleError(PairclfError):
-    """A bundle is incomplete, was changed, or does not score its probe rows as it did."""
+    """A bundle is incomplete or changed, or its probe rows get other logits than before."""
 
 
 class IncompleteError(PairclfError):
-    """A prediction is there, and not all that was asked for could be scored (`--strict`)."""
+    """The prediction is written, but some rows or models could not be scored (`--strict`)."""
 
     exit_code = 3
 
 
 class PackagingError(PairclfError):
-    """The folder for Kaggle can't be built, or its rehearsal did not end in a valid submission."""
+    """The package for Kaggle can't be built, or its rehearsal gave no valid submission."""

@@ -1,14 +1,14 @@
-"""Whole or not at all: atomic files and folders, locks, content hashes, and YAML and JSON as we write them.
+"""File access: atomic files and folders, locks, content hashes, safe names, and the writing of YAML and JSON.
 
-A reader never sees half a file: everything is written beside its destination, synced, and renamed over it.
+Writes are atomic: a file or folder is written beside its destination, synced, and renamed over it, so a reader never
+sees a part of it.
 
-Each writer works in a folder of its own, `.tmp-NAME-xxxxxxxx`, with a random ending and mode 0700: two writers of one
-path do not meet, and in a folder that several users share nobody can plant a file or a link where a writer will write.
-The folder is locked while its writer lives. A killed writer leaves it behind; nothing reads it, and the next writer of
-the same path removes it.
+Each writer works in its own folder, `.tmp-NAME-xxxxxxxx`, with a random ending and mode 0700: two writers of one path
+do not collide, and in a shared folder no other user can plant a file or a link there. The folder is locked while its
+writer lives. A killed writer leaves its folder behind; the next writer of the same path removes it.
 
-What another person wrote is checked here before it is used: `check_name` and `check_path` for names that a file gives,
-`refuse_special_files` for a folder. What this machine alone must be able to say lies in `state_folder`.
+Names and folders from other people are checked before use: `check_name`, `check_path`, `refuse_special_files`. Notes
+that no package may forge are kept in `state_folder`.
 """
 
 from __future__ import annotations
@@ -155,13 +155,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def _content_name(path: Path) -> str:
-    """The name in the writer's folder: the same, as some libraries go by its ending."""
+    """The name in the writer's folder: the same one, because some libraries use its ending."""
     return path.name if path.name != _LOCK else f"{_LOCK}-file"
 
 
 @contextmanager
 def atomic_folder(path: Path, *, known_by: str) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success it takes the place of `path`, on any error it is removed.
+    """Yield an empty folder to fill; on success it replaces `path`, on any error it is removed.
 
     Args:
         path: an older folder there is replaced if it is empty or holds an entry named `known_by`.
@@ -208,7 +208,7 @@ def _may_be_replaced(path: Path, known_by: str) -> bool:
 
 
 def _take_place(new: Path, path: Path, aside: Path) -> None:
-    """Rename folder `new` to `path`. What stands there is moved into `aside`, and comes back if that fails.
+    """Rename folder `new` to `path`. An older folder there is moved into `aside`, and moved back if that fails.
 
     Another writer of the same path may put its own there in between; then that one is moved aside, too.
     """
@@ -230,7 +230,7 @@ def _take_place(new: Path, path: Path, aside: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; where another process holds it, say so and wait. A killed process holds none."""
+    """Hold the lock file `path`; print a line and wait if another process holds it. A kill releases the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
@@ -245,7 +245,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy where there can be none; never a symbolic link, which names where it leads."""
+    """Make a hard link, or a copy if a link is impossible; never a symbolic link, which would reveal a path."""
     try:
         os.link(source, target)
     except OSError:  # another file system, or another owner
@@ -253,7 +253,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """A copy of a file's bytes in the new file `target`; it takes no room where the file system can share blocks."""
+    """Copy a file's bytes to the new file `target`; it shares blocks if the file system can."""
     with source.open("rb") as stream, target.open("xb") as sink:
         try:
             fcntl.ioctl(sink.fileno(), _CLONE, stream.fileno())
@@ -276,7 +276,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """A file that grows line by line, opened at its end, and made if it is not there; no link to one.
+    """Open a file at its end to append lines, and create it if it is missing; a link is refused.
 
     Raises:
         PairclfError: a link, a pipe, a device or a folder is there.
@@ -305,16 +305,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_plain(path: Path, most: int) -> str:
-    """The text of a regular UTF-8 file, or of the one that a link leads to.
+    """The text of a regular UTF-8 file, also through a link, of at most `most` bytes.
 
-    A FIFO or a device is not opened: to read it may never end. `most`: bytes that such a file may have.
+    A FIFO or a device is not opened, because reading it may never end.
 
     Raises:
         OSError: it can't be read, is not a regular file, or is larger.
         UnicodeDecodeError: it is not UTF-8.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with path.open("rb") as stream:
         content = stream.read(most + 1)
@@ -324,10 +324,10 @@ def read_plain(path: Path, most: int) -> str:
 
 
 def parsed(text: str | bytes) -> Any:
-    """What a text in JSON says.
+    """The value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, or its lists lie in each other deeper than Python can follow.
+        ValueError: it is not JSON, or is nested deeper than Python can follow.
     """
     try:
         return json.loads(text)
@@ -389,8 +389,7 @@ def check_path(path: str, what: str) -> str:
             check_name(name, what)
         except PairclfError as error:
             raise PairclfError(
-                f"{what} has the path {_shown(path)}, which leads out of its folder or is none",
-                remedy=error.remedy,
+                f"{what} has the path {_shown(path)}, which leads out of its folder or is none", remedy=error.remedy
             ) from error
     return path
 
@@ -413,7 +412,7 @@ def refuse_special_files(folder: Path) -> list[str]:
         PairclfError: a link, a device, a pipe or a socket lies there; names it.
         OSError: a folder below can't be read.
     """
-    found: list[str] = []
+    files: list[str] = []
     waiting = [""]
     while waiting:
         below = waiting.pop()
@@ -423,14 +422,14 @@ def refuse_special_files(folder: Path) -> list[str]:
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(f"{name}/")
                 elif entry.is_file(follow_symlinks=False):
-                    found.append(name)
+                    files.append(name)
                 else:
                     raise PairclfError(
                         f"{_shown(name)} is {_kind_of(entry)}, and only files and folders may lie there",
                         where=folder,
                         remedy="remove it, or do not use this folder if it is not yours",
                     )
-    return sorted(found)
+    return sorted(files)
 
 
 def _kind_of(entry: os.DirEntry[str]) -> str:

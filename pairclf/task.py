@@ -1,6 +1,6 @@
-"""The words of a task: the fields of a row, its classes and their order, and what a swap exchanges.
+"""Tasks and competitions: the fields of a row, the classes and their order, and the swap of the two sides.
 
-Swap is defined here and nowhere else. `Task.swap_row` exchanges the texts, `Task.swapped_columns` the columns
+The swap is defined here and nowhere else. `Task.swap_row` exchanges the texts, `Task.swapped_columns` the columns
 of probabilities or logits; both are involutions, and a class that is no side's victory (a tie) stays in place.
 """
 
@@ -20,16 +20,19 @@ AB, BA = 0, 1
 _OWN_WORDS = {"id", "target", "weight", "group", "file", "flaws", "train_only", "template", "marker", "rounds"}
 _BESIDE_CLASSES = {"orders", "models", "seen", "prompt", "row_hash"}  # columns of scores
 
+Kind = Literal["binary", "multiclass", "multilabel"]
+"""The kind of a task: one of two classes, one of several, or any number of labels. A metric applies to some kinds."""
+
 Turns = tuple[str | None, ...]
 """The turns of one field; `None` (the file had a null) is kept apart from `""`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison (or one text) as the tables hand it on.
+    """One comparison, or one text, as read from the tables.
 
-    `target` holds a probability a class, in the task's class order, or is `None` where no label is known.
-    `weight` is the row's share in the loss; `group` names the rows that must stay in one fold.
+    `target` holds a probability per class, in the task's class order, or is `None` without a label.
+    `weight` is the row's weight in the loss; `group` names the rows that must stay in one fold.
     """
 
     id: str
@@ -40,7 +43,7 @@ class Row:
 
 
 class Task(BaseModel):
-    """What is judged. `PRESETS` holds the competitions' tasks; a config may spell out its own.
+    """A classification task. `TASKS` holds those of Kaggle's competitions; a config may define its own.
 
     >>> LMSYS.swapped_columns
     (1, 0, 2)
@@ -48,19 +51,23 @@ class Task(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(description="name of the task; shown, and kept in bundles")
-    fields: tuple[str, ...] = Field(min_length=1, description="columns with text, in reading order")
+    name: str = Field(description="name of the task")
+    fields: tuple[str, ...] = Field(
+        min_length=1, description="text columns, in the order in which the model reads them"
+    )
     classes: tuple[str, ...] = Field(min_length=1, description="class names; the order of every score column")
     label_column: str | None = Field(
-        default=None, description="column that names the winning class; null: one column a class, with probabilities"
+        default=None, description="column with the class name; null: a column with the probability of each class"
     )
-    multi_turn: bool = Field(default=False, description="cells hold JSON lists of turns rather than plain text")
-    multi_label: bool = Field(default=False, description="several classes may hold at once (no softmax, no swap)")
-    metric: Literal["log_loss", "accuracy"] = Field(default="log_loss", description="what the leaderboard counts")
+    multi_turn: bool = Field(default=False, description="cells contain JSON lists of turns instead of plain text")
+    multi_label: bool = Field(
+        default=False, description="a row can have several classes (sigmoid, no softmax, no swap)"
+    )
+    metric: str = Field(default="log_loss", description="metric of the leaderboard: one of docs/training.md")
     swap_fields: tuple[str, str] | None = Field(default=None, description="the two fields that a swap exchanges")
     swap_classes: tuple[str, str] | None = Field(default=None, description="the two classes that a swap exchanges")
     extra_columns: tuple[str, ...] = Field(
-        default=(), description="further columns that the competition's files hold and that are not read"
+        default=(), description="further columns of the competition's files; they are not read"
     )
 
     @model_validator(mode="after")
@@ -79,6 +86,12 @@ class Task(BaseModel):
         if self.multi_label and (self.label_column or self.swap_fields):
             raise ValueError("multi_label needs one column a class, and knows no swap")
         return self
+
+    @property
+    def kind(self) -> Kind:
+        if self.multi_label:
+            return "multilabel"
+        return "binary" if len(self.classes) <= 2 else "multiclass"
 
     @property
     def swappable(self) -> bool:
@@ -101,11 +114,11 @@ class Task(BaseModel):
         return tuple(exchange.get(column, column) for column in range(len(self.classes)))
 
     def swap_target(self, target: Sequence[float]) -> tuple[float, ...]:
-        """The target of the row seen in the other order; shape `(C,)` in, `(C,)` out."""
+        """The target `(C,)` of the row in the other order."""
         return tuple(target[column] for column in self.swapped_columns)
 
     def swap_row(self, row: Row) -> Row:
-        """The same comparison told in the other order: `swap_row(swap_row(row)) == row`."""
+        """The same comparison in the other order: `swap_row(swap_row(row)) == row`."""
         fields = {place: row.fields[source] for place, source in self.swapped_fields.items()}
         target = None if row.target is None else self.swap_target(row.target)
         return replace(row, fields=fields, target=target)
@@ -133,15 +146,55 @@ WSDM = Task(
     extra_columns=("model_a", "model_b", "language", "scored"),
 )
 
-PRESETS: dict[str, Task] = {task.name: task for task in (LMSYS, WSDM)}
+HIDDEN_ROWS, HOURS = 25_000, 9.0
+"""Rows of a hidden test and hours of a notebook if they are unknown; about those of LMSYS."""
+
+
+@dataclass(frozen=True, slots=True)
+class Competition:
+    """A competition on Kaggle: a record of `TASKS`.
+
+    Attributes:
+        slug: its name in Kaggle's addresses.
+        task: its files and its metric.
+        hours: the time limit of a notebook.
+        hidden_rows: approximate number of rows in the hidden test; None: unknown.
+    """
+
+    slug: str
+    task: Task
+    hours: float
+    hidden_rows: int | None = None
+
+
+TASKS: dict[str, Competition] = {
+    # https://www.kaggle.com/competitions/lmsys-chatbot-arena, 2024: code requirements and data
+    "lmsys": Competition("lmsys-chatbot-arena", LMSYS, hours=9, hidden_rows=HIDDEN_ROWS),
+    # https://www.kaggle.com/competitions/wsdm-cup-multilingual-chatbot-arena, 2025. Competitors report 12 hours and
+    # 4 h 45 min: the shorter is safe. Look at the competition's page.
+    "wsdm": Competition("wsdm-cup-multilingual-chatbot-arena", WSDM, hours=4.75),
+    # https://www.kaggle.com/competitions/llm-classification-finetuning, Getting Started, since 2024-10-16, no end;
+    # LMSYS's files and metric. Hours and rows: README of https://github.com/restful3/ds4th_study
+    "llm-classification-finetuning": Competition("llm-classification-finetuning", LMSYS, 9, HIDDEN_ROWS),
+}
+"""Kaggle's competitions, by the name for `task` in a config. A new competition is a new record."""
+
+
+def competition(slug: str) -> Competition | None:
+    """The record of the competition with this slug, or None."""
+    return next((record for record in TASKS.values() if record.slug == slug), None)
+
+
+def hidden_rows(slug: str) -> int:
+    """Approximate number of rows in a competition's hidden test; `HIDDEN_ROWS` if it is unknown."""
+    record = competition(slug)
+    return HIDDEN_ROWS if record is None or record.hidden_rows is None else record.hidden_rows
 
 
 def as_task(value: Any) -> Any:
-    """A preset's name as the preset; anything else is left to pydantic (a mapping spells out a task)."""
+    """A name of `TASKS` as its task; anything else is left to pydantic (a mapping spells out a task)."""
     if isinstance(value, str):
-        if value not in PRESETS:
-            raise ValueError(
-                f"task {quoted(value)} is no preset; give one of {sorted(PRESETS)} or spell out its fields"
-            )
-        return PRESETS[value]
+        if value not in TASKS:
+            raise ValueError(f"task {quoted(value)} is no preset; give one of {sorted(TASKS)} or spell out its fields")
+        return TASKS[value].task
     return value

@@ -1,6 +1,6 @@
-"""What the person at the command permits of files that a stranger may have made. No file that is loaded can grant it.
+"""Permissions for files of other people: `--trust-remote-code` and `--linked-files`. No file can grant them.
 
-The command line sets it once for its process; a process that scores gets it with its work (`worker.Assignment`).
+The command line sets them once for its process; a worker receives them in its `Assignment`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _granted = Trust()
 
 
 def grant(trust: Trust) -> None:
-    """Let this process have these permissions, and no others."""
+    """Set the permissions of this process."""
     global _granted
     _granted = trust
 

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pairclf.data.arena import HEADINGS, VERDICT, corpus
+from pairclf.demo.arena import HEADINGS, VERDICT, corpus
 from pairclf.files import atomic_folder, write_json
 
 CORPUS_SEED = 20_240_501  # of no arena that the demo or a test draws; a corpus stream has its own seeds besides

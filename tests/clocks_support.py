@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from pairclf.inference.crew import ProcessCrew
-from pairclf.inference.work import Event
-from pairclf.inference.worker import Loader, load_bundle
+from pairclf.approaches.protocol import Loader
+from pairclf.inference.messages import Event
+from pairclf.inference.pool import ProcessPool
+from pairclf.inference.worker import load_bundle
 from pairclf.rehearsal.shared_clock import SharedClock
 
 PATIENCE = 600.0
@@ -29,7 +30,7 @@ def comes_true(what: Callable[[], object]) -> bool:
     return True
 
 
-def collect(crew: ProcessCrew, count: int) -> list[Event]:
+def collect(crew: ProcessPool, count: int) -> list[Event]:
     """So many events of a crew; fails where they do not come."""
     events: list[Event] = []
 
@@ -52,7 +53,7 @@ def clock_in(folder: Path) -> SharedClock:
     return SharedClock(folder / "clock", standing)
 
 
-def turned_crew(clock: SharedClock, load: Loader = load_bundle) -> Callable[..., ProcessCrew]:
-    """`ProcessCrew`, whose waits turn the clock while a pass lasts on it."""
-    kind = type("TurnedCrew", (ProcessCrew,), {"wait": clock.turned_by(ProcessCrew.wait)})
+def turned_crew(clock: SharedClock, load: Loader = load_bundle) -> Callable[..., ProcessPool]:
+    """`ProcessPool`, whose waits turn the clock while a pass lasts on it."""
+    kind = type("TurnedCrew", (ProcessPool,), {"wait": clock.turned_by(ProcessPool.wait)})
     return partial(kind, load=load)

@@ -7,20 +7,28 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in two workers on two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in several processes
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line sets it
 
 from pairclf.config import Config, resolve
 
+if TYPE_CHECKING:
+    from pairclf.model.engine import Classifier
+
 # How long an example takes says something about the machine, and not about the code.
-hypothesis_settings.register_profile("pairclf", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-hypothesis_settings.load_profile("pairclf")
+for profile, examples in {"quick": 40, "thorough": 100}.items():
+    hypothesis_settings.register_profile(
+        profile, deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=examples
+    )
 
 DISPOSITIONS = {
     signal.SIGINT: signal.default_int_handler,
@@ -35,9 +43,13 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--notebooks", type=int, default=100, help="simulated in tests/inference/test_conduct.py")
-    parser.addoption("--kills", type=int, default=2, help="kills at random moments in tests/jobs/test_predict.py")
+    parser.addoption("--notebooks", type=int, default=40, help="simulated in tests/inference/test_loop.py")
+    parser.addoption("--kills", type=int, default=2, help="kills at random moments in test_predict and test_files")
     parser.addoption("--thorough", action="store_true", help="also run what has a shorter sibling in the suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis_settings.load_profile("thorough" if config.getoption("--thorough") else "quick")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -69,6 +81,15 @@ def _state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What pairclf notes about packages on this machine is the tests' own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _preloaded_server() -> Iterator[None]:
+    from support.forked import preload
+
+    with pytest.MonkeyPatch.context() as patch:
+        preload(patch)
         yield
 
 
@@ -137,32 +158,91 @@ def tiny_model(kind: str, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`base_of("gemma2")` is a folder with a tiny base model of that architecture and its tokenizer."""
-    made: dict[str, Path] = {}
+    """`base_of("gemma2")` is a folder with a tiny base model of that architecture and its tokenizer, to read only."""
 
+    @cache
     def make(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            tiny_tokenizer(made[kind])
-            tiny_model(kind, made[kind])
-        return made[kind]
+        from support.runs import shared_folder
+
+        def fill(folder: Path) -> None:
+            tiny_tokenizer(folder)
+            tiny_model(kind, folder)
+
+        return shared_folder(tmp_path_factory, kind, fill)
 
     return make
 
 
+@pytest.fixture(scope="session")
+def trained_run(
+    base_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Path]]:
+    """`trained_run("llama")` is a folder with an arena, `config.yaml` and a finished cross-validation under `run`.
+
+    It is trained once for all tests, which only read it: `support.runs.copy_run` makes a copy to spoil.
+    """
+    from support.runs import RUNS, run_config, shared_folder, train_run
+
+    from pairclf.files import sha256_tree
+
+    before: dict[Path, dict[str, str]] = {}
+
+    @cache
+    def make(kind: str) -> Path:
+        def fill(folder: Path) -> None:
+            train_run(folder, run_config(folder, base_of(kind), model=RUNS[kind]))
+
+        folder = shared_folder(tmp_path_factory, f"trained-{kind}", fill)
+        before[folder] = sha256_tree(folder)
+        return folder
+
+    yield make
+    for folder, files in before.items():
+        assert files.items() <= sha256_tree(folder).items(), f"a test has changed {folder}, which others read"
+
+
 @pytest.fixture
+def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of `predict` do not estimate their memory, which takes longer than all else that a tiny model does."""
+    from support.faults import quick
+
+    from pairclf.inference.pool import ProcessPool
+
+    monkeypatch.setattr("pairclf.inference.predict.ProcessPool", partial(ProcessPool, load=quick))
+
+
+@pytest.fixture
+def without_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings do not estimate their memory and hours first, which takes a fifth of a small one's time."""
+    monkeypatch.setattr("pairclf.approaches.finetune.train.estimate_resources", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
 def config_for(base_of: Callable[[str], Path]) -> Callable[..., Config]:
     """`config_for("gemma2", model={...}, train={...})`: a small config on a tiny base."""
 
     def make(kind: str = "gemma2", **sections: dict[str, object]) -> Config:
         tree: dict[str, dict[str, object]] = {
             "inputs": {"max_length": 160},
-            "model": {"base": str(base_of(kind)), "quantization": "none", "lora": {"rank": 4, "dropout": 0.0}},
-            "train": {"rows_per_step": 8, "rows_per_batch": 8, "learning_rate": 1e-2},
+            "model": {"base": str(base_of(kind)), "quantization": "none", "lora": {"r": 4, "lora_dropout": 0.0}},
+            "train": {"global_batch_size": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2},
         }
         for name, section in sections.items():
             tree[name] = {**tree.get(name, {}), **section}
         return resolve(tree)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def classifier_of(config_for: Callable[..., Config]) -> Callable[[str], Classifier]:
+    """`classifier_of("llama")` on a tiny base, to read only."""
+
+    @cache
+    def make(kind: str) -> Classifier:
+        from models_support import as_built
+
+        return as_built(config_for(kind))
 
     return make
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from pairclf.config import Config
-from pairclf.model.batch import Batch, Item, Piece, Span, Topology
+from pairclf.inputs.sequences import Item
+from pairclf.model.batch import Batch, Segment, Span, Topology
 from pairclf.model.engine import Classifier, build
 from pairclf.model.layouts import padded
 
@@ -62,7 +63,7 @@ def with_topology(change: Callable[[tuple[Span, ...]], tuple[Span, ...]]) -> Cal
 
     def spoil(batch: Batch) -> Batch:
         topology = topology_of(batch)
-        pieces = tuple(Piece(one.start, one.stop, change(one.sees)) for one in topology.pieces)
+        pieces = tuple(Segment(one.start, one.stop, change(one.sees)) for one in topology.segments)
         wrong = Topology(pieces, tuple(change(path) for path in topology.paths))
         return replace(batch, inputs={**batch.inputs, "topology": wrong})
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
-from pairclf.cli import keep_folder_out
+from pairclf import __version__
+from pairclf.cli import app, keep_folder_out
+from pairclf.cli.options import split_overrides
+from pairclf.task import TASKS
 
 
 def test_no_process_imports_modules_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +47,131 @@ def test_links_that_lead_to_each_other_are_an_error_and_no_traceback(
     code, said = cli("config", tmp_path / "a.yaml")
     assert code == 2
     assert "a.yaml" in said
+
+
+def test_a_metric_that_the_task_does_not_have_is_refused_before_anything_runs(
+    tmp_path: Path, cli: Callable[..., tuple[int, str]]
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("task: wsdm\n")
+    code, printed = cli("config", path, "train.metric_for_best_model=f1")
+    assert code == 2
+    assert "train.metric_for_best_model='f1' is no metric of a binary task" in printed
+    assert "log_loss, accuracy" in printed
+    assert cli("config", path, "train.metric_for_best_model=accuracy")[0] == 0
+
+
+ABSENT = "no-such-file.csv"
+
+WITH_PATHS = {
+    "check": [ABSENT],
+    "predict": [ABSENT, "--data", ABSENT],
+    "forecast": [ABSENT, "--data", ABSENT],
+    "package": [ABSENT],
+}
+"""Commands that take several paths, which overrides may lie among, and arguments that they need."""
+
+WITH_CONFIG = {
+    "folds": [ABSENT],
+    "show": [ABSENT],
+    "lengths": [ABSENT],
+    "config": [ABSENT],
+    "train": [ABSENT],
+    "cv": [ABSENT],
+    "evaluate": [ABSENT],
+    "merge": [ABSENT, "--out", "x"],
+    "export": [ABSENT, "--out", "x", "--to", "int8"],
+    "pseudo": [ABSENT, "--data", ABSENT, "--scores", ABSENT],
+    "demo": [],
+}
+
+
+@pytest.mark.parametrize(("command", "arguments"), [*WITH_PATHS.items(), *WITH_CONFIG.items()])
+@pytest.mark.parametrize(
+    ("option", "form"),
+    [
+        (["--set", "seed=1"], "KEY=VALUE"),
+        (["--set=seed=1"], "KEY=VALUE"),
+        (["--train.batch-size", "2"], "train.batch_size=VALUE"),
+        (["--owner", "me"], "package.owner=VALUE"),
+    ],
+)
+def test_settings_given_as_options_are_refused_with_the_right_form(
+    cli: Callable[..., tuple[int, str]], command: str, arguments: list[str], option: list[str], form: str
+) -> None:
+    code, text = cli(command, *arguments, *option)
+    assert code == 2
+    assert f"there is no option {option[0].partition('=')[0]}" in text
+    assert f"settings are arguments without dashes: {form}" in text
+
+
+def test_every_command_with_settings_is_tested_above() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    with_settings = {
+        name for name, command in commands.items() if any("KEY=VALUE" in str(one.metavar) for one in command.params)
+    }
+    assert with_settings == {*WITH_PATHS, *WITH_CONFIG}
+
+
+@pytest.mark.parametrize("arguments", [["verify", "x", "--set", "a=1"], ["train", "x.yaml", "--bogus"]])
+def test_other_unknown_options_are_left_to_typer(cli: Callable[..., tuple[int, str]], arguments: list[str]) -> None:
+    code, text = cli(*arguments)
+    assert code == 2
+    assert "No such option" in text
+
+
+def test_overrides_may_lie_among_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1").mkdir()
+    arguments = ["lr=1", "a/lr=2/bundle", "lr=3", "b", f"inputs.template.system={'x' * 300}", "./lr=4"]
+    paths, overrides = split_overrides(arguments)
+    assert [str(path) for path in paths] == ["lr=1", "a/lr=2/bundle", "b", "lr=4"]
+    assert overrides == [arguments[2], arguments[4]]
+
+
+@pytest.mark.parametrize("command", WITH_PATHS)
+def test_settings_without_a_path_are_an_error(cli: Callable[..., tuple[int, str]], command: str) -> None:
+    code, text = cli(command, "seed=1", *WITH_PATHS[command][1:])
+    assert code == 2
+    assert "seed=1 is a setting, and no path is given" in text
+
+
+def test_check_names_every_preset(cli: Callable[..., tuple[int, str]]) -> None:
+    code, text = cli("check", "--help")
+    assert code == 0
+    unbroken = re.sub(r"[\s│]", "", text).replace("-", "")
+    assert [name for name in TASKS if name.replace("-", "") not in unbroken] == []
+
+
+def test_version_is_printed(cli: Callable[..., tuple[int, str]]) -> None:
+    assert cli("--version") == (0, f"pairclf {__version__}")
+
+
+WAITING = """
+import os, sys
+from multiprocessing import get_context
+from pairclf.cli import main
+from pairclf.runs import processes
+
+sys.argv[1:] = ["--version"]
+try:
+    main()
+except SystemExit:
+    for method in ("forkserver", "spawn"):
+        with get_context(method).Pool(1) as pool:
+            print("policy", pool.apply(os.getenv, ("OMP_WAIT_POLICY",)))
+    processes.COMMAND = (sys.executable, "-c", "import os; print('policy', os.environ['OMP_WAIT_POLICY'])")
+    processes.run_processes(2, [])
+    import torch  # whose OpenMP says on loading how it was set
+"""
+
+
+@pytest.mark.parametrize(("own", "policy"), [(None, "passive"), ("active", "active")])
+def test_threads_wait_without_spinning_unless_the_environment_says_otherwise(own: str | None, policy: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": own} if own else {})
+    command = [sys.executable, "-c", WAITING]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[1:] == [f"policy {policy}"] * 3
+    displayed = [line.split("OMP_WAIT_POLICY = ")[1] for line in ended.stderr.splitlines() if "OMP_WAIT_POLICY" in line]
+    assert displayed == [f"'{policy.upper()}'"]

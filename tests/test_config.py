@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from pairclf.cli import app
 from pairclf.config import (
     MAX_YAML,
+    RENAMED,
     Config,
     describe_config,
     dump_config,
@@ -24,7 +25,7 @@ from pairclf.config import (
     settings,
 )
 from pairclf.errors import ConfigError
-from pairclf.inference.members import read_ensemble
+from pairclf.inference.ensemble import read_ensemble
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(
@@ -46,28 +47,56 @@ def test_dump_and_description_read_back_as_the_same_config() -> None:
 
 
 def test_every_setting_has_help() -> None:
-    assert [key for key, help_text in settings() if len(help_text) < 5] == []
+    assert [key for key, help_text in settings(Config) if len(help_text) < 5] == []
 
 
 def test_all_errors_are_shown_at_once_and_name_the_nearest_key() -> None:
     with pytest.raises(ConfigError) as caught:
-        resolve({"train": {"lerning_rate": 1, "epochs": "many"}, "modl": {}, "seed": -1})
+        resolve({"train": {"lerning_rate": 1, "num_train_epochs": "many"}, "modl": {}, "seed": -1})
     text = str(caught.value)
     assert "4 settings" in text
-    for part in ("train.lerning_rate", "train.learning_rate", "modl", "nearest is model", "train.epochs", "seed"):
+    for part in (
+        "train.lerning_rate",
+        "train.learning_rate",
+        "modl",
+        "nearest is model",
+        "train.num_train_epochs",
+        "seed",
+    ):
         assert part in text
+
+
+@pytest.mark.parametrize(("former", "new"), RENAMED.items())
+def test_a_former_key_is_refused_and_the_error_names_todays(former: str, new: str, tmp_path: Path) -> None:
+    *sections, key = former.split(".")
+    path = tmp_path / "x.yaml"
+    path.write_text("".join(f"{name}: {{" for name in sections) + f"{key}: 1" + "}" * len(sections))
+    for read in (lambda: override(Config(), [f"{former}=1"]), lambda: load_config(path)):
+        with pytest.raises(ConfigError, match=rf"\n  {re.escape(former)} is now {re.escape(new)}\n"):
+            read()
+
+
+def test_a_misspelt_former_key_leads_to_todays() -> None:
+    with pytest.raises(ConfigError, match=r"train\.epoch: no such setting; the nearest is train\.num_train_epochs"):
+        override(Config(), ["train.epoch=2"])
+
+
+def test_every_renamed_key_leads_to_a_setting_and_is_none_itself() -> None:
+    known = {key for key, _ in settings(Config)}
+    assert set(RENAMED.values()) <= known
+    assert not RENAMED.keys() & known
 
 
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
         ({"model": {"lora": None}}, "quantization=nf4 freezes"),
-        ({"inputs": {"shares": {"prompt": 0.2, "response_a": 0.5, "response_b": 0.3}}}, "must treat response_a"),
-        ({"inputs": {"shares": {"prompt": 0.5, "response_a": 0.5, "response_b": 0.5}}}, "sum to at most 1"),
-        ({"inputs": {"cut": {"prompt": "head"}}}, "each of the task's fields"),
+        ({"inputs": {"budget_shares": {"prompt": 0.2, "response_a": 0.5, "response_b": 0.3}}}, "must give response_a"),
+        ({"inputs": {"budget_shares": {"prompt": 0.5, "response_a": 0.5, "response_b": 0.5}}}, "sum to at most 1"),
+        ({"inputs": {"truncation": {"prompt": "head"}}}, "each of the task's fields"),
         ({"task": "imdb"}, "no preset"),
         ({"seed": 2**32}, "seed"),
-        ({"train": {"epochs": float("inf")}}, "finite"),
+        ({"train": {"num_train_epochs": float("inf")}}, "finite"),
         ({"folds": {"run": []}}, "at least 1 item"),
     ],
 )
@@ -78,16 +107,16 @@ def test_contradictions_are_refused(tree: dict[str, object], message: str) -> No
 
 def test_overrides_lie_on_the_file_and_the_file_on_what_it_extends(tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
-    (tmp_path / "base.yaml").write_text("train: {epochs: 3, clip: 0.5}\nseed: 1\n")
+    (tmp_path / "base.yaml").write_text("train: {num_train_epochs: 3, max_grad_norm: 0.5}\nseed: 1\n")
     path = tmp_path / "configs" / "x.yaml"
-    path.write_text("extends: ../base.yaml\ntrain: {epochs: 2}\n")
-    config = load_config(path, ["train.learning_rate=1e-5", "predict.swap=off", "model.lora.targets=[q_proj]"])
-    assert (config.train.epochs, config.train.clip, config.seed) == (2, 0.5, 1)
+    path.write_text("extends: ../base.yaml\ntrain: {num_train_epochs: 2}\n")
+    config = load_config(path, ["train.learning_rate=1e-5", "predict.swap=off", "model.lora.target_modules=[q_proj]"])
+    assert (config.train.num_train_epochs, config.train.max_grad_norm, config.seed) == (2, 0.5, 1)
     assert config.train.learning_rate == 1e-5
     assert config.predict.swap == "off"  # a word, as in YAML 1.2, and not False
     assert config.model.lora is not None
-    assert config.model.lora.targets == ["q_proj"]
-    assert config.output == Path("runs/x")
+    assert config.model.lora.target_modules == ["q_proj"]
+    assert config.output_dir == Path("runs/x")
 
 
 def test_a_circle_of_extends_is_an_error(tmp_path: Path) -> None:
@@ -182,7 +211,7 @@ def test_only_a_regular_file_is_extended(tmp_path: Path, extended: str) -> None:
             read_ensemble([(tmp_path / name).rename(tmp_path / f"{name}.yaml")])
 
 
-@pytest.mark.parametrize("wrong", ["train.epochs", "=3", "train.epochs=[1", "train.epoch=3"])
+@pytest.mark.parametrize("wrong", ["train.num_train_epochs", "=3", "train.num_train_epochs=[1", "train.epoch=3"])
 def test_a_malformed_override_is_an_error(wrong: str) -> None:
     with pytest.raises(ConfigError):
         override(resolve({}), [wrong])
@@ -197,7 +226,7 @@ def test_the_run_folder_mirrors_the_path_below_configs() -> None:
 def test_a_task_that_can_not_swap_shows_one_order() -> None:
     task = {"name": "t", "fields": ["text"], "classes": ["u", "v"], "label_column": "label"}
     assert resolve({"task": task}).train.swap == "none"
-    with pytest.raises(ConfigError, match="can not"):
+    with pytest.raises(ConfigError, match="has none"):
         resolve({"task": task, "train": {"swap": "random"}})
 
 
@@ -218,31 +247,31 @@ WORDS = {"winner_model_a": "a", "winner_model_b": "b", "winner_tie": "c"}
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"train": {"keep": "best"}}, "keep=best needs evaluate_every"),
-        ({"train": {"patience": 3}}, "patience=3 needs evaluate_every"),
-        ({"train": {"average_last": 3}}, "checkpoints to 3 or more"),
-        ({"train": {"average_last": 2, "checkpoint_every": None}}, "set checkpoint_every"),
-        ({"train": {"average_last": 2, "ema": 0.9}}, "each choose the weights"),
-        ({"train": {"average_last": 2, "keep": "best", "evaluate_every": 9}}, "each choose the weights"),
-        ({"train": {"consistency": 0.1, "swap": "random"}}, "needs swap=both"),
-        ({"train": {"betas": [0.9, 1.0]}}, "from 0 to 1, 1 excluded"),
-        ({"model": {"attention": "sdpa"}}, "set train.layout=padded"),
-        ({"model": {"label_words": WORDS, "head": "two_layer"}}, "label_words fill a linear head"),
+        ({"train": {"keep_weights": "best"}}, "keep_weights=best needs eval_steps"),
+        ({"train": {"early_stopping_patience": 3}}, "early_stopping_patience=3 needs eval_steps"),
+        ({"train": {"average_checkpoints": 3}}, "save_total_limit to 3 or more"),
+        ({"train": {"average_checkpoints": 2, "save_steps": None}}, "set save_steps"),
+        ({"train": {"average_checkpoints": 2, "ema_decay": 0.9}}, "each choose the weights"),
+        ({"train": {"average_checkpoints": 2, "keep_weights": "best", "eval_steps": 9}}, "each choose the weights"),
+        ({"train": {"consistency_weight": 0.1, "swap": "random"}}, "needs swap=both"),
+        ({"train": {"adam_betas": [0.9, 1.0]}}, "from 0 to 1, 1 excluded"),
+        ({"model": {"attn_implementation": "sdpa"}}, "set train.layout=padded"),
+        ({"model": {"label_words": WORDS, "head": "two_layer"}}, "label_words initialise a linear head"),
         ({"model": {"label_words": {"winner_tie": "c"}}}, "it must name each class"),
-        ({"model": {"label_words": WORDS | {"winner_tie": "a"}}}, "gives two classes one word"),
+        ({"model": {"label_words": WORDS | {"winner_tie": "a"}}}, "gives two classes the same word"),
         (
             {
                 "task": {"name": "t", "fields": ["text"], "classes": ["u", "v"], "multi_label": True},
                 "train": {"distill": {"scores": ["x.parquet"]}},
             },
-            "several labels a row",
+            "multi_label",
         ),
         (
             {
                 "task": {"name": "t", "fields": ["text"], "classes": ["u", "v"], "label_column": "label"},
-                "train": {"consistency": 0.5},
+                "train": {"consistency_weight": 0.5},
             },
-            "can swap",
+            "has none",
         ),
     ],
 )
@@ -252,7 +281,7 @@ def test_what_can_not_be_trained_is_refused_with_the_reason(tree: dict[str, obje
 
 
 @pytest.mark.parametrize("escape", ["\\0", "\\uD800"])
-@pytest.mark.parametrize("text", ['output: "a{}b"', 'members: [{{bundle: "a{}b"}}]', '{{"a{}b": 1}}'])
+@pytest.mark.parametrize("text", ['output_dir: "a{}b"', 'members: [{{bundle: "a{}b"}}]', '{{"a{}b": 1}}'])
 def test_characters_that_no_path_can_have_are_refused(text: str, escape: str) -> None:
     """Whatever opens such a path raises no error of a file."""
     with pytest.raises(ConfigError, match=r"not valid YAML: .*has the character U\+(0000|D800)"):

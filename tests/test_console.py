@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pairclf import console
-from pairclf.console import progress
+from pairclf.console import counted, number, progress
 
 
 def test_a_log_gets_a_line_every_so_often(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,3 +24,9 @@ def test_other_processes_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     with progress("score", total=1, visible=False) as advance:
         advance()
     assert capsys.readouterr().err == ""
+
+
+def test_one_row_is_no_rows() -> None:
+    assert [counted(count, "row") for count in (0, 1, 25_000)] == ["0 rows", "1 row", "25,000 rows"]
+    assert [counted(count, "row has", "rows have") for count in (1, 2)] == ["1 row has", "2 rows have"]
+    assert [number(value, 3) for value in (None, 0.12345)] == ["-", "0.123"]

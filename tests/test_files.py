@@ -260,10 +260,10 @@ for version in count():
 """
 
 
-def test_killed_at_any_moment_what_is_found_is_whole(tmp_path: Path) -> None:
+def test_killed_at_any_moment_what_is_found_is_whole(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """kill -9 at random moments of a writer that does nothing but replace; each next one goes on from there."""
     random = Random(0)
-    for _ in range(8):
+    for _ in range(2 * pytestconfig.getoption("--kills")):
         writer = subprocess.Popen([sys.executable, "-c", REWRITE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         writer.stdout.readline()

@@ -5,29 +5,33 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pairclf"
 
-FLOORS = {
-    "pairclf": 0, "errors": 0, "task": 0, "config": 0, "files": 0, "console": 0, "dispositions": 0,
-    "data": 1, "scores": 1, "inputs": 2, "model": 3, "jobs": 4, "inference": 4, "packaging": 4, "rehearsal": 4,
-    "trust": 0, "publish": 4, "cli": 5, "__main__": 5,
-}  # fmt: skip
-ROOMS = {
-    "words": ["errors", "console", "files", "trust", "task", "config"],
-    "data": ["csv_syntax", "formats", "tables", "arena", "duplicates", "folds", "identity", "audit"],
-    "scores": ["metrics", "probabilities", "calibration", "blend"],
-    "inputs": ["truncate", "chat", "tokenise", "render", "plan", "cache"],
-    "model": [
-        "batch", "layouts", "attention", "trim", "precision", "isolation", "readout", "folder", "backbone", "engine",
-        "bundle",
-    ],
-}  # fmt: skip
-TO_KAGGLE = ["packaging", "rehearsal", "publish"]
-"""Rooms of one floor, each of which builds on those before it."""
+ROOMS = [
+    ["errors", "console", "files", "signals", "trust", "hardware", "task", "config"],
+    ["scores", "data"],
+    ["inputs"],
+    ["bundles", "run"],
+    ["model", "approaches"],
+    ["inference", "runs", "inspect"],
+    ["packaging", "rehearsal", "publish"],
+    ["demo", "cli"],
+]
+"""Floors from the ground up, and on each the rooms in their order: a module imports from lower floors, or earlier rooms
+of its own. `pairclf` itself holds the version, and `__main__` starts `cli`."""
+
+ORDER = {
+    "": -1,
+    **{room: place for place, room in enumerate(room for floor in ROOMS for room in floor)},
+    "__main__": 99,
+}
+ALONE = {"demo": {"cli"}}
+"""Rooms that nothing imports but these."""
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "deepspeed"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "_shipped" not in path.parts)
@@ -35,20 +39,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "_shipped" not in pat
 
 def room_of(module: str) -> str:
     """`pairclf.data.tables` -> `data`."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else parts[0]
-
-
-def imports(path: Path) -> set[str]:
-    """Every absolute import in the file, those inside functions included."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively"
-            found.add(str(node.module))
-    return found
+    return [*module.split("."), ""][1]
 
 
 NEWER_POLARS = {
@@ -57,12 +48,12 @@ NEWER_POLARS = {
 """Names of polars that 1.35 lacks, the oldest version that is accepted and that of Kaggle's images."""
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_the_oldest_polars_has_every_name(path: Path) -> None:
+def test_the_oldest_polars_has_every_name() -> None:
     """One name that it lacks, and no command starts on Kaggle."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in MODULES]
     used = {
         node.attr
+        for tree in trees
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("pl", "polars")
     }
@@ -73,53 +64,118 @@ def name_of(path: Path) -> str:
     return ".".join(["pairclf", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
 
 
-def wrong_arrows(name: str, imported: set[str]) -> list[str]:
-    floor = FLOORS[room_of(name)]
-    upwards = [other for other in imported if other.startswith("pairclf.") and FLOORS[room_of(other)] > floor]
-    heavy = [other for other in imported if other.split(".")[0] in HEAVY - {"datasets"}] if floor <= 2 else []
-    back = [other for other in imported if other.startswith("pairclf.") and _is_later(room_of(name), room_of(other))]
-    return sorted([*upwards, *heavy, *back, *backwards(name, imported)])
+def arrows() -> dict[str, set[str]]:
+    """What each module of the package imports of it, modules named in `from pairclf.room import module` included."""
+    names = {name_of(path): path for path in MODULES}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path} imports relatively"
+                found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+        graph[name] = (found & names.keys()) - {name}
+    return graph
 
 
-def _is_later(room: str, other: str) -> bool:
-    return room in TO_KAGGLE and other in TO_KAGGLE[TO_KAGGLE.index(room) + 1 :]
+def wrong_arrows(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
+    """Imports of a later room, or of one that is not for everybody."""
+    pairs = [(name, other) for name, others in graph.items() for other in others]
+    rooms = [(name, other, room_of(name), room_of(other)) for name, other in pairs]
+    return sorted(
+        (name, other)
+        for name, other, room, theirs in rooms
+        if ORDER[theirs] > ORDER[room] or (theirs != room and room not in ALONE.get(theirs, {room}))
+    )
 
 
-def backwards(name: str, imported: set[str]) -> list[str]:
-    """Imports from a later module of the same room, for rooms whose order is laid down."""
-    parts = name.split(".")
-    order = ROOMS["words"] if FLOORS[room_of(name)] == 0 else ROOMS.get(room_of(name), [])
-    if parts[-1] not in order:
-        return []
-    later = order[order.index(parts[-1]) + 1 :]
-    prefix = ".".join(parts[:-1])
-    return [f"{prefix}.{module}" for module in later if f"{prefix}.{module}" in imported]
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other, over however many steps; nothing where there are none."""
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_point_downwards(path: Path) -> None:
-    assert wrong_arrows(name_of(path), imports(path)) == []
+def test_every_room_has_its_place_and_imports_point_downwards() -> None:
+    graph = arrows()
+    assert {room_of(name) for name in graph} == ORDER.keys()
+    assert wrong_arrows(graph) == []
 
 
-def test_a_wrong_arrow_is_found() -> None:
-    assert wrong_arrows("pairclf.data.tables", {"pairclf.model.batch", "torch", "polars"}) == [
-        "pairclf.model.batch",
-        "torch",
+def test_no_files_import_each_other() -> None:
+    """Rooms can't, as they are in one order."""
+    assert circle({name: others - {name.rpartition(".")[0], "pairclf"} for name, others in arrows().items()}) == []
+
+
+def test_wrong_arrows_and_circles_are_found() -> None:
+    wrong = {
+        "pairclf.data.rows": {"pairclf.model.batch", "pairclf.scores.metrics"},
+        "pairclf.scores.metrics": {"pairclf.data.rows"},
+        "pairclf.runs.fit": {"pairclf.demo.demo"},
+        "pairclf.cli.main": {"pairclf.demo.demo"},
+        "pairclf.packaging.build": {"pairclf.rehearsal.mounts"},
+    }
+    assert wrong_arrows(wrong) == [
+        ("pairclf.data.rows", "pairclf.model.batch"),
+        ("pairclf.packaging.build", "pairclf.rehearsal.mounts"),
+        ("pairclf.runs.fit", "pairclf.demo.demo"),
+        ("pairclf.scores.metrics", "pairclf.data.rows"),
     ]
-    assert wrong_arrows("pairclf.inputs.truncate", {"pairclf.inputs.render"}) == ["pairclf.inputs.render"]
-    assert wrong_arrows("pairclf.packaging.build", {"pairclf.rehearsal.mounts"}) == ["pairclf.rehearsal.mounts"]
+    assert set(circle(wrong)) == {"pairclf.data.rows", "pairclf.scores.metrics"}
 
 
-@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["rehearse", "--help"], ["config", "x.yaml"]])
-def test_help_and_typing_errors_load_nothing_heavy(command: list[str]) -> None:
-    heavy = sorted(HEAVY | {"polars", "sklearn", "scipy", "nbclient"})
+WITHOUT_TORCH = (
+    "pairclf.publish.push", "pairclf.packaging.build", "pairclf.bundles.bundle", "pairclf.run", "pairclf.approaches",
+    "pairclf.runs.cv", "pairclf.inference.predict", "pairclf.inference.serve", "pairclf.inference.worker",
+    "pairclf.rehearsal.rehearse",
+)  # fmt: skip
+
+
+def test_only_approaches_load_torch() -> None:
+    heavy = sorted(HEAVY - {"datasets"})
+    lines = [f"import sys, {', '.join(WITHOUT_TORCH)}", f"print([name for name in {heavy!r} if name in sys.modules])"]
+    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+NOT_FOR_ERRORS = HEAVY | {"polars", "sklearn", "scipy", "nbclient"}
+NOT_FOR_HELP = NOT_FOR_ERRORS | {"numpy", "pyarrow", "pydantic", "yaml", "pairclf.config", "pairclf.task"}
+NOT_FOR_IMPORT = NOT_FOR_HELP | {"rich", "typer", "pairclf.errors"}
+
+
+@pytest.mark.parametrize(
+    ("command", "heavy"),
+    [
+        (["--help"], NOT_FOR_HELP),
+        (["--version"], NOT_FOR_HELP),
+        (["train", "--help"], NOT_FOR_HELP),
+        (["check", "--help"], NOT_FOR_HELP),
+        (["rehearse", "--help"], NOT_FOR_HELP),
+        (["predikt"], NOT_FOR_HELP),
+        (["train"], NOT_FOR_ERRORS),
+        (["train", "x.yaml", "--set", "train.num_train_epochs=2"], NOT_FOR_ERRORS),
+        (["config", "x.yaml"], NOT_FOR_ERRORS),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_typing_errors_load_nothing_heavy(command: list[str], heavy: set[str]) -> None:
     code = (
         "import sys\nfrom pairclf.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        f"print('LOADED', [name for name in {heavy!r} if name in sys.modules])"
+        f"print('LOADED', [name for name in {sorted(heavy)!r} if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("LOADED []"), result.stdout + result.stderr
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = f"import sys, pairclf; print([name for name in {sorted(NOT_FOR_IMPORT)!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_every_command_shows_an_example() -> None:

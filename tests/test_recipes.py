@@ -1,4 +1,4 @@
-"""The winners' recipes: each trains as it stands, but for its sizes, and what makes it itself takes effect."""
+"""The winners' recipes: what makes each itself takes effect in what training starts from, and in what it leaves."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from bitsandbytes.optim.adamw import AdamW8bit
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pairclf.approaches.finetune import train as loop
+from pairclf.approaches.finetune.distributed import make_accelerator
+from pairclf.approaches.finetune.step import Examples, TrainState, make_examples
 from pairclf.config import Config, load_config, parse_yaml, resolve
-from pairclf.data.arena import generate, write_lmsys
 from pairclf.data.identity import row_hashes
-from pairclf.data.tables import scores_frame, write_scores
+from pairclf.data.rows import to_rows
+from pairclf.data.scores import scores_frame, write_scores
+from pairclf.demo.arena import generate, write_lmsys
 from pairclf.errors import LeakError
-from pairclf.jobs import train as loop
-from pairclf.jobs.fit import fit
-from pairclf.jobs.run import labelled_rows
-from pairclf.jobs.step import Examples, Learner
 from pairclf.model.backbone import load_base, load_tokenizer
-from pairclf.model.engine import Classifier
+from pairclf.model.engine import Classifier, build
+from pairclf.model.inputs import open_inputs
 from pairclf.model.readout import TwoLayerHead
+from pairclf.run import Run as TrainedRun
+from pairclf.run import labelled_rows
+from pairclf.runs.fit import fit
 from pairclf.scores.metrics import Metric
 from pairclf.task import LMSYS
 
@@ -37,24 +41,29 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 SIZES = {
     "public-gemma2-qlora": ["model.lora.first_layer=3"],  # of 6 layers
     "public-llama3-qlora": ["model.label_words.winner_tie=' t'"],  # their tokenizer has no ` tie`
-    "lmsys-3rd": ["train.evaluate_every=1", "train.patience=1"],
-    "arxiv-2512.12677-head": ["train.evaluate_every=1", "train.patience=1", "train.epochs=1"],
-    "lmsys-1st": ["train.evaluate_every=1", "train.epochs=1"],
+    "lmsys-3rd": ["train.eval_steps=1", "train.early_stopping_patience=1"],
+    "arxiv-2512.12677-head": ["train.eval_steps=1", "train.early_stopping_patience=1", "train.num_train_epochs=1"],
+    "lmsys-1st": ["train.eval_steps=1", "train.num_train_epochs=1"],
 }
 
 
 @dataclass
 class Run:
-    """A recipe that was trained: what moved its weights, the head before the first step, and what was left."""
+    """A recipe: what moves its weights, the head before the first step, and, where it was trained, what was left."""
 
     config: Config
-    learner: Learner
+    learner: TrainState
     first_head: dict[str, Tensor]
-    bundle: Path
+    bundle: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        assert self.bundle is not None, "it was not trained"
+        return self.bundle
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        lines = (self.bundle.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (self.folder.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
     @property
@@ -63,7 +72,7 @@ class Run:
         return inner
 
 
-Train = Callable[..., Run]
+Start = Callable[..., Run]
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +89,14 @@ def small(recipe: str, data: Path, output: Path, *more: str) -> Config:
         FOLDER / f"{recipe}.yaml",
         [
             f"model.base=embedded:{'gemma2' if 'gemma' in base else 'llama'}-tiny",
-            *(f"data.folder={data}", f"data.cache={data}/tokens", f"output={output}", "folds.n=2", "folds.run=null"),
-            *("inputs.max_length=160", "train.max_steps=3", "train.rows_per_step=4", "train.log_every=1"),
+            *(
+                f"data.folder={data}",
+                f"data.cache_dir={data}/tokens",
+                f"output_dir={output}",
+                "folds.n_splits=2",
+                "folds.run=null",
+            ),
+            *("inputs.max_length=160", "train.max_steps=3", "train.global_batch_size=4", "train.logging_steps=1"),
             *SIZES.get(recipe, []),
             *more,
         ],
@@ -89,13 +104,29 @@ def small(recipe: str, data: Path, output: Path, *more: str) -> Config:
 
 
 @pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> Train:
-    """Train a recipe by `fit`, fold 0 held out; of the looks at it, the first is the best."""
-    seen: list[tuple[Learner, dict[str, Tensor]]] = []
+def start(data: Path, tmp_path: Path) -> Start:
+    """What the training of a recipe starts from, fold 0 held out."""
 
-    def construct(config: Config, examples: Examples, classifier: Classifier, accelerator: Any) -> Learner:
+    def construct(recipe: str, *more: str) -> Run:
+        config, _, builder = open_inputs(small(recipe, data, tmp_path / recipe, *more))
+        training, _ = TrainedRun(config).split(0)
+        rows = to_rows(training, config.task)
+        classifier = build(config, torch.device("cpu"))
+        head = {name: weight.clone() for name, weight in classifier.head.state_dict().items()}
+        examples = make_examples(rows, builder.encode(rows), config)
+        return Run(config, loop.construct(config, examples, classifier, make_accelerator(config)), head)
+
+    return construct
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path, without_forecast: None) -> Start:
+    """Train a recipe by `fit`, fold 0 held out; of the looks at it, the first is the best."""
+    seen: list[tuple[TrainState, dict[str, Tensor]]] = []
+
+    def construct(config: Config, examples: Examples, classifier: Classifier, accelerator: Any) -> TrainState:
         learner = original(config, examples, classifier, accelerator)
-        seen.append((learner, {name: one.clone() for name, one in classifier.head.state_dict().items()}))
+        seen.append((learner, {name: weight.clone() for name, weight in classifier.head.state_dict().items()}))
         return learner
 
     original = loop.construct
@@ -128,20 +159,20 @@ def teachers(data: Path) -> Callable[[int], str]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_says_what_is_theirs_and_goes_to_a_folder_of_its_own(recipe: str) -> None:
+def test_recipe_says_what_is_theirs_and_has_a_folder_of_its_own(recipe: str) -> None:
     path = FOLDER / f"{recipe}.yaml"
     text = path.read_text(encoding="utf-8")
     assert "\n# theirs" in text
     assert "\n# ours" in text
-    assert load_config(Path("configs/recipes", path.name)).output == Path("runs/recipes", recipe)
+    assert load_config(Path("configs/recipes", path.name)).output_dir == Path("runs/recipes", recipe)
 
 
-def test_no_two_recipes_make_one_package() -> None:
+def test_recipes_make_packages_of_different_names() -> None:
     names = [load_config(FOLDER / f"{recipe}.yaml").package.name for recipe in RECIPES]
     assert len(set(names)) == len(names) == 7
 
 
-def test_the_further_sources_of_the_second_place_can_be_uncommented() -> None:
+def test_sources_of_the_second_place_can_be_uncommented() -> None:
     lines = (FOLDER / "lmsys-2nd.yaml").read_text(encoding="utf-8").splitlines()
     start = lines.index("# data:")
     block = "\n".join(line[2:] for line in lines[start : lines.index("inputs:")])
@@ -149,36 +180,25 @@ def test_the_further_sources_of_the_second_place_can_be_uncommented() -> None:
     assert [source.train_only for source in config.data.sources] == [False, True, True]
 
 
+# --- trained ---------------------------------------------------------------------------------------------------------
+
+
 def test_first_place_learns_from_teachers_that_never_saw_the_row(
-    train: Train, teachers: Callable[[int], str], tmp_path: Path
+    train: Start, teachers: Callable[[int], str], tmp_path: Path
 ) -> None:
     taught, untaught = train("lmsys-1st", teachers(0)), train("lmsys-1st", "train.distill.scores=[]")
     assert len(taught.log) == len(untaught.log) == 6  # a line a step, a line a look
     assert taught.log[0]["loss"] != pytest.approx(untaught.log[0]["loss"], abs=0.01)
     for file in ("head.safetensors", "adapter/adapter_model.safetensors"):
-        left, right = (load_file(one.bundle / file) for one in (taught, untaught))
+        left, right = (load_file(run.folder / file) for run in (taught, untaught))
         assert any(not torch.equal(left[name], right[name]) for name in left)
     assert taught.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
-    assert not any(hasattr(one, "quant_state") for one in taught.learner.classifier.parameters())
+    assert not any(hasattr(weight, "quant_state") for weight in taught.learner.classifier.parameters())
     with pytest.raises(LeakError, match="trained on the very row"):
         train("lmsys-1st", teachers(1))
 
 
-def test_second_place_trains_all_weights_in_both_orders_of_a_row(train: Train) -> None:
-    run = train("lmsys-2nd")
-    assert isinstance(run.learner.classifier.head, TwoLayerHead)
-    assert run.config.train.clip is None
-    assert {name for name, _ in run.learner.classifier.named_parameters()} == run.learner.weights.keys()
-    assert run.config.train.orders == 2
-    assert [line["padding"] for line in run.log] == [0, 0, 0]
-    template = run.config.inputs.template
-    assert template.round.index("{prompt}") < template.round.index("{response_a}")
-    base = load_base("pairclf/embedded/gemma2-tiny", run.config.model, torch.float32, torch.device("cpu"))
-    trained = dict(run.learner.classifier.backbone.named_parameters())
-    assert not torch.equal(trained["embed_tokens.weight"], base.get_parameter("embed_tokens.weight"))
-
-
-def test_third_place_has_rates_of_its_own_and_stops(train: Train) -> None:
+def test_third_place_has_rates_of_its_own_and_stops(train: Start) -> None:
     run = train("lmsys-3rd")
     peaks = {name: peak for group, peak in groups(run) for name in group}
     assert peaks["head.weight"] == pytest.approx(8e-7)
@@ -188,57 +208,95 @@ def test_third_place_has_rates_of_its_own_and_stops(train: Train) -> None:
     assert_stopped(run)
 
 
-def test_fourth_place_shows_rounds_and_has_its_shares_and_scale(train: Train) -> None:
-    run = train("lmsys-4th")
-    assert load_config(FOLDER / "lmsys-4th.yaml").folds.n == 20
-    assert run.config.inputs.shares == {"prompt": 0.2, "response_a": 0.4, "response_b": 0.4}
-    assert run.config.inputs.template.round.startswith("\n\n# Prompt\n{prompt}")
-    adapter = json.loads((run.bundle / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert (adapter["r"], adapter["lora_alpha"]) == (64, 16)
+@pytest.mark.thorough
+def test_second_place_trains_the_embedding_without_padding(train: Start) -> None:
+    run = train("lmsys-2nd")
+    assert [line["padding"] for line in run.log] == [0, 0, 0]
+    base = load_base("pairclf/embedded/gemma2-tiny", run.config.model, torch.float32, torch.device("cpu"))
+    trained = dict(run.learner.classifier.backbone.named_parameters())
+    assert not torch.equal(trained["embed_tokens.weight"], base.get_parameter("embed_tokens.weight"))
+
+
+@pytest.mark.thorough
+def test_public_llama_trains_its_head(train: Start) -> None:
+    run = train("public-llama3-qlora")
+    assert not torch.equal(load_file(run.folder / "head.safetensors")["weight"], run.first_head["weight"])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("recipe", ["lmsys-4th", "public-gemma2-qlora", "arxiv-2512.12677-head"])
+def test_recipe_trains_with_states_of_eight_bits(train: Start, recipe: str) -> None:
+    run = train(recipe)
     assert_eight_bits(run)
+    if run.config.train.early_stopping_patience is not None:
+        assert_stopped(run)
 
 
-def test_the_public_gemma_has_adapters_in_upper_layers_alone(train: Train) -> None:
-    run = train("public-gemma2-qlora")
+# --- what training starts from ---------------------------------------------------------------------------------------
+
+
+def test_second_place_trains_all_weights_in_both_orders_of_a_row(start: Start) -> None:
+    run = start("lmsys-2nd")
+    assert isinstance(run.learner.classifier.head, TwoLayerHead)
+    assert run.config.train.max_grad_norm is None
+    assert {name for name, _ in run.learner.classifier.named_parameters()} == run.learner.weights.keys()
+    assert run.config.train.orders == 2
+    template = run.config.inputs.template
+    assert template.round.index("{prompt}") < template.round.index("{response_a}")
+
+
+def test_fourth_place_shows_rounds_and_has_its_shares_and_scale(start: Start) -> None:
+    run = start("lmsys-4th")
+    assert load_config(FOLDER / "lmsys-4th.yaml").folds.n_splits == 20
+    assert run.config.inputs.budget_shares == {"prompt": 0.2, "response_a": 0.4, "response_b": 0.4}
+    assert run.config.inputs.template.round.startswith("\n\n# Prompt\n{prompt}")
+    adapter = run.learner.classifier.backbone.peft_config["default"]  # type: ignore[union-attr, index]
+    assert (adapter.r, adapter.lora_alpha) == (64, 16)
+    assert isinstance(run.optimizer, AdamW8bit)
+
+
+def test_public_gemma_has_adapters_in_upper_layers_alone(start: Start) -> None:
+    run = start("public-gemma2-qlora")
     assert load_config(FOLDER / "public-gemma2-qlora.yaml").model.lora.first_layer == 16  # type: ignore[union-attr]
     places = {tuple(name.split("layers.")[1].split(".")[::2][:2]) for name in run.learner.weights if "lora_" in name}
     assert places == {(str(layer), module) for layer in (3, 4, 5) for module in ("q_proj", "k_proj", "v_proj")}
-    assert any(hasattr(one, "quant_state") for one in run.learner.classifier.parameters())  # NF4
+    assert any(hasattr(weight, "quant_state") for weight in run.learner.classifier.parameters())  # NF4
     assert run.config.train.orders == 1
     assert run.config.predict.swap == "off"
-    assert_eight_bits(run)
+    assert isinstance(run.optimizer, AdamW8bit)
 
 
-def test_the_public_llama_starts_from_the_label_words(train: Train) -> None:
-    run = train("public-llama3-qlora")
+def test_public_llama_starts_from_the_label_words(start: Start) -> None:
+    run = start("public-llama3-qlora")
     embedding = run.learner.classifier.backbone.get_input_embeddings().weight  # type: ignore[operator]
-    ids = [token(run, word) for word in (" a", " b", " t")]
+    tokenizer = load_tokenizer("pairclf/embedded/llama-tiny")
+    ids = [tokenizer(word)["input_ids"][-1] for word in (" a", " b", " t")]
     assert torch.equal(run.first_head["weight"], embedding[ids].float())
-    assert not torch.equal(load_file(run.bundle / "head.safetensors")["weight"], run.first_head["weight"])
     layers = {name.split("layers.")[1].split(".")[0] for name in run.learner.weights if "lora_" in name}
     assert layers == set("012345")
 
 
-def test_the_papers_head_on_all_linear_layers_stops(train: Train) -> None:
-    run = train("arxiv-2512.12677-head")
+def test_paper_has_a_head_on_all_linear_layers_and_stops(start: Start) -> None:
+    run = start("arxiv-2512.12677-head")
     modules = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in run.learner.weights if "lora_" in name}
     assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert load_config(FOLDER / "arxiv-2512.12677-head.yaml").train.rows_per_step == 8
-    assert_eight_bits(run)
-    assert_stopped(run)
+    assert load_config(FOLDER / "arxiv-2512.12677-head.yaml").train.global_batch_size == 8
+    assert load_config(FOLDER / "arxiv-2512.12677-head.yaml").train.early_stopping_patience is not None
+    assert isinstance(run.optimizer, AdamW8bit)
 
 
 def groups(run: Run) -> list[tuple[list[str], float]]:
     """Names of the weights in each of the optimizer's groups, and its peak rate."""
-    names = {id(one): name for name, one in run.learner.weights.items()}
-    found = [[names[id(one)] for one in group["params"]] for group in run.optimizer.param_groups]
-    return list(zip(found, run.learner.peaks, strict=True))
+    names = {id(weight): name for name, weight in run.learner.weights.items()}
+    by_group = [[names[id(weight)] for weight in group["params"]] for group in run.optimizer.param_groups]
+    return list(zip(by_group, run.learner.peaks, strict=True))
 
 
 def assert_eight_bits(run: Run) -> None:
     """States of 8 bits; bitsandbytes leaves weights of fewer than 4,096 numbers at 32."""
     assert isinstance(run.optimizer, AdamW8bit)
-    kinds = {(one.numel() >= 4096, run.optimizer.state[one]["state1"].dtype) for one in run.learner.weights.values()}
+    weights, state = run.learner.weights.values(), run.optimizer.state
+    kinds = {(weight.numel() >= 4096, state[weight]["state1"].dtype) for weight in weights}
     assert kinds <= {(True, torch.uint8), (False, torch.float32)}
     assert (False, torch.float32) in kinds
 
@@ -247,8 +305,3 @@ def assert_stopped(run: Run) -> None:
     """The second look was no better than the first: two steps of three, and the first one's weights are kept."""
     assert [line["held_out_log_loss"] for line in run.log if "held_out_log_loss" in line] == [1.0, 1.1]
     assert max(line["step"] for line in run.log) == 2
-
-
-def token(run: Run, word: str) -> int:
-    ids: list[int] = load_tokenizer(str(run.bundle / "tokenizer"))(word)["input_ids"]
-    return ids[-1]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pairclf.task import LMSYS, PRESETS, WSDM, Row, Task
+from pairclf.task import LMSYS, TASKS, WSDM, Row, Task, competition, hidden_rows
 
 TURNS = st.lists(st.one_of(st.none(), st.text(max_size=5)), max_size=3).map(tuple)
 
@@ -26,7 +26,30 @@ def test_swapping_twice_changes_nothing(texts: tuple[tuple[str | None, ...], ...
 def test_swapped_columns_of_the_presets() -> None:
     assert LMSYS.swapped_columns == (1, 0, 2)
     assert WSDM.swapped_columns == (1, 0)
-    assert all(preset.swappable for preset in PRESETS.values())
+    assert all(known.task.swappable for known in TASKS.values())
+
+
+def test_a_competition_is_one_record() -> None:
+    """The Getting Started competition has LMSYS's files and metric: bundles of one serve the other."""
+    started = competition("llm-classification-finetuning")
+    assert started is not None
+    assert started.task is LMSYS
+    assert (started.hours, started.hidden_rows) == (9, 25_000)
+    assert [known.slug for known in TASKS.values()] == list(dict.fromkeys(known.slug for known in TASKS.values()))
+    assert competition("another") is None
+    assert hidden_rows("another") == hidden_rows(TASKS["wsdm"].slug) == 25_000
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        (LMSYS, "multiclass"),
+        (WSDM, "binary"),
+        (Task(name="tags", fields=("text",), classes=("x",), multi_label=True), "multilabel"),
+    ],
+)
+def test_kinds_of_tasks(task: Task, kind: str) -> None:
+    assert task.kind == kind
 
 
 def test_a_task_of_single_texts_does_not_swap() -> None:

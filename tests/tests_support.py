@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -76,27 +76,25 @@ def hollow_bundle(
     folder: Path, config: Config, name: str, *, metrics: Mapping[str, float] | None = None, prior: Sequence[float] = ()
 ) -> Path:
     """A folder that `open_bundle` accepts; its weights are no weights."""
-    from pairclf.model.bundle import FORMAT, MANIFEST, Manifest
+    from pairclf.bundles.bundle import Saved, write_bundle
+    from pairclf.bundles.contents import MANIFEST
+    from pairclf.bundles.manifest import read_manifest
 
     for part in ("adapter/adapter_model.safetensors", "head.safetensors", "tokenizer/tokenizer.json"):
         (folder / part).parent.mkdir(parents=True, exist_ok=True)
         (folder / part).write_text(f"{{}} {part}")
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    classes = list(config.task.classes)
-    manifest = Manifest(
-        format=FORMAT,
+    classes = len(config.task.classes)
+    write_bundle(
+        folder,
+        config,
+        Saved("finetune", "adapter" if config.model.lora else "whole", "float32", (), "f" * 64),
         name=name,
         fold=0,
-        base=config.model.base,
-        base_fingerprint="f" * 64,
-        dtype="float32",
-        classes=classes,
         metrics={"log_loss": 1.01} if metrics is None else dict(metrics),
-        prior=list(prior) or [1 / len(classes)] * len(classes),
-        versions={},
-        files=sha256_tree(folder),
+        prior=list(prior) or [1 / classes] * classes,
         probes=[],
     )
-    sealed = replace(manifest, seal=manifest.sealed())
-    (folder / MANIFEST).write_text(json.dumps(asdict(sealed)), encoding="utf-8")
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")  # nothing of it left out
+    hashes = sha256_tree(folder, without=frozenset({MANIFEST}))
+    replace(read_manifest(folder), base=config.model.base, files=hashes).write(folder)
     return folder

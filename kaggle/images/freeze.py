@@ -1,7 +1,7 @@
 # `freeze.ipynb`, the notebook that a user runs on Kaggle, is this cell; tests/packaging/test_profiles.py compares them.
 # %% freeze
 # Writes pythonX.Y.txt, what this image holds. Run it on Kaggle with the accelerator that your competition gives, the
-# internet may be off; put the file into a folder and name that folder in pairclf's setting package.images.
+# internet may be off; put the file into a folder and name that folder in pairclf's setting package.image_freezes.
 import subprocess
 import sys
 from datetime import UTC, datetime

@@ -1,1 +1,1 @@
-"""Tables: the only rooms that know files, columns and formats. No torch here."""
+"""Tables of rows, scores and submissions: the only modules that know files, columns and formats. No torch here."""

@@ -1,15 +1,15 @@
-"""The rules about rows: which meet them, by id, and what is done about it (`Rules`, in `config`).
+"""The audit: find the rows that break a rule of `data.rules`, report their ids, and keep, fix or drop them.
 
-Rules are applied in an order in which no step undoes another's, so that clean rows stay as they are:
+The order of the rules is such that no step undoes an earlier one, so that clean rows stay as they are:
 
-1. ids: the missing, then those that stood before;
-2. what the reader saw (`flaws`), as texts must be settled before they are compared;
-3. other labels for the same texts, among the rows that are left;
+1. ids: missing ones, then repeated ones;
+2. flaws that the reader found (`flaws`), because texts must be final before they are compared;
+3. other labels for the same texts, among the remaining rows;
 4. rules about the texts and the label of a row alone;
-5. the same rows, mirrored pairs and prompts of earlier files, among the rows that are left: the first stays.
+5. repeated rows, mirrored pairs and prompts of earlier files, among the remaining rows: the first stays.
 
-A row that several rules drop is counted under each, but for the rules of 3 and 5, which see what the steps before
-left. Test rows are never dropped: they are repaired where a repair exists, and kept otherwise.
+A row that several rules drop is counted under each of them, except under the rules of 3 and 5, which see the remaining
+rows only. Test rows are never dropped: they are repaired if a repair exists, and kept otherwise.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ import polars as pl
 from rich.table import Table
 
 from pairclf.config import Rules, Source
-from pairclf.console import console, table
+from pairclf.console import console, counted, table
 from pairclf.data.duplicates import near_overlap, normalised_prompts
-from pairclf.data.formats import CONTROL, Flaw, expand
-from pairclf.data.tables import read_rows, refuse
+from pairclf.data.formats import CONTROL, Flaw, expand, refuse
+from pairclf.data.rows import read_rows
 from pairclf.errors import DataError, visible
 from pairclf.files import write_json
 from pairclf.task import Task
 
 IDS_KEPT = 10
 ACROSS_ROWS = ("duplicate_id", "conflicting_label", "duplicate_row", "mirrored_pair", "prompt_overlap")
-"""Rules that need all rows at once; a chunk is enough for the others."""
+"""Rules that compare rows; the other rules need one chunk only."""
 
 _TURN = pl.element()
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One rule and the rows that it met.
+    """One rule and the rows that break it.
 
     Attributes:
         rule: its name among `Rules`, or `exclude_overlap`.
-        count: how many rows there are.
+        count: number of rows.
         ids: the first ten of them, in the order of the file.
         action: keep, fix, drop or error.
-        done: what the action comes to, in words.
+        done: the action in words.
     """
 
     rule: str
@@ -58,22 +58,22 @@ class Finding:
 
 
 def audit(frame: pl.DataFrame, task: Task, rules: Rules, *, labelled: bool) -> list[Finding]:
-    """What `clean` would do, for every rule that applies to the task, those that met no row included.
+    """The findings of `clean` without a change, for every rule that applies to the task, also those without rows.
 
     Args:
         frame: canonical table.
         task: rules about sides and mirrors need a swap, `turn_counts_differ` two fields.
         rules: the action of each.
-        labelled: training rows; otherwise rules about labels are left out.
+        labelled: training rows; for test rows, rules about labels are left out.
     """
     return _judge(frame, task, rules, labelled).in_order
 
 
 def clean(frame: pl.DataFrame, task: Task, rules: Rules, *, labelled: bool) -> tuple[pl.DataFrame, list[Finding]]:
-    """The rows that stay, repaired, and what was found. What is clean already comes back as it is.
+    """The remaining rows, repaired, and the findings. Clean rows do not change.
 
     Raises:
-        DataError: rules whose action is `error` met rows: all of them at once.
+        DataError: rows break rules whose action is `error`; one message lists all of them.
     """
     judge = _judge(frame, task, rules, labelled)
     refuse(judge.problems, ", ".join(frame["file"].unique(maintain_order=True)))
@@ -83,19 +83,21 @@ def clean(frame: pl.DataFrame, task: Task, rules: Rules, *, labelled: bool) -> t
 def exclude_overlap(
     frame: pl.DataFrame, sources: Sequence[Source], task: Task, near: float | None, *, labelled: bool = True
 ) -> tuple[pl.DataFrame, list[Finding]]:
-    """Without the rows of each source whose prompt is (nearly) equal to one in the files of its `exclude_overlap`.
+    """Remove the rows of each source whose prompt is (nearly) equal to one in the files of its `exclude_overlap`.
 
     Args:
         frame: canonical table of the sources, as `read_rows` has it.
-        near: how alike, as `folds.near` has it; None: equal.
-        labelled: training rows; test rows are found, and kept.
+        near: `folds.near_duplicate_threshold`; None: equal prompts only.
+        labelled: training rows; test rows are reported and kept.
 
     Returns:
-        The rows that stay; a finding for each list of files, none where no source has any.
+        The remaining rows; a finding for each list of files.
     """
     findings = []
     for names in dict.fromkeys(tuple(source.exclude_overlap) for source in sources if source.exclude_overlap):
-        files = [str(path) for one in sources if tuple(one.exclude_overlap) == names for path in expand(one.files)]
+        files = [
+            str(path) for source in sources if tuple(source.exclude_overlap) == names for path in expand(source.files)
+        ]
         concerned = frame["file"].is_in(files)
         seen = read_rows(names, task, labelled=False)
         near_rows = concerned.arg_true().filter(near_overlap(frame.filter(concerned), seen, task, near))
@@ -112,7 +114,7 @@ def exclude_overlap(
 
 
 class _Judge:
-    """A table under its rules: `frame` is repaired as they are applied, `stays` marks the rows that no rule dropped."""
+    """The state of an audit: `frame` with the repairs so far, and `stays`, the mask of rows that no rule dropped."""
 
     def __init__(self, frame: pl.DataFrame, task: Task, rules: Rules, labelled: bool) -> None:
         self.frame = frame
@@ -130,7 +132,7 @@ class _Judge:
         return [self.findings[rule] for rule in Rules.model_fields if rule in self.findings]
 
     def action(self, rule: str) -> str:
-        """What the rules say, less what is never done to test rows."""
+        """The action of a rule; test rows are never dropped or refused."""
         action: str = getattr(self.rules, rule)
         if self.labelled:
             return action
@@ -141,13 +143,13 @@ class _Judge:
         return action
 
     def meet(self, rule: str, met: pl.Series) -> bool:
-        """Note the rows that a rule meets, drop or refuse them if it says so; true if they are to be fixed."""
+        """Record the rows that break a rule, and drop or refuse them; True if the caller must fix them."""
         action, rows = self.action(rule), self.ids.filter(met)
         self.findings[rule] = Finding(rule, len(rows), tuple(rows.head(IDS_KEPT)), action, _in_words(rule, action))
         if action == "drop":
             self.stays &= ~met
         if action == "error" and len(rows):
-            what = f"{rule}: {_clauses(rule)[0]} ({len(rows):,} rows)"
+            what = f"{rule}: {_clauses(rule)[0]} ({counted(len(rows), 'row')})"
             self.problems.append(DataError(what, rows=rows.to_list(), remedy=self._remedy(rule)))
         return action == "fix" and len(rows) > 0
 
@@ -160,14 +162,14 @@ class _Judge:
         return f"mend these rows, or set data.rules.{rule}={first}{more}{plain}"
 
     def meet_all(self, rules: dict[str, pl.Expr], marks: pl.DataFrame) -> None:
-        """`meet` for rules that fix nothing, from one pass over `marks`."""
-        found = marks.select(met.fill_null(value=False).alias(rule) for rule, met in rules.items())
+        """`meet` for rules without a fix, in one pass over `marks`."""
+        masks = marks.select(met.fill_null(value=False).alias(rule) for rule, met in rules.items())
         for rule in rules:
-            self.meet(rule, found[rule])
+            self.meet(rule, masks[rule])
 
 
 def legal_actions(rule: str) -> tuple[str, ...]:
-    """The actions that a rule can be set to."""
+    """The possible actions of a rule."""
     return get_args(Rules.model_fields[rule].annotation)
 
 
@@ -219,7 +221,7 @@ def _judge_ids(judge: _Judge) -> None:
 
 
 def _again(values: pl.Series) -> pl.Series:
-    """Marks the values that stood before, missing ones never."""
+    """Mask of repeated values; missing values are not repeats."""
     return ~values.is_first_distinct() & values.is_not_null()
 
 
@@ -228,7 +230,7 @@ def _judge_flaws(judge: _Judge) -> None:
     lists = [Flaw.NULL_LITERAL] if judge.task.multi_turn else []
     for flaw in (*labels, Flaw.UNDECODABLE, Flaw.MISSING_CELL, *lists, Flaw.NULL_LIST, Flaw.SURROGATE):
         if judge.meet(str(flaw.name).lower(), _flawed(judge.frame, flaw)):
-            judge.frame = _without_flaw(judge.frame, flaw)  # the reader left the repaired text
+            judge.frame = _without_flaw(judge.frame, flaw)  # the reader has repaired the text
     met = _flawed(judge.frame, Flaw.CONTROL_CHARACTER)
     if judge.meet("control_character", met):
         fields = pl.col(judge.task.fields)
@@ -250,9 +252,9 @@ def _mask(rows: pl.Series, length: int) -> pl.Series:
 
 
 def _judge_conflicts(judge: _Judge, keys: pl.DataFrame) -> None:
-    """Other labels for the same texts. A mirrored row votes, too: with its label swapped, as its sides are.
+    """Other labels for the same texts; mirrored rows count with their labels swapped.
 
-    A row that is train_only has no vote on one that may be held out: it gets that row's label, or the mean of those.
+    A train_only row does not influence rows that may be held out: it gets the mean of their labels.
     """
     votes = keys.hstack(judge.frame.select("target", "weight", "train_only")).filter(judge.stays)
     votes = votes.with_columns(
@@ -285,7 +287,7 @@ def _turned(target: pl.Expr, task: Task) -> pl.Expr:
 
 
 def _judge_texts(judge: _Judge) -> None:
-    """Rules about which turns hold text, from one pass over them: a turn is true, false (blank) or null."""
+    """Rules about turns without text, in one pass: a turn is true, false (blank) or null."""
     task = judge.task
     marks = judge.frame.select(pl.col(task.fields).list.eval(_TURN.str.contains(r"\S")))
     fields = [pl.col(name).list for name in task.fields]
@@ -305,7 +307,7 @@ def _judge_texts(judge: _Judge) -> None:
 
 
 def _judge_identical(judge: _Judge, a: str, b: str) -> None:
-    """Equal sides. A fixed label (its mean with the swapped one) has no winner, and comes under the second rule."""
+    """Rules about equal sides. A fixed label, its mean with the swapped one, has no winner: the second rule applies."""
     task = judge.task
     alike = (judge.frame[a] == judge.frame[b]).fill_null(value=False)
     places = [task.classes.index(name) for name in task.swap_classes or ()]
@@ -344,45 +346,45 @@ def _in_earlier_files(judge: _Judge, rows: pl.Series) -> pl.Series:
     return prompts.filter(number > number.min().over("prompt"), pl.col("prompt") != "")["row"]
 
 
-# --- what the user sees ----------------------------------------------------------------------------------------------
+# --- output to the user ----------------------------------------------------------------------------------------------
 
 
 def joined(findings: Sequence[Finding]) -> list[Finding]:
-    """One finding a rule, of those that several chunks of a file gave."""
-    made: dict[tuple[str, str, str], Finding] = {}
-    for one in findings:
-        key = (one.rule, one.action, one.done)
-        before = made.get(key, replace(one, count=0, ids=()))
-        made[key] = replace(one, count=before.count + one.count, ids=(*before.ids, *one.ids)[:IDS_KEPT])
-    return list(made.values())
+    """Join the findings of several chunks to one finding per rule."""
+    by_rule: dict[tuple[str, str, str], Finding] = {}
+    for finding in findings:
+        key = (finding.rule, finding.action, finding.done)
+        before = by_rule.get(key, replace(finding, count=0, ids=()))
+        by_rule[key] = replace(finding, count=before.count + finding.count, ids=(*before.ids, *finding.ids)[:IDS_KEPT])
+    return list(by_rule.values())
 
 
 def note_changes(findings: Sequence[Finding]) -> None:
-    """A line for each rule that changed rows."""
+    """Print a line for each rule that changed rows."""
     for finding in findings:
         if finding.count and finding.action in ("fix", "drop"):
-            shown = ", ".join(map(visible, finding.ids[:3])) + (" …" if finding.count > 3 else "")
-            text = f"note: {finding.rule}: {finding.count:,} rows {finding.done} ({shown})"
+            examples = ", ".join(map(visible, finding.ids[:3])) + (" …" if finding.count > 3 else "")
+            text = f"note: {finding.rule}: {counted(finding.count, 'row')} {finding.done} ({examples})"
             console.print(text)
 
 
 def render(findings: Sequence[Finding]) -> Table:
-    """The findings as a table; rules that met no row stand in one line at the end."""
-    made = table("Audit", "rule", "rows", "first ids", "what is done")
-    for column in made.columns[2:]:
+    """The findings as a table; its caption lists the rules without rows."""
+    audit_table = table("Audit", "rule", "rows", "first ids", "what is done")
+    for column in audit_table.columns[2:]:
         column.justify = "left"
     for finding in findings:
         if finding.count:
-            shown = (name if len(name) <= 12 else f"{name[:11]}…" for name in finding.ids[:2])
-            made.add_row(finding.rule, f"{finding.count:,}", visible(", ".join(shown)), finding.done)
+            examples = (name if len(name) <= 12 else f"{name[:11]}…" for name in finding.ids[:2])
+            audit_table.add_row(finding.rule, f"{finding.count:,}", visible(", ".join(examples)), finding.done)
     clean = [finding.rule for finding in findings if not finding.count]
     if clean:
-        made.caption, made.caption_justify = f"no row: {', '.join(clean)}", "left"
-    return made
+        audit_table.caption, audit_table.caption_justify = f"no row: {', '.join(clean)}", "left"
+    return audit_table
 
 
 def write_audit(path: Path, frame: pl.DataFrame, task: Task, findings: Sequence[Finding]) -> None:
-    """Write what was audited and found as a JSON object, atomically: `files` (name, rows), `task`, `findings`."""
+    """Write `files` (name, rows), `task` and `findings` as a JSON object, atomically."""
     files = frame.group_by("file", maintain_order=True).len("rows").rename({"file": "name"})
-    found = [asdict(finding) for finding in findings]
-    write_json(path, {"files": files.to_dicts(), "task": task.name, "findings": found})
+    records = [asdict(finding) for finding in findings]
+    write_json(path, {"files": files.to_dicts(), "task": task.name, "findings": records})

@@ -1,11 +1,12 @@
-"""Whether a CSV is one: quotes as RFC 4180 has them, and as many cells on every line as the header has.
+"""Check the syntax of a CSV file: quotes as in RFC 4180, and as many cells on every line as in the header.
 
-polars reads a file that breaks these rules without a word, and with other rows than were written. So a file is looked
-at first, a block of bytes at a time: from where the quotes, commas and line feeds stand, without a loop over them.
+polars reads a file that breaks these rules without an error, and returns other rows than were written. So each file is
+checked before it is read, in blocks of bytes: the check compares the positions of quotes, commas and line feeds with
+numpy, without a Python loop over them.
 
-In a sound file, quotes open and close in turns: the first, third, ... opens, the others close. An opening quote stands
-where a cell begins, or directly behind the quote that closed (the two are one doubled quote); a closing one stands
-where a cell ends, or directly before the next. Nothing else needs to hold for quotes.
+In a valid file, quotes open and close alternately: the first, third, ... open, the others close. An opening quote is at
+the start of a cell, or directly after a closing quote (the two are one doubled quote). A closing quote is at the end of
+a cell, or directly before an opening one. These rules are sufficient.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ BOM = b"\xef\xbb\xbf"
 QUOTE, COMMA, LF, CR, BACKSLASH = b'",\n\r\\'
 
 _BEFORE = np.isin(np.arange(256), [COMMA, LF])
-"""What may stand before a quote that opens a cell."""
+"""Bytes before a quote that opens a cell."""
 
 _AFTER = np.isin(np.arange(256), [COMMA, LF, CR])
-"""What may stand behind a quote that closes a cell."""
+"""Bytes after a quote that closes a cell."""
 
 ESCAPABLE = '"\\,\n\r'
-"""What a backslash may stand before in a file that is read with `escape: backslash`."""
+"""Characters that a backslash can escape with `escape: backslash`."""
 
 _QUOTES_REMEDY = (
     "double the quotes inside a quoted cell (pandas: to_csv without doublequote=False and escapechar), or write "
@@ -51,11 +52,11 @@ _ENDS_REMEDY = "save the file with one kind of line end (LF or CR LF), or quote 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a sound CSV holds.
+    """The shape of a valid CSV.
 
     Attributes:
-        names: of the columns.
-        rows: lines below the header, blank ones too; a line is a record, and may hold line breaks in quotes.
+        names: names of the columns.
+        rows: number of records below the header, blank ones included; a record may have line breaks in quotes.
     """
 
     names: list[str]
@@ -64,13 +65,13 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The first thing that is wrong in a file.
+    """The first fault in a file.
 
     Attributes:
-        offset: of the byte.
-        column: number of the cell in its line, from 0; None: the line as a whole is wrong.
-        what: is wrong.
-        remedy: against it.
+        offset: position in bytes.
+        column: number of the cell in its line, from 0; None: the whole line.
+        what: description of the fault.
+        remedy: what the user can do.
     """
 
     offset: int
@@ -80,10 +81,10 @@ class Fault:
 
 
 def check_csv(path: Path, *, lossy: bool = False) -> Shape:
-    """Refuse a file that polars would read as something else.
+    """Refuse a file that polars would misread.
 
     Args:
-        path: of the CSV.
+        path: the CSV.
         lossy: test rows: a carriage return at the end of a cell without quotes may be lost.
 
     Raises:
@@ -96,7 +97,7 @@ def check_csv(path: Path, *, lossy: bool = False) -> Shape:
 
 
 def check_stream(stream: BinaryIO, path: Path, *, lossy: bool = False) -> Shape:
-    """`check_csv` of bytes that were read from `path`."""
+    """`check_csv` for the bytes of `path`."""
     names = _header(stream, path)
     look = _Look(lossy)
     stream.seek(len(BOM) if _starts_with(stream, BOM) else 0)
@@ -120,7 +121,7 @@ def _header(stream: BinaryIO, path: Path) -> list[str]:
     """The names of the columns.
 
     Raises:
-        DataError: one stands twice, or the header's line ends in CR alone.
+        DataError: a name is repeated, or the header's line ends in CR alone.
     """
     line = ""
 
@@ -145,9 +146,9 @@ def _header(stream: BinaryIO, path: Path) -> list[str]:
 
 
 def _blocks(stream: BinaryIO) -> Iterator[Bytes]:
-    """The rest of a stream in blocks that end in a line feed, so that none is cut beside a quote.
+    """The rest of a stream in blocks that end in a line feed, so that no block ends at a quote.
 
-    A last line without a line feed gets one. A block holds until the next is asked for.
+    A last line without a line feed gets one. A block is valid until the next one is requested.
     """
     room, kept = bytearray(BLOCK), 0
     while True:
@@ -166,17 +167,17 @@ def _blocks(stream: BinaryIO) -> Iterator[Bytes]:
 
 
 class _Look:
-    """Goes over a file, block by block; attributes say where it stands.
+    """The check of a file, block by block; its attributes are the state between blocks.
 
     Attributes:
         offset: bytes before the next block.
         inside: 1 within a quoted cell, 0 outside.
-        opened: offset of the last quote that opened.
-        column: number of the cell that it stands in.
-        start: offset of the line that is not yet at its end.
-        commas: outside quotes in that line so far.
-        records: lines that are at their end, the header among them.
-        width: commas of the header.
+        opened: offset of the last opening quote.
+        column: number of its cell.
+        start: offset of the unfinished line.
+        commas: number of commas outside quotes in that line so far.
+        records: number of finished lines, including the header.
+        width: number of commas in the header.
         crlf: the header ends in CR LF.
     """
 
@@ -187,7 +188,7 @@ class _Look:
         self.crlf = False
 
     def take(self, block: Bytes) -> Fault | None:
-        """Look at one more block; what is wrong first in it, if anything is."""
+        """Check the next block; returns its first fault, or None."""
         quotes = np.flatnonzero(block == QUOTE)
         starts, stops = _outside(block, quotes, self.inside)
         separators = _separators(block, quotes, self.inside, starts, stops)
@@ -215,7 +216,7 @@ class _Look:
     def _wrong_quote(
         self, block: Bytes, starts: Places, stops: Places, separators: Places, of_ends: Places
     ) -> Fault | None:
-        """A quote beside what is outside, at whose other side a cell neither begins nor ends."""
+        """A quote that neither opens nor closes a cell."""
         starts, stops = starts[starts > 0], stops[stops < len(block)]  # a block begins and ends without a quote
         behind = block.take(starts)
         sound, begins = _AFTER.take(behind), _BEFORE.take(block.take(stops - 1))
@@ -235,7 +236,7 @@ class _Look:
         return Fault(self.offset + first, column, what, _QUOTES_REMEDY)
 
     def _column(self, place: int, separators: Places, ends: Places) -> int:
-        """The number of the cell, from 0, that a place of the block belongs to."""
+        """The number of the cell, from 0, at a place of the block."""
         before = int(np.searchsorted(separators, place))
         ended = int(np.searchsorted(ends, place))
         if not ended:
@@ -257,15 +258,15 @@ class _Look:
                 return Fault(self.offset, None, what, "remove the blank line")
         wrong = np.flatnonzero(commas != self.width)
         blank = (commas[wrong] == 0) & (ends[wrong] - returned[wrong] == starts[wrong])
-        for one in wrong[~blank][:1]:
-            what = f"the line has {commas[one] + 1} cells; the header has {self.width + 1}"
-            return Fault(self.offset + int(starts[one]), None, what, _CELLS_REMEDY)
+        for line in wrong[~blank][:1]:
+            what = f"the line has {commas[line] + 1} cells; the header has {self.width + 1}"
+            return Fault(self.offset + int(starts[line]), None, what, _CELLS_REMEDY)
         return None
 
     def _lost_return(self, block: Bytes, separators: Places, of_ends: Places) -> Fault | None:
-        """A carriage return at the end of a cell without quotes, which polars leaves out.
+        """A carriage return at the end of an unquoted cell, which polars drops.
 
-        Test rows lose it; so does every reader that takes CR LF for a line's end.
+        Test rows lose it, as in every reader that takes CR LF as the end of a line.
         """
         if self.lossy:
             return None
@@ -331,19 +332,19 @@ def without_escapes(data: bytes, path: Path) -> tuple[bytes, dict[str, str]]:
         The bytes; `{stand-in: character}`.
 
     Raises:
-        DataError: a backslash stands before anything but `ESCAPABLE`: whoever wrote that did not escape backslashes,
-            and two of them may be two or one.
+        DataError: a backslash precedes a character that is not in `ESCAPABLE`: the writer did not escape backslashes,
+            so two of them may mean two or one.
     """
     pairs = re.compile(rb"\\(.?)", re.DOTALL)
-    allowed = {one.encode(): one for one in ESCAPABLE}
+    allowed = {character.encode(): character for character in ESCAPABLE}
     for pair in pairs.finditer(data):
         if pair[1] not in allowed:
             before = data[: pair.start()]
             line, text = before.count(b"\n") + 1, before[before.rfind(b"\n") + 1 :]
             what = f"line {line}, character {len(text.decode('utf-8', 'replace')) + 1}: a backslash before "
-            shown = repr(data[pair.end(1) - len(pair[1]) : pair.end(1) + 3].decode("utf-8", "ignore")[:1])
+            culprit = repr(data[pair.end(1) - len(pair[1]) : pair.end(1) + 3].decode("utf-8", "ignore")[:1])
             raise DataError(
-                what + (shown if pair[1] else "the end") + "; `escape: backslash` reads one before a quote, a "
+                what + (culprit if pair[1] else "the end") + "; `escape: backslash` reads one before a quote, a "
                 "backslash, a comma or a line break",
                 where=path,
                 remedy="leave `escape` out if the file doubles its quotes; otherwise write it with quotes doubled and "
@@ -354,5 +355,5 @@ def without_escapes(data: bytes, path: Path) -> tuple[bytes, dict[str, str]]:
     if len(stand_ins) < len(allowed):
         remedy = "write the file with quotes doubled and no escapes, or as parquet"
         raise DataError("the file uses every character that could stand for an escape", where=path, remedy=remedy)
-    made = pairs.sub(lambda pair: stand_ins[pair[1]].encode(), data)
-    return made, {stand_in: allowed[one] for one, stand_in in stand_ins.items()}
+    unescaped = pairs.sub(lambda pair: stand_ins[pair[1]].encode(), data)
+    return unescaped, {stand_in: allowed[character] for character, stand_in in stand_ins.items()}

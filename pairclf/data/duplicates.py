@@ -1,17 +1,17 @@
-"""Prompts that are the same or nearly so: the normal form in which they are compared, and the search for near ones.
+"""Duplicate prompts: the normal form in which prompts are compared, and the search for near duplicates.
 
-Two prompts are near where they meet in a bucket of MinHash LSH (datasketch) and the Jaccard index of their sets of
-character 5-grams, counted in full, reaches the threshold. Hence:
+Two prompts are near duplicates if they meet in a bucket of MinHash LSH (datasketch) and the exact Jaccard index of
+their sets of character 5-grams (shingles) reaches the threshold. Hence:
 
-- nothing is near by an accident of hashing: each candidate of the buckets is verified;
+- there are no false positives: the exact index of each candidate is computed;
 - a pair at or above the threshold t is missed with a probability of at most (1 - t ** rows) ** bands, which is
-  less than 1 - RECALL: 1 in 20,000 where t is 0.8, the default, and 1 in 5 billion for a pair at 0.9 there;
-- nearness hangs on the two prompts alone, so it is the same in every search, whatever else is searched.
+  less than 1 - RECALL: 1 in 20,000 if t is 0.8, the default, and 1 in 5 billion for a pair at 0.9 under that t;
+- the result depends on the two prompts alone, so every search gives the same one.
 
 A bundle can't keep all shingles of its training prompts. It keeps `samples`: the `SAMPLE` lowest hashes of each. Two
-prompts with fewer shingles are compared in full even so. The index of longer ones is estimated from the lowest hashes
-of their union, to a standard error of 0.025 where it is 0.8; they are near from three of these below the threshold on,
-so that near ones are not missed.
+prompts with fewer shingles are still compared in full. The index of longer prompts is estimated from the lowest hashes
+of their union, with a standard error of 0.025 at an index of 0.8. They count as near duplicates from three standard
+errors below the threshold on, so that none is missed.
 
 Source: Broder, On the resemblance and containment of documents (1997); Leskovec et al., Mining of Massive Datasets, 3.
 """
@@ -74,30 +74,30 @@ def near_overlap(frame: pl.DataFrame, seen: pl.DataFrame, task: Task, threshold:
     """Which rows of `frame` have a prompt equal, or nearly equal, to one of `seen`; Boolean `(N,)`.
 
     Args:
-        frame: canonical table that is searched for.
-        seen: canonical table that is searched in.
+        frame: canonical table whose prompts are looked up.
+        seen: canonical table of the prompts to compare with.
         task: names the fields that make a prompt.
         threshold: Jaccard index from which prompts are nearly equal; None: equal ones alone overlap.
 
-    Rows without prompt text overlap nothing.
+    Rows without prompt text never overlap.
     """
-    prompts, known = (normalised_prompts(table, task) for table in (frame, seen))
-    known = known.filter(known != "").unique(maintain_order=True)
-    overlap = prompts.is_in(known.to_list()).alias("overlap")
+    prompts, seen_prompts = (normalised_prompts(table, task) for table in (frame, seen))
+    seen_prompts = seen_prompts.filter(seen_prompts != "").unique(maintain_order=True)
+    overlap = prompts.is_in(seen_prompts.to_list()).alias("overlap")
     fresh = prompts.filter(~overlap & (prompts != "")).unique(maintain_order=True)
     if threshold is None or fresh.is_empty():
         return overlap
-    labels = np.concatenate([np.zeros(len(known), np.int64), np.full(len(fresh), -1)])
-    index, places = NearIndex.of([*known, *fresh], threshold), range(len(known), len(labels))
+    labels = np.concatenate([np.zeros(len(seen_prompts), np.int64), np.full(len(fresh), -1)])
+    index, places = NearIndex.of([*seen_prompts, *fresh], threshold), range(len(seen_prompts), len(labels))
     near = [len(met) > 0 for _, met in index.walk(labels, places)]
     return overlap | prompts.is_in(fresh.filter(pl.Series(near)).to_list())
 
 
 def clusters(prompts: Sequence[str], threshold: float | None) -> Places:
-    """Connected components of nearness among different normalised prompts.
+    """Connected components of near duplicates among different normalised prompts.
 
     Returns:
-        `(P,)`: the place of the first prompt of each one's component; its own where nothing before it is near.
+        `(P,)`: the place of the first prompt in each prompt's component.
     """
     firsts = np.arange(len(prompts))
     for place, met in NearIndex.of(prompts, threshold).walk(firsts):
@@ -118,24 +118,23 @@ def samples(prompts: pl.Series) -> pl.Series:
 def near_samples(
     fresh: pl.Series, known: pl.Series, searches: Sequence[tuple[pl.Series, pl.Series]], threshold: float
 ) -> list[pl.Series]:
-    """For each search, which of the fresh prompts asked about are near to a known one that counts; Boolean `(N,)` each.
+    """For each search, the mask `(N,)` of fresh prompts that are near to a known one.
 
     Args:
         fresh: `samples` of prompts `(N,)`.
-        known: `samples` of the prompts that are searched in `(K,)`, each once.
-        searches: which of the known prompts count `(K,)`, and which of the fresh ones are asked about `(N,)`. The index
-            is made once for all.
+        known: `samples` of the prompts to compare with `(K,)`, without repeats.
+        searches: masks of the known `(K,)` and the fresh `(N,)` prompts of each search. All share one index.
         threshold: Jaccard index from which prompts are nearly equal.
     """
-    index = NearIndex([one.to_numpy() for one in (*known, *fresh)], threshold, sampled=True)
-    found = []
+    index = NearIndex([sample.to_numpy() for sample in (*known, *fresh)], threshold, sampled=True)
+    near_by_search = []
     for counts, asked in searches:
         labels = np.full(len(known) + len(fresh), -1)
         labels[: len(known)][counts.to_numpy()] = 0
         places = (asked.arg_true() + len(known)).to_list()
         near = [place - len(known) for place, met in index.walk(labels, places) if len(met)]
-        found.append(pl.Series(np.isin(np.arange(len(fresh)), near)))
-    return found
+        near_by_search.append(pl.Series(np.isin(np.arange(len(fresh)), near)))
+    return near_by_search
 
 
 class NearIndex:
@@ -188,33 +187,33 @@ class NearIndex:
                     advance(min(_STEP, len(places) - number))
 
     def near(self, place: int, labels: Places) -> Places:
-        """Prompts before `place` that are near to it: one for each label that such prompts have.
+        """Prompts before `place` that are near to it, one per label.
 
         Args:
-            place: the prompt asked about.
+            place: the prompt.
             labels: `(P,)`; prompts with a label below 0 are not considered.
 
-        One for each label, since thousands of prompts may all be near to each other: those of a label that was found
-        are not compared any more. What is compared doubles from step to step, so that many prompts that are alike
-        cost few comparisons, and many that only look so cost few steps.
+        One per label is enough, and thousands of prompts may be near to each other: after a match, prompts of the same
+        label are skipped. The number of compared prompts doubles from step to step, so that many near prompts cost few
+        comparisons, and many false candidates cost few steps.
         """
-        found: list[int] = []
+        neighbours: list[int] = []
         step = 1
         compared = np.zeros(place, dtype=np.bool_)
         for bucket in self._buckets.get(place, ()):
             left = bucket[: np.searchsorted(bucket, place)]
-            for one in found:
-                left = left[labels[left] != labels[one]]
+            for neighbour in neighbours:
+                left = left[labels[left] != labels[neighbour]]
             left = left[(labels[left] >= 0) & ~compared[left]]
             while len(left):
                 asked, left = left[:step], left[step:]
                 compared[asked] = True
-                for one in asked[self._alike(place, asked)].tolist():
-                    if all(labels[one] != labels[other] for other in found):
-                        found.append(one)
-                        left = left[labels[left] != labels[one]]
+                for neighbour in asked[self._alike(place, asked)].tolist():
+                    if all(labels[neighbour] != labels[other] for other in neighbours):
+                        neighbours.append(neighbour)
+                        left = left[labels[left] != labels[neighbour]]
                 step *= 2
-        return np.array(found, dtype=np.int64)
+        return np.array(neighbours, dtype=np.int64)
 
     def _alike(self, place: int, others: Places) -> NDArray[np.bool_]:
         """Whether the Jaccard index of `place` and each of `others` reaches the threshold; `(M,)`."""
@@ -230,7 +229,7 @@ class NearIndex:
     def _alike_in_full(self, place: int, others: Places) -> NDArray[np.bool_]:
         own, sizes = self._shingles[place], self._sizes[others]
         alike: NDArray[np.bool_] = np.minimum(sizes, len(own)) / np.maximum(sizes, len(own)) >= self._threshold
-        for contained in (_at_most_in, _in):  # two bounds are quick to tell most candidates off: sizes, and slots
+        for contained in (_at_most_in, _in):  # two cheap bounds rule out most candidates: sizes, and slots
             if alike.any():
                 sizes = self._sizes[others[alike]]
                 theirs = np.concatenate([self._shingles[other] for other in others[alike]])
@@ -245,17 +244,17 @@ def _lenient(threshold: float) -> float:
 
 
 def _of_samples(resemblance: float) -> float:
-    """The least Jaccard index of two samples taken as sets, where that of the whole sets is `resemblance`.
+    """The lowest Jaccard index of two samples as sets, if that of the whole sets is `resemblance`.
 
-    It is least where one set holds the other: the larger one's sample ends sooner, and a part of the smaller's is left.
+    It is lowest if one set contains the other: the larger set's sample ends sooner, before a part of the smaller one's.
     """
     return resemblance / (2 - resemblance)
 
 
-def _estimate(one: Hashes, other: Hashes) -> float:
-    """The Jaccard index of two sets, from their `samples`: the part of their union's lowest hashes that both have."""
-    lowest = np.union1d(one, other)[:SAMPLE]
-    both = np.intersect1d(one, other, assume_unique=True)
+def _estimate(sample: Hashes, other: Hashes) -> float:
+    """The Jaccard index of two sets, from their `samples`: the fraction of their union's lowest hashes in both."""
+    lowest = np.union1d(sample, other)[:SAMPLE]
+    both = np.intersect1d(sample, other, assume_unique=True)
     return float(np.searchsorted(both, lowest[-1], side="right") / len(lowest))
 
 

@@ -1,4 +1,4 @@
-"""Folds that tell the truth: rows with the same or nearly the same prompt share a fold, and no leak goes unseen.
+"""Folds: group rows with equal or near prompts, stratify, read and write folds.csv, and assert that no prompt leaks.
 
 Two ways lead there. Stratified folds (the default) see all rows at once: prompts that are near to each other, over
 however many steps, are one group, and the groups are dealt so that classes are balanced. Stable folds see a row and
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from polars.exceptions import PolarsError
 from rich.console import Group
 from rich.table import Table
 
-from pairclf.console import table
+from pairclf.console import counted, table
 from pairclf.data.csv_syntax import check_csv
 from pairclf.data.duplicates import NearIndex, Places, clusters, near_overlap, normalised_prompts, normalised_texts
 from pairclf.errors import DataError, LeakError
@@ -31,8 +32,8 @@ from pairclf.task import Task
 
 _COLUMNS = ["id", "fold", "group"]
 _SET_ASIDE = -1
-_FEWER = "lower folds.n, or read more rows (data.max_rows)"
-_REMAKE = "make the folds anew with `pairclf folds`; for a trial with other rows (data.max_rows), set output=FOLDER"
+_FEWER = "lower folds.n_splits, or read more rows (data.max_rows)"
+_REMAKE = "make the folds anew with `pairclf folds`; for a trial with other rows (data.max_rows), set output_dir=FOLDER"
 
 
 def prompt_groups(frame: pl.DataFrame, task: Task, near: float | None = None) -> pl.Series:
@@ -57,21 +58,21 @@ def _keys(distinct: list[str]) -> NDArray[np.object_]:
 
 
 def _of_rows(ids: pl.Series, prompts: pl.Series, distinct: list[str], groups: NDArray[np.object_]) -> pl.Series:
-    """The group of each row `(N,)`, from that of each different prompt."""
-    found = prompts.replace_strict(distinct, groups.tolist(), default=None, return_dtype=pl.String)
-    return found.fill_null("row:" + ids).alias("group")
+    """The group of each row `(N,)`, from the groups of the distinct prompts."""
+    by_row = prompts.replace_strict(distinct, groups.tolist(), default=None, return_dtype=pl.String)
+    return by_row.fill_null("row:" + ids).alias("group")
 
 
 def prompt_hashes(frame: pl.DataFrame, task: Task) -> pl.Series:
     """Hashes `(N,)` of the normalised prompts, UInt64, named `prompt`: the same on every machine and in every run.
 
-    A row without prompt text goes by all its texts, in any order, as such rows have nothing else in common.
+    A row without prompt text is hashed by all its texts, in any order.
     """
     prompts = normalised_prompts(frame, task)
     blank = prompts == ""
     if blank.any():
         joined = [frame[name].filter(blank).list.join("\n").fill_null("") for name in task.fields]
-        texts = [normalised_texts(one).to_list() for one in joined]
+        texts = [normalised_texts(column).to_list() for column in joined]
         whole = ["\0".join(["", *sorted(row)]) for row in zip(*texts, strict=True)]  # \0: no prompt holds one
         prompts = prompts.scatter(blank.arg_true(), whole)
     return pl.Series("prompt", [text_hash(prompt) for prompt in prompts], dtype=pl.UInt64)
@@ -121,8 +122,8 @@ def make_folds(frame: pl.DataFrame, task: Task, *, n: int, seed: int, near: floa
 def _check_enough(groups: pl.Series, n: int) -> None:
     if groups.n_unique() < n:
         raise DataError(
-            f"{groups.n_unique():,} different prompts can't fill {n} folds; rows with (nearly) the same prompt stay "
-            "together",
+            f"{counted(groups.n_unique(), 'different prompt')} can't fill {n} folds; rows with (nearly) the "
+            "same prompt stay together",
             remedy=_FEWER,
         )
 
@@ -161,7 +162,7 @@ def _stratify(classes: NDArray[Any], groups: NDArray[Any], n: int, seed: int) ->
             for fold, (_, held_out) in enumerate(splitter.split(classes, classes, groups)):
                 folds[held_out] = fold
         except ValueError as error:  # no class has n rows
-            raise DataError(f"{len(classes):,} rows can't fill {n} folds: {error}", remedy=_FEWER) from error
+            raise DataError(f"{counted(len(classes), 'row')} can't fill {n} folds: {error}", remedy=_FEWER) from error
     return folds
 
 
@@ -201,39 +202,65 @@ def read_folds(path: Path, frame: pl.DataFrame, *, n: int) -> pl.DataFrame:
     return frame.select("id").join(folds, on="id", how="left", maintain_order="left")
 
 
-def assert_no_leak(train: pl.DataFrame, held_out: pl.DataFrame, task: Task, near: float | None) -> None:
-    """Do nothing if no held-out row shares its id with a row that is trained on, nor has (nearly) the same prompt.
+def assert_no_leak(
+    frame: pl.DataFrame, folds: pl.DataFrame, held_out: Sequence[int], task: Task, near: float | None
+) -> None:
+    """Do nothing if no row of these folds shares its id with a row outside of its fold, nor has (nearly) its prompt.
+
+    All folds are proven in one pass over the prompts; one that is not asked about may share with others.
 
     Args:
-        train: canonical table of the rows that are trained on.
-        held_out: canonical table of the rows that must stay unseen.
+        frame: canonical table; rows without a fold (train_only) and those set aside (fold -1) are left out.
+        folds: `id`, `fold`.
+        held_out: the folds asked about.
         task: names the fields that make a prompt.
         near: prompts at least so alike are a leak; None: equal ones alone.
 
     Raises:
-        LeakError: with the ids of the held-out rows that do.
+        LeakError: with the ids of rows of these folds that do.
     """
-    known = held_out["id"].is_in(train["id"].to_list())
-    seen = known | near_overlap(held_out, train, task, near)
+    rows = frame.filter(~pl.col("train_only")).join(folds.select("id", "fold"), on="id", how="left")
+    rows = rows.filter(pl.col("fold") >= 0)
+    sides = rows.select(
+        "id",
+        normalised_prompts(rows, task).alias("prompt"),
+        side=pl.when(pl.col("fold").is_in(list(held_out))).then("fold").otherwise(-1),
+    )
+    shares = pl.col("side").n_unique() > 1
+    seen = sides.select(shares.over("id") | (shares.over("prompt") & (pl.col("prompt") != ""))).to_series()
+    if near is not None:
+        seen = seen | sides["prompt"].is_in(_near_other_sides(sides, near))
+    seen = seen & (sides["side"] >= 0)
     if seen.any():
-        nearly = "" if near is None else f", or have nearly the same prompt (folds.near={near})"
+        nearly = f", or have nearly the same prompt (folds.near_duplicate_threshold={near})" if near is not None else ""
         raise LeakError(
-            f"{seen.sum():,} of {len(held_out):,} held-out rows share their id or prompt with a training row{nearly}",
-            rows=held_out["id"].filter(seen).to_list(),
+            f"{seen.sum():,} of {(sides['side'] >= 0).sum():,} held-out rows share their id or prompt with a training "
+            f"row{nearly}",
+            rows=sides["id"].filter(seen).to_list(),
             remedy=f"{_REMAKE}, or take these rows out of the training files",
         )
 
 
+def _near_other_sides(sides: pl.DataFrame, near: float) -> list[str]:
+    """Prompts that are near to an earlier prompt of another side; sides that need no check come first."""
+    prompts = (
+        sides.filter(pl.col("prompt") != "").sort("side", maintain_order=True).unique("prompt", maintain_order=True)
+    )
+    own = prompts["side"].to_numpy() + 1  # labels below 0 would not be considered
+    neighbours = NearIndex.of(prompts["prompt"].to_list(), near).walk(own)
+    return [prompts["prompt"][place] for place, met in neighbours if (own[met] != own[place]).any()]
+
+
 def assert_apart(train_only: pl.DataFrame, folded: pl.DataFrame, task: Task, near: float | None) -> None:
-    """Do nothing if rows that are trained on in every fold share no id and no (near) prompt with rows of any fold.
+    """Refuse train-only rows that share an id or a (near) prompt with a row of any fold.
 
     Raises:
-        LeakError: with the ids of the train-only rows that do.
+        LeakError: with the ids of these train-only rows.
     """
-    known = train_only["id"].is_in(folded["id"].to_list())
-    seen = known | near_overlap(train_only, folded, task, near)
+    same_id = train_only["id"].is_in(folded["id"].to_list())
+    seen = same_id | near_overlap(train_only, folded, task, near)
     if seen.any():
-        nearly = "" if near is None else f", or have nearly the same prompt (folds.near={near})"
+        nearly = "" if near is None else f", or have nearly the same prompt (folds.near_duplicate_threshold={near})"
         raise LeakError(
             f"{seen.sum():,} of {len(train_only):,} rows that are train_only share their id or prompt with a row that "
             f"a fold holds out{nearly}",
@@ -244,20 +271,20 @@ def assert_apart(train_only: pl.DataFrame, folded: pl.DataFrame, task: Task, nea
 
 
 def report(folds: pl.DataFrame, frame: pl.DataFrame, task: Task) -> Group:
-    """Two tables: a line a fold, with its rows, prompts, groups and share of each class; and how large groups are.
+    """Two tables: the rows, prompts, groups and class shares of each fold; and the sizes of groups.
 
-    Rows of the frame that the folds don't hold are those that are trained on in every fold.
+    Rows of the frame that are not in the folds are train-only rows.
     """
     rows = frame.select("id", "target", normalised_prompts(frame, task))
     others = rows.join(folds, on="id", how="anti").with_columns(group="id")
     rows = folds.join(rows, on="id", how="left", maintain_order="left")
-    made = table("Folds", "fold", "rows", "prompts", "groups", "largest group", *task.classes)
+    folds_table = table("Folds", "fold", "rows", "prompts", "groups", "largest group", *task.classes)
     parts = [(key[0], part) for key, part in rows.sort("fold").group_by("fold", maintain_order=True)]
     for name, part in [*parts, ("all", rows), *([("train only", others)] if len(others) else [])]:
         shares = np.mean(part["target"].to_list(), axis=0)
         label = "set aside" if name == _SET_ASIDE else str(name)
-        made.add_row(label, *_counts(part), *(f"{share:.1%}" for share in shares))
-    return Group(made, "", _group_sizes(rows))
+        folds_table.add_row(label, *_counts(part), *(f"{share:.1%}" for share in shares))
+    return Group(folds_table, "", _group_sizes(rows))
 
 
 def _counts(rows: pl.DataFrame) -> list[str]:
@@ -269,8 +296,8 @@ def _counts(rows: pl.DataFrame) -> list[str]:
 def _group_sizes(rows: pl.DataFrame) -> Table:
     groups = rows.group_by("group").agg(rows=pl.len(), prompts=pl.col("prompt").n_unique())
     joined = groups.filter(pl.col("prompts") > 1)
-    made = table("Groups of (nearly) equal prompts", "", "")
-    made.show_header = False
+    sizes_table = table("Groups of (nearly) equal prompts", "", "")
+    sizes_table.show_header = False
     for name, count in (
         ("groups of one row", (groups["rows"] == 1).sum()),
         ("groups of several rows", (groups["rows"] > 1).sum()),
@@ -279,5 +306,5 @@ def _group_sizes(rows: pl.DataFrame) -> Table:
         ("rows without prompt text", (rows["prompt"] == "").sum()),
         ("rows set aside, near to prompts of several folds", (rows["fold"] == _SET_ASIDE).sum()),
     ):
-        made.add_row(name, f"{count:,}")
-    return made
+        sizes_table.add_row(name, f"{count:,}")
+    return sizes_table

@@ -1,4 +1,4 @@
-"""Files and their cells: names to paths, files to chunks of raw columns, cells to turns.
+"""Read .csv, .parquet and .jsonl files: globs to paths, files to chunks of raw columns, cells to turns.
 
 A raw chunk has the file's own columns. A CSV's cells are all text. Parquet keeps its types, but for texts and lists of
 texts, which are String and List(String) whatever Arrow type they had. JSONL's are text, lists of turns or, where that
@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from enum import IntFlag, auto
@@ -28,14 +29,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from polars.exceptions import ComputeError, NoDataError, PanicException, PolarsError
 
+from pairclf.console import counted
 from pairclf.data.csv_syntax import Shape, check_csv, check_stream, without_escapes
 from pairclf.errors import DataError
 
 CHUNK = 16_384
-"""Rows of a chunk where a file is not read at once."""
+"""Rows per chunk."""
 
 REPLACEMENT = "\ufffd"
-"""What stands where a file had half a surrogate pair, which no UTF-8 text can hold."""
+"""The replacement for half a surrogate pair, which UTF-8 can't represent."""
 
 CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 """Control characters, but not tab, line feed and carriage return."""
@@ -46,7 +48,7 @@ Bits = NDArray[np.uint32]
 
 
 class Flaw(IntFlag):
-    """What only the reader of a file can see, as bits of the canonical column `flaws`. Named as their rules are."""
+    """Flaws that only the reader of a file can detect, as bits of the column `flaws`; named like their rules."""
 
     MISSING_ID = auto()
     BAD_LABEL = auto()
@@ -67,7 +69,7 @@ _BOOLEAN, _WHOLE_FLOAT, _FLOAT = "booleans", "whole floats", "floats with fracti
 _OBJECT, _OTHER_LIST = "objects", "lists of other things than texts"
 
 WHOLE = {"Float64": 2**53, "Float32": 2**24, "Float16": 2**11}
-"""From here on a float does not tell one whole number from the next. By name, as polars 1.35 has no Float16."""
+"""From here on, a float type can't represent every whole number. Keys are names, as polars 1.35 has no Float16."""
 
 _REMEDIES = {
     ".csv": "the file must be whole, in UTF-8, with as many cells in each row as the header has",
@@ -88,7 +90,7 @@ _MAGIC = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
-"""How files begin that are no text in UTF-8. polars would unpack some of them unseen."""
+"""First bytes of files that are not UTF-8 text. polars would silently unpack some of them."""
 
 # polars joins the cells of a column into one JSON document before it parses them. So `["a` and `"]` in two rows
 # would merge into one, `["a"],["b"]` would become two, numbers become strings and half a surrogate pair a NUL.
@@ -117,16 +119,16 @@ def expand(names: Iterable[Path]) -> list[Path]:
     """
     paths: list[Path] = []
     for name in names:
-        found = [name]
+        matches = [name]
         if not name.exists() and set("*?[") & set(str(name)):
-            found = [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
-        if not found:
+            matches = [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
+        if not matches:
             raise DataError(
                 "no file matches this name",
                 where=name,
                 remedy="check the pattern; names in a config are relative to its data.folder",
             )
-        paths += found
+        paths += matches
     return paths
 
 
@@ -163,9 +165,7 @@ def read_file(
     except (OSError, PolarsError, PanicException, ValueError, RecursionError, csv.Error) as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"can't be read as {path.suffix.lower()[1:]}: {detail}",
-            where=path,
-            remedy=_REMEDIES[path.suffix.lower()],
+            f"can't be read as {path.suffix.lower()[1:]}: {detail}", where=path, remedy=_REMEDIES[path.suffix.lower()]
         ) from error
     if empty:
         raise DataError("the file holds no rows", where=path, remedy="fetch or write it again")
@@ -175,10 +175,10 @@ _Reader = Callable[[Path, int | None, bool, int | None], Iterator[pl.DataFrame]]
 
 
 def _reader(path: Path, escape: bool) -> _Reader:
-    """What reads a file of this name.
+    """The reader for a file of this name.
 
     Raises:
-        DataError: nothing does, or the file begins as one of another kind.
+        DataError: there is none, or the first bytes are those of another kind of file.
     """
     check_is_file(path)
     readers = {".csv": _read_escaped if escape else _read_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
@@ -198,14 +198,14 @@ def _reader(path: Path, escape: bool) -> _Reader:
 
 
 def check_is_file(path: Path) -> None:
-    """Do nothing if there is a file of rows at this path.
+    """Refuse a path without a regular file.
 
     Raises:
-        DataError: there is none, or it is a folder, a pipe or a device.
+        DataError: the path does not exist, or is a folder, a pipe or a device.
     """
     if path.is_dir():
         raise DataError("this is a folder, not a file", where=path, remedy="name the file, or a glob for those in it")
-    if path.exists() and not path.is_file():  # it is read twice, and may never end
+    if path.exists() and not path.is_file():  # it could not be read twice, and may never end
         raise DataError("this is a pipe or a device, and no regular file", where=path, remedy="give a file of rows")
     if not path.exists():
         raise DataError(
@@ -216,24 +216,24 @@ def check_is_file(path: Path) -> None:
 
 
 def check_text(path: Path) -> None:
-    """Refuse a file that is named as one of text and begins as one of another kind.
+    """Refuse a file with the name of a text file and the first bytes of another kind.
 
     Raises:
-        DataError: it does.
+        DataError: it is such a file.
         OSError: the file can't be read.
     """
     with path.open("rb") as stream:
         start = stream.read(6)
-    found = next((what for magic, what in _MAGIC.items() if start.startswith(magic)), None)
-    if found is not None:
+    kind = next((what for magic, what in _MAGIC.items() if start.startswith(magic)), None)
+    if kind is not None:
         remedy = "unpack it, save it as UTF-8, or correct its name"
-        raise DataError(f"the file is named {path.suffix!r} and is {found}", where=path, remedy=remedy)
+        raise DataError(f"the file is named {path.suffix!r} and is {kind}", where=path, remedy=remedy)
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written or replaced."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    """A stamp that changes when a file is written or replaced."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def load(path: Path) -> pl.DataFrame:
@@ -279,7 +279,7 @@ def _of_shape(chunks: Iterable[pl.DataFrame], shape: Shape, rows: int | None) ->
         chunk.columns = shape.names
         yield chunk
     if left:
-        raise ValueError(f"{abs(left):,} rows {'are lost' if left > 0 else 'too many come'} in reading")
+        raise ValueError(f"{counted(abs(left), 'row')} {'lost' if left > 0 else 'too many'} in reading")
 
 
 def _without_blank_tail(chunks: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
@@ -345,21 +345,21 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Raises:
     ValueError: a name stands twice; Python would take the last.
     """
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"names {sorted({name for name in names if names.count(name) > 1})} stand twice in an object")
-    return made
+    return record
 
 
 def _jsonl_column(name: str, cells: list[Any]) -> pl.Series:
     """Lists of turns as such, texts and whole numbers as text, the way a CSV has it; `_MIXED` if that is not enough."""
     turns = [cell if _is_turns(cell) else None for cell in cells]
     texts, kinds = map(list, zip(*(_json_text(cell) for cell in cells), strict=True))
-    sound_turns = [None if one is None else _encodable(one) for one in turns]
+    sound_turns = [None if cell is None else _encodable(cell) for cell in turns]
     sound_texts = _encodable(texts)
     broken = [turns[at] != sound_turns[at] or texts[at] != sound_texts[at] for at in range(len(cells))]
-    listed, several = any(one is not None for one in turns), any(text is not None for text in texts)
+    listed, several = any(cell is not None for cell in turns), any(text is not None for text in texts)
     if any(broken) or any(kinds) or (listed and several):
         columns = {"text": sound_texts, "turns": sound_turns, "surrogate": broken, "kind": kinds}
         return pl.DataFrame(columns, schema=_MIXED.to_schema()).to_struct(name)
@@ -438,14 +438,14 @@ def as_ids(cells: pl.Series, where: object) -> pl.Series:
     if cells.dtype == _MIXED:
         kinds = cells.struct.field("kind")
         wrong = (kinds != _WHOLE_FLOAT).fill_null(value=False)
-        found = _FLOAT if (kinds == _FLOAT).any() else _BOOLEAN
+        kind = _FLOAT if (kinds == _FLOAT).any() else _BOOLEAN
     elif cells.dtype.is_float():
         wrong = ((cells != cells.floor()) | (cells.abs() >= WHOLE[str(cells.dtype)])) & cells.is_not_nan()
-        wrong, found = wrong.fill_null(value=False), _FLOAT
+        wrong, kind = wrong.fill_null(value=False), _FLOAT
     else:
-        wrong, found = pl.repeat(cells.dtype == pl.Boolean, len(cells), eager=True) & cells.is_not_null(), _BOOLEAN
+        wrong, kind = pl.repeat(cells.dtype == pl.Boolean, len(cells), eager=True) & cells.is_not_null(), _BOOLEAN
     if wrong.any():
-        what = f"ids of {wrong.sum():,} rows are {found}"
+        what = f"ids of {counted(int(wrong.sum()), 'row')} are {kind}"
         raise DataError(
             what, where=where, rows=texts.filter(wrong).to_list(), remedy="write ids as text or whole numbers"
         )
@@ -488,9 +488,9 @@ def read_turns(
         mark(flaws, raw[name].struct.field("kind").is_not_null(), Flaw.UNDECODABLE)
     decoded = set(texts) - set(mixed) if multi_turn else set()
     for name in (name for name in fields if name not in turns):
-        made = as_text(raw[name])
-        turns |= _one_turn({name: made})
-        mark(flaws, made.is_not_null(), Flaw.UNDECODABLE)
+        cells = as_text(raw[name])
+        turns |= _one_turn({name: cells})
+        mark(flaws, cells.is_not_null(), Flaw.UNDECODABLE)
     table = pl.DataFrame([turns[name].alias(name) for name in fields])
     control = table.select(pl.exclude(decoded).list.eval(pl.element().str.contains(CONTROL)).list.any())
     for column in control:
@@ -525,10 +525,10 @@ def mark(flaws: Bits, met: pl.Series, flaw: Flaw) -> None:
 
 
 def _one_turn(texts: dict[str, pl.Series]) -> dict[str, pl.Series]:
-    made = pl.DataFrame(list(texts.values())).with_columns(
+    lists = pl.DataFrame(list(texts.values())).with_columns(
         pl.when(pl.col(name).is_not_null()).then(pl.concat_list(name)).alias(name) for name in texts
     )
-    return {column.name: column for column in made}
+    return {column.name: column for column in lists}
 
 
 def _without_null_cells(turns: pl.DataFrame, texts: dict[str, pl.Series], flaws: Bits) -> list[pl.Series]:
@@ -554,9 +554,9 @@ def _decode(texts: pl.DataFrame, flaws: Bits) -> dict[str, pl.Series]:
         plain, turns = _decode_plain(texts, texts.select(_one_plain_turn(pl.all())))
     except ComputeError:  # a raw control character, or an escape that JSON does not know
         plain, turns = _decode_plain(texts, texts.select(pl.all().is_null()))
-    made = {}
+    columns = {}
     for name in texts.columns:
-        made[name] = turns[name]
+        columns[name] = turns[name]
         odd = (~plain[name]).arg_true().to_numpy()
         if len(odd):
             decoded = [_decode_cell(text) for text in texts[name].gather(odd)]
@@ -564,8 +564,8 @@ def _decode(texts: pl.DataFrame, flaws: Bits) -> dict[str, pl.Series]:
             cells = pl.Series(name, [cell for cell, _ in decoded], dtype=TURNS)
             places = np.arange(len(texts))
             places[odd] = len(texts) + np.arange(len(odd))
-            made[name] = pl.concat([turns[name], cells]).gather(places)
-    return made
+            columns[name] = pl.concat([turns[name], cells]).gather(places)
+    return columns
 
 
 def _one_plain_turn(cells: pl.Expr) -> pl.Expr:
@@ -615,8 +615,8 @@ def _decode_cell(text: str) -> tuple[list[str | None] | None, Flaw]:
 
 
 def _control(*texts: str | None) -> Flaw:
-    found = any(re.search(CONTROL, text) for text in texts if text is not None)
-    return Flaw.CONTROL_CHARACTER if found else Flaw(0)
+    has_control = any(re.search(CONTROL, text) for text in texts if text is not None)
+    return Flaw.CONTROL_CHARACTER if has_control else Flaw(0)
 
 
 def _is_turns(value: Any) -> bool:
@@ -625,3 +625,17 @@ def _is_turns(value: Any) -> bool:
 
 def _encodable(texts: Sequence[str | None]) -> list[str | None]:
     return [None if text is None else _SURROGATE.sub(REPLACEMENT, text) for text in texts]
+
+
+def refuse(problems: Sequence[DataError], where: object) -> None:
+    """Raise one error that lists all problems, if there are any.
+
+    Raises:
+        DataError: there is a problem.
+    """
+    if len(problems) == 1:
+        only = problems[0]
+        raise DataError(only.what, where=where, rows=only.rows, remedy=only.remedy)
+    if problems:
+        listed = textwrap.indent("\n".join(str(problem) for problem in problems), "  ")
+        raise DataError(f"{len(problems)} things are wrong:\n{listed}", where=where)

@@ -1,4 +1,4 @@
-"""Which row is meant: hashes of its prompt and of all its texts, since an id alone may be another file's.
+"""The identity of rows: hashes of prompt and texts, fingerprints, and whether a model was trained on a prompt.
 
 Scores carry both hashes. Whoever joins scores to rows on their id has the rows compared here. A bundle carries the
 hashes of the prompts that it was trained on, and samples of them, which tell whether it has seen a row's prompt or one
@@ -7,24 +7,28 @@ that is nearly the same.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
+from pairclf.console import counted
 from pairclf.data.duplicates import near_samples, normalised_prompts, normalised_texts, samples
 from pairclf.data.folds import prompt_hashes, text_hash
-from pairclf.data.tables import HASHES
+from pairclf.data.scores import HASHES
 from pairclf.errors import DataError
-from pairclf.task import Task
+from pairclf.task import Row, Task
 
 
 def row_hashes(frame: pl.DataFrame, task: Task) -> pl.DataFrame:
     """Hashes `(N,)` of each row, UInt64, the same on every machine and in every run.
 
-    `prompt` as `folds.prompt_hashes` has it; `row_hash` of all fields in their places, so that a row and its mirror
-    (sides exchanged) differ. Both are of texts in normal form: letters' case, white space and control characters do
-    not count.
+    `prompt` is `folds.prompt_hashes`; `row_hash` covers all fields in order, so that a row and its mirror (sides
+    exchanged) differ. Texts are hashed in normal form: case, white space and control characters do not matter.
     """
     return pl.DataFrame([prompt_hashes(frame, task), _text_hashes(frame, task.fields)])
 
@@ -36,16 +40,16 @@ def _text_hashes(frame: pl.DataFrame, fields: tuple[str, ...]) -> pl.Series:
 
 
 def refuse_other_rows(scores: pl.DataFrame, rows: pl.DataFrame, task: Task, where: Path) -> None:
-    """Do nothing if scores that have the id of a row are of that very row, as far as they tell.
+    """Refuse scores that have the id of a row, but other hashes.
 
     Args:
-        scores: `id` and the columns of `tables.HASHES`; what is null there is not compared.
-        rows: canonical table; ids that it lacks are not looked at.
+        scores: `id` and the columns of `scores.HASHES`; nulls are not compared.
+        rows: canonical table; other ids are skipped.
         task: whose fields are compared.
         where: file of the scores.
 
     Raises:
-        DataError: names the rows, and what differs: the prompt, the sides' order, or another text.
+        DataError: it names the rows and the difference: the prompt, exchanged sides, or another text.
     """
     met = rows.filter(pl.col("id").is_in(scores["id"].to_list()))
     own = pl.DataFrame([met["id"], *(hashes.alias(f"own_{hashes.name}") for hashes in row_hashes(met, task))])
@@ -63,7 +67,7 @@ def refuse_other_rows(scores: pl.DataFrame, rows: pl.DataFrame, task: Task, wher
     ):
         if unlike.any():
             raise DataError(
-                f"{unlike.sum():,} rows have the id of a row here and {what}",
+                f"{counted(int(unlike.sum()), 'row has', 'rows have')} the id of a row here and {what}",
                 where=where,
                 rows=joined["id"].filter(unlike).to_list(),
                 remedy="give scores of these very rows; id_prefix of a source keeps ids of several files apart",
@@ -71,9 +75,9 @@ def refuse_other_rows(scores: pl.DataFrame, rows: pl.DataFrame, task: Task, wher
 
 
 def prompt_marks(frame: pl.DataFrame, task: Task) -> pl.DataFrame:
-    """What is kept of prompts `(N,)` to know them again: `prompt` (`folds.prompt_hashes`) and `sample` (List(UInt32)).
+    """The marks by which a bundle recognises prompts `(N,)`: `prompt` (`folds.prompt_hashes`), `sample` (List(UInt32)).
 
-    A prompt's sample is as large as 1 KB, where the prompt has 260 characters or more.
+    A sample has up to 1 KB, for prompts of 260 characters or more.
     """
     return pl.DataFrame([prompt_hashes(frame, task), samples(normalised_prompts(frame, task))])
 
@@ -81,25 +85,25 @@ def prompt_marks(frame: pl.DataFrame, task: Task) -> pl.DataFrame:
 def seen_by(
     marks: pl.DataFrame, trained_on: Sequence[pl.DataFrame | None], nears: Sequence[float | None]
 ) -> list[pl.Series]:
-    """For each model, which prompts are equal, or nearly equal, to one that it was trained on; Boolean `(N,)` each.
+    """For each model, the mask `(N,)` of prompts that are (nearly) equal to one of its training prompts.
 
-    Null says that nobody knows: the model's bundle notes no prompts, or is an older one that notes no samples of them,
-    so that equal prompts alone are known again.
+    Null means unknown: the bundle has no marks, or is an older one without samples, which can recognise equal prompts
+    only.
 
     Args:
-        marks: `prompt_marks` of the rows asked about.
-        trained_on: what each model's bundle notes: `prompt_marks`, an older one's `prompt` alone, or nothing.
-        nears: each model's `folds.near`; None: prompts that are equal alone count.
+        marks: `prompt_marks` of the rows.
+        trained_on: the marks in each model's bundle: `prompt_marks`, the column `prompt` alone, or None.
+        nears: each model's `folds.near_duplicate_threshold`; None: equal prompts only.
     """
     unknown = pl.repeat(None, len(marks), dtype=pl.Boolean, eager=True)
-    found = [unknown if one is None else marks["prompt"].is_in(one["prompt"].to_list()) for one in trained_on]
+    seen = [unknown if noted is None else marks["prompt"].is_in(noted["prompt"].to_list()) for noted in trained_on]
     for near in {near for near in nears if near is not None}:
-        models = {place: one for place, one in enumerate(trained_on) if one is not None and nears[place] == near}
-        sampled = {place: one for place, one in models.items() if _has_samples(one)}
-        nearly = _near(marks, sampled, {place: found[place] for place in sampled}, near)
+        models = {place: noted for place, noted in enumerate(trained_on) if noted is not None and nears[place] == near}
+        sampled = {place: noted for place, noted in models.items() if _has_samples(noted)}
+        nearly = _near(marks, sampled, {place: seen[place] for place in sampled}, near)
         for place in models:
-            found[place] |= nearly.get(place, unknown)  # true or null is true, false or null is null
-    return found
+            seen[place] |= nearly.get(place, unknown)  # true or null is true, false or null is null
+    return seen
 
 
 def _has_samples(trained_on: pl.DataFrame) -> bool:
@@ -109,18 +113,33 @@ def _has_samples(trained_on: pl.DataFrame) -> bool:
 def _near(
     marks: pl.DataFrame, trained_on: dict[int, pl.DataFrame], equal: dict[int, pl.Series], near: float
 ) -> dict[int, pl.Series]:
-    """By model, which rows have a prompt that is near to one of its own; `equal` rows are not looked at any more."""
+    """By model, the mask of rows whose prompt is near to a training prompt; `equal` rows are skipped."""
     if not trained_on:
         return {}
-    known = pl.concat(trained_on.values()).unique("prompt", maintain_order=True)
-    unequal = pl.select(pl.any_horizontal(~one for one in equal.values())).to_series()
+    noted = pl.concat(trained_on.values()).unique("prompt", maintain_order=True)
+    unequal = pl.select(pl.any_horizontal(~own for own in equal.values())).to_series()
     fresh = marks.filter(unequal).unique("prompt", maintain_order=True)
     searches = []
-    for place, one in trained_on.items():
+    for place, own in trained_on.items():
         asked = ~fresh["prompt"].is_in(marks["prompt"].filter(equal[place]).to_list())
-        searches.append((known["prompt"].is_in(one["prompt"].to_list()), asked))
-    nearly = near_samples(fresh["sample"], known["sample"], searches, near)
+        searches.append((noted["prompt"].is_in(own["prompt"].to_list()), asked))
+    nearly = near_samples(fresh["sample"], noted["sample"], searches, near)
     return {
-        place: marks["prompt"].is_in(fresh["prompt"].filter(one).to_list())
-        for place, one in zip(trained_on, nearly, strict=True)
+        place: marks["prompt"].is_in(fresh["prompt"].filter(own).to_list())
+        for place, own in zip(trained_on, nearly, strict=True)
     }
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """Hex SHA-256 of rows: ids, texts, targets, weights, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        plain = [row.id, {name: list(turns) for name, turns in row.fields.items()}, row.target, row.weight]
+        digest.update(json.dumps(plain, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def fingerprint_of_examples(rows: Sequence[Row], teachers: NDArray[np.float64] | None) -> str:
+    """`fingerprint` of training rows, and that of their teachers' probabilities `(N, C)` behind it."""
+    teacher_bytes = b"" if teachers is None else np.ascontiguousarray(teachers).tobytes()
+    return fingerprint(rows) + hashlib.sha256(teacher_bytes).hexdigest()

@@ -1,1 +1,1 @@
-"""Prediction under a deadline: what is scored next, who does it, what is known by now and what survives a kill."""
+"""Prediction under a deadline: planner, worker pool, journal, submission; forecast, inference server, verification."""

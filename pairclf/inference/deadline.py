@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 from pairclf.errors import ConfigError
 
@@ -41,10 +44,16 @@ def seconds_until(text: str, now: datetime, spent: float = 0.0) -> float:
     return (end - now).total_seconds()
 
 
-def spoken(seconds: float) -> str:
+def process_age() -> float:
+    """Seconds since this process started, its imports included."""
+    ticks = Path("/proc/self/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]  # since boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def format_duration(seconds: float) -> str:
     """`7 h 05 min`, `12 min` or `40 s`, for people.
 
-    >>> spoken(25_500), spoken(720), spoken(40.2)
+    >>> format_duration(25_500), format_duration(720), format_duration(40.2)
     ('7 h 05 min', '12 min', '40 s')
     """
     if seconds >= 3600:

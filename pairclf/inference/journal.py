@@ -1,6 +1,6 @@
-"""What was scored, on disk after every batch: a run that is killed goes on where it was.
+"""The journal: logits on disk after every batch, from which a killed run resumes.
 
-Every record has a checksum: of a file that was damaged on disk, what is whole is kept, and the rest is scored anew.
+Every record has a checksum: intact records of a damaged file are kept, and the rest is scored again.
 """
 
 from __future__ import annotations
@@ -18,61 +18,60 @@ import numpy as np
 from pairclf.console import console
 from pairclf.errors import PairclfError
 from pairclf.files import parsed
-from pairclf.inference.work import Floats
+from pairclf.scores.metrics import Floats
 
 NOT_FINITE = "logits are not finite"
 _SHOWN = 60  # letters of a value that is shown
-FORMAT = 2
-"""Of the file; part of the identity, so that a journal of another format is another run's."""
+FORMAT = 3
+"""Format of the file; part of the identity, so that a journal of another format is not continued."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS note (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS scored
-    (member INT, row INT, told INT, logits BLOB, checksum INT, PRIMARY KEY (member, row, told));
+    (member INT, row INT, swap_order INT, logits BLOB, checksum INT, PRIMARY KEY (member, row, swap_order));
 CREATE TABLE IF NOT EXISTS failed
-    (member INT, row INT, told INT, what TEXT, checksum INT, PRIMARY KEY (member, row, told));
+    (member INT, row INT, swap_order INT, what TEXT, checksum INT, PRIMARY KEY (member, row, swap_order));
 """
 _Record = tuple[int, int, int, bytes | str, int]
 """Model, row, order, logits or what went wrong, checksum."""
 
 
 class Journal:
-    """An sqlite file with the logits of every `(member, row, order)`, exactly as they were.
+    """An sqlite file with the exact logits of every `(member, row, order)`.
 
-    A kill at any moment loses no batch that `add` returned for: the file has a write-ahead log, and the system keeps
-    what was handed to it. Where nothing can be written (the disk is full, the folder can't be written to), the journal
-    says so once, and the run goes on without it.
+    A kill loses no batch for which `add` has returned, thanks to sqlite's write-ahead log. If the file can't be written
+    (full disk, read-only folder), the journal reports it once, and the run continues without it.
 
     Attributes:
         path: the file; sqlite keeps a `-wal` beside it.
-        anew: why an older journal there was not continued, None if it was or there was none.
-        broken: why nothing is written any more, or None.
+        restart_reason: why an existing journal was not continued; None: it was, or there was none.
+        write_error: why the journal is no longer written; None: it is.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.anew: str | None = None
-        self.broken: str | None = None
+        self.restart_reason: str | None = None
+        self.write_error: str | None = None
         self._file: sqlite3.Connection | None = None
 
     @classmethod
     def open(cls, path: Path, identity: dict[str, Any]) -> Journal:
-        """Continue the journal at `path` if it is of the same run, else start anew, and say why.
+        """Continue the journal at `path` if it is of the same run, else start a new one and report why.
 
         Args:
             path: the file.
-            identity: what makes a run the same run (seals of the bundles, hash of the data, settings): JSON values.
+            identity: what identifies a run (seals of the bundles, hash of the data, settings), as JSON values.
 
         Raises:
-            PairclfError: another process holds it.
+            PairclfError: another process has locked it.
         """
         journal = cls(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             journal._continue({"format": FORMAT, **json.loads(json.dumps(identity))})
         except OSError as error:
-            journal._break(error)
+            journal._disable(error)
             journal.close()
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
@@ -80,7 +79,7 @@ class Journal:
                     f"another process is predicting with {path}",
                     remedy="wait for it, end it, or write to another --out",
                 ) from error
-            journal._break(error)
+            journal._disable(error)
             journal.close()
         return journal
 
@@ -88,23 +87,27 @@ class Journal:
         kept: dict[str, list[_Record]] = {}
         try:
             self._file = _connect(self.path)
-            found = _identity(self._file)
-        except sqlite3.OperationalError:  # it can't be had: nothing is known of what is in it
+            saved_identity = _identity(self._file)
+        except sqlite3.OperationalError:  # it can't be opened: its contents are unknown, and must not be removed
             raise
         except (sqlite3.DatabaseError, ValueError) as error:
             self.close()
-            self.anew = f"it was damaged ({error})"
-            found, kept = {}, _salvaged(self.path, identity)
-        differing = sorted(key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key))
-        if found and differing:
-            self.anew = f"it is of another run: {', '.join(map(_difference(found, identity), differing))}"
-        if self.anew:
+            self.restart_reason = f"it was damaged ({error})"
+            saved_identity, kept = {}, _recover_records(self.path, identity)
+        differing = sorted(
+            key for key in saved_identity.keys() | identity.keys() if saved_identity.get(key) != identity.get(key)
+        )
+        if saved_identity and differing:
+            self.restart_reason = (
+                f"it is of another run: {', '.join(map(_difference_between(saved_identity, identity), differing))}"
+            )
+        if self.restart_reason:
             whole = sum(map(len, kept.values()))
             saved = f"; {whole:,} records of it are whole, and kept" if whole else ""
-            console.print(f"the journal {self.path} was started anew: {self.anew}{saved}")
+            console.print(f"the journal {self.path} was started anew: {self.restart_reason}{saved}")
             self.remove()
             self._file = _connect(self.path)
-        if self._file is not None and (self.anew or not found):
+        if self._file is not None and (self.restart_reason or not saved_identity):
             with self._file:
                 cells = [(key, json.dumps(value)) for key, value in identity.items()]
                 self._file.executemany("INSERT INTO identity VALUES (?, ?)", cells)
@@ -112,7 +115,7 @@ class Journal:
                     self._file.executemany(_INSERT[table], records)
 
     def add(self, member: int, sequences: Sequence[tuple[int, int]], logits: Floats) -> None:
-        """Write a batch, all of it or nothing; what is not finite goes to the failed.
+        """Write a batch in one transaction; sequences with non-finite logits are recorded as failed.
 
         Args:
             member: index of the model.
@@ -124,61 +127,61 @@ class Journal:
         scored = [_record(key, _bytes(values)) for key, values, good in zip(keys, logits, finite, strict=True) if good]
         failed = [_record(key, NOT_FINITE) for key, good in zip(keys, finite, strict=True) if not good]
         self._write(
-            ("DELETE FROM failed WHERE member = ? AND row = ? AND told = ?", [one[:3] for one in scored]),
+            ("DELETE FROM failed WHERE member = ? AND row = ? AND swap_order = ?", [record[:3] for record in scored]),
             (_INSERT["scored"], scored),
             (_INSERT["failed"], failed),
         )
 
     def fail(self, member: int, row: int, order: int, what: str) -> None:
-        """Note that a sequence can't be scored, and why: it is not tried again after a restart."""
+        """Record that a sequence can't be scored, and why: a resumed run does not retry it."""
         self._write((_INSERT["failed"], [_record((member, row, order), what)]))
 
     def scored(self) -> Iterator[tuple[int, int, int, Floats]]:
-        """`(member, row, order, logits (C,))` of all that was scored; a record that was damaged on disk is left out."""
-        for member, row, order, logits, _ in self._whole("scored"):
+        """`(member, row, order, logits (C,))` of all scored sequences; damaged records are skipped."""
+        for member, row, order, logits, _ in self._intact("scored"):
             assert isinstance(logits, bytes)
             yield member, row, order, np.frombuffer(logits, dtype="<f8").astype(np.float64)
 
     def failed(self) -> Iterator[tuple[int, int, int, str]]:
-        """`(member, row, order, what)` of all that could not be scored."""
-        for member, row, order, what, _ in self._whole("failed"):
+        """`(member, row, order, what)` of all failed sequences."""
+        for member, row, order, what, _ in self._intact("failed"):
             yield member, row, order, str(what)
 
-    def note(self, key: str, value: str) -> None:
-        """Remember a text about the run beside its scores, in the place of an older one of this key."""
+    def write_note(self, key: str, value: str) -> None:
+        """Store a text about the run under a key, replacing an older one."""
         self._write(("INSERT OR REPLACE INTO note VALUES (?, ?)", [(key, value)]))
 
-    def noted(self, key: str) -> str | None:
-        """What `note` remembered."""
+    def read_note(self, key: str) -> str | None:
+        """The text stored by `write_note`, or None."""
         return next((str(value) for (value,) in self._read("SELECT value FROM note WHERE key = ?", key)), None)
 
     def close(self) -> None:
-        """Let go of the file, which stays."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def remove(self) -> None:
-        """Close, and remove the file: the run is done."""
+        """Close and remove the file: the run is complete."""
         self.close()
         for ending in ("", "-wal", "-shm", "-journal"):
             self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
 
     def _write(self, *statements: tuple[str, Sequence[tuple[Any, ...]]]) -> None:
         """Run them in one transaction."""
-        if self._file is None or self.broken:
+        if self._file is None or self.write_error:
             return
         try:
             with self._file:
                 for statement, cells in statements:
                     self._file.executemany(statement, cells)
         except (sqlite3.Error, OSError) as error:
-            self._break(error)
+            self._disable(error)
 
-    def _whole(self, table: str) -> Iterator[_Record]:
-        """The table's records whose checksum is right; how many are not is said at the end."""
+    def _intact(self, table: str) -> Iterator[_Record]:
+        """The table's intact records; the number of damaged ones is reported at the end."""
         dropped = 0
-        for record in self._read(f"SELECT * FROM {table} ORDER BY member, row, told"):
+        for record in self._read(f"SELECT * FROM {table} ORDER BY member, row, swap_order"):
             if _is_whole(record, table):
                 yield record
             else:
@@ -196,9 +199,11 @@ class Journal:
                     f"the journal is damaged: {error}", where=self.path, remedy="score anew: --no-resume"
                 ) from error
 
-    def _break(self, error: Exception) -> None:
-        self.broken = str(error)
-        console.print(f"the journal {self.path} can't be written ({error}): if this run is killed, the rest is lost")
+    def _disable(self, error: Exception) -> None:
+        self.write_error = str(error)
+        console.print(
+            f"the journal {self.path} can't be written ({error}): if this run is killed, unsaved scores are lost"
+        )
 
 
 _INSERT = {table: f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?, ?)" for table in ("scored", "failed")}
@@ -220,7 +225,7 @@ def _is_whole(record: tuple[Any, ...], table: str) -> bool:
 
 
 def _text(content: bytes) -> str:
-    """A text that was damaged is none that its checksum fits, and no error."""
+    """Decode damaged text without an error; its checksum will not match."""
     return content.decode(errors="replace")
 
 
@@ -228,18 +233,18 @@ def _identity(file: sqlite3.Connection) -> dict[str, Any]:
     return {key: parsed(value) for key, value in file.execute("SELECT key, value FROM identity")}
 
 
-def _difference(found: dict[str, Any], identity: dict[str, Any]) -> Callable[[str], str]:
-    """What tells the two runs apart under a key; long values (hashes, seals) are not shown."""
+def _difference_between(saved: dict[str, Any], identity: dict[str, Any]) -> Callable[[str], str]:
+    """Describe the difference under a key; long values (hashes, seals) are not shown."""
 
     def say(key: str) -> str:
-        was, is_now = (json.dumps(one.get(key)) for one in (found, identity))
+        was, is_now = (json.dumps(side.get(key)) for side in (saved, identity))
         return f"{key} differs" if max(len(was), len(is_now)) > _SHOWN else f"{key} was {was} and is {is_now}"
 
     return say
 
 
-def _salvaged(path: Path, identity: dict[str, Any]) -> dict[str, list[_Record]]:
-    """The whole records of a damaged file, as far as sqlite finds them; none if it is not surely of this run."""
+def _recover_records(path: Path, identity: dict[str, Any]) -> dict[str, list[_Record]]:
+    """The intact records of a damaged file that sqlite can still read; none unless its identity is this run's."""
     kept: dict[str, list[_Record]] = {"scored": [], "failed": []}
     with suppress(sqlite3.Error, ValueError), closing(sqlite3.connect(path, timeout=0)) as file:
         file.text_factory = _text

@@ -1,4 +1,4 @@
-"""Which passes are worth the time that is left: the first order of all rows, then what gains most a second."""
+"""Choose passes for the remaining time: the first order of all rows, then the passes with most gain a second."""
 
 from __future__ import annotations
 
@@ -6,78 +6,80 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-WORTH = 0.01
-"""A pass that would reach fewer of its rows is not begun."""
+MIN_SHARE = 0.01
+"""A pass that would cover a smaller share of its rows is skipped."""
 
 
-class Pass(NamedTuple):
-    """What could be done: a member over its rows in their first order (rank 1) or their second.
+class CandidatePass(NamedTuple):
+    """One model over its pending rows, in their first order (rank 1) or second order (rank 2).
 
     Attributes:
-        member, rank: which.
-        seconds: of all that is left of it, by all workers together.
-        load: seconds to load the member first; 0 where it is loaded.
-        gain: nats a row that all of it is expected to bring.
+        member, rank: model and order.
+        seconds: for all pending rows, by all workers together.
+        load_seconds: to load the model first; 0 if it is loaded.
+        gain: expected gain of the full pass, in nats a row.
     """
 
     member: int
     rank: int
     seconds: float
-    load: float
+    load_seconds: float
     gain: float
 
 
-class Stage(NamedTuple):
-    """A pass, and what part of it there is time for, from 0 to 1."""
+class PlannedPass(NamedTuple):
+    """A pass, and the share of it that fits into the remaining time, from 0 to 1."""
 
-    of: Pass
+    candidate: CandidatePass
     share: float
 
     @property
     def seconds(self) -> float:
-        return self.of.load + self.share * self.of.seconds
+        return self.candidate.load_seconds + self.share * self.candidate.seconds
 
 
-def schedule(passes: Sequence[Pass], seconds: float) -> list[Stage]:
-    """Choose passes for the time that is left, most gain a second first; all of them, with the share 0 where it ends.
+def schedule(passes: Sequence[CandidatePass], seconds: float) -> list[PlannedPass]:
+    """Choose passes greedily by gain a second until the time is used up; passes after that have share 0.
 
-    The first member's first order goes before all else: a row without it has the prior. A second order needs its
-    member's first, which also pays for loading the member.
+    The first model's first order always comes first: rows without it get the prior. A second order requires its
+    model's first order, which includes the model's load time.
 
     Returns:
-        Stages in the order they were chosen in.
+        All passes, in the order in which they were chosen.
     """
-    stages: list[Stage] = []
-    open_passes = list(passes)
-    while open_passes:
-        ready = [one for one in open_passes if _is_ready(one, open_passes)]
-        best = max(ready, key=_worth)
-        open_passes.remove(best)
-        loaded = any(stage.of.member == best.member and stage.share > 0 for stage in stages)
-        best = best._replace(load=0.0) if loaded else best
-        room = seconds - best.load
-        share = 1.0 if room >= best.seconds else max(0.0, room / best.seconds)
-        before = [stage for stage in stages if stage.of.member == best.member]
-        if best[:2] == (0, 1):  # tried in any case: costs are expected, and without it there is the prior alone
-            share = max(share, WORTH)
-        elif share < WORTH or any(stage.share < 1 for stage in before):
+    planned: list[PlannedPass] = []
+    remaining = list(passes)
+    while remaining:
+        ready = [candidate for candidate in remaining if _is_ready(candidate, remaining)]
+        best = max(ready, key=_gain_per_second)
+        remaining.remove(best)
+        of_same_model = [earlier for earlier in planned if earlier.candidate.member == best.member]
+        if any(earlier.share > 0 for earlier in of_same_model):
+            best = best._replace(load_seconds=0.0)
+        seconds_left = seconds - best.load_seconds
+        share = 1.0 if seconds_left >= best.seconds else max(0.0, seconds_left / best.seconds)
+        if best[:2] == (0, 1):  # always tried: its cost is only an estimate, and without it every row has the prior
+            share = max(share, MIN_SHARE)
+        elif share < MIN_SHARE or any(earlier.share < 1 for earlier in of_same_model):
             share = 0.0
-        stages.append(Stage(best, share))
-        seconds -= stages[-1].seconds if share else 0.0
-    return stages
+        planned.append(PlannedPass(best, share))
+        seconds -= planned[-1].seconds if share else 0.0
+    return planned
 
 
-def _is_ready(one: Pass, others: Sequence[Pass]) -> bool:
+def _is_ready(candidate: CandidatePass, others: Sequence[CandidatePass]) -> bool:
+    """Whether a pass may be chosen next: the first model's first order comes first, and rank 1 before rank 2."""
     first = min((other.member for other in others if other.rank == 1), default=None)
-    mandatory = first == 0 and not (one.member == 0 and one.rank == 1)
-    return not mandatory and not (one.rank == 2 and any(o.member == one.member and o.rank == 1 for o in others))
+    if first == 0 and candidate[:2] != (0, 1):
+        return False
+    return not (candidate.rank == 2 and any(other[:2] == (candidate.member, 1) for other in others))
 
 
-def _worth(one: Pass) -> float:
-    return one.gain / max(one.load + one.seconds, 1e-9)
+def _gain_per_second(candidate: CandidatePass) -> float:
+    return candidate.gain / max(candidate.load_seconds + candidate.seconds, 1e-9)
 
 
-def reserved(stages: Iterable[Stage], member: int, rank: int) -> float:
-    """Seconds that other members' stages are to have before this one, as they were chosen before it."""
-    before = takewhile(lambda stage: stage.of[:2] != (member, rank), stages)
-    return sum(stage.seconds for stage in before if stage.of.member != member and stage.share > 0)
+def reserved_seconds(planned: Iterable[PlannedPass], member: int, rank: int) -> float:
+    """Seconds reserved for other models' passes that were chosen before this pass."""
+    before = takewhile(lambda earlier: earlier.candidate[:2] != (member, rank), planned)
+    return sum(earlier.seconds for earlier in before if earlier.candidate.member != member and earlier.share > 0)

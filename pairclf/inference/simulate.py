@@ -1,4 +1,4 @@
-"""A crew and a clock that are simulated: `forecast` conducts a run on them that nobody has to wait for."""
+"""A simulated worker pool and clock, on which `forecast` runs the prediction loop in seconds."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pairclf.inference.agenda import Part
-from pairclf.inference.backlog import Backlog, Load
-from pairclf.inference.work import Event, Ready, Scored, Work
+from pairclf.inference.messages import BatchScored, Event, Job, WorkerReady
+from pairclf.inference.pending import PendingSequences, Workload
+from pairclf.inference.planner import PlannedModel
 
 
 class SimulatedClock:
-    """Stands still until the crew moves it."""
+    """A clock that only the pool advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -23,22 +23,22 @@ class SimulatedClock:
         return self.now
 
 
-class SimulatedCrew:
-    """Workers that take the time that operations take at a speed, and score at random.
+class SimulatedPool:
+    """Workers whose passes take operations / speed seconds, and whose logits are random.
 
     Args:
-        parts: the members; their `speed` and `load` are what the workers really have.
-        clock: is moved by `wait`.
-        workers: how many.
+        models: the models; their `speed` and `load_seconds` are the true ones of the simulated workers.
+        clock: advanced by `wait`.
+        workers: number of workers.
         overhead: seconds of each forward pass besides its operations.
-        layout: that workers choose.
+        layout: batch layout of the workers.
         classes: C.
-        seed: of the scores.
+        seed: of the logits.
     """
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        models: Sequence[PlannedModel],
         clock: SimulatedClock,
         *,
         workers: int,
@@ -47,7 +47,7 @@ class SimulatedCrew:
         classes: int,
         seed: int = 0,
     ) -> None:
-        self.parts = parts
+        self.models = models
         self.clock = clock
         self.count = workers
         self.overhead = overhead
@@ -55,12 +55,12 @@ class SimulatedCrew:
         self.classes = classes
         self.random = np.random.default_rng(seed)
         self.member = -1
-        self.loads = [Backlog(part.inputs, (0, 1)) for part in parts]
-        for backlog in self.loads:
-            backlog.layout = layout
+        self.pending = [PendingSequences(model.inputs, (0, 1)) for model in models]
+        for pending in self.pending:
+            pending.layout = layout
         self._numbers = 0
         self._free: set[int] = set()
-        self._queue: deque[Work] = deque()
+        self._queue: deque[Job] = deque()
         self._events: list[tuple[float, int, Event]] = []
         self._pushed = 0
 
@@ -72,23 +72,23 @@ class SimulatedCrew:
     def _start(self) -> int:
         self._numbers += 1
         seconds = self.seconds_to_load()
-        self._push(seconds, Ready(self._numbers, seconds, self.layout, "simulated"))
+        self._push(seconds, WorkerReady(self._numbers, seconds, self.layout, "simulated"))
         return self._numbers
 
     def restart(self, worker: int) -> int:
         return self._start()
 
-    def submit(self, work: Work) -> None:
-        self._queue.append(work)
+    def submit(self, job: Job) -> None:
+        self._queue.append(job)
         self._assign()
 
     def wait(self, seconds: float) -> list[Event]:
-        until = self.clock.now + seconds
-        if not self._events or self._events[0][0] > until:
-            self.clock.now = until
+        end = self.clock.now + seconds
+        if not self._events or self._events[0][0] > end:
+            self.clock.now = end
             return []
-        at, _, event = heapq.heappop(self._events)
-        self.clock.now = max(self.clock.now, at)
+        event_time, _, event = heapq.heappop(self._events)
+        self.clock.now = max(self.clock.now, event_time)
         if self.lives_on(event):
             self._free.add(event.worker)
         self._assign()
@@ -100,29 +100,34 @@ class SimulatedCrew:
 
     def _assign(self) -> None:
         while self._free and self._queue:
-            worker, work = self._free.pop(), self._queue.popleft()
-            seconds, event = self.do(worker, work)
+            worker, job = self._free.pop(), self._queue.popleft()
+            seconds, event = self.do(worker, job)
             self._push(seconds, event)
 
     def _push(self, seconds: float, event: Event) -> None:
-        self._pushed += 1  # breaks ties, and keeps the order of what happens at once
+        self._pushed += 1  # breaks ties in the heap: events at the same time keep their order
         heapq.heappush(self._events, (self.clock.now + seconds, self._pushed, event))
 
-    # --- what a test may have otherwise ------------------------------------------------------------------------------
+    # --- what a test may override ------------------------------------------------------------------------------------
 
     def seconds_to_load(self) -> float:
-        return self.parts[self.member].load
+        return self.models[self.member].load_seconds
 
     def lives_on(self, event: Event) -> bool:
-        """Whether the worker that it happened to takes more work."""
+        """Whether the event's worker takes more jobs."""
         return True
 
-    def do(self, worker: int, work: Work) -> tuple[float, Event]:
-        """The seconds that a worker takes for its work, and what comes of it."""
-        seconds = self.seconds(work.member, self.loads[work.member].load_of(work.pieces))
-        return seconds, Scored(worker, work, self.random.normal(size=(len(work.sequences), self.classes)), 0, seconds)
+    def do(self, worker: int, job: Job) -> tuple[float, Event]:
+        """A worker's seconds for a job, and the resulting event."""
+        seconds = self.seconds(job.member, self.pending[job.member].workload_of(job.row_orders))
+        return seconds, BatchScored(
+            worker, job, self.random.normal(size=(len(job.sequences), self.classes)), 0, seconds
+        )
 
-    def seconds(self, member: int, load: Load) -> float:
-        """That a forward pass takes."""
-        part = self.parts[member]
-        return self.overhead + (part.shape.linear * load.tokens + part.shape.quadratic * load.squares) / part.speed
+    def seconds(self, member: int, workload: Workload) -> float:
+        """Seconds of a forward pass."""
+        model = self.models[member]
+        return (
+            self.overhead
+            + (model.cost.linear * workload.tokens + model.cost.quadratic * workload.squares) / model.speed
+        )

@@ -1,255 +1,165 @@
-"""A process that scores: it loads one model, answers for every piece of work, and ends with its parent."""
+"""A worker process: it loads one model, runs jobs and ends with its parent."""
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
+import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import torch
-from accelerate.utils.memory import should_reduce_batch_size
-from transformers.utils import logging as transformers_logging
-
+from pairclf.approaches import approach_of
+from pairclf.approaches.protocol import Assignment, Loaded, Loader, Scorer
+from pairclf.bundles.bundle import open_bundle
 from pairclf.config import override
 from pairclf.errors import PairclfError
-from pairclf.inference import vllm
-from pairclf.inference.memory import Largest, fitting_budget, footprint
-from pairclf.inference.work import Clock, Failed, Floats, Ready, Scored, Work
-from pairclf.jobs.scoring import Scorer, keep_freed_memory
-from pairclf.model.batch import Item
-from pairclf.model.bundle import Bundle, open_bundle
-from pairclf.trust import Trust, grant
+from pairclf.inference.messages import BatchScored, Clock, Job, WorkerFailure, WorkerReady
+from pairclf.inputs.sequences import Item
+from pairclf.trust import grant
 
-
-class Scores(Protocol):
-    """What a model does for a worker (`scoring.Scorer`)."""
-
-    def launch(self, items: Sequence[Item]) -> Any:
-        """Start on a batch; a GPU is not done when it returns."""
-
-    def collect(self, items: Sequence[Item], launched: Any) -> tuple[Floats, int]:
-        """Logits `(R, C)` of what was launched, and how many of them had to be rescued."""
-
-
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that a terminal sends to all: what becomes of them is for the parent to say, which ends us by SIGKILL."""
-
-
-class Assignment(NamedTuple):
-    """What a worker is to load.
-
-    Attributes:
-        bundle: its folder, whose hashes the parent has compared.
-        base: folder of the base model, or None.
-        overrides: `key=value`.
-        devices: one, or those that the layers are laid over.
-        threads: for the CPU's part; 0: as the environment says.
-        largest: the largest forward pass that it will be asked for.
-        beside: workers, it included, that share this machine's memory.
-        trust: what the person at the command permits.
-    """
-
-    bundle: Path
-    base: Path | None
-    overrides: tuple[str, ...]
-    devices: tuple[str, ...]
-    threads: int
-    largest: Largest
-    beside: int
-    trust: Trust = Trust()
-
-
-class Loaded(NamedTuple):
-    """A model that can score.
-
-    Attributes:
-        scorer: from sequences to logits.
-        layout: how it lays out a batch.
-        what: device, layout and why, for people.
-        budget: tokens of a forward pass that the memory suffices for, where it is less than was asked for.
-    """
-
-    scorer: Scores
-    layout: str
-    what: str
-    budget: int | None = None
-
-
-Loader = Callable[[Assignment], Loaded]
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that a terminal sends to all processes. The parent handles them, and ends its workers by SIGKILL."""
 
 
 def load_bundle(assignment: Assignment) -> Loaded:
-    """The bundle's model on the device, or the devices, with its scorer.
+    """Load a bundle's model on its device, or devices.
 
     Raises:
-        BundleError, ModelError: as `Bundle.load`.
+        BundleError, ModelError: as its approach's `load`.
     """
-    opened = open_bundle(assignment.bundle, proven=True)
-    config = override(opened.config, assignment.overrides)
-    devices = [torch.device(one) for one in assignment.devices]
-    if config.predict.backend == "vllm":
-        served = vllm.Scorer(Bundle(opened.folder, opened.manifest, config), devices)
-        return Loaded(served, served.layout, f"{_name(devices[0])}, {served.why}")
-    if devices[0].type == "cuda":  # pinned memory and peft go to the current device, which would else be the first
-        torch.cuda.set_device(devices[0])
-    classifier = Bundle(opened.folder, opened.manifest, config).load(devices[0], assignment.base, others=devices[1:])
-    if devices[0].type == "cpu":
-        keep_freed_memory()
-    scorer = Scorer(classifier, config.predict.layout)
-    names = " + ".join(_name(device) for device in devices)
-    dtype = str(classifier.dtype).removeprefix("torch.")
-    memory, budget = ("", None) if devices[1:] else _memory(scorer, assignment)
-    return Loaded(scorer, scorer.layout, f"{names}, {dtype}; {scorer.why}{memory}", budget)
-
-
-def _memory(scorer: Scorer, assignment: Assignment) -> tuple[str, int | None]:
-    """What the largest pass will take, for people, and the budget that fits where that one does not."""
-    try:
-        expected = footprint(scorer, assignment.largest, processes=assignment.beside)
-        if expected.fits:
-            return f"; memory {expected}", None
-        fitting = fitting_budget(scorer, assignment.largest, processes=assignment.beside)
-    except Exception as error:  # noqa: BLE001
-        # Memory may run out in the short pass that it begins with, and it leans on torch's inner workings, which change
-        # from version to version: without a forecast the passes themselves will tell, and a model is not lost.
-        return f"; memory is not foretold ({type(error).__name__}: {error})", None
-    return f"; memory {expected}: passes of {fitting:,} tokens", fitting
-
-
-def _name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    opened = open_bundle(assignment.bundle, verified=True)
+    bundle = replace(opened, config=override(opened.config, assignment.overrides))
+    return approach_of(bundle.config).load(bundle, assignment)
 
 
 def main(number: int, channel: Connection, load: Loader, clock: Clock) -> None:
-    """A worker's life: an assignment, then work until the parent ends it or is gone.
+    """Run a worker: it receives an assignment, then jobs, until its parent ends.
 
     Args:
-        number: that it signs with.
-        channel: an `Assignment` and then `(Work, items)` come in; `Ready`, `Scored` and `Failed` go out.
-        load: what an assignment becomes.
-        clock: by which passes are timed.
+        number: the worker's number, in all its messages.
+        channel: receives an `Assignment`, then `(Job, items)`; sends `WorkerReady`, `BatchScored`, `WorkerFailure`.
+        load: loads the assigned model.
+        clock: measures passes.
     """
-    for one in IGNORED:
-        signal.signal(one, signal.SIG_IGN)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    desk = _Desk(number, channel, clock)
+    for signal_number in IGNORED_SIGNALS:
+        signal.signal(signal_number, signal.SIG_IGN)
+    desk = _JobServer(number, channel, clock)
     Thread(target=desk.listen, daemon=True).start()
     assignment = desk.assignments.get()
     grant(assignment.trust)
-    if assignment.threads:
-        torch.set_num_threads(assignment.threads)
     began = clock()
     try:
         loaded = load(assignment)
-    except Exception as error:  # noqa: BLE001 - the parent says what it was
-        channel.send(_failed(number, None, error))
+    except Exception as error:  # noqa: BLE001 - reported to the parent
+        channel.send(_failure_of(number, None, error))
         return
-    channel.send(Ready(number, clock() - began, loaded.layout, loaded.what, loaded.budget))
+    channel.send(WorkerReady(number, clock() - began, loaded.layout, loaded.what, loaded.budget))
     desk.serve(loaded.scorer, assignment.devices)
 
 
-def under_way(devices: Sequence[str]) -> int:
-    """Batches that a worker has begun at once.
+def max_in_flight(devices: Sequence[str]) -> int:
+    """Batches that a worker runs at once.
 
-    A GPU takes the next one while it computes, so that it never waits; and where the layers lie over two GPUs, each is
-    at another batch. What a CPU begins it has done before it can take another.
+    A GPU is given the next batch while it computes, so that it never idles; if the layers are split over two GPUs, each
+    computes another batch. A CPU runs one batch after the other.
     """
     return 2 if devices[0].startswith("cuda") else 1
 
 
-class _Begun(NamedTuple):
-    """A batch under way, since when, and what collects it."""
+class _LaunchedJob(NamedTuple):
+    """A launched batch, its start time, and what `Scorer.collect` needs."""
 
-    work: Work
+    job: Job
     items: Sequence[Item]
     launched: Any
     since: float
 
 
-class _Desk:
-    """Where work comes in and results go out."""
+class _JobServer:
+    """Receives jobs, runs them and sends the results."""
 
     def __init__(self, number: int, channel: Connection, clock: Clock = time.monotonic) -> None:
         self.number = number
         self.channel = channel
         self._clock = clock
         self.assignments: SimpleQueue[Assignment] = SimpleQueue()
-        self.work: SimpleQueue[tuple[Work, Sequence[Item]]] = SimpleQueue()
-        self._last = 0.0  # when a batch came back
+        self.job: SimpleQueue[tuple[Job, Sequence[Item]]] = SimpleQueue()
+        self._last = 0.0  # when the last batch was collected
 
     def listen(self) -> None:
-        """Take what comes as it comes, so that the parent never waits to be heard; end when the parent is gone."""
+        """Receive messages in a thread, so that the parent's sends never block; end the process with the parent."""
         try:
             self.assignments.put(self.channel.recv())
             while True:
-                self.work.put(self.channel.recv())
+                self.job.put(self.channel.recv())
         finally:
-            os._exit(1)  # whatever the other threads are at: nobody is left who would want it
+            os._exit(1)  # at once, whatever other threads compute: the parent is gone
 
-    def serve(self, scorer: Scores, devices: Sequence[str]) -> None:
-        """Score what comes, for ever: a batch is read once the next one is on its way, if there is one."""
-        begun: deque[_Begun] = deque()
+    def serve(self, scorer: Scorer, devices: Sequence[str]) -> None:
+        """Run jobs for ever. A batch is collected after the next one was launched, if there is one."""
+        begun: deque[_LaunchedJob] = deque()
         while True:
-            if not begun or (len(begun) < under_way(devices) and not self.work.empty()):
+            if not begun or (len(begun) < max_in_flight(devices) and not self.job.empty()):
                 failed = self._begin(scorer, begun)
             else:
                 failed = self._finish(scorer, begun.popleft())
             if failed:  # outside of `except`, as the error's traceback holds the batch's tensors
-                self._recover(failed, devices)
+                self._recover(failed, scorer)
 
-    def _begin(self, scorer: Scores, begun: deque[_Begun]) -> Failed | None:
-        work, items = self.work.get()
+    def _begin(self, scorer: Scorer, begun: deque[_LaunchedJob]) -> WorkerFailure | None:
+        job, items = self.job.get()
         since = self._clock()
         try:
-            begun.append(_Begun(work, items, scorer.launch(items), since))
-        except Exception as error:  # noqa: BLE001 - the parent says what it was, and the run goes on
-            return _failed(self.number, work, error)
+            begun.append(_LaunchedJob(job, items, scorer.launch(items), since))
+        except Exception as error:  # noqa: BLE001 - reported to the parent, which continues
+            return _failure_of(self.number, job, error)
         return None
 
-    def _finish(self, scorer: Scores, batch: _Begun) -> Failed | None:
+    def _finish(self, scorer: Scorer, batch: _LaunchedJob) -> WorkerFailure | None:
         try:
-            logits, rescued = scorer.collect(batch.items, batch.launched)
+            logits, rescored = scorer.collect(batch.items, batch.launched)
         except Exception as error:  # noqa: BLE001 - as above
-            return _failed(self.number, batch.work, error)
-        # Of two under way the second one gets the time since the first came back: they add up to the run's.
+            return _failure_of(self.number, batch.job, error)
+        # Two batches overlap on a GPU. The second counts from the end of the first, so that the seconds add up.
         since, self._last = max(batch.since, self._last), self._clock()
-        self.channel.send(Scored(self.number, batch.work, logits, rescued, self._last - since))
+        self.channel.send(BatchScored(self.number, batch.job, logits, rescored, self._last - since))
         return None
 
-    def _recover(self, event: Failed, devices: Sequence[str]) -> None:
-        """Free what a failed batch held, and go on; or end, if the device does not answer any more."""
-        gc.collect()
-        cuda = [device for device in devices if device.startswith("cuda")]
-        try:
-            for device in cuda:
-                torch.cuda.synchronize(device)
-            if cuda:
-                torch.cuda.empty_cache()
-        except RuntimeError as broken:  # after an assertion or a wild access on a GPU, every call fails
-            self.channel.send(
-                event._replace(kind="died", what=f"{event.what}; the GPU is lost to the process: {broken}")
-            )
+    def _recover(self, event: WorkerFailure, scorer: Scorer) -> None:
+        """Free the memory of a failed batch and continue, or end if the device is lost."""
+        if broken := scorer.recover():
+            self.channel.send(event._replace(kind="died", what=f"{event.what}; {broken}"))
             os._exit(1)
         self.channel.send(event)
 
 
-def _failed(number: int, work: Work | None, error: Exception) -> Failed:
-    what = str(error) if isinstance(error, PairclfError) else f"{type(error).__name__}: {error}{_place(error)}"
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
+def _failure_of(number: int, job: Job | None, error: Exception) -> WorkerFailure:
+    what = str(error) if isinstance(error, PairclfError) else f"{type(error).__name__}: {error}{_raised_at(error)}"
+    memory = _is_out_of_memory(error)
     raised = error if isinstance(error, PairclfError) else None
-    return Failed(number, work, "memory" if memory else "error", what, raised)
+    return WorkerFailure(number, job, "memory" if memory else "error", what, raised)
 
 
-def _place(error: Exception) -> str:
-    """Where it was raised: all that is kept of a traceback."""
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if "torch" not in sys.modules:  # the error can't be one of torch's, and torch need not be imported
+        return False
+    from accelerate.utils.memory import should_reduce_batch_size
+    from torch import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def _raised_at(error: Exception) -> str:
+    """File and line at which the error was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

@@ -1,1 +1,1 @@
-"""Tokens: what the model will see of a row, and in which batches. No torch here."""
+"""From texts to tokens: truncation, templates, tokenisation, the token cache and the plan of batches. No torch here."""

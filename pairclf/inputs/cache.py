@@ -1,8 +1,8 @@
-"""The token cache: what the tokenizer makes of a file's texts, on disk, memory-mapped, made once.
+"""The token cache: a file's tokenised texts on disk, memory-mapped and made once.
 
-It holds the tokens of every turn before anything is cut or put into words. So it depends on the texts and on the
-tokenizer alone, serves every fold, template and `max_length`, and a recipe is applied to a row when it is asked for.
-A cache is named by a hash of all that it was made from; it is written under another name and renamed when whole.
+It holds the tokens of every turn, before truncation and templates. So it depends only on texts and tokenizer, and
+serves every fold, template and `max_length`; the recipe is applied to a row on access. A cache is named by a hash of
+all its inputs; it is written under a temporary name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Frames = Callable[[], Iterable[pl.DataFrame]]
 
 
 class TokenCache(Sequence[TokenisedRow]):
-    """The rows of a cache, read from the mapped file when they are asked for; `len` and indices as in the table.
+    """The rows of a cache, read from the mapped file on access; `len` and indices as in the table.
 
     Attributes:
         ids: the rows' ids, `(N,)` String.
@@ -66,7 +66,9 @@ class TokenCache(Sequence[TokenisedRow]):
         batches = Dataset.from_file(str(folder / TOKENS)).data.to_batches()
         self._starts = np.cumsum([0, *(len(batch) for batch in batches)]).tolist()
         columns = [[batch.column(name) for name in ("counts", "turns", "tokens")] for batch in batches]
-        self._batches = [[(one.offsets.to_numpy(), one.values.to_numpy()) for one in batch] for batch in columns]
+        self._batches = [
+            [(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch] for batch in columns
+        ]
         ids = [pl.Series("id", batch.column("id")) for batch in batches]
         self.ids = pl.concat(ids) if ids else pl.Series("id", [], dtype=pl.String)
 
@@ -79,7 +81,7 @@ class TokenCache(Sequence[TokenisedRow]):
     def __getitem__(self, index: slice) -> list[TokenisedRow]: ...
     def __getitem__(self, index: int | slice) -> TokenisedRow | list[TokenisedRow]:
         if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
+            return [self[row] for row in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         batch = bisect_right(self._starts, index) - 1
@@ -100,7 +102,7 @@ class TokenCache(Sequence[TokenisedRow]):
 
 
 class EncodedRows(Sequence[tuple[Encoded, ...]]):
-    """Some rows of a cache as the builder shows them, each made when it is asked for.
+    """Some rows of a cache, encoded by the builder on access.
 
     Args:
         cache: the token cache.
@@ -122,27 +124,27 @@ class EncodedRows(Sequence[tuple[Encoded, ...]]):
     def __getitem__(self, index: slice) -> list[tuple[Encoded, ...]]: ...
     def __getitem__(self, index: int | slice) -> tuple[Encoded, ...] | list[tuple[Encoded, ...]]:
         if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
+            return [self[row] for row in range(*index.indices(len(self)))]
         return self._builder.assemble(self._cache[self._rows[index]])
 
     def of(self, ids: pl.Series) -> EncodedRows:
-        """Those with the given ids, in the order given.
+        """The rows with these ids, in their order.
 
         Raises:
             DataError: an id is not in the cache.
         """
-        known = pl.DataFrame({"id": self._cache.ids}).with_row_index("row")
-        found = pl.DataFrame({"id": ids}).join(known, on="id", how="left", maintain_order="left")
-        if found["row"].null_count():
-            missing = found.filter(pl.col("row").is_null())["id"].to_list()
+        cached = pl.DataFrame({"id": self._cache.ids}).with_row_index("row")
+        matches = pl.DataFrame({"id": ids}).join(cached, on="id", how="left", maintain_order="left")
+        if matches["row"].null_count():
+            missing = matches.filter(pl.col("row").is_null())["id"].to_list()
             raise DataError("rows were not tokenised", rows=missing, remedy="read the same files again")
-        return EncodedRows(self._cache, self._builder, found["row"].to_list())
+        return EncodedRows(self._cache, self._builder, matches["row"].to_list())
 
 
 def token_cache(
     folder: Path, frames: Frames, tokenizer: TurnTokenizer, fields: Sequence[str], *, processes: int | None = None
 ) -> TokenCache:
-    """The cache of these rows in `folder`, opened if it is there, built if it is not.
+    """Open the cache of these rows in `folder`; build it if it does not exist.
 
     Args:
         folder: holds a folder a cache.
@@ -162,13 +164,13 @@ def token_cache(
 
 
 def _is_sound(place: Path) -> bool:
-    """Whether the cache is there, byte by byte as it was written, and no place in it leads out of the file.
+    """Whether the cache exists, is unchanged, and all its offsets are valid.
 
-    A shared run folder may hold a stranger's; read without a look, its offsets would lead into other memory.
+    A shared run folder may contain somebody else's cache; invalid offsets would read other memory.
     """
     try:
-        made = parsed(read_plain(place / MANIFEST, MAX_MANIFEST))
-        if not (place / TOKENS).is_file() or made["sha256"] != sha256_file(place / TOKENS):
+        manifest = parsed(read_plain(place / MANIFEST, MAX_MANIFEST))
+        if not (place / TOKENS).is_file() or manifest["sha256"] != sha256_file(place / TOKENS):
             return False
         with pa.memory_map(str(place / TOKENS)) as source, pa.ipc.open_stream(source) as batches:
             for batch in batches:
@@ -189,7 +191,7 @@ def _replace(
     rows: int,
 ) -> None:
     if place.exists():
-        console.print(f"note: the token cache {place} is damaged, and is built again")
+        console.print(f"note: the token cache {place} is damaged, and is rebuilt")
     cores = len(os.sched_getaffinity(0))
     processes = min(processes or (cores if rows >= WORTH_PROCESSES else 1), max(cores, MOST_PROCESSES))
     with atomic_folder(place, known_by=MANIFEST if (place / MANIFEST).exists() else TOKENS) as new:
@@ -209,7 +211,7 @@ def _digest(frames: Iterable[pl.DataFrame], fields: Sequence[str]) -> tuple[str,
             hashes[name, "turns"].update(turns.to_numpy().tobytes())
             hashes[name, "lengths"].update(texts.str.len_bytes().fill_null(2**32 - 1).to_numpy().tobytes())
             hashes[name, "texts"].update((texts.str.join("").item() or "").encode())
-    whole = hashlib.sha256(b"".join(one.digest() for one in hashes.values()))
+    whole = hashlib.sha256(b"".join(digest.digest() for digest in hashes.values()))
     return whole.hexdigest(), rows
 
 
@@ -238,7 +240,7 @@ def _build(
 def _tokenised(
     chunks: Iterable[pl.DataFrame], tokenizer: TurnTokenizer, fields: Sequence[str], processes: int
 ) -> Iterator[pa.Table]:
-    """A table a chunk, in their order; no more than a few chunks are held at a time."""
+    """One table for each chunk, in order; only a few chunks are in memory at a time."""
     if processes == 1:
         for chunk in chunks:
             yield tokenise_chunk(chunk, tokenizer, fields)
@@ -255,7 +257,7 @@ def _tokenised(
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            remedy = "free some memory, or set inputs.processes=1"
+            remedy = "free some memory, or set inputs.num_proc=1"
             raise DataError("a process that tokenised was killed", remedy=remedy) from error
 
 
@@ -270,7 +272,7 @@ def _start(tokenizer: str, fields: tuple[str, ...]) -> None:
 
 
 def _leave_with_parent() -> None:
-    """A process of the pool would otherwise wait for ever for work from a parent that was killed."""
+    """End with the parent: a pool process would otherwise wait for ever for a killed parent."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -288,11 +290,11 @@ def tokenise_chunk(chunk: pl.DataFrame, tokenizer: TurnTokenizer, fields: Sequen
     texts = _flat(turns).fill_null("").to_list()
     different = dict.fromkeys(texts)
     ids = dict(zip(different, tokenizer(list(different), special=False), strict=True))
-    found: list[Ids] = [ids[text] for text in texts]
-    lengths = np.array([len(one) for one in found], dtype=np.int32)
+    sequences: list[Ids] = [ids[text] for text in texts]
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int32)
     by_row = np.concatenate([[0], np.cumsum(counts.sum(axis=1))]).astype(np.int32)
     by_turn = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = np.concatenate(found) if found else np.zeros(0, dtype=np.int32)
+    tokens = np.concatenate(sequences) if sequences else np.zeros(0, dtype=np.int32)
     columns = [
         chunk["id"].to_arrow().cast(pa.string()),
         _lists(np.arange(0, counts.size + 1, len(fields), dtype=np.int32), counts.reshape(-1)),

@@ -32,7 +32,7 @@ LONGEST = 1 << 20
 PATIENCE = 120.0
 """Seconds on the clock after which a child that neither computes nor ends is given up: CPU time would not end it."""
 
-REMEDY = "set inputs.template.chat=false, or use an instruct model's tokenizer"
+REMEDY = "set inputs.template.apply_chat_template=false, or use an instruct model's tokenizer"
 
 
 def render_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
@@ -63,10 +63,10 @@ def render_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], 
     if not ended:
         limits = f"{CPU_SECONDS} seconds of a CPU, {MEMORY >> 20:,} MiB of memory"
         raise ConfigError(f"the tokenizer's chat template was ended at its limits: {limits}", remedy=REMEDY)
-    told = json.loads(answer[:-1])
-    if "error" in told:
-        raise ConfigError(f"the tokenizer's chat template fails: {told['error']}", remedy=REMEDY)
-    text: str = told["text"]
+    result = json.loads(answer[:-1])
+    if "error" in result:
+        raise ConfigError(f"the tokenizer's chat template fails: {result['error']}", remedy=REMEDY)
+    text: str = result["text"]
     return text
 
 

@@ -1,18 +1,80 @@
-"""Which rows go through the model together, and when. Every index stands in exactly one batch."""
+"""What a forward pass computes, and which rows go through the model together. Every index stands in one batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pairclf.inputs.sequences import Ints
+
+
+class Layout(NamedTuple):
+    """How sequences lie in a forward pass, as far as it decides what the pass computes.
+
+    Attributes:
+        spans: from lengths `(N, O)`, 0 where a sequence is not in the pass, and the tokens `(N,)` that both orders of a
+            row begin with: the first position `(N, O)` that is computed for a sequence, and the one behind its last.
+        pads: sequences are padded to the longest of the pass.
+        together: the orders of a row are scored in one pass.
+    """
+
+    spans: Callable[[Ints, Ints], tuple[Ints, Ints]]
+    pads: bool
+    together: bool
+
+    def of_rows(self, lengths: Ints, shared: Ints) -> tuple[Ints, Ints]:
+        """Tokens, and squares of the lengths, `(N,)`, that are computed of each row beside rows as long as it."""
+        start, stop = self.spans(lengths, shared)
+        return (stop - start).sum(axis=1), (stop**2 - start**2).sum(axis=1)
+
+    def of_pass(self, lengths: Ints, shared: Ints) -> tuple[int, int]:
+        """Tokens and squares of one pass over all of these rows."""
+        tokens, squares = self.of_rows(self._padded(lengths), shared)
+        return int(tokens.sum()), int(squares.sum())
+
+    def computed(self, lengths: Sequence[int]) -> list[int]:
+        """Lengths of sequences that share nothing, as one pass over them computes them."""
+        sequences = np.array(lengths, dtype=np.int64)[:, None]
+        start, stop = self.spans(self._padded(sequences), np.zeros(len(sequences), dtype=np.int64))
+        sizes: list[int] = (stop - start)[:, 0].tolist()
+        return sizes
+
+    def _padded(self, lengths: Ints) -> Ints:
+        return np.where(lengths > 0, lengths.max(initial=0), 0) if self.pads else lengths
+
+
+def _whole(lengths: Ints, shared: Ints) -> tuple[Ints, Ints]:
+    return np.zeros_like(lengths), lengths
+
+
+def _common_once(lengths: Ints, shared: Ints) -> tuple[Ints, Ints]:
+    start = np.zeros_like(lengths)
+    start[:, -1] = shared * (np.count_nonzero(lengths, axis=1) > 1)
+    return start, lengths
+
+
+LAYOUTS: dict[str, Layout] = {
+    "shared": Layout(_common_once, pads=False, together=True),
+    "packed": Layout(_whole, pads=False, together=True),
+    "padded": Layout(_whole, pads=True, together=False),
+}
+"""By name, the cheapest first: `predict.layout=auto` takes the first that is legal. `model.layouts.BATCH_LAYOUTS` lays
+them out and says where they are legal: a new layout is a record here, one there, and its name in the config."""
+
+CHEAPEST = next(iter(LAYOUTS))
+
+PLAIN = "packed"
+"""What has no padding and shares nothing: what is taken for a model's layout until its worker has chosen one."""
+
 
 def token_budget(setting: int | None, *, gpu: bool) -> int:
-    """`predict.tokens_per_batch`, or what it is if it is not set.
+    """`predict.tokens_per_batch`, or its default.
 
-    A GPU wants many tokens a pass, and needs 4-bit weights dequantised seldom. On a CPU more buy memory alone: the same
+    A GPU needs large batches, also to dequantise 4-bit weights less often. On a CPU they only cost memory: the same
     rows took a 30M Llama 5.10, 4.99 and 4.96 s at 1,024, 2,048 and 8,192 tokens.
     """
     return setting or (16_384 if gpu else 2_048)
@@ -64,7 +126,7 @@ def micro_batches(
     processes: int,
     tokens_per_batch: int | None = None,
     orders: int = 1,
-    padded: bool = True,
+    layout: Layout = LAYOUTS["padded"],
 ) -> list[list[int]]:
     """Split the rows of one step over processes and forward passes; it changes memory and speed, never the result.
 
@@ -79,7 +141,7 @@ def micro_batches(
         processes: how many there are.
         tokens_per_batch: most tokens in a batch; a row that is longer goes alone. None: no limit.
         orders: in how many orders each row is shown; all of them are in one batch.
-        padded: whether padding to the longest counts.
+        layout: how they lie in a batch.
 
     Returns:
         The batches of process number `process`.
@@ -90,7 +152,7 @@ def micro_batches(
         batches: list[list[int]] = []
         for row in ordered[first::processes]:
             grown = [*batches[-1], row] if batches else []
-            size = computed_tokens(grown, lengths, orders=orders, padded=padded)
+            size = computed_tokens(grown, lengths, orders=orders, layout=layout)
             if grown and len(grown) <= rows_per_batch and size <= (tokens_per_batch or size):
                 batches[-1] = grown
             else:
@@ -100,7 +162,6 @@ def micro_batches(
     return mine + [[] for _ in range(max(map(len, dealt)) - len(mine))]
 
 
-def computed_tokens(batch: Sequence[int], lengths: Sequence[int], *, orders: int, padded: bool) -> int:
+def computed_tokens(batch: Sequence[int], lengths: Sequence[int], *, orders: int, layout: Layout) -> int:
     """Tokens that a forward pass over the rows of `batch` computes, padding included."""
-    sizes = [lengths[row] for row in batch]
-    return orders * (max(sizes, default=0) * len(sizes) if padded else sum(sizes))
+    return orders * sum(layout.computed([lengths[row] for row in batch]))

@@ -86,7 +86,7 @@ class InputBuilder:
         self._markers: dict[int, Ids] = {}
         longest = self._marker_texts(10**digits - 1 for digits in range(1, 8))
         self._longest_marker = max(map(len, self.tokenizer(longest, special=True)))
-        self._turn_break = self._wording(template.turn_break)
+        self._turn_break = self._wording(template.turn_separator)
         self._outer, self._round = self._segments(template)
         self._orders: dict[int, dict[str, str]] = {AB: {name: name for name in task.fields}}
         if task.swappable:
@@ -150,18 +150,18 @@ class InputBuilder:
 
     def _smallest(self) -> int:
         """The smallest budget that every row fits into, whatever its lengths."""
-        least = sum(self._inputs.minimums.values())
+        least = sum(self._inputs.min_tokens.values())
         if not self._round:
             return _size(self._outer) + least
         # Two rounds are always seen, and the marker for those between them.
         return _size(self._outer) + 2 * (_size(self._round) + least) + self._longest_marker
 
     def _marker_texts(self, numbers: Iterable[int]) -> list[str]:
-        return [self._inputs.marker.replace("{cut}", str(number)) for number in numbers]
+        return [self._inputs.truncation_marker.replace("{cut}", str(number)) for number in numbers]
 
     def _marker(self, dropped: int) -> Ids:
         """The marker for `dropped` tokens. A hundred are tokenised at once, as those near by will be asked for too."""
-        if not self._inputs.marker:
+        if not self._inputs.truncation_marker:
             return _NOTHING
         if dropped not in self._markers:
             first = dropped - dropped % _MARKERS
@@ -199,7 +199,7 @@ class InputBuilder:
         turns = [[len(ids) for ids in row[name]] for name in names]
         room = self._inputs.max_length - _size(self._outer)
         cuts = self._cut(names, [self._join(row[name]) for name in names], turns, room)
-        pieces = {name: shown for name, (shown, _) in zip(names, cuts, strict=True)}
+        pieces = {name: segments for name, (segments, _) in zip(names, cuts, strict=True)}
         return [pieces], {name: lost for name, (_, lost) in zip(names, cuts, strict=True)}
 
     def _join(self, turns: Sequence[Ids]) -> Ids:
@@ -211,26 +211,28 @@ class InputBuilder:
     def _by_rounds(self, row: TokenisedRow) -> tuple[list[_Round], dict[str, int]]:
         """Turn by turn. Fields with fewer turns than others are empty in the later rounds."""
         names = self._task.fields
-        useful = {name: least + self._longest_marker for name, least in self._inputs.minimums.items()}
+        useful = {name: least + self._longest_marker for name, least in self._inputs.min_tokens.items()}
         count = max(1, *(len(row[name]) for name in names))
         turns = [{name: row[name][at] if at < len(row[name]) else _NOTHING for name in names} for at in range(count)]
-        costs = [sum(map(len, one.values())) for one in turns]
-        least = [sum(min(len(ids), useful[name]) for name, ids in one.items()) for one in turns]
+        costs = [sum(map(len, turn.values())) for turn in turns]
+        least = [sum(min(len(ids), useful[name]) for name, ids in turn.items()) for turn in turns]
         room = self._inputs.max_length - _size(self._outer)
         picked = pick_rounds(costs, _size(self._round), least, room, lambda gone: len(self._gap(costs, gone)))
 
-        shown: dict[int, _Round] = {at: {name: [(name, ids)] for name, ids in turns[at].items()} for at in picked.whole}
+        visible: dict[int, _Round] = {
+            at: {name: [(name, ids)] for name, ids in turns[at].items()} for at in picked.whole
+        }
         units = [(at, name) for at in picked.partial for name in names]
         fields = [turns[at][name] for at, name in units]
         cuts = self._cut([name for _, name in units], fields, [[len(ids)] for ids in fields], picked.room)
         for (at, name), (pieces, _) in zip(units, cuts, strict=True):
-            shown.setdefault(at, {})[name] = pieces
+            visible.setdefault(at, {})[name] = pieces
 
-        gone = set(range(count)) - set(shown)
+        gone = set(range(count)) - set(visible)
         dropped = {name: sum(len(turns[at][name]) for at in gone) for name in names}
         for (_, name), (_, lost) in zip(units, cuts, strict=True):
             dropped[name] += lost
-        rounds: list[_Round] = [shown[at] for at in sorted(shown)]
+        rounds: list[_Round] = [visible[at] for at in sorted(visible)]
         if gone:  # in the middle, always
             rounds.insert(min(gone), {MARKER: [(MARKER, self._gap(costs, gone))]})
         return rounds, dropped
@@ -244,10 +246,12 @@ class InputBuilder:
     ) -> list[tuple[list[_Segment], int]]:
         """What is seen of each field, with the marker where it was cut, and how many tokens it lost."""
         inputs, ratio = self._inputs, self._head_ratio
-        rooms = allot(fields, [inputs.shares[name] for name in names], [inputs.minimums[name] for name in names], room)
+        rooms = allot(
+            fields, [inputs.budget_shares[name] for name in names], [inputs.min_tokens[name] for name in names], room
+        )
         cuts: list[tuple[list[_Segment], int]] = []
         for name, ids, lengths, tokens in zip(names, fields, turns, rooms, strict=True):
-            kept = cut(lengths, len(self._turn_break), tokens, inputs.cut[name], ratio[name], self._marker)
+            kept = cut(lengths, len(self._turn_break), tokens, inputs.truncation[name], ratio[name], self._marker)
             cuts.append((self._pieces(name, ids, kept), kept.dropped))
         return cuts
 
@@ -266,9 +270,9 @@ class InputBuilder:
         segments: list[_Segment] = []
         for segment in self._outer:
             if segment[0] == ROUNDS:
-                for shown in rounds:
-                    segments += shown.get(MARKER) or chain.from_iterable(
-                        _fill(inner, shown, source) for inner in self._round
+                for round_segments in rounds:
+                    segments += round_segments.get(MARKER) or chain.from_iterable(
+                        _fill(inner, round_segments, source) for inner in self._round
                     )
             else:
                 segments += _fill(segment, rounds[0], source)
@@ -278,12 +282,12 @@ class InputBuilder:
         return Encoded(ids, spans, {place: dropped[field] for place, field in source.items()})
 
 
-def _fill(segment: _Segment, shown: _Round, source: Mapping[str, str]) -> list[_Segment]:
+def _fill(segment: _Segment, round_segments: _Round, source: Mapping[str, str]) -> list[_Segment]:
     """A segment of the template as it is; a place holder as the pieces that stand at its place."""
     place = segment[0]
     if place == TEMPLATE:
         return [segment]
-    return [(MARKER if name == MARKER else place, ids) for name, ids in shown[source[place]]]
+    return [(MARKER if name == MARKER else place, ids) for name, ids in round_segments[source[place]]]
 
 
 def _size(segments: Sequence[_Segment]) -> int:

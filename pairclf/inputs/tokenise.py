@@ -71,18 +71,18 @@ class TurnTokenizer:
     @classmethod
     def from_json(cls, text: str) -> TurnTokenizer:
         """The same tokenizer in another process: `from_json(tokenizer.to_json())`."""
-        made = cls.__new__(cls)
-        made._set_up(text)
-        return made
+        tokenizer = cls.__new__(cls)
+        tokenizer._set_up(text)
+        return tokenizer
 
     def _set_up(self, text: str) -> None:
-        made = json.loads(text)
-        for token in made["added_tokens"]:  # `encode_special_tokens` makes text of the special ones alone
+        settings = json.loads(text)
+        for token in settings["added_tokens"]:  # `encode_special_tokens` makes text of the special ones alone
             token["special"] = token["special"] or not _is_text(token["content"])
-        self._backend = self._continuing = _bare(made)
-        inner = {name: _without_prefix(made[name]) for name in ("normalizer", "pre_tokenizer")}
-        if any(made[name] != part for name, part in inner.items()):
-            self._continuing = _bare(made | inner)
+        self._backend = self._continuing = _bare(settings)
+        inner = {name: _without_prefix(settings[name]) for name in ("normalizer", "pre_tokenizer")}
+        if any(settings[name] != part for name, part in inner.items()):
+            self._continuing = _bare(settings | inner)
         added = self._backend.get_added_tokens_decoder()
         self._added = frozenset(added)
         control = {number: token.content for number, token in added.items() if token.special}
@@ -109,25 +109,27 @@ class TurnTokenizer:
         backend = self._backend if start else self._continuing
         backend.encode_special_tokens = not special
         with _whose_failures_are_its_own():
-            found = [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-            for place, ids in enumerate(found):
+            encoded = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            for place, ids in enumerate(encoded):
                 if not special and not self.control.isdisjoint(ids):
-                    found[place] = self._broken_up(texts[place])
+                    encoded[place] = self._broken_up(texts[place])
                 elif backend is not self._backend and not self._added.isdisjoint(ids):
-                    found[place] = self._after_added(texts[place], special=special)
-            return [np.array(ids, dtype=np.int32) for ids in found]
+                    encoded[place] = self._after_added(texts[place], special=special)
+            return [np.array(ids, dtype=np.int32) for ids in encoded]
 
     def _after_added(self, text: str, *, special: bool) -> list[int]:
         """A continued text, from its first added token on as at the start: behind one, too, a blank may be put."""
         self._backend.encode_special_tokens = not special
-        continued, started = (one.encode(text, add_special_tokens=False) for one in (self._continuing, self._backend))
+        continued, started = (
+            token.encode(text, add_special_tokens=False) for token in (self._continuing, self._backend)
+        )
         starts = {
-            (one, at): place for place, (one, (at, _)) in enumerate(zip(started.ids, started.offsets, strict=True))
+            (token, at): place for place, (token, (at, _)) in enumerate(zip(started.ids, started.offsets, strict=True))
         }
         ids: list[int] = continued.ids
-        for place, (one, (at, _)) in enumerate(zip(ids, continued.offsets, strict=True)):
-            if one in self._added and (one, at) in starts:
-                return ids[:place] + started.ids[starts[one, at] :]
+        for place, (token, (at, _)) in enumerate(zip(ids, continued.offsets, strict=True)):
+            if token in self._added and (token, at) in starts:
+                return ids[:place] + started.ids[starts[token, at] :]
         return ids
 
     def _broken_up(self, text: str) -> list[int]:
@@ -137,11 +139,11 @@ class TurnTokenizer:
         ids = self._of_parts([part for piece in pieces for part in (piece[:1], piece[1:]) if part])
         if not self.control.isdisjoint(ids):  # a normalizer made the name of other characters
             ids = self._of_parts(list(text))
-        return [one for one in ids if one not in self.control]  # a name of one character can't be broken up
+        return [token for token in ids if token not in self.control]  # a name of one character can't be broken up
 
     def _of_parts(self, parts: list[str]) -> list[int]:
         encoded = self._continuing.encode_batch_fast(parts, add_special_tokens=False)
-        return [one for part in encoded for one in part.ids]
+        return [token for part in encoded for token in part.ids]
 
 
 @contextmanager
@@ -158,8 +160,8 @@ def _whose_failures_are_its_own() -> Iterator[None]:
         raise ModelError(f"the tokenizer fails: {cut(' '.join(str(error).split()))}", remedy=_REMEDY) from error
 
 
-def _bare(made: dict[str, Any]) -> Tokenizer:
-    backend = Tokenizer.from_str(json.dumps(made))
+def _bare(settings: dict[str, Any]) -> Tokenizer:
+    backend = Tokenizer.from_str(json.dumps(settings))
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -181,7 +183,7 @@ def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     if part["type"] == "Sequence":
         name = "normalizers" if "normalizers" in part else "pretokenizers"
-        return {**part, name: [inner for one in part[name] if (inner := _without_prefix(one)) is not None]}
+        return {**part, name: [inner for step in part[name] if (inner := _without_prefix(step)) is not None]}
     changes = {"prepend_scheme": "never", "add_prefix_space": False}
     return part | {name: value for name, value in changes.items() if name in part}
 
@@ -203,10 +205,12 @@ def settle_template(template: Template, tokenizer: Any) -> Template:
     Raises:
         ConfigError: the tokenizer has no chat template, or it does not show the wording as it is.
     """
-    if not template.chat:
+    if not template.apply_chat_template:
         return template
     if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError("inputs.template.chat needs a chat template, and the tokenizer has none", remedy=REMEDY)
+        raise ConfigError(
+            "inputs.template.apply_chat_template needs a chat template, and the tokenizer has none", remedy=REMEDY
+        )
     content = (template.instruction or "") + template.text
     problems = []
     for form in (content, [{"type": "text", "text": content}]):  # models of images and texts read lists of parts
@@ -226,7 +230,7 @@ def settle_template(template: Template, tokenizer: Any) -> Template:
             "the tokenizer's chat template writes nothing after the user's message, whose verdict is read at its end",
             remedy="let inputs.template.text end in words of its own",
         )
-    return template.model_copy(update={"text": text, "instruction": "", "chat": False})
+    return template.model_copy(update={"text": text, "instruction": "", "apply_chat_template": False})
 
 
 def _rendered(tokenizer: Any, content: str | list[dict[str, str]]) -> str:

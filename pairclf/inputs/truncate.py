@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pairclf.config import Cut
+from pairclf.config import Truncation
 
 Ids = NDArray[np.int32]
 Marker = Callable[[int], Ids]
@@ -61,21 +61,25 @@ def allot(fields: Sequence[Ids], shares: Sequence[float], minimums: Sequence[int
     floors = [min(length, least) for length, least in zip(lengths, minimums, strict=True)]
     if sum(floors) > budget:
         floors = [0] * len(fields)
-    given = _water_level(lengths, weights, floors, budget)
+    allotted = _water_level(lengths, weights, floors, budget)
 
     def claim(index: int) -> tuple[Fraction, int, bytes]:
-        return Fraction(given[index] + 1, weights[index]), -lengths[index], fields[index].tobytes()
+        return Fraction(allotted[index] + 1, weights[index]), -lengths[index], fields[index].tobytes()
 
-    for _ in range(budget - sum(given)):
-        given[min((index for index in range(len(fields)) if given[index] < lengths[index]), key=claim)] += 1
-    for one, other in combinations(range(len(fields)), 2):
-        if (weights[one], floors[one]) == (weights[other], floors[other]) and _same(fields[one], fields[other]):
-            given[one] = given[other] = min(given[one], given[other])  # a token's price for equal sides to look equal
-    return given
+    for _ in range(budget - sum(allotted)):
+        allotted[min((index for index in range(len(fields)) if allotted[index] < lengths[index]), key=claim)] += 1
+    for first, second in combinations(range(len(fields)), 2):
+        if (weights[first], floors[first]) == (weights[second], floors[second]) and _is_same(
+            fields[first], fields[second]
+        ):
+            allotted[first] = allotted[second] = min(
+                allotted[first], allotted[second]
+            )  # a token's price for equal sides to look equal
+    return allotted
 
 
-def _same(one: Ids, other: Ids) -> bool:
-    return len(one) == len(other) and bool((one == other).all())
+def _is_same(first: Ids, second: Ids) -> bool:
+    return len(first) == len(second) and bool((first == second).all())
 
 
 def _water_level(lengths: Sequence[int], weights: Sequence[int], floors: Sequence[int], budget: int) -> list[int]:
@@ -84,10 +88,10 @@ def _water_level(lengths: Sequence[int], weights: Sequence[int], floors: Sequenc
     The level is found as CSS resolves flexible lengths (https://www.w3.org/TR/css-flexbox-1/#resolve-flexible-lengths):
     whoever breaks a bound is fixed at it, first on the side where the bounds take or give more in all.
     """
-    given = list(floors)
+    allotted = list(floors)
     free = [index for index, length in enumerate(lengths) if floors[index] < length]
     while free:
-        left = budget - sum(given[index] for index in range(len(given)) if index not in free)
+        left = budget - sum(allotted[index] for index in range(len(allotted)) if index not in free)
         total = sum(weights[index] for index in free)
         above = {index: left * weights[index] - lengths[index] * total for index in free}
         below = {index: floors[index] * total - left * weights[index] for index in free}
@@ -95,16 +99,16 @@ def _water_level(lengths: Sequence[int], weights: Sequence[int], floors: Sequenc
         short = [index for index in free if below[index] >= 0]
         if not full and not short:
             for index in free:
-                given[index] = left * weights[index] // total
+                allotted[index] = left * weights[index] // total
             break
         side = full if sum(above[index] for index in full) > sum(below[index] for index in short) else short or full
         for index in side:
-            given[index] = (lengths if side is full else floors)[index]
+            allotted[index] = (lengths if side is full else floors)[index]
         free = [index for index in free if index not in side]
-    return given
+    return allotted
 
 
-def cut(turns: Sequence[int], turn_break: int, room: int, how: Cut, head_ratio: float, marker: Marker) -> Kept:
+def cut(turns: Sequence[int], turn_break: int, room: int, how: Truncation, head_ratio: float, marker: Marker) -> Kept:
     """Bring one field down to `room` tokens, marker included.
 
     `head` keeps its first tokens and `tail` its last. `head_tail` keeps both ends: whole turns from outside to inside
@@ -198,7 +202,7 @@ def pick_rounds(
     whole: list[int] = []
     for place, index in enumerate(inwards):
         left_out = set(inwards[place + 1 :])
-        room = budget - gap(left_out) - sum(costs[one] for one in whole) - wording * (len(whole) + 1)
+        room = budget - gap(left_out) - sum(costs[chosen] for chosen in whole) - wording * (len(whole) + 1)
         if costs[index] <= room:
             whole.append(index)
             continue

@@ -1,1 +1,1 @@
-"""Tensors: batches, layouts, the backbone, the head, and the bundle that holds them."""
+"""The language model as a classifier: batches, layouts, attention, backbone, head, weights and memory, in torch."""

@@ -43,7 +43,7 @@ a CPU, 6 heads of 64, 660 queries that also see 40 keys before: 7.7 ms, 8.1 by 1
 one causal sequence 8.4. With soft-capping, 1,500 tokens: 60 ms, 63 by 128, all at once 309."""
 
 
-class Scores(NamedTuple):
+class ScoreOptions(NamedTuple):
     """What a layer does with its scores.
 
     Attributes:
@@ -60,29 +60,29 @@ class Scores(NamedTuple):
 
 
 @dataclass(slots=True)
-class Watch:
-    """What the attention function was called with, while `watching` it.
+class AttentionCalls:
+    """What the attention function was called with, while `recording_calls` it.
 
     Attributes:
-        told: whether every call must bring a topology.
+        requires_topology: whether every call must bring a topology.
         calls: how many there were.
         masks: each mask that was made, with the function of places that it was made of.
         windows: of each call the module's name, its window, and its mask.
     """
 
-    told: bool = False
+    requires_topology: bool = False
     calls: int = 0
     masks: list[tuple[Tensor, Callable[..., Tensor]]] = field(default_factory=list)
     windows: list[tuple[str, int | None, Tensor | None]] = field(default_factory=list)
 
-    def saw(self, module: nn.Module, topology: Topology | None, mask: Tensor | None, window: int | None) -> None:
+    def record(self, module: nn.Module, topology: Topology | None, mask: Tensor | None, window: int | None) -> None:
         """Note one call.
 
         Raises:
             ModelError: it should have brought a topology, and did not.
         """
         self.calls += 1
-        if not self.told:
+        if not self.requires_topology:
             self.windows.append((type(module).__name__, window, mask))
         elif topology is None:
             raise ModelError(
@@ -93,9 +93,9 @@ class Watch:
 
     def wrong_window(self) -> str | None:
         """Why the windows handed over are not those of the masks; None: they are. Of a pass over padded rows."""
-        made = {one.untyped_storage().data_ptr(): function for one, function in self.masks}
+        functions = {mask_tensor.untyped_storage().data_ptr(): function for mask_tensor, function in self.masks}
         for name, window, mask in self.windows:
-            function = None if mask is None else made.get(mask.untyped_storage().data_ptr())
+            function = None if mask is None else functions.get(mask.untyped_storage().data_ptr())
             if function is not None and _is_of_one_batch(function):
                 return f"{name} is given a mask that is made of the tokens of one batch"
             if function is not None and not _has_window(function, window):
@@ -105,15 +105,15 @@ class Watch:
         return None
 
 
-FAR = 1 << 17
+FAR_POSITION = 1 << 17
 """Places of the longest row whose view a mask is asked for; a window of as many is none."""
 
 
 def _has_window(function: Callable[..., Tensor], window: int | None) -> bool:
     """Whether a mask's function of (row, head, query, key) lets a far query see so many keys, itself the last."""
-    query, keys = torch.tensor(FAR - 1), torch.arange(FAR + 1)
+    query, keys = torch.tensor(FAR_POSITION - 1), torch.arange(FAR_POSITION + 1)
     seen = function(torch.tensor(0), torch.tensor(0), query, keys).broadcast_to(keys.shape)
-    return torch.equal(seen, (keys <= query) & (keys >= FAR - (window or FAR)))
+    return torch.equal(seen, (keys <= query) & (keys >= FAR_POSITION - (window or FAR_POSITION)))
 
 
 def _is_of_one_batch(function: object) -> bool:
@@ -121,25 +121,25 @@ def _is_of_one_batch(function: object) -> bool:
     places beyond the batch, that would end a GPU's process."""
     if isinstance(function, Tensor):
         return True
-    within = function if isinstance(function, tuple) else [one.cell_contents for one in _cells(function)]
-    return any(_is_of_one_batch(one) for one in within)
+    contents = function if isinstance(function, tuple) else [cell.cell_contents for cell in _cells(function)]
+    return any(_is_of_one_batch(cell) for cell in contents)
 
 
 def _cells(function: object) -> tuple[CellType, ...]:
     return getattr(function, "__closure__", None) or ()
 
 
-_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
+_CALLS: ContextVar[AttentionCalls | None] = ContextVar("watch", default=None)
 
 
 @contextmanager
-def watching(watch: Watch) -> Iterator[None]:
+def recording_calls(watch: AttentionCalls) -> Iterator[None]:
     """Within, and in this thread, `watch` notes every call; activations that backward recomputes are not noted."""
-    token = _WATCH.set(watch)
+    token = _CALLS.set(watch)
     try:
         yield
     finally:
-        _WATCH.reset(token)
+        _CALLS.reset(token)
 
 
 def attend(
@@ -180,15 +180,15 @@ def attend(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     if topology is None and cu_seq_lens_q is not None:
         topology = end_to_end(cu_seq_lens_q.diff().tolist())
-    if (watch := _WATCH.get()) is not None:
-        watch.saw(module, topology, attention_mask, sliding_window if causal else None)
+    if (watch := _CALLS.get()) is not None:
+        watch.record(module, topology, attention_mask, sliding_window if causal else None)
     _refuse_unknown(module, options, attention_mask, packed=topology is not None, causal=causal)
     if torch.is_autocast_enabled(query.device.type):
         # Rotations leave query and key in float32 where weights are, and beside them stands a bfloat16 value.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = Scores(scaling, softcap, sliding_window if causal else None, dropout)
+    scores = ScoreOptions(scaling, softcap, sliding_window if causal else None, dropout)
     if topology is None:
         return _rows(query, key, value, scores, attention_mask, causal=causal).transpose(1, 2), None
     kernel, _ = pick_kernel(query.device, query.dtype, query.shape[-1])
@@ -204,10 +204,10 @@ def mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | No
     """
     if attention_mask is None:
         return None
-    made: Tensor | None = sdpa_mask(attention_mask=attention_mask, **options)
-    if made is not None and (watch := _WATCH.get()) is not None:
-        watch.masks.append((made, options.get("mask_function", causal_mask_function)))
-    return made
+    made_mask: Tensor | None = sdpa_mask(attention_mask=attention_mask, **options)
+    if made_mask is not None and (watch := _CALLS.get()) is not None:
+        watch.masks.append((made_mask, options.get("mask_function", causal_mask_function)))
+    return made_mask
 
 
 AttentionInterface.register(NAME, attend)
@@ -260,32 +260,32 @@ class _Varlen(NamedTuple):
 @lru_cache(maxsize=8)
 def _varlen(topology: Topology, device: torch.device) -> _Varlen:
     """Made once a batch and device, not once a layer."""
-    pieces = topology.pieces
+    pieces = topology.segments
     asking = torch.tensor([0, *(piece.stop - piece.start for piece in pieces)])
     asked = torch.tensor([0, *(sum(stop - start for start, stop in piece.sees) for piece in pieces)])
     gather = None
     if any(piece.sees != ((piece.start, piece.stop),) for piece in pieces):
         gather = torch.cat([torch.arange(*span) for piece in pieces for span in piece.sees]).to(device)
-    queries, keys = (one.cumsum(0).to(device, torch.int32) for one in (asking, asked))
+    queries, keys = (counts.cumsum(0).to(device, torch.int32) for counts in (asking, asked))
     return _Varlen(queries, keys, gather, (int(asking.max()), int(asked.max())))
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, scores: Scores, topology: Topology) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions, topology: Topology) -> Tensor:
     """All pieces at once. Where more keys than queries are given, FlashAttention lets the last see the last."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
 
-    told = _varlen(topology, query.device)
-    query, key, value = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))  # (T, heads, D)
-    if told.gather is not None:
-        key, value = key[told.gather], value[told.gather]
+    lengths = _varlen(topology, query.device)
+    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # (T, heads, D)
+    if lengths.gather is not None:
+        key, value = key[lengths.gather], value[lengths.gather]
     out: Tensor = flash_attn_varlen_func(
         query,
         key,
         value,
-        cu_seqlens_q=told.queries,
-        cu_seqlens_k=told.keys,
-        max_seqlen_q=told.longest[0],
-        max_seqlen_k=told.longest[1],
+        cu_seqlens_q=lengths.queries,
+        cu_seqlens_k=lengths.keys,
+        max_seqlen_q=lengths.longest[0],
+        max_seqlen_k=lengths.longest[1],
         dropout_p=scores.dropout,
         softmax_scale=scores.scaling,
         causal=True,
@@ -295,10 +295,10 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scores: Scores, topology: 
     return out[None]
 
 
-def _loop(query: Tensor, key: Tensor, value: Tensor, scores: Scores, topology: Topology) -> Tensor:
+def _loop(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions, topology: Topology) -> Tensor:
     """One piece after the other."""
     parts = []
-    for start, stop, sees in topology.pieces:
+    for start, stop, sees in topology.segments:
         part = _sequence(query[:, :, start:stop], _take(key, sees), _take(value, sees), scores)
         parts.append(part.transpose(1, 2))
     return torch.cat(parts, dim=1)
@@ -310,18 +310,23 @@ def _take(states: Tensor, spans: tuple[Span, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Scores, Topology], Tensor]] = {"flash": _flash, "loop": _loop}
+KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, ScoreOptions, Topology], Tensor]] = {
+    "flash": _flash,
+    "loop": _loop,
+}
 """What computes a row of pieces, `(1, heads, T, D)` -> `(1, T, heads, D)`; `pick_kernel` chooses."""
 
 
-def _rows(query: Tensor, key: Tensor, value: Tensor, scores: Scores, mask: Tensor | None, *, causal: bool) -> Tensor:
+def _rows(
+    query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions, mask: Tensor | None, *, causal: bool
+) -> Tensor:
     """Rows of one sequence each, `(B, heads, T, D)` -> the same; a `mask` says all of who sees whom."""
     if mask is None and causal:
         return _sequence(query, key, value, scores)
     return _weigh(query, key, value, scores, mask)
 
 
-def _sequence(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+def _sequence(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions) -> Tensor:
     """The last tokens of a sequence against all of it, `(B, heads, Q, D)`: each sees what is not behind it.
 
     Where a mask is needed, it goes through a block of queries at a time, so that little is computed in vain.
@@ -339,14 +344,14 @@ def _sequence(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tens
         end = keys - queries + stop
         first = max(0, end - (stop - start) + 1 - window)
         # Where there is no window all see all but the last keys; scores that are written out are masked there alone.
-        told = start - stop if whole and scores.softcap is not None else first - end
-        seen = None if stop - start == 1 else band[:, :, start - stop :, told:]
+        diagonal = start - stop if whole and scores.softcap is not None else first - end
+        seen = None if stop - start == 1 else band[:, :, start - stop :, diagonal:]
         parts.append(_weigh(query[:, :, start:stop], key[:, :, first:end], value[:, :, first:end], scores, seen))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _weigh(
-    query: Tensor, key: Tensor, value: Tensor, scores: Scores, mask: Tensor | None, *, causal: bool = False
+    query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions, mask: Tensor | None, *, causal: bool = False
 ) -> Tensor:
     """Values weighed by softmax of the scores where the mask allows, `(B, heads, Q, D)`; None: everywhere."""
     if scores.softcap is not None:
@@ -382,7 +387,7 @@ def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
 
 
 def _soft_capped(
-    query: Tensor, key: Tensor, value: Tensor, scores: Scores, softcap: float, mask: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions, softcap: float, mask: Tensor | None
 ) -> Tensor:
     """Attention with its scores written out, since SDPA can't cap them; softmax in float32, as the stock models do it.
 
@@ -419,8 +424,8 @@ def _refuse_unknown(
         what = what or "gives a mask of its own to its attention in a packed batch"
     if what:
         raise ModelError(
-            f"{type(module).__name__} {what}, which model.attention=auto does not know",
-            remedy="set model.attention=eager and train.layout=padded",
+            f"{type(module).__name__} {what}, which model.attn_implementation=auto does not know",
+            remedy="set model.attn_implementation=eager and train.layout=padded",
         )
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,86 +13,24 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-)
+from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from pairclf.bundles.model_files import weight_map
 from pairclf.config import Lora, Model
 from pairclf.console import console
 from pairclf.errors import ModelError, cut, quoted
 from pairclf.model import attention
-from pairclf.model.folder import check_model_folder, weight_map
+from pairclf.model.families import family_of
 from pairclf.trust import granted
 
-EMBEDDED = "embedded:"
-_FILES = ("config.json", "*.safetensors")
 _UNREADABLE = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError),
     *(AssertionError, SafetensorError, StrictDataclassError),
 )
 """What transformers raises for files whose contents make no sense: nearly anything."""
-_BLOCK = 1 << 20  # bytes sampled at once
-_BLOCKS = 64  # samples a file
-
-
-def resolve_base(base: str, override: Path | None = None) -> str:
-    """Where the base model's files are: a folder, or a hub id left as it is.
-
-    Args:
-        base: the setting `model.base`.
-        override: a folder that holds the same model on this machine (an attached Kaggle model, say).
-
-    Raises:
-        ModelError: the folder or the embedded model does not exist, or a file in the folder asks for what the person at
-            the command has not permitted.
-    """
-    if override is not None:
-        if not (override / "config.json").is_file():
-            raise ModelError(
-                f"base model folder {override} holds no config.json", remedy="give the folder of the model"
-            )
-        check_model_folder(override)
-        return str(override)
-    if base.startswith(EMBEDDED):
-        folder = Path(str(files("pairclf"))) / "embedded" / base.removeprefix(EMBEDDED)
-        if not (folder / "config.json").is_file():
-            shipped = sorted(entry.parent.name for entry in folder.parent.glob("*/config.json"))
-            raise ModelError(f"model.base={base} is not shipped with pairclf", remedy=f"one of {shipped}")
-        return str(folder)
-    folder = Path(os.path.expanduser(base))  # Path's own raises for a user who is not there
-    if folder.is_dir():
-        check_model_folder(folder)
-        return str(folder)
-    if not base.startswith((".", "/", "~")) and base.count("/") <= 1:
-        return str(folder)
-    raise ModelError(f"model.base={base} is no folder here", remedy="give an existing folder, or a hub id owner/name")
-
-
-def fingerprint(folder: Path) -> str:
-    """Hex SHA-256 that tells one base model from another.
-
-    Reads config.json and weights: files up to 64 MiB whole, larger ones by their size and 64 evenly spaced blocks of
-    1 MiB, so that a 9B model takes seconds and not minutes of a notebook's time.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(entry for pattern in _FILES for entry in folder.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        step = max(_BLOCK, size // _BLOCKS)
-        with path.open("rb") as stream:
-            for start in range(0, size, step):
-                stream.seek(start)
-                digest.update(stream.read(_BLOCK))
-    return digest.hexdigest()
 
 
 def pick_device() -> torch.device:
@@ -140,14 +75,14 @@ def read_settings(source: str | Path) -> PretrainedConfig:
         ModelError: it can't be read.
     """
     try:
-        made: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=granted().remote_code)
+        settings: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=granted().remote_code)
     except _UNREADABLE as error:
         raise ModelError(
             f"the model {source} can't be loaded: {_said(error)}",
             remedy="give a folder with config.json and *.safetensors, or a hub id that this machine can reach; what a "
             "bundle names is not fetched: run `hf download ID` before, or give its folder with --base",
         ) from error
-    return made
+    return settings
 
 
 def empty_model(settings: PretrainedConfig) -> nn.Module:
@@ -159,10 +94,10 @@ def empty_model(settings: PretrainedConfig) -> nn.Module:
     try:
         with torch.device("meta"):
             trust = granted().remote_code
-            made: nn.Module = AutoModel.from_config(settings, trust_remote_code=trust)  # type: ignore[no-untyped-call]
+            model: nn.Module = family_of(settings).loader.from_config(settings, trust_remote_code=trust)
     except _UNREADABLE as error:
         raise ModelError(f"a {settings.model_type} can't be made of its config.json: {_said(error)}") from error
-    return made
+    return model
 
 
 def _said(error: BaseException) -> str:
@@ -182,16 +117,12 @@ def load_base(
         ModelError: it can't be loaded, is not a decoder, or can't be adapted as set on this device.
     """
     config = read_settings(source)
-    if config.is_encoder_decoder or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
-        raise ModelError(
-            f"model.base={model.base} is a {config.model_type}, not a decoder: its last token does not sum up the row",
-            remedy="use a decoder such as Gemma-2, Llama-3 or Qwen-2.5",
-        )
-    if model.quantization == "int8" and model.lora is not None and model.lora.dora and device.type == "cpu":
+    loader = family_of(config).loader
+    if model.quantization == "int8" and model.lora is not None and model.lora.use_dora and device.type == "cpu":
         # peft (0.21) moves the weight to dequantise it, and bitsandbytes loses its scales: the second pass fails.
         raise ModelError(
-            "model.lora.dora=true does not run on a CPU over model.quantization=int8",
-            remedy="set model.quantization=nf4 or none, or model.lora.dora=false, or use a GPU",
+            "model.lora.use_dora=true does not run on a CPU over model.quantization=int8",
+            remedy="set model.quantization=nf4 or none, or model.lora.use_dora=false, or use a GPU",
         )
     quantized = model.quantization != "none" or stored_as(config) is not None
     # It says for every int8 product that float32 becomes float16, which is its design.
@@ -199,6 +130,7 @@ def load_base(
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded = _load_strictly(
+        loader,
         source,
         dtype=dtype,
         attn_implementation=_attention(model, config),
@@ -210,8 +142,8 @@ def load_base(
         loaded.to(device)
     if stored_as(config) is not None:
         # transformers (5.23) leaves embedding and norms as they were saved: float16 and autocast to bfloat16 don't mix.
-        for one in loaded.parameters():
-            one.data = one.data.to(dtype) if one.is_floating_point() else one.data
+        for weight in loaded.parameters():
+            weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
     if device.type == "cpu":
         _keep_full_precision(loaded)
     loaded.requires_grad_(model.lora is None and not quantized)
@@ -220,11 +152,11 @@ def load_base(
 
 def stored_as(settings: Any) -> str | None:
     """How the files of a model hold its weights, by its transformers config; None: they are not quantised."""
-    found: Any = getattr(settings, "quantization_config", None) or {}
-    told: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    method = told.get("quant_method")
+    quantization: Any = getattr(settings, "quantization_config", None) or {}
+    fields: dict[str, Any] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = fields.get("quant_method")
     if method == "bitsandbytes":
-        return "int8" if told.get("load_in_8bit") else "nf4"
+        return "int8" if fields.get("load_in_8bit") else "nf4"
     return None if method is None else str(getattr(method, "value", method))
 
 
@@ -236,15 +168,15 @@ def stored_weights(folder: Path) -> str | None:
 def _placed(quantized: bool, device: torch.device, others: Sequence[torch.device]) -> dict[str, Any]:
     """Options of `from_pretrained` that say where the weights go."""
     if others:
-        free = {one.index: torch.cuda.mem_get_info(one)[0] for one in (device, *others)}
+        free = {gpu.index: torch.cuda.mem_get_info(gpu)[0] for gpu in (device, *others)}
         return {"device_map": "balanced", "max_memory": free}
     return {"device_map": {"": device}} if quantized else {}
 
 
 def _attention(model: Model, config: Any) -> str | None:
     """The implementation's name, as transformers wants it; None leaves the choice to transformers."""
-    if model.attention != "auto":
-        return model.attention
+    if model.attn_implementation != "auto":
+        return model.attn_implementation
     # A class that does not go through the attention interface, or that is not known before its code is loaded, keeps
     # the attention that it brings. That is right for padded batches; packed ones are refused by the classifier.
     kind: Any = MODEL_MAPPING.get(type(config), None)
@@ -259,6 +191,8 @@ def lm_head_rows(source: str, model: Model, words: Sequence[str], backbone: nn.M
     Raises:
         ModelError: a word is not one token, or the base has no LM head.
     """
+    if why := family_of(backbone.config).refuses.get("label_words"):  # type: ignore[arg-type]
+        raise ModelError(f"model.label_words: {why}", remedy="remove model.label_words")
     tokenizer = load_tokenizer(source)
     ids = [_one_token(tokenizer, word) for word in words]
     config: Any = backbone.config
@@ -320,10 +254,10 @@ def _find_lm_head(source: str) -> tuple[str, str]:
     )
 
 
-def _load_strictly(source: str, **options: Any) -> nn.Module:
+def _load_strictly(loader: Any, source: str, **options: Any) -> nn.Module:
     """Load every weight of the backbone from the files: transformers fills a missing one at random, with a warning."""
     try:
-        loaded, info = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+        loaded, info = loader.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
     except _UNREADABLE as error:
         raise ModelError(
             f"the weights of {source} can't be loaded: {_said(error)}",
@@ -374,14 +308,15 @@ def add_adapters(base: nn.Module, lora: Lora) -> nn.Module:
     """Wrap the base with LoRA adapters; they are float32 and the only parameters that train.
 
     Raises:
-        ModelError: no linear module of the base has one of the names in `lora.targets`.
+        ModelError: no linear module of the base has one of the names in `lora.target_modules`.
     """
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
     leaves = {name.rsplit(".", 1)[-1] for name in linear}
-    targets = sorted(leaves) if lora.targets == "all-linear" else lora.targets
+    targets = sorted(leaves) if lora.target_modules == "all-linear" else lora.target_modules
     if unknown := sorted(set(targets) - leaves):
         raise ModelError(
-            f"model.lora.targets names {unknown}, which the base has not", remedy=f"choose among {sorted(leaves)}"
+            f"model.lora.target_modules names {unknown}, which the base has not",
+            remedy=f"choose among {sorted(leaves)}",
         )
     if lora.first_layer:
         # By whole names: peft's own `layers_to_transform` finds no layer in a base without a prefix.
@@ -390,12 +325,12 @@ def add_adapters(base: nn.Module, lora: Lora) -> nn.Module:
         raise ModelError(f"model.lora.first_layer={lora.first_layer} leaves no layer of the base an adapter")
     peft_config = LoraConfig(
         task_type=TaskType.FEATURE_EXTRACTION,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
         target_modules=targets,
-        use_dora=lora.dora,
-        use_rslora=lora.rslora,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
     )
     adapted: nn.Module = get_peft_model(base, peft_config)
     return adapted

@@ -10,13 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pairclf.inputs.truncate import Ids
-
 Span = tuple[int, int]
 """Tokens of a row from the first to before the second place."""
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """Tokens of a row that lie side by side, and what they see.
 
     Attributes:
@@ -41,34 +39,26 @@ class Topology:
         paths   (0 to 5)  (0 to 2, 5 to 7)
 
     Attributes:
-        pieces: they cover the queries from first to last, without a gap.
+        segments: they cover the queries from first to last, without a gap.
         paths: where each sequence's tokens lie, by position; in the order of the items.
     """
 
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
     paths: tuple[tuple[Span, ...], ...]
 
     def at_ends(self) -> Topology:
         """The same keys for the last token of each sequence alone: query r is that of sequence r."""
-        return Topology(tuple(Piece(place, place + 1, path) for place, path in enumerate(self.paths)), self.paths)
+        return Topology(tuple(Segment(place, place + 1, path) for place, path in enumerate(self.paths)), self.paths)
 
 
 def end_to_end(lengths: Sequence[int]) -> Topology:
     """Sequences one after the other, each of which sees itself alone."""
     spans = list(pairwise(accumulate(lengths, initial=0)))
-    return Topology(tuple(Piece(*span, (span,)) for span in spans), tuple((span,) for span in spans))
+    return Topology(tuple(Segment(*span, (span,)) for span in spans), tuple((span,) for span in spans))
 
 
-Inputs = dict[str, Tensor | int | Topology]
+BackboneInputs = dict[str, Tensor | int | Topology]
 """Keyword arguments of a backbone."""
-
-
-class Item(NamedTuple):
-    """One sequence to be scored: the row's index in its table, the order it is told in, and its ids `(T,)` int32."""
-
-    row: int
-    order: int
-    ids: Ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +75,7 @@ class Batch:
         order: `(R,)` int64, `task.AB` or `task.BA`.
     """
 
-    inputs: Inputs
+    inputs: BackboneInputs
     read_at: Tensor
     lengths: Tensor
     row_at: Tensor
@@ -98,11 +88,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with the tensors that the model reads on `device`."""
-        inputs = {name: _moved(one, device) if isinstance(one, Tensor) else one for name, one in self.inputs.items()}
-        return Batch(inputs, _moved(self.read_at, device), _moved(self.lengths, device), self.row_at, self.order)
+        inputs = {
+            name: _to_device(value, device) if isinstance(value, Tensor) else value
+            for name, value in self.inputs.items()
+        }
+        return Batch(
+            inputs, _to_device(self.read_at, device), _to_device(self.lengths, device), self.row_at, self.order
+        )
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """To a GPU from pinned memory: a copy from any other waits until the GPU is done with the batch before."""
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,38 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pairclf.bundles.base import resolve_base
 from pairclf.config import Config
 from pairclf.errors import ModelError
-from pairclf.model.attention import NAME, Watch, watching
-from pairclf.model.backbone import add_adapters, lm_head_rows, load_base, pick_dtype, resolve_base
-from pairclf.model.batch import Batch, Inputs, Item
+from pairclf.model.attention import NAME, AttentionCalls, recording_calls
+from pairclf.model.backbone import add_adapters, lm_head_rows, load_base, pick_dtype
+from pairclf.model.batch import BackboneInputs, Batch
+from pairclf.model.families import REMEDY, family_of
 from pairclf.model.isolation import isolation_of, longest_row
-from pairclf.model.layouts import packed, padded, shared
+from pairclf.model.layouts import BATCH_LAYOUTS, layout_of
 from pairclf.model.precision import in_float32
 from pairclf.model.readout import HEADS, POOLINGS, Head, LinearHead
 from pairclf.model.trim import reading_at
-
-Layout = Callable[[Sequence[Item]], Batch]
-
-LAYOUTS: dict[tuple[str, str, str], Layout] = {
-    ("decoder", "head", "padded"): padded,
-    ("decoder", "head", "packed"): packed,
-    ("decoder", "head", "shared"): shared,
-}
-"""Legal (backbone, readout, layout); what is not here is refused by `layout_of`."""
-
-
-def layout_of(backbone: str, readout: str, layout: str) -> Layout:
-    """The layout function of a legal combination.
-
-    Raises:
-        ModelError: the combination is not legal; the message lists those that are.
-    """
-    try:
-        return LAYOUTS[backbone, readout, layout]
-    except KeyError:
-        legal = "; ".join(" + ".join(key) for key in LAYOUTS)
-        raise ModelError(f"{backbone} + {readout} + {layout} can't be combined", remedy=f"legal: {legal}") from None
 
 
 class Classifier(nn.Module):
@@ -54,15 +34,19 @@ class Classifier(nn.Module):
         pooling: a key of `readout.POOLINGS`.
 
     Attributes:
+        family: the kind of the backbone.
         isolation: which layouts give every row the states that it has alone.
         ids: token ids that the backbone has an embedding for: those below it.
 
     Raises:
-        ModelError: the backbone can't be run, or not even padded rows score as each alone.
+        ModelError: the backbone can't be run or not be read so, or not even padded rows score as each alone.
     """
 
     def __init__(self, backbone: nn.Module, head: Head, dtype: torch.dtype, pooling: str = "last") -> None:
         super().__init__()
+        self.family = family_of(backbone.config)  # type: ignore[arg-type]
+        if pooling not in self.family.poolings:
+            raise ModelError(f"model.pooling={pooling} is none of the base's: {', '.join(self.family.poolings)}")
         self.backbone = backbone
         self.head = head
         self.dtype = dtype
@@ -70,7 +54,7 @@ class Classifier(nn.Module):
         self.isolation = isolation_of(backbone, dtype)
         self.ids = len(backbone.get_input_embeddings().weight)  # type: ignore[operator]
 
-    def forward(self, inputs: Inputs, read_at: Tensor, lengths: Tensor, *, trim: bool = False) -> Tensor:
+    def forward(self, inputs: BackboneInputs, read_at: Tensor, lengths: Tensor, *, trim: bool = False) -> Tensor:
         """Logits `(R, C)` of a batch.
 
         Args:
@@ -80,21 +64,21 @@ class Classifier(nn.Module):
             trim: compute the last layer at `read_at` alone; for evaluation, and where `why_not_trimmed` is None.
         """
         topology = inputs.get("topology")
-        layout = "packed" if "cu_seq_lens_q" in inputs else "padded" if topology is None else "shared"
-        if why := self._why_not_batch(layout):
+        layout = layout_of(inputs)
+        if why := self.why_not(layout):
             raise ModelError(f"layout {layout}: {why}", remedy="set train.layout=padded and predict.layout=auto")
-        told, watch = inputs, Watch(told=layout != "padded")
+        keywords, calls = inputs, AttentionCalls(requires_topology=topology is not None)
         if topology is not None and self.attention != NAME:
-            told = {name: one for name, one in inputs.items() if name != "topology"}
-        # The same autocast in training, validation and the notebook, whoever calls. No cache is kept: nothing is
-        # generated, and a cache would have to be told of every layout.
+            keywords = {name: value for name, value in inputs.items() if name != "topology"}
+        # The same autocast in training, validation and the notebook, whoever calls.
         with (
             torch.autocast(read_at.device.type, self.dtype, enabled=self.dtype != torch.float32),
             reading_at(self.backbone, read_at) if trim else nullcontext(),
-            watching(watch) if layout != "padded" else nullcontext(),
+            recording_calls(calls) if topology is not None else nullcontext(),
         ):
-            hidden = self.backbone(**told, use_cache=False).last_hidden_state
-        self._require_told(watch, layout)
+            hidden = self.backbone(**keywords, **self.family.forward).last_hidden_state
+        if topology is not None:
+            self._require_topology_received(calls, layout)
         if trim:
             read_at = torch.arange(len(read_at), device=read_at.device)
         logits: Tensor = self.head(POOLINGS[self.pooling](hidden, read_at, lengths))
@@ -134,35 +118,27 @@ class Classifier(nn.Module):
         return batch
 
     def why_not(self, layout: str) -> str | None:
-        """Why sequences can't lie so in evaluation; None: they can."""
-        if why := self._why_not_batch(layout):
-            return why
-        if layout == "shared" and self.pooling != "last":
-            return f"model.pooling={self.pooling} reads every token of a sequence by itself"
-        return None
+        """Why sequences can't lie so; None: they can."""
+        return self.family.refuses.get(layout) or BATCH_LAYOUTS[layout].why_not(self.isolation, self.pooling)
 
-    def _why_not_batch(self, layout: str) -> str | None:
-        """Why the backbone gives rows of such a batch other states than each alone; None: it does not."""
-        return {"padded": None, "packed": self.isolation.packed, "shared": self.isolation.shared}[layout]
-
-    def _require_told(self, watch: Watch, layout: str) -> None:
+    def _require_topology_received(self, calls: AttentionCalls, layout: str) -> None:
         """Every layer's attention knew in a forward pass where the rows lie. In training, layers may be dropped."""
         expected = self.isolation.attentions
-        if layout == "padded" or self.attention != NAME or watch.calls == expected or (self.training and watch.calls):
+        if self.attention != NAME or calls.calls == expected or (self.training and calls.calls):
             return
         raise ModelError(
-            f"layout {layout}: {type(self.backbone).__name__} called its attention {watch.calls} times, "
+            f"layout {layout}: {type(self.backbone).__name__} called its attention {calls.calls} times, "
             f"not {expected}: rows would see each other",
             remedy="set train.layout=padded and predict.layout=padded",
         )
 
     def why_not_trim(self, layout: str) -> str | None:
         """Why the last layer is computed for every token; None: it need not be."""
-        if layout == "padded":
-            return "rows are padded"
+        if not BATCH_LAYOUTS[layout].topology:
+            return f"rows are {layout}"
         if self.pooling != "last":
             return f"model.pooling={self.pooling} reads every token"
-        return self.isolation.trimmed
+        return self.family.refuses.get("trim") or self.isolation.trimmed
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +159,7 @@ def build(config: Config, device: torch.device, base: Path | None = None) -> Cla
             f"train.layout={config.train.layout} does not go with model.base={config.model.base}: {why}",
             remedy="set train.layout=padded",
         )
-    if config.model.lora is None and not any(one.requires_grad for one in classifier.backbone.parameters()):
+    if config.model.lora is None and not any(weight.requires_grad for weight in classifier.backbone.parameters()):
         raise ModelError(
             f"model.base={config.model.base} holds quantised weights: model.lora=null leaves only the head to train",
             remedy="give model.lora, or a base whose weights are not quantised",
@@ -212,8 +188,7 @@ def build_frozen(
     hidden_size: int | None = getattr(backbone.config.get_text_config(), "hidden_size", None)  # type: ignore[union-attr, operator]
     if hidden_size is None:
         raise ModelError(
-            f"model.base={config.model.base}: the config of {type(backbone).__name__} has no hidden_size",
-            remedy="use a decoder such as Gemma-2, Llama-3 or Qwen-2.5",
+            f"model.base={config.model.base}: the config of {type(backbone).__name__} has no hidden_size", remedy=REMEDY
         )
     if (longest := longest_row(backbone)) is not None and config.inputs.max_length > longest:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Whether the rows of a batch score as each row alone does: found out once for every base, before it is used.
+"""Check that rows in a batch score as each row alone; measured once for every base, before it is used.
 
 What a model's class says of itself (`attention.why_not_packed`) is a claim. A layer that drops its keyword arguments
 never hands the topology on, and packed rows then see each other in silence. So the base is run on two short rows of
@@ -12,16 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pairclf.errors import ModelError
-from pairclf.model.attention import NAME, Watch, watching, why_not_packed
-from pairclf.model.batch import Batch, Item, Topology
-from pairclf.model.layouts import WORTH, packed, padded, shared
+from pairclf.inputs.sequences import Item
+from pairclf.model.attention import NAME, AttentionCalls, recording_calls, why_not_packed
+from pairclf.model.batch import Batch, Topology
+from pairclf.model.families import REMEDY, family_of
+from pairclf.model.layouts import MIN_SHARED_TOKENS, Isolation, packed, padded, shared
 from pairclf.model.precision import in_float32
 from pairclf.model.trim import reading_at, why_not_trimmed
 
@@ -32,27 +34,11 @@ Rows that see each other differ by 0.1 to 2 at the first token of the second row
 and 5e-2. Nearly all is compared in float32, whatever the weights are stored in."""
 
 
-class Isolation(NamedTuple):
-    """Why sequences can't lie so in a batch of this base; None: they can.
-
-    Attributes:
-        packed: end to end.
-        shared: with common beginnings once.
-        trimmed: with the last layer computed at the read tokens alone.
-        attentions: calls of the attention function in one forward pass.
-    """
-
-    packed: str | None
-    shared: str | None
-    trimmed: str | None
-    attentions: int
-
-
-_FOUND: dict[tuple[object, ...], Isolation] = {}
+_RESULTS: dict[tuple[object, ...], Isolation] = {}
 
 
 def isolation_of(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
-    """What holds for a base, found out at the first call of a process and remembered.
+    """The isolation of a base, measured at the first call in a process and cached.
 
     Args:
         backbone: the base as it was loaded, without adapters, quantised or not, on one device or several.
@@ -66,9 +52,9 @@ def isolation_of(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
     settings = (config.name_or_path, config.to_json_string(use_diff=False), config._attn_implementation)
     places = frozenset(map(str, getattr(backbone, "hf_device_map", {}).values()))
     key = (type(backbone), settings, dtype, weight.dtype, weight.device, places)
-    if key not in _FOUND:
-        _FOUND[key] = probe(backbone, dtype)
-    return _FOUND[key]
+    if key not in _RESULTS:
+        _RESULTS[key] = probe(backbone, dtype)
+    return _RESULTS[key]
 
 
 def probe(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
@@ -86,7 +72,7 @@ def probe(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
         for way in ways:
             try:
                 with in_float32(backbone) if way == torch.float32 else _autocast(backbone, way):
-                    return _measure(backbone, way)
+                    return _compare_layouts(backbone, way)
             except ModelError:
                 raise
             except Exception as error:
@@ -104,60 +90,61 @@ def _autocast(backbone: nn.Module, dtype: torch.dtype) -> torch.autocast:
 
 def _cannot_run(backbone: nn.Module, error: Exception) -> ModelError:
     return ModelError(
-        f"{_named(backbone)} can't be run on token ids: {type(error).__name__}: {str(error)[:300]}",
-        remedy="use a decoder such as Gemma-2, Llama-3 or Qwen-2.5",
+        f"{_named(backbone)} can't be run on token ids: {type(error).__name__}: {str(error)[:300]}", remedy=REMEDY
     )
 
 
-def _measure(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
-    rows, allowed, watch = _rows(backbone), TOLERANCE[dtype], Watch()
+def _compare_layouts(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
+    rows, allowed, calls = _test_rows(backbone), TOLERANCE[dtype], AttentionCalls()
     with _stock_attention(backbone):
         alone = [_run(backbone, padded([row]))[0] for row in rows]
     spread = _spread(alone)
-    with watching(watch):
+    with recording_calls(calls):
         states = _run(backbone, padded(rows))
-    apart = max(_apart(states[row, : len(one)], one, spread) for row, one in enumerate(alone))
-    if not apart <= allowed:
+    difference = max(
+        _difference(states[row, : len(states_alone)], states_alone, spread) for row, states_alone in enumerate(alone)
+    )
+    if not difference <= allowed:
         raise ModelError(
             f"{_named(backbone)}: hidden states of a row in a padded batch differ from those of the row alone, by "
-            f"{apart:.2g} of their spread",
+            f"{difference:.2g} of their spread",
             remedy="use another base; no layout of a batch is right for this one",
         )
 
     def differs(batch: Batch, *, trim: bool) -> str | None:
-        return _differs(backbone, batch, alone, spread, allowed, watch.calls, trim=trim)
+        return _differs(backbone, batch, alone, spread, allowed, calls.calls, trim=trim)
 
-    why_packed = claimed(backbone) or watch.wrong_window() or differs(packed(rows), trim=False)
+    why_packed = claimed(backbone) or calls.wrong_window() or differs(packed(rows), trim=False)
     if why_packed or _implementation(backbone) != NAME:
-        unknown = f"model.attention={_implementation(backbone)} knows no tokens that several sequences see"
-        return Isolation(why_packed, why_packed or unknown, why_not_trimmed(backbone) or why_packed, watch.calls)
+        unknown = f"model.attn_implementation={_implementation(backbone)} knows no tokens that several sequences see"
+        return Isolation(why_packed, why_packed or unknown, why_not_trimmed(backbone) or why_packed, calls.calls)
     why_trimmed = why_not_trimmed(backbone) or differs(shared(rows), trim=True)
     # Where the last layer is right at the read places, so is all before it.
     why_shared = differs(shared(rows), trim=False) if why_trimmed else None
-    return Isolation(None, why_shared, why_trimmed, watch.calls)
+    return Isolation(None, why_shared, why_trimmed, calls.calls)
 
 
 def longest_row(backbone: nn.Module) -> int | None:
-    """Tokens beyond which a row changes the rotary positions of all rows of its batch; None: it never does."""
+    """Row length beyond which the rotary positions of all rows in a batch change; None: there is none."""
     config: Any = backbone.config.get_text_config()  # type: ignore[union-attr, operator]
-    told: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     limits = []
-    for one in told.values() if all(isinstance(one, dict) for one in told.values()) else [told]:
-        kind = str(one.get("rope_type"))
+    for settings in rope.values() if all(isinstance(settings, dict) for settings in rope.values()) else [rope]:
+        kind = str(settings.get("rope_type"))
         if kind == "longrope":
-            known = one.get("original_max_position_embeddings") or config.original_max_position_embeddings
-            limits.append(int(known))
+            original = settings.get("original_max_position_embeddings") or config.original_max_position_embeddings
+            limits.append(int(original))
         elif "dynamic" in kind:
             limits.append(int(config.max_position_embeddings))
     return min(limits, default=None)
 
 
 def claimed(backbone: nn.Module) -> str | None:
-    """Why packed rows would see each other, by what the class and its attention say of themselves."""
+    """Why packed rows would see each other, according to the class and its attention implementation."""
     if why := why_not_packed(backbone):
         return f"{type(backbone).__name__} {why}"
     if _implementation(backbone) not in (NAME, "flash_attention_2"):
-        return f"model.attention={_implementation(backbone)} would let packed rows see each other"
+        return f"model.attn_implementation={_implementation(backbone)} would let packed rows see each other"
     return None
 
 
@@ -171,23 +158,27 @@ def _differs(
     *,
     trim: bool,
 ) -> str | None:
-    """Why rows in one batch are not what they are alone; None: they are."""
-    topology, watch = batch.inputs["topology"], Watch(told=True)
+    """Why rows in a batch get other hidden states than alone; None: they don't."""
+    topology, calls = batch.inputs["topology"], AttentionCalls(requires_topology=True)
     assert isinstance(topology, Topology)
-    told = {name: one for name, one in batch.inputs.items() if name != "topology" or _implementation(backbone) == NAME}
+    keywords = {
+        name: rows_alone
+        for name, rows_alone in batch.inputs.items()
+        if name != "topology" or _implementation(backbone) == NAME
+    }
     read_at = batch.read_at.to(_device(backbone))
     try:
-        with watching(watch), reading_at(backbone, read_at) if trim else nullcontext():
-            states = _run(backbone, replace(batch, inputs=told))[0]
+        with recording_calls(calls), reading_at(backbone, read_at) if trim else nullcontext():
+            states = _run(backbone, replace(batch, inputs=keywords))[0]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason
         return f"{type(backbone).__name__}: {str(error).splitlines()[0]}" if str(error) else repr(error)
-    if watch.calls != attentions:
-        return f"{type(backbone).__name__} calls its attention {attentions} times in a padded batch, {watch.calls} here"
+    if calls.calls != attentions:
+        return f"{type(backbone).__name__} calls its attention {attentions} times in a padded batch, {calls.calls} here"
     places = [[row] for row in range(len(alone))] if trim else [_places(path) for path in topology.paths]
-    wanted = [one[-1:] for one in alone] if trim else list(alone)
-    apart = max(_apart(states[at], one, spread) for at, one in zip(places, wanted, strict=True))
+    expected = [rows_alone[-1:] for rows_alone in alone] if trim else list(alone)
+    apart = max(_difference(states[at], rows_alone, spread) for at, rows_alone in zip(places, expected, strict=True))
     if not apart <= allowed:
         return (
             f"{type(backbone).__name__}: hidden states of a row beside others differ from those of the row alone, by "
@@ -200,20 +191,25 @@ def _places(path: Sequence[tuple[int, int]]) -> list[int]:
     return [place for span in path for place in range(*span)]
 
 
-def _rows(backbone: nn.Module) -> list[Item]:
+def _test_rows(backbone: nn.Module) -> list[Item]:
     """Two rows of random ids of the vocabulary, none of them special, that begin alike and end in other lengths."""
     config: Any = backbone.config.get_text_config()  # type: ignore[union-attr, operator]
-    told = {**config.to_dict(), **backbone.config.to_dict()}  # type: ignore[union-attr, operator]
-    special = {one for name, one in told.items() if name.endswith(("_id", "_index")) and isinstance(one, int)}
+    settings = {**config.to_dict(), **backbone.config.to_dict()}  # type: ignore[union-attr, operator]
+    special = {
+        token_id
+        for name, token_id in settings.items()
+        if name.endswith(("_id", "_index")) and isinstance(token_id, int)
+    }
     ids = np.setdiff1d(np.arange(min(config.vocab_size, 1 << 16)), list(special)).astype(np.int32)
     random = np.random.default_rng(0)
-    start, ends = random.choice(ids, WORTH), random.permutation(ids)[:8]
+    start, ends = random.choice(ids, MIN_SHARED_TOKENS), random.permutation(ids)[:8]
     return [Item(0, 0, np.concatenate([start, ends[:3]])), Item(1, 0, np.concatenate([start, ends[3:]]))]
 
 
 def _run(backbone: nn.Module, batch: Batch) -> Tensor:
     """Last hidden states in float32, `(B, T, H)`."""
-    states: Tensor = backbone(**batch.to(_device(backbone)).inputs, use_cache=False).last_hidden_state
+    further = family_of(backbone.config).forward  # type: ignore[arg-type]
+    states: Tensor = backbone(**batch.to(_device(backbone)).inputs, **further).last_hidden_state
     return states.float()
 
 
@@ -224,7 +220,7 @@ def _spread(alone: Sequence[Tensor]) -> Tensor:
     return spread.clamp(min=float(states.abs().mean()) * 1e-6 + torch.finfo(torch.float32).tiny)
 
 
-def _apart(states: Tensor, alone: Tensor, spread: Tensor) -> float:
+def _difference(states: Tensor, alone: Tensor, spread: Tensor) -> float:
     """The largest difference of a token's `(T, H)` states: a mean over dimensions, each by its spread."""
     return float(((states - alone).abs() / spread).mean(-1).max())
 
@@ -234,7 +230,7 @@ def _undisturbed(backbone: nn.Module) -> Iterator[None]:
     """Evaluation without gradients; mode, random numbers and a GPU's free memory are afterwards as before."""
     training = backbone.training
     # Those alone that hold weights: another GPU would be given a context of this process, and lose memory to it.
-    devices = sorted({one.device.index for one in backbone.parameters() if one.is_cuda})
+    devices = sorted({weight.device.index for weight in backbone.parameters() if weight.is_cuda})
     backbone.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
@@ -248,15 +244,17 @@ def _undisturbed(backbone: nn.Module) -> Iterator[None]:
 @contextmanager
 def _stock_attention(backbone: nn.Module) -> Iterator[None]:
     """Within, layers compute attention as their own file has it, where otherwise ours is called."""
-    configs = {id(one): one for module in backbone.modules() if (one := getattr(module, "config", None)) is not None}
-    ours = [one for one in configs.values() if getattr(one, "_attn_implementation", None) == NAME]
-    for one in ours:
-        one._attn_implementation = "eager"
+    configs = {
+        id(config): config for module in backbone.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    ours = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == NAME]
+    for config in ours:
+        config._attn_implementation = "eager"
     try:
         yield
     finally:
-        for one in ours:
-            one._attn_implementation = NAME
+        for config in ours:
+            config._attn_implementation = NAME
 
 
 def _implementation(backbone: nn.Module) -> str:

@@ -12,22 +12,24 @@ shared: a a b b b and a a c c, whose common start is there once
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from pairclf.inputs.sequences import Item
 from pairclf.inputs.truncate import Ids
-from pairclf.model.batch import Batch, Item, Piece, Span, Topology, end_to_end
+from pairclf.model.batch import BackboneInputs, Batch, Segment, Span, Topology, end_to_end
 
-WORTH = 16
+MIN_SHARED_TOKENS = 16
 """Tokens that a sequence must have in common with another for them to be computed once.
 
 On a CPU any number pays: attention over a sequence in two places costs no more than over one (`attention.QUERIES`). A
 template's few first tokens are left alone, so that rows which have nothing else in common stay in one place each.
 """
-FILL = 0
+PAD_ID = 0
 """Id at padded places. It is masked and never read, so that any id serves; no tokenizer needs a pad token."""
 
 
@@ -43,7 +45,7 @@ def padded(items: Sequence[Item]) -> Batch:
     """
     lengths = torch.tensor([len(item.ids) for item in items])
     width = int(lengths.max())
-    input_ids = torch.full((len(items), width), FILL)
+    input_ids = torch.full((len(items), width), PAD_ID)
     for row, item in enumerate(items):
         input_ids[row, : len(item.ids)] = torch.from_numpy(item.ids)
     position_ids = torch.arange(width).expand(len(items), width)
@@ -124,11 +126,11 @@ def shared(items: Sequence[Item]) -> Batch:
     stop = 0
     for index in sorted(range(len(items)), key=lambda index: items[index].ids.astype(">u4").tobytes()):
         item = items[index]
-        common = 0 if before is None else min(_common(before.ids, item.ids), len(item.ids) - 1)
-        common = common if common >= WORTH else 0
+        common = 0 if before is None else min(_shared_start(before.ids, item.ids), len(item.ids) - 1)
+        common = common if common >= MIN_SHARED_TOKENS else 0
         start, stop = stop, stop + len(item.ids) - common
         path = paths[index] = _joined([*_first(path, common), (start, stop)])
-        pieces.append(Piece(start, stop, path))
+        pieces.append(Segment(start, stop, path))
         ids.append(item.ids[common:])
         positions.append(np.arange(common, len(item.ids)))
         before = item
@@ -138,17 +140,17 @@ def shared(items: Sequence[Item]) -> Batch:
             "position_ids": torch.from_numpy(np.concatenate(positions))[None],
             "topology": Topology(tuple(pieces), tuple(paths)),
         },
-        read_at=torch.tensor([one[-1][1] - 1 for one in paths]),
+        read_at=torch.tensor([path_of_item[-1][1] - 1 for path_of_item in paths]),
         lengths=torch.tensor([len(item.ids) for item in items]),
         row_at=torch.tensor([item.row for item in items]),
         order=torch.tensor([item.order for item in items]),
     )
 
 
-def _common(one: Ids, other: Ids) -> int:
+def _shared_start(left: Ids, right: Ids) -> int:
     """Tokens that both begin with."""
-    least = min(len(one), len(other))
-    differ = one[:least] != other[:least]
+    least = min(len(left), len(right))
+    differ = left[:least] != right[:least]
     return int(differ.argmax()) if differ.any() else least
 
 
@@ -172,3 +174,59 @@ def _joined(path: Sequence[Span]) -> tuple[Span, ...]:
         else:
             joined.append((start, stop))
     return tuple(joined)
+
+
+# --- where they are legal --------------------------------------------------------------------------------------------
+
+
+MakeBatch = Callable[[Sequence[Item]], Batch]
+
+
+class Isolation(NamedTuple):
+    """Why sequences can't lie so in a batch of a base; None: they can.
+
+    Attributes:
+        packed: end to end.
+        shared: with common beginnings once.
+        trimmed: with the last layer computed at the read tokens alone.
+        attentions: calls of the attention function in one forward pass.
+    """
+
+    packed: str | None
+    shared: str | None
+    trimmed: str | None
+    attentions: int
+
+
+class BatchLayout(NamedTuple):
+    """A layout of `inputs.plan.LAYOUTS`, as tensors.
+
+    Attributes:
+        lay_out: makes a batch of sequences.
+        why_not: by what holds for the base and by `model.pooling`, why rows would not score as each alone; None: they
+            do.
+        topology: attention is told which rows lie where, in place of a mask.
+    """
+
+    lay_out: MakeBatch
+    why_not: Callable[[Isolation, str], str | None]
+    topology: bool
+
+
+def _why_not_shared(isolation: Isolation, pooling: str) -> str | None:
+    reads_all = None if pooling == "last" else f"model.pooling={pooling} reads every token of a sequence by itself"
+    return isolation.shared or reads_all
+
+
+BATCH_LAYOUTS: dict[str, BatchLayout] = {
+    "shared": BatchLayout(shared, _why_not_shared, topology=True),
+    "packed": BatchLayout(packed, lambda isolation, pooling: isolation.packed, topology=True),
+    "padded": BatchLayout(padded, lambda isolation, pooling: None, topology=False),
+}
+
+
+def layout_of(inputs: BackboneInputs) -> str:
+    """The layout whose legality decides over a batch, by what the model is told of it."""
+    if "cu_seq_lens_q" in inputs:
+        return "packed"
+    return "shared" if "topology" in inputs else "padded"

@@ -34,7 +34,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             elif isinstance(module, Linear8bitLt):
                 undo.callback(_put_back, module, module.__dict__.get("forward"))
                 module.__dict__["forward"] = partial(_dequantised, module)
-            elif any(one.dtype in HALVES for one in module.parameters(recurse=False)):
+            elif any(weight.dtype in HALVES for weight in module.parameters(recurse=False)):
                 for handle in _upcast(module):
                     undo.callback(handle.remove)
         yield
@@ -58,21 +58,21 @@ def _upcast(module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
 
     They lie in the module's `__dict__`, where Python looks before it asks torch for a parameter.
     """
-    names = [name for name, one in module.named_parameters(recurse=False) if one.dtype in HALVES]
+    names = [name for name, weight in module.named_parameters(recurse=False) if weight.dtype in HALVES]
 
-    def before(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    def before(module: nn.Module, positional: tuple[Any, ...]) -> tuple[Any, ...]:
         if isinstance(module, nn.Embedding):
-            ids, places = given[0].unique(return_inverse=True)
+            ids, places = positional[0].unique(return_inverse=True)
             module.padding_idx = None  # it says whose gradient is zero, and may lie beyond these rows
             module.__dict__["weight"] = module.weight[ids].float()
-            return (places, *given[1:])
+            return (places, *positional[1:])
         for name in names:
             module.__dict__[name] = getattr(module, name).float()
-        return given
+        return positional
 
     padding: Any = getattr(module, "padding_idx", None)
 
-    def after(module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+    def after(module: nn.Module, positional: tuple[Any, ...], out: Any) -> None:
         for name in names:
             del module.__dict__[name]
         if isinstance(module, nn.Embedding):

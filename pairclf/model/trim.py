@@ -25,7 +25,7 @@ def why_not_trimmed(backbone: nn.Module) -> str | None:
     """Why the last layer can't be computed at the read places alone; None: it can."""
     config: Any = backbone.config
     if config._attn_implementation != NAME:
-        return f"model.attention={config._attn_implementation} can't be told of it"
+        return f"model.attn_implementation={config._attn_implementation} can't be told of it"
     if config.model_type not in FAMILIES:
         return f"the layers of {config.model_type} are not known: {', '.join(FAMILIES)} are"
     if len(set(getattr(backbone, "hf_device_map", {}).values())) > 1:
@@ -45,11 +45,12 @@ def reading_at(backbone: nn.Module, read_at: Tensor) -> Iterator[None]:
         read_at: `(R,)` places in the one row of a batch that has a topology.
     """
 
-    def hand_over(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def hand_over(layer: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         topology: Topology = named["topology"]
         device = next(layer.parameters()).device  # the layers before may lie on another
         hidden, cos, sin, positions, at = (
-            one.to(device) for one in (given[0], *named["position_embeddings"], named["position_ids"], read_at)
+            tensor.to(device)
+            for tensor in (positional[0], *named["position_embeddings"], named["position_ids"], read_at)
         )
         changed = {
             "position_embeddings": (cos[:, at], sin[:, at]),
@@ -57,7 +58,7 @@ def reading_at(backbone: nn.Module, read_at: Tensor) -> Iterator[None]:
             "past_key_values": _keys_and_values(layer, hidden, cos, sin),
             "topology": topology.at_ends(),
         }
-        return (hidden[:, at], *given[1:]), {**named, **changed}
+        return (hidden[:, at], *positional[1:]), {**named, **changed}
 
     handle = last_layer(backbone).register_forward_pre_hook(hand_over, with_kwargs=True)
     try:
@@ -76,7 +77,7 @@ def last_layer(backbone: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _Given:
+class _KeysAndValues:
     """What stands in for a cache: `(1, key heads, T, D)` of all tokens, whatever the layer adds."""
 
     keys: Tensor
@@ -87,7 +88,7 @@ class _Given:
         return self.keys, self.values
 
 
-def _keys_and_values(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> _Given:
+def _keys_and_values(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> _KeysAndValues:
     """As the layer would compute them of `(1, T, H)` hidden states; cos and sin are `(1, T, D)`."""
     attention, normed = layer.self_attn, layer.input_layernorm(hidden)
     shape = (*hidden.shape[:-1], -1, attention.head_dim)
@@ -95,4 +96,4 @@ def _keys_and_values(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> _G
     if hasattr(attention, "k_norm"):
         keys = attention.k_norm(keys)
     keys = keys * cos.unsqueeze(1) + rotate_half(keys) * sin.unsqueeze(1)  # type: ignore[no-untyped-call]
-    return _Given(keys, attention.v_proj(normed).view(shape).transpose(1, 2))
+    return _KeysAndValues(keys, attention.v_proj(normed).view(shape).transpose(1, 2))

@@ -1,1 +1,1 @@
-"""Packaging: from bundles to a folder that Kaggle runs offline, and its rehearsal."""
+"""`package`: build the folder for Kaggle: kernel, bundles, wheels, metadata, and the search for secrets."""

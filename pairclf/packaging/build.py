@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from pairclf import __version__
+from pairclf.bundles.bundle import Bundle, open_bundle
 from pairclf.config import Config, Package
 from pairclf.console import console
 from pairclf.errors import PackagingError
@@ -31,13 +32,15 @@ from pairclf.files import (
     write_json,
     write_text,
 )
-from pairclf.inference.members import Ensemble, EnsembleFile, open_ensemble, read_ensemble
-from pairclf.model.bundle import Bundle, open_bundle
-from pairclf.packaging.closure import prove_closure
+from pairclf.hardware import MACHINES
+from pairclf.inference.ensemble import Ensemble, EnsembleFile, open_ensemble, read_ensemble
+from pairclf.packaging.install_check import check_wheels_suffice
 from pairclf.packaging.metadata import (
     KERNEL,
     KERNEL_METADATA,
-    MACHINES,
+    PAYLOADS,
+    PackagePart,
+    Payload,
     check_package,
     deadline_seconds,
     kernel_metadata,
@@ -46,34 +49,22 @@ from pairclf.packaging.metadata import (
 )
 from pairclf.packaging.notebook import Value, make_notebook, make_script
 from pairclf.packaging.payload import seal, split
-from pairclf.packaging.record import (
-    BUILD,
-    PAYLOADS,
-    Build,
-    PackedBundle,
-    Part,
-    Payload,
-    identity_of,
-    own_packages,
-    write_build,
-)
+from pairclf.packaging.record import BUILD, Build, PackedBundle, identity_of, own_packages, write_build
 from pairclf.packaging.secrets import refuse_secrets
 from pairclf.packaging.sources import shipped
 from pairclf.packaging.wheelhouse import Wheelhouse, fill_wheelhouse
-from pairclf.scores.metrics import likeliest
-from pairclf.task import LMSYS, WSDM, Task
+from pairclf.scores.metrics import METRICS, likeliest, titled
+from pairclf.task import Task, competition, hidden_rows
 from pairclf.trust import REMOTE_CODE, granted
 
 TEMPLATE = "kaggle/notebook.py"
-_EMBEDDED = "embedded:"
 _NOTE_OF_TRUST = (
     f"\n\n**Python files that come with the model are run here**: the package was built with `{REMOTE_CODE}`."
 )
-_COMPETITIONS = {"lmsys-chatbot-arena": LMSYS, "wsdm-cup-multilingual-chatbot-arena": WSDM}
 
 
 @dataclass(frozen=True, slots=True)
-class _Models:
+class _PackagedModels:
     """What predicts.
 
     Attributes:
@@ -115,20 +106,20 @@ def package(config: Config, bundles: Sequence[Path], out: Path) -> Path:
     settings = config.package
     with atomic_folder(out, known_by=BUILD) as folder:
         members = _fill_bundles(folder / "bundle", models)
-        house = _fill_wheels(folder / "wheels", settings)
+        wheels = _fill_wheels(folder / "wheels", settings)
         wheelhouse = next((folder / "wheels").iterdir()).name
         parts = [part for payload in PAYLOADS for part in _parts(folder, payload, settings)]
-        values = _values(config, models, members, parts, house, wheelhouse)
+        values = _values(config, models, members, parts, wheels, wheelhouse)
         code = _write_kernel(folder / KERNEL, settings, values, parts)
         refuse_secrets(folder, settings.owner, [KERNEL, *(part.folder for part in parts)])
-        write_build(folder, _record(config, models, parts, house, code))
+        write_build(folder, _record(config, models, parts, wheels, code))
     return out
 
 
 # --- bundles ---------------------------------------------------------------------------------------------------------
 
 
-def _open(folders: Sequence[Path], settings: Package) -> _Models:
+def _open(folders: Sequence[Path], settings: Package) -> _PackagedModels:
     """The bundles, each proven by its hashes; they must answer one question, and find their base models."""
     if not folders and settings.ensemble is None:
         raise PackagingError("a package needs at least one bundle", remedy="give a folder that `pairclf train` wrote")
@@ -138,7 +129,7 @@ def _open(folders: Sequence[Path], settings: Package) -> _Models:
     _check_task(ensemble.task, settings)
     _check_bases(list(opened.values()), settings)
     _check_shares(ensemble, settings)
-    return _Models(opened, file, settings.ensemble is not None, ensemble)
+    return _PackagedModels(opened, file, settings.ensemble is not None, ensemble)
 
 
 def _folder_of(bundle: Bundle) -> str:
@@ -147,13 +138,8 @@ def _folder_of(bundle: Bundle) -> str:
     return f"{name}-{bundle.manifest.seal[:8]}"
 
 
-def _needs_base(bundle: Bundle) -> bool:
-    """A whole backbone needs none, and the embedded ones lie in pairclf's wheel."""
-    return bundle.config.model.lora is not None and not bundle.manifest.base.startswith(_EMBEDDED)
-
-
 def _check_bases(bundles: Sequence[Bundle], settings: Package) -> None:
-    bases = sorted({bundle.manifest.base for bundle in bundles if _needs_base(bundle)})
+    bases = sorted({str(bundle.manifest.base) for bundle in bundles if bundle.manifest.needs_base})
     if len(bases) > 1:
         raise PackagingError(
             f"the bundles stand on {len(bases)} base models, {', '.join(bases)}; a package attaches one",
@@ -167,21 +153,22 @@ def _check_bases(bundles: Sequence[Bundle], settings: Package) -> None:
         )
 
 
-def _without_needless_base(config: Config, models: _Models) -> Config:
+def _without_needless_base(config: Config, models: _PackagedModels) -> Config:
     source = config.package.base_model_source
-    if source is None or any(_needs_base(bundle) for bundle in models.bundles.values()):
+    if source is None or any(bundle.manifest.needs_base for bundle in models.bundles.values()):
         return config
     console.print(f"note: no bundle needs the base model {source}, so it is not attached")
     return config.model_copy(update={"package": config.package.model_copy(update={"base_model_source": None})})
 
 
 def _check_task(task: Task, settings: Package) -> None:
-    """A known competition's submission has the columns of its preset."""
-    wanted = _COMPETITIONS.get(settings.competition)
-    if wanted is not None and (wanted.classes, wanted.label_column) != (task.classes, task.label_column):
+    """A known competition's submission has the columns of its task."""
+    known = competition(settings.competition)
+    expected = task if known is None else known.task
+    if (expected.classes, expected.label_column) != (task.classes, task.label_column):
         raise PackagingError(
             f"the bundles answer {', '.join(task.classes)}, and {settings.competition} asks for "
-            f"{wanted.label_column or ', '.join(wanted.classes)}",
+            f"{expected.label_column or ', '.join(expected.classes)}",
             where="package.competition",
             remedy="name the competition that the bundles were trained for, or bundles of this one",
         )
@@ -190,16 +177,16 @@ def _check_task(task: Task, settings: Package) -> None:
 def _check_shares(ensemble: Ensemble, settings: Package) -> None:
     """The inference server gets its rows in batches: which of all are the most uncertain shows when all have come."""
     for place, member in enumerate(ensemble.members):
-        if settings.kernel == "server" and member.share < 1:
+        if settings.kernel_type == "server" and member.share < 1:
             raise PackagingError(
-                f"members.{place}.share={member.share:g} asks for the most uncertain of all rows, and package.kernel="
-                "server gets them in batches",
+                f"members.{place}.share={member.share:g} asks for the most uncertain of all rows, and "
+                "package.kernel_type=server gets them in batches",
                 where=settings.ensemble,
-                remedy="set share: 1, or package.kernel=notebook",
+                remedy="set share: 1, or package.kernel_type=notebook",
             )
 
 
-def _fill_bundles(folder: Path, models: _Models) -> list[str]:
+def _fill_bundles(folder: Path, models: _PackagedModels) -> list[str]:
     """Lay the bundles into the payload; returns what predicts there: their folders, or the ensemble's file."""
     for name, bundle in models.bundles.items():
         refuse_special_files(bundle.folder)  # a link would bring a file of this machine along
@@ -207,8 +194,8 @@ def _fill_bundles(folder: Path, models: _Models) -> list[str]:
     if not models.weighted:
         return list(models.bundles)
     members = [
-        one.model_copy(update={"bundle": Path(name), "base": None})  # what is attached is found as --base
-        for name, one in zip(models.bundles, models.file.members, strict=True)
+        member.model_copy(update={"bundle": Path(name), "base": None})  # what is attached is found as --base
+        for name, member in zip(models.bundles, models.file.members, strict=True)
     ]
     tree = models.file.model_copy(update={"members": members}).model_dump(mode="json", exclude_defaults=True)
     text = yaml.safe_dump(tree, sort_keys=False)
@@ -228,22 +215,22 @@ def _link(source: str, target: str) -> None:
 def _fill_wheels(folder: Path, settings: Package) -> Wheelhouse:
     """Fill `folder/wheels-HASH` and prove that nothing else is needed: one version of pairclf has many builds."""
     unnamed = folder / "wheels"
-    house = fill_wheelhouse(unnamed, settings.pythons, settings.images, settings.wheels)
-    for note in house.notes:
+    wheels = fill_wheelhouse(unnamed, settings.python_versions, settings.image_freezes, settings.extra_packages)
+    for note in wheels.notes:
         console.print(f"note: {note}")
-    for python, how in prove_closure(unnamed, house.requirements, settings.images).items():
+    for python, how in check_wheels_suffice(unnamed, wheels.requirements, settings.image_freezes).items():
         console.print(f"Python {python}: the wheels install on its image ({how})")
     content = "".join(f"{digest} {name}\n" for name, digest in sha256_tree(unnamed).items())
     unnamed.rename(folder / f"wheels-{hashlib.sha256(content.encode()).hexdigest()[:8]}")
-    return house
+    return wheels
 
 
 # --- parts and kernel ------------------------------------------------------------------------------------------------
 
 
-def _parts(folder: Path, payload: Payload, settings: Package) -> list[Part]:
+def _parts(folder: Path, payload: Payload, settings: Package) -> list[PackagePart]:
     """Divide a payload as Kaggle's limits ask, and give each part its marker and metadata."""
-    made = []
+    parts = []
     for number, part in enumerate(split(folder / payload, payload), 1):
         source = source_of(settings, payload, number)
         as_model = payload == "bundle" and settings.bundles_as == "model"
@@ -251,8 +238,8 @@ def _parts(folder: Path, payload: Payload, settings: Package) -> list[Part]:
         size = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
         for name, tree in part_metadata(settings, payload, source).items():
             write_json(part / name, tree)
-        made.append(
-            Part(
+        parts.append(
+            PackagePart(
                 payload=payload,
                 kind="model" if as_model else "dataset",
                 folder=part.name,
@@ -262,13 +249,13 @@ def _parts(folder: Path, payload: Payload, settings: Package) -> list[Part]:
                 bytes=size,
             )
         )
-    return made
+    return parts
 
 
-def _write_kernel(folder: Path, settings: Package, values: Mapping[str, Value], parts: Sequence[Part]) -> Path:
+def _write_kernel(folder: Path, settings: Package, values: Mapping[str, Value], parts: Sequence[PackagePart]) -> Path:
     template = shipped(TEMPLATE).read_text(encoding="utf-8")
-    tag = "server" if settings.kernel == "server" else "submission"
-    is_script = settings.kernel == "script"
+    tag = "server" if settings.kernel_type == "server" else "submission"
+    is_script = settings.kernel_type == "script"
     code = folder / f"{settings.name}.{'py' if is_script else 'ipynb'}"
     write_text(code, (make_script if is_script else make_notebook)(template, values, tag))
     write_json(folder / KERNEL_METADATA, kernel_metadata(settings, code.name, parts))
@@ -277,10 +264,10 @@ def _write_kernel(folder: Path, settings: Package, values: Mapping[str, Value], 
 
 def _values(
     config: Config,
-    models: _Models,
+    models: _PackagedModels,
     members: Sequence[str],
-    parts: Sequence[Part],
-    house: Wheelhouse,
+    parts: Sequence[PackagePart],
+    wheels: Wheelhouse,
     wheelhouse: str,
 ) -> dict[str, Value]:
     """What the template's placeholders stand for."""
@@ -291,17 +278,17 @@ def _values(
         "title": settings.name,
         "version": __version__,
         "competition": settings.competition,
-        "landmark": "kaggle_evaluation" if settings.kernel == "server" else "sample_submission.csv",
+        "landmark": "kaggle_evaluation" if settings.kernel_type == "server" else "sample_submission.csv",
         "base": settings.base_model_source or "",
         "bundles": list(models.bundles),
         "members": list(members),
-        "standalone": [name for name, bundle in models.bundles.items() if not _needs_base(bundle)],
+        "standalone": [name for name, bundle in models.bundles.items() if not bundle.manifest.needs_base],
         "bundle_table": "\n".join(
-            _line(name, bundle, f"{member.weight:g}" if models.weighted else "equal")
+            _line(name, bundle, models.ensemble.task, f"{member.weight:g}" if models.weighted else "equal")
             for (name, bundle), member in zip(models.bundles.items(), models.file.members, strict=True)
         ),
-        "pythons": settings.pythons,
-        "requirements": {python: list(pins) for python, pins in house.requirements.items()},
+        "pythons": settings.python_versions,
+        "requirements": {python: list(pins) for python, pins in wheels.requirements.items()},
         "wheelhouse": wheelhouse,
         "parts": {
             payload: {part.marker: part.sha256 for part in parts if part.payload == payload} for payload in PAYLOADS
@@ -311,25 +298,31 @@ def _values(
         "note_of_trust": _NOTE_OF_TRUST if granted().remote_code else "",
         "gpus": MACHINES[settings.machine_shape].gpus,
         "deadline": seconds,
-        "limit": settings.hours * 3600,
+        "limit": settings.limit,
+        "rows": hidden_rows(settings.competition),
     }
 
 
 def _prior(ensemble: Ensemble) -> dict[str, str]:
     """`{column: text}` of a row that could not be scored, for every column that a sample submission may have."""
     task: Task = ensemble.task
-    made = {name: f"{share:.9f}" for name, share in zip(task.classes, ensemble.prior, strict=True)}
+    cells = {name: f"{share:.9f}" for name, share in zip(task.classes, ensemble.prior, strict=True)}
     if task.label_column is not None:
-        made[task.label_column] = task.classes[int(likeliest([ensemble.prior])[0])]
-    return made
+        cells[task.label_column] = task.classes[int(likeliest([ensemble.prior])[0])]
+    return cells
 
 
-def _line(folder: str, bundle: Bundle, weight: str) -> str:
+def _line(folder: str, bundle: Bundle, task: Task, weight: str) -> str:
+    """A row of the notebook's table of bundles; the figures of a merged or exported one say that they are its."""
     figures = bundle.manifest.metrics
-    names = [name for said in ("log_loss", "accuracy", "rows") for name in figures if name.endswith(said)]
-    metrics = ", ".join(f"{name.replace('_', ' ')} {_figure(figures[name])}" for name in names)
+    named: dict[str, float] = {}
+    for prefix in ("", "merged_", "exported_"):
+        named |= titled(figures, task, prefix)
+        named |= {name.replace("_", " "): figures[name] for name in [f"{prefix}rows"] if name in figures}
+    metrics = ", ".join(f"{name} {_figure(value)}" for name, value in named.items())
     fold = "nothing" if bundle.manifest.fold is None else f"fold {bundle.manifest.fold}"
-    return f"| `{folder}` | `{bundle.manifest.base}` | {fold} | {metrics} | {weight} | `{bundle.manifest.seal[:12]}` |"
+    base = "none" if bundle.manifest.base is None else f"`{bundle.manifest.base}`"
+    return f"| `{folder}` | {base} | {fold} | {metrics} | {weight} | `{bundle.manifest.seal[:12]}` |"
 
 
 def _figure(value: float) -> str:
@@ -339,7 +332,9 @@ def _figure(value: float) -> str:
 # --- record ----------------------------------------------------------------------------------------------------------
 
 
-def _record(config: Config, models: _Models, parts: Sequence[Part], house: Wheelhouse, code: Path) -> Build:
+def _record(
+    config: Config, models: _PackagedModels, parts: Sequence[PackagePart], wheels: Wheelhouse, code: Path
+) -> Build:
     settings, data = config.package, config.data
     return Build(
         pairclf=__version__,
@@ -350,7 +345,7 @@ def _record(config: Config, models: _Models, parts: Sequence[Part], house: Wheel
         code_file=code.name,
         parts=list(parts),
         bundles=[_packed(name, bundle) for name, bundle in models.bundles.items()],
-        requirements={python: list(pins) for python, pins in house.requirements.items()},
+        requirements={python: list(pins) for python, pins in wheels.requirements.items()},
         config=_run_name(config, models),
         out_of_fold=_out_of_fold(list(models.bundles.values()), models.ensemble.task.metric),
         test=None if data.test is None else data.path(data.test).resolve(),
@@ -365,17 +360,31 @@ def _packed(folder: str, bundle: Bundle) -> PackedBundle:
     )
 
 
-def _run_name(config: Config, models: _Models) -> str:
-    if config.output is None or models.weighted:
+def _run_name(config: Config, models: _PackagedModels) -> str:
+    if config.output_dir is None or models.weighted:
         return " ".join(models.bundles)
-    parts = config.output.parts
+    parts = config.output_dir.parts
     return "/".join(parts[parts.index("runs") + 1 :] if "runs" in parts else parts[-1:])
 
 
 def _out_of_fold(bundles: Sequence[Bundle], metric: str) -> float | None:
-    """The metric over the rows of all folds, by their weights, where each bundle held out a fold of its own."""
+    """The metric over the rows of all folds, by their weights, where each bundle held out a fold of its own.
+
+    None: it is not known, or no mean over rows.
+    """
+    if metric not in METRICS or not METRICS[metric].by_row:
+        return None
     folds = [bundle.manifest.fold for bundle in bundles]
     figures = [bundle.manifest.metrics for bundle in bundles]
-    if None in folds or len(set(folds)) < len(folds) or not all({"weight", metric} <= one.keys() for one in figures):
+    if (
+        None in folds
+        or len(set(folds)) < len(folds)
+        or not all({"weight", metric} <= fold_figures.keys() for fold_figures in figures)
+    ):
         return None
-    return float(np.average([one[metric] for one in figures], weights=[one["weight"] for one in figures]))
+    return float(
+        np.average(
+            [fold_figures[metric] for fold_figures in figures],
+            weights=[fold_figures["weight"] for fold_figures in figures],
+        )
+    )

@@ -24,7 +24,7 @@ VARIABLES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class SecretForm:
     """What is looked for.
 
     Attributes:
@@ -38,16 +38,16 @@ class Form:
     words: tuple[bytes, ...]
     pattern: re.Pattern[bytes]
     anywhere: bool = True
-    known: bool = False
+    is_own: bool = False
     """Whether it is this machine's own, and no placeholder whatever it looks like."""
 
-    def find(self, content: bytes, words: Words) -> int | None:
+    def find(self, content: bytes, words: WordIndex) -> int | None:
         """Where the first match begins that is no placeholder, or None; looked for around the words alone."""
         for start, end in words.around(self.words):
             for match in self.pattern.finditer(content, start, end):
                 if match.end() == end < len(content):
                     continue  # it may go on, and be none; the next range has it whole
-                if self.known or not _is_placeholder(match[self.pattern.groups and 1] or match[0]):
+                if self.is_own or not _is_placeholder(match[self.pattern.groups and 1] or match[0]):
                     return match.start()
         return None
 
@@ -56,7 +56,7 @@ BEFORE, AFTER = 512, 2048
 """Bytes around a word in which its form is looked for."""
 
 
-class Words:
+class WordIndex:
     """Where words stand in some content, each looked for once, however many forms have it.
 
     Args:
@@ -110,19 +110,17 @@ _OR_SPACE = _QUOTES + rb"(?:" + _SIGN + rb"|\s{1,4}(?:-{1,2}[a-z]{1,8}[ =])?|>)"
 _HEX_40 = rb"([0-9a-f]{40})(?![0-9A-Za-z])"
 _NAMES = b"|".join(name.encode() for name in VARIABLES)
 _VALUE = rb"((?=[A-Za-z_/+-]{0,60}[0-9])[A-Za-z0-9_/+-]{20,200}={0,2})(?![A-Za-z0-9_/+.(-])"
-
-
 _BEGIN = rb"(?<![a-z0-9])"
 """Before a prefix in small letters, instead of `\\b`, which has no word begin in `%3Dhf_` and `MY_hf_`."""
 
 
-def _form(kind: str, words: str, *patterns: bytes, anywhere: bool = True) -> list[Form]:
+def _form(kind: str, words: str, *patterns: bytes, anywhere: bool = True) -> list[SecretForm]:
     """Forms of one kind, any of whose words may announce any of its patterns."""
-    found = tuple(word.encode() for word in words.split())
-    return [Form(kind, found, re.compile(pattern), anywhere) for pattern in patterns]
+    announcing = tuple(word.encode() for word in words.split())
+    return [SecretForm(kind, announcing, re.compile(pattern), anywhere) for pattern in patterns]
 
 
-_TABLE: tuple[list[Form], ...] = (
+_TABLE: tuple[list[SecretForm], ...] = (
     # kaggle.com/docs/api: tokens; kaggle.json; variables
     _form("a Kaggle token", "kgat_", rb"\b(KGAT_[A-Za-z0-9_-]{16,200})"),
     _form(
@@ -269,12 +267,12 @@ _TABLE: tuple[list[Form], ...] = (
     ),
 )
 
-FORMS: tuple[Form, ...] = tuple(chain.from_iterable(_TABLE))
+SECRET_FORMS: tuple[SecretForm, ...] = tuple(chain.from_iterable(_TABLE))
 """Credentials by their form, in the order of the table."""
 
 
-def literal_form(kind: str, values: Iterable[bytes], whole: bytes, flags: re.RegexFlag = re.NOFLAG) -> Form:
+def literal_form(kind: str, values: Iterable[bytes], whole: bytes, flags: re.RegexFlag = re.NOFLAG) -> SecretForm:
     """Any of these values as they stand; `whole` is what surrounds one, with `%s` in its place."""
     listed = sorted(set(values))
     pattern = b"|".join(whole.replace(b"%s", re.escape(value)) for value in listed)
-    return Form(kind, tuple(value.lower() for value in listed), re.compile(pattern, flags), known=True)
+    return SecretForm(kind, tuple(value.lower() for value in listed), re.compile(pattern, flags), is_own=True)

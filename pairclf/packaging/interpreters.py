@@ -38,9 +38,9 @@ def _candidates(python: str) -> Iterator[Path]:
     if on_path := shutil.which(name):
         yield Path(on_path)
     command = [uv.find_uv_bin(), "python", "find", "--no-project", "--no-python-downloads", "--managed-python", python]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode == 0:
-        yield Path(found.stdout.strip())
+    uv_find = subprocess.run(command, capture_output=True, text=True, check=False)
+    if uv_find.returncode == 0:
+        yield Path(uv_find.stdout.strip())
     pyenv = Path(os.environ.get("PYENV_ROOT") or (home_folder() or Path("/")) / ".pyenv")
     yield from sorted(pyenv.glob(f"versions/*/bin/{name}"))
 

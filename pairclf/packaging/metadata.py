@@ -13,49 +13,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from pairclf.config import Package
+from pydantic import Field
+
+from pairclf.config import Package, Section
 from pairclf.errors import ConfigError, PackagingError
+from pairclf.hardware import MACHINES, RETIRED
 from pairclf.inference.deadline import seconds_until
 
-if TYPE_CHECKING:
-    from pairclf.packaging.record import Part, Payload
+Payload = Literal["bundle", "wheels"]
+"""What is uploaded beside the kernel: trained bundles, and what the kernel installs."""
+
+PAYLOADS: tuple[Payload, ...] = ("bundle", "wheels")
+
+
+class PackagePart(Section):
+    """A folder that becomes one dataset, or one model, on Kaggle."""
+
+    payload: Payload = Field(description="what it holds")
+    kind: Literal["dataset", "model"] = Field(description="what it becomes")
+    folder: str = Field(description="its folder below the package's: bundle, bundle-2, wheels")
+    source: str = Field(description="owner/slug of a dataset, owner/model/framework/instance of a model")
+    marker: str = Field(description="name of its marker file: pairclf-PAYLOAD-HASH.json")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the marker file, in hex")
+    bytes: int = Field(description="of all its files")
+
 
 KERNEL = "kernel"
 """The kernel's folder in a package."""
+
 KERNEL_METADATA = "kernel-metadata.json"
 DATASET_METADATA = "dataset-metadata.json"
 MODEL_METADATA = "model-metadata.json"
 INSTANCE_METADATA = "model-instance-metadata.json"
-
 FRAMEWORK = "other"
 """Of our model instances, in the SDK's words (`ModelFramework`), of which the adapters' own, peft, is none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """One of Kaggle's: GB are 10^9 bytes, `disk_gb` is that of /kaggle/working."""
-
-    what: str
-    gpus: int
-    cores: int
-    memory_gb: float
-    disk_gb: float
-
-
-MACHINES = {
-    "NvidiaTeslaT4": Machine("two T4 with 16 GB each", 2, 4, 29, 20),
-    "NvidiaL4": Machine("four L4 with 24 GB each, in some competitions", 4, 48, 192, 20),
-    "NvidiaRtxPro6000": Machine("one RTX PRO 6000 with 96 GB, in some competitions", 1, 48, 180, 20),
-    "None": Machine("no accelerator", 0, 4, 29, 20),
-}
-"""`machine_shape`, in the client's words (`kernels push --accelerator`). TPUs are left out: nothing here runs on them.
-
-Cores and memory beside L4 and RTX PRO 6000 are those of the cloud's machines with these GPUs (g2-, g4-standard-48).
-"""
-
-RETIRED = {"NvidiaTeslaP100": "retired"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +123,9 @@ def source_of(package: Package, payload: Payload, number: int) -> str:
 
 
 def deadline_seconds(package: Package) -> float | None:
-    """Of `package.deadline`; None: it is no duration."""
+    """Of the package's deadline; None: it is no duration."""
     try:
-        today, tomorrow = (seconds_until(package.deadline, datetime(2020, 1, day, tzinfo=UTC)) for day in (1, 2))
+        today, tomorrow = (seconds_until(package.due, datetime(2020, 1, day, tzinfo=UTC)) for day in (1, 2))
     except ConfigError:
         return None
     return today if today == tomorrow else None  # a time of day comes nearer
@@ -175,32 +168,36 @@ def _rules(package: Package) -> Iterator[tuple[str, bool, str]]:
         yield "machine_shape", shape in MACHINES, f"is none of {', '.join(MACHINES)}{_nearest(shape, MACHINES)}"
     as_model = package.bundles_as == "model"
     names = [name for name, other in LICENCES.items() if other is not None or not as_model]
-    yield "licence", _licence(package) is not None, f"is none that Kaggle knows{_nearest(package.licence, names)}"
-    if as_model and (found := _licence(package)) is not None:
-        yield "licence", LICENCES[found] is not None, "is none that a model may have: choose bundles_as=dataset"
-    yield "wheels", all(map(_PROJECT.fullmatch, package.wheels)), "are names of packages"
-    torch = [name for name in package.wheels if slugify(name) == "torch"]
-    yield "wheels", not torch, "leave out torch: the image's own fits its GPU driver"
+    yield "license", _licence(package) is not None, f"is none that Kaggle knows{_nearest(package.license, names)}"
+    if as_model and (licence := _licence(package)) is not None:
+        yield "license", LICENCES[licence] is not None, "is none that a model may have: choose bundles_as=dataset"
+    yield "extra_packages", all(map(_PROJECT.fullmatch, package.extra_packages)), "are names of packages"
+    torch = [name for name in package.extra_packages if slugify(name) == "torch"]
+    yield "extra_packages", not torch, "leave out torch: the image's own fits its GPU driver"
     seconds = deadline_seconds(package)
     yield "deadline", seconds is not None, "is a duration, from the notebook's first second on, such as 8h30m"
-    room = package.hours * 3600 - MARGIN
-    yield "deadline", seconds is None or seconds <= room, f"ends 5 minutes before hours={package.hours:g} at the latest"
+    room = package.limit - MARGIN
+    yield (
+        "deadline",
+        seconds is None or seconds <= room,
+        f"ends 5 minutes before time_limit_hours={package.limit / 3600:g} at the latest",
+    )
 
 
-def _nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f"; the nearest is {found[0]}" if found else ""
+def _nearest(word: str, candidates: Sequence[str] | Mapping[str, Any]) -> str:
+    matches = difflib.get_close_matches(word, list(candidates), n=1)
+    return f"; the nearest is {matches[0]}" if matches else ""
 
 
 def _licence(package: Package) -> str | None:
     """A dataset's word for the licence, which may be given in a model's; None: Kaggle knows none of this name."""
-    given = package.licence.strip().casefold()
+    wanted_name = package.license.strip().casefold()
     return next(
-        (name for name, other in LICENCES.items() if given in (name.casefold(), (other or name).casefold())), None
+        (name for name, other in LICENCES.items() if wanted_name in (name.casefold(), (other or name).casefold())), None
     )
 
 
-def kernel_metadata(package: Package, code_file: str, parts: Sequence[Part]) -> dict[str, Any]:
+def kernel_metadata(package: Package, code_file: str, parts: Sequence[PackagePart]) -> dict[str, Any]:
     """kernel-metadata.json of the notebook or script `code_file`, which attaches `parts`.
 
     Our model instances stand in version 1: `push`, which learns the version, writes it there.

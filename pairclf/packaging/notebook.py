@@ -48,14 +48,14 @@ def make_notebook(template: str, values: Mapping[str, Value], tag: str) -> str:
     Raises:
         PackagingError: the template has no cells, or a placeholder without a value.
     """
-    made = [
+    cells = [
         nbformat.v4.new_markdown_cell(_uncommented(cell.source), id=cell.identity)
         if cell.markdown
         else nbformat.v4.new_code_cell(cell.source, id=cell.identity)
         for cell in _cells(template, values, tag)
     ]
     notebook = nbformat.v4.new_notebook(
-        cells=made,
+        cells=cells,
         metadata={
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
@@ -96,9 +96,9 @@ def _filled(cells: Iterator[tuple[re.Match[str], str]], values: Mapping[str, Val
             raise PackagingError(f"the kernel's template asks for {missing}, which have no value", where=head["id"])
         markdown = "markdown" in tags
         if not markdown:
-            text = _QUOTED.sub(lambda found: _literal(values[found[1]]), text)
+            text = _QUOTED.sub(lambda match: _literal(values[match[1]]), text)
         else:
-            text = _PLACEHOLDER.sub(lambda found: str(values[found[1]]).replace("\n", "\n# "), text)
+            text = _PLACEHOLDER.sub(lambda match: str(values[match[1]]).replace("\n", "\n# "), text)
         yield Cell(head["id"], markdown, text.strip())
 
 

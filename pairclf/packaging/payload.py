@@ -1,13 +1,13 @@
-"""Payloads: what is uploaded beside the kernel, in parts that Kaggle takes, each with a marker file.
+"""Payloads: what is uploaded besides the kernel, in parts within Kaggle's limits, each with a marker file.
 
-Kaggle mounts one dataset at `/kaggle/input/SLUG` today and `/kaggle/input/datasets/OWNER/SLUG` tomorrow, so the kernel
-knows no path. It searches its inputs for the markers by the names and hashes that it was built with, and finds every
-file of a part, and its hash, in the part's marker:
+Kaggle has changed its mount paths (`/kaggle/input/SLUG`, `/kaggle/input/datasets/OWNER/SLUG`), so the kernel relies on
+no path. It searches its inputs for the markers whose names and hashes it was built with. A marker lists the hash of
+every file of its part:
 
     pairclf-bundle-0123456789ab.json    {"payload": "bundle", "part": 1, "files": {posix path: sha256}}
 
-A name holds the content's hash wherever one could clash: versions of a dataset only add files, and an older kernel
-still finds its own.
+Names that could clash contain a hash of the content: new versions of a dataset only add files, so that older kernels
+still find theirs.
 """
 
 from __future__ import annotations
@@ -23,31 +23,24 @@ from pairclf.packaging.metadata import (
     KERNEL_METADATA,
     LIMITS,
     Limits,
+    PackagePart,
+    Payload,
     folder_of,
     kernel_metadata,
     part_metadata,
 )
-from pairclf.packaging.record import (
-    BUILD,
-    Build,
-    Part,
-    Payload,
-    identity_of,
-    marker_name,
-    parse_json,
-    read_marker,
-)
+from pairclf.packaging.record import BUILD, Build, identity_of, marker_name, parse_json, read_marker
 
 
 def divide(sizes: Mapping[str, int], limits: Limits) -> list[list[str]]:
-    """Lay whole files into parts: each into the first one that has room, in the order of their names.
+    """Distribute files over parts: each into the first part with room, in the order of names.
 
     >>> divide({"a/1": 6, "a/2": 6, "b/1": 4}, Limits(size=10, top=9))
     [['a/1', 'b/1'], ['a/2']]
 
     Args:
         sizes: `{path in the payload: bytes}`.
-        limits: of a part; its marker takes a place at the top.
+        limits: of a part; its marker is one entry at the top.
 
     Raises:
         PackagingError: one file alone is too large.
@@ -60,10 +53,10 @@ def divide(sizes: Mapping[str, int], limits: Limits) -> list[list[str]]:
                 remedy="save the model in shards, or export it quantised (docs/export.md)",
             )
         room = (part for part in parts if _fits(sizes, [*part, name], limits))
-        if (found := next(room, None)) is None:
+        if (part_with_room := next(room, None)) is None:
             parts.append([name])
         else:
-            found.append(name)
+            part_with_room.append(name)
     return parts
 
 
@@ -73,7 +66,7 @@ def _fits(sizes: Mapping[str, int], names: Sequence[str], limits: Limits) -> boo
 
 
 def split(folder: Path, payload: Payload, limits: Limits = LIMITS) -> list[Path]:
-    """Divide a payload's folder; what does not fit in there moves to folders beside it: `bundle-2`, `bundle-3`, ...
+    """Split a payload's folder: files beyond the limits move to the sibling folders `bundle-2`, `bundle-3`, ...
 
     Returns:
         The parts' folders.
@@ -96,7 +89,7 @@ def _move(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def seal(folder: Path, payload: Payload, number: int) -> tuple[Path, str]:
-    """Write the marker of a part that holds all its files, and no metadata yet; returns it and its hex SHA-256."""
+    """Write a part's marker, before its metadata is added; returns the marker and its hex SHA-256."""
     unnamed = folder / "marker.json"
     files = sha256_tree(folder)
     write_json(unnamed, {"payload": payload, "part": number, "files": files})
@@ -106,8 +99,8 @@ def seal(folder: Path, payload: Payload, number: int) -> tuple[Path, str]:
     return marker, digest
 
 
-def prove(folder: Path, build: Build) -> None:
-    """See that all that would be uploaded is what `package` made: kernel, metadata, markers, every file of every part.
+def verify_package(folder: Path, build: Build) -> None:
+    """Verify that everything to be uploaded is unchanged since `package`: kernel, metadata, markers, all files.
 
     Args:
         folder: of the package.
@@ -118,16 +111,16 @@ def prove(folder: Path, build: Build) -> None:
     """
     kernel = folder / KERNEL
     expected = kernel_metadata(build.package, build.code_file, build.parts)
-    _prove_metadata(folder, {f"{KERNEL}/{KERNEL_METADATA}": expected})
+    _verify_metadata(folder, {f"{KERNEL}/{KERNEL_METADATA}": expected})
     for part in build.parts:
-        _prove_part(folder, part, build)
+        _verify_part(folder, part, build)
     _refuse_others(folder, kernel, {build.code_file, KERNEL_METADATA})
     code = kernel / build.code_file
     if not code.is_file() or identity_of(folder, build.code_file, build.parts) != build.identity:
         raise _changed(f"{KERNEL}/{build.code_file}", "was changed" if code.is_file() else "is gone")
 
 
-def _prove_part(folder: Path, part: Part, build: Build) -> None:
+def _verify_part(folder: Path, part: PackagePart, build: Build) -> None:
     marker = folder / part.folder / part.marker
     if not marker.is_file() or sha256_file(marker) != part.sha256:
         raise _changed(f"{part.folder}/{part.marker}", "was changed or removed")
@@ -137,23 +130,23 @@ def _prove_part(folder: Path, part: Part, build: Build) -> None:
         if not path.is_file() or sha256_file(path) != digest:
             raise _changed(f"{part.folder}/{name}", "was changed" if path.is_file() else "is gone")
     metadata = part_metadata(build.package, part.payload, part.source)
-    _prove_metadata(folder, {f"{part.folder}/{name}": tree for name, tree in metadata.items()})
+    _verify_metadata(folder, {f"{part.folder}/{name}": tree for name, tree in metadata.items()})
     _refuse_others(folder, folder / part.folder, {part.marker, *files, *metadata})
 
 
-def _prove_metadata(folder: Path, expected: Mapping[str, object]) -> None:
+def _verify_metadata(folder: Path, expected: Mapping[str, object]) -> None:
     for name, tree in expected.items():
         if not (folder / name).is_file() or parse_json(folder / name) != tree:
             raise _changed(name, f"is not what the settings in {BUILD} give")
 
 
-def _refuse_others(top: Path, folder: Path, known: set[str]) -> None:
+def _refuse_others(top: Path, folder: Path, expected: set[str]) -> None:
     for name in refuse_special_files(folder):
-        if name not in known:
+        if name not in expected:
             raise _changed((folder / name).relative_to(top).as_posix(), "was added")
 
 
 def _changed(name: str, how: str) -> PackagingError:
     return PackagingError(
-        f"{name} {how} since this was packaged", remedy="change it where it comes from, then package and rehearse again"
+        f"{name} {how} since this was packaged", remedy="change it at its source, then package and rehearse again"
     )

@@ -39,11 +39,11 @@ MOST_FILES, MOST_BYTES = 32, 4 << 20
 
 _EDITABLE = re.compile(r"# Editable .*\((?P<pin>\S+==\S+)\)")  # pip's line before `-e PATH`
 _EGG = re.compile(r"#egg=(?P<name>[A-Za-z0-9._-]+)")
-_REFRESH = "run kaggle/images/freeze.ipynb on Kaggle, and name the folder with what it wrote in package.images"
+_REFRESH = "run kaggle/images/freeze.ipynb on Kaggle, and name the folder with what it wrote in package.image_freezes"
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class ImageProfile:
     """What one image holds."""
 
     python: str
@@ -53,10 +53,10 @@ class Profile:
     unknown: frozenset[str]
     """Projects that it holds in a version which the freeze does not tell."""
 
-    def without(self, projects: Collection[str]) -> Profile:
+    def without(self, projects: Collection[str]) -> ImageProfile:
         """The image as if it lacked these: what is carried replaces what is there."""
         left = {name: version for name, version in self.versions.items() if name not in projects}
-        return Profile(self.python, left, self.unknown - set(projects))
+        return ImageProfile(self.python, left, self.unknown - set(projects))
 
 
 def profile_path(python: str, images: Path | None) -> Path:
@@ -70,14 +70,14 @@ def profile_path(python: str, images: Path | None) -> Path:
     if not path.is_file():
         have = ", ".join(sorted(entry.stem.removeprefix("python") for entry in folder.glob("python3.*.txt"))) or "none"
         raise PackagingError(
-            f"package.pythons has {python}, and {folder} no {path.name} that says what an image with it holds",
+            f"package.python_versions has {python}, and {folder} no {path.name} that says what an image with it holds",
             where=f"profiles are there for Python: {have}",
             remedy=f"leave {python} out, or {_REFRESH}",
         )
     return path
 
 
-def read_profile(python: str, path: Path) -> Profile:
+def read_profile(python: str, path: Path) -> ImageProfile:
     """Read a freeze.
 
     Raises:
@@ -94,7 +94,7 @@ def read_profile(python: str, path: Path) -> Profile:
             versions[name] = version
     if not versions:
         raise PackagingError(f"{path} lists no package", remedy=_REFRESH)
-    return Profile(python, versions, frozenset(unknown))
+    return ImageProfile(python, versions, frozenset(unknown))
 
 
 def _entries(path: Path, including: frozenset[Path], read: list[Path]) -> Iterator[tuple[str, Version | None]]:
@@ -125,11 +125,11 @@ def _entries(path: Path, including: frozenset[Path], read: list[Path]) -> Iterat
 
 def _editable(line: str, before: str | None, where: str) -> Iterator[tuple[str, Version | None]]:
     """An editable install is named in its address or in the comment before; one that is not is passed over."""
-    if found := _EDITABLE.match(before or ""):
-        name, _, version = found["pin"].partition("==")
+    if match := _EDITABLE.match(before or ""):
+        name, _, version = match["pin"].partition("==")
         yield _project(name, where), parse_version(version)
-    elif found := _EGG.search(line):
-        yield _project(found["name"], where), None
+    elif match := _EGG.search(line):
+        yield _project(match["name"], where), None
 
 
 def _entry(line: str, where: str) -> tuple[str, Version | None]:
@@ -177,7 +177,7 @@ def _version_in(address: str) -> Version | None:
     return None
 
 
-def write_stubs(profile: Profile, folder: Path) -> None:
+def write_stubs(profile: ImageProfile, folder: Path) -> None:
     """Write an empty wheel without dependencies for everything that the image holds, its version labelled `+image`.
 
     Without dependencies, because an image's packages need not agree with each other, and are there all the same.

@@ -1,6 +1,6 @@
-"""`build.json`: what a package is made of. It lies at the top of the folder, where nothing is uploaded from.
+"""`build.json`: the record of a package. It lies at the top of the folder, and is not uploaded.
 
-`rehearse`, `push`, `submit` and the ledger read it, so that none of them guesses from folder names.
+`rehearse`, `push`, `submit` and the ledger read it instead of guessing from folder names.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
@@ -28,27 +27,19 @@ from pairclf.files import (
     write_private,
     write_text,
 )
-from pairclf.packaging.metadata import KERNEL, KERNEL_METADATA, check_package, folder_of, source_of
+from pairclf.packaging.metadata import (
+    KERNEL,
+    KERNEL_METADATA,
+    PAYLOADS,
+    PackagePart,
+    Payload,
+    check_package,
+    folder_of,
+    source_of,
+)
 from pairclf.task import Task
 
 BUILD = "build.json"
-
-Payload = Literal["bundle", "wheels"]
-"""What is uploaded beside the kernel: trained bundles, and what the kernel installs."""
-
-PAYLOADS: tuple[Payload, ...] = ("bundle", "wheels")
-
-
-class Part(Section):
-    """A folder that becomes one dataset, or one model, on Kaggle."""
-
-    payload: Payload = Field(description="what it holds")
-    kind: Literal["dataset", "model"] = Field(description="what it becomes")
-    folder: str = Field(description="its folder below the package's: bundle, bundle-2, wheels")
-    source: str = Field(description="owner/slug of a dataset, owner/model/framework/instance of a model")
-    marker: str = Field(description="name of its marker file: pairclf-PAYLOAD-HASH.json")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the marker file, in hex")
-    bytes: int = Field(description="of all its files")
 
 
 class PackedBundle(Section):
@@ -59,7 +50,7 @@ class PackedBundle(Section):
     seal: str = Field(description="of its manifest: SHA-256 in hex")
     fold: int | None = Field(description="held out in its training; null: none")
     metrics: dict[str, float] = Field(description="on the rows that were held out")
-    base: str = Field(description="base model, as its manifest says")
+    base: str | None = Field(description="base model, as its manifest says; null: it has no language model")
 
 
 class Build(Section):
@@ -75,7 +66,7 @@ class Build(Section):
     task: Task = Field(description="what the bundles answer")
     kernel: str = Field(description="owner/slug")
     code_file: str = Field(description="name of the kernel's file in kernel/")
-    parts: list[Part] = Field(description="in the order in which the kernel attaches them")
+    parts: list[PackagePart] = Field(description="in the order in which the kernel attaches them")
     bundles: list[PackedBundle] = Field(description="in the order of the ensemble")
     requirements: dict[str, list[str]] = Field(description="project==version that is installed, by Python")
     config: str = Field(description="name of the run: its folder below runs/; or of the bundles' folders")
@@ -83,18 +74,18 @@ class Build(Section):
     test: Path | None = Field(None, description="test file to rehearse with; null: not known")
     sample: Path | None = Field(None, description="its sample submission")
 
-    def of(self, payload: Payload) -> list[Part]:
+    def of(self, payload: Payload) -> list[PackagePart]:
         return [part for part in self.parts if part.payload == payload]
 
 
 def write_build(folder: Path, build: Build) -> None:
-    """Write the record, and let this machine know which files outside the package it names."""
+    """Write the record, and note on this machine which files outside the package it names."""
     write_text(folder / BUILD, build.model_dump_json(indent=2) + "\n")
     write_private(_own_path(build), _outside(build))
 
 
 def is_own(build: Build) -> bool:
-    """Whether this machine packaged this build, and its record names no other files outside the package since."""
+    """Whether this machine made this package, and its record still names the same files outside of it."""
     path = _own_path(build)
     return is_regular(path) and path.read_text(encoding="utf-8") == _outside(build)
 
@@ -104,20 +95,20 @@ def _own_path(build: Build) -> Path:
 
 
 def own_packages() -> Path:
-    """The folder with what this machine packaged."""
+    """The folder with notes on the packages made by this machine."""
     return state_folder() / "packages"
 
 
 def _outside(build: Build) -> str:
-    paths = {"test": build.test, "sample": build.sample, "images": build.package.images}
+    paths = {"test": build.test, "sample": build.sample, "images": build.package.image_freezes}
     return json.dumps({name: None if path is None else str(path) for name, path in paths.items()}) + "\n"
 
 
 def read_build(folder: Path) -> Build:
     """What `package` wrote into `folder`.
 
-    The folder may be a stranger's: what is read here names no folder, no file and nothing on Kaggle that `package`
-    would not have named so, and no link, pipe or device lies anywhere in it.
+    The folder may come from somebody else. So all names in the record must be those that `package` writes, and
+    links, pipes and devices are refused.
 
     Raises:
         PackagingError: the folder is no package, or one of its record's names is not what `package` gives.
@@ -138,31 +129,31 @@ def read_build(folder: Path) -> Build:
 
 
 def _check_names(build: Build, where: Path) -> None:
-    """Refuse every name in the record that is not the one that `package` would have made of its settings.
+    """Check that all names in the record follow from its settings.
 
     Raises:
-        PackagingError: says which, and what it must be.
+        PackagingError: names the first that does not, and the expected one.
     """
     check_package(build.package)
     package = build.package
-    suffix = "py" if package.kernel == "script" else "ipynb"
-    wanted = [
+    suffix = "py" if package.kernel_type == "script" else "ipynb"
+    checks = [
         ("kernel", build.kernel, f"{package.owner}/{package.name}"),
         ("code_file", build.code_file, f"{package.name}.{suffix}"),
     ]
     for payload in PAYLOADS:
         for number, part in enumerate(build.of(payload), 1):
             as_model = payload == "bundle" and package.bundles_as == "model"
-            wanted += [
+            checks += [
                 ("parts.folder", part.folder, folder_of(payload, number)),
                 ("parts.source", part.source, source_of(package, payload, number)),
                 ("parts.kind", part.kind, "model" if as_model else "dataset"),
                 ("parts.marker", part.marker, marker_name(payload, part.sha256)),
             ]
-    for name, found, right in wanted:
-        if found != right:
+    for name, actual, expected in checks:
+        if actual != expected:
             raise PackagingError(
-                f"{name}={found[:100]!r} in the record is not what `package` writes there, {right!r}",
+                f"{name}={actual[:100]!r} in the record is not what `package` writes there, {expected!r}",
                 where=where,
                 remedy="package again; do not use a package that is not yours",
             )
@@ -176,10 +167,10 @@ def marker_name(payload: Payload, digest: str) -> str:
 
 
 def read_marker(path: Path) -> dict[str, str]:
-    """`{posix path: hex SHA-256}` of a marker: the files of its part, none of which lies outside the marker's folder.
+    """`{posix path: hex SHA-256}` of a marker: the files of its part, all inside the marker's folder.
 
     Raises:
-        PackagingError: it is no marker of a package.
+        PackagingError: it is not a marker.
         PairclfError: a path leads out of the folder.
     """
     tree = parse_json(path)
@@ -189,13 +180,13 @@ def read_marker(path: Path) -> dict[str, str]:
     return {check_path(str(name), f"a file in {path.name}"): str(digest) for name, digest in files.items()}
 
 
-def identity_of(folder: Path, kernel_file: str, parts: Sequence[Part]) -> str:
-    """A build's identity, in hex, of the files as they lie in `folder` now, and of the names that they have there.
+def identity_of(folder: Path, kernel_file: str, parts: Sequence[PackagePart]) -> str:
+    """A build's identity, in hex: a hash of the names and contents of its files.
 
     Args:
         folder: of the package.
         kernel_file: name of the kernel's file in kernel/.
-        parts: their markers stand for their files, see `payload.prove`.
+        parts: represented by their markers, see `payload.verify_package`.
 
     Raises:
         OSError: a file is missing.
@@ -208,7 +199,7 @@ def identity_of(folder: Path, kernel_file: str, parts: Sequence[Part]) -> str:
 
 
 def parse_json(path: Path) -> object:
-    """Raises `PackagingError` where `path` holds no JSON."""
+    """Parse a JSON file; raises `PackagingError` if it is not JSON."""
     try:
         value: object = parsed(read_plain(path, MAX_JSON))
         return value

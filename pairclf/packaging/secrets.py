@@ -1,19 +1,19 @@
-"""Secrets: what no file may carry that leaves this machine: credentials, and who works on it and where.
+"""Secrets that no uploaded file may contain: credentials, and names and folders of this machine's user.
 
-Three kinds are looked for. Whatever has the form of a credential (`credentials.FORMS`), in all that was made here. This
-machine's own: its credentials where the clients keep them, its folders, its user's and its host's name. And anybody's
-home folder. A finding names the file, the line and the kind, and never shows what was found.
+Three kinds are searched for: anything that looks like a credential (`credentials.SECRET_FORMS`), in all files made
+here; this machine's own credentials, folders, user name and host name; and home folders of anybody. A finding names
+the file, the line and the kind, and never shows the secret.
 
-Not everything is looked through for everything, as a refusal must mean something:
+To keep false alarms rare, some files are searched for less:
 
-    tokenizers, binary files                    may hold any word: exact forms and this machine's folders alone
-    third-party wheels                          the same, as they stand: no archives in them, no encodings
-    probe rows of a bundle                      are people's prompts, and may hold paths: this machine's credentials
-    weights (safetensors)                       are numbers: their header alone
-    a name that is a word of our own sources    is found where it stands for a user or a host: /adam/, ~adam, adam@
+    tokenizers, binary files                    may contain any word: exact forms and this machine's folders only
+    third-party wheels                          the same, without opening archives or decoding
+    probe rows of a bundle                      are people's prompts, and may contain paths: own credentials only
+    weights (safetensors)                       are numbers: only their header
+    a name that is a word of our own sources    only where it stands for a user or a host: /adam/, ~adam, adam@
 
-Archives are opened, and texts read behind their encodings (`unpack`). What can't be looked through is refused: pickles,
-encrypted or damaged archives, those that unpack to too much.
+Archives are opened, and encoded text is decoded (`unpack`). Files that can't be searched are refused: pickles,
+encrypted or damaged archives, and archives that unpack to too much.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from functools import cache
 from pathlib import Path
 
 import pairclf
+from pairclf.bundles.contents import MANIFEST, BundleFiles
 from pairclf.errors import PackagingError
 from pairclf.files import home_folder
-from pairclf.model.bundle import MANIFEST
-from pairclf.packaging.credentials import FORMS, VARIABLES, Form, Words, literal_form
+from pairclf.packaging.credentials import SECRET_FORMS, VARIABLES, SecretForm, WordIndex, literal_form
 from pairclf.packaging.sources import checkout, shipped
 from pairclf.packaging.unpack import (
-    Budget,
-    Leaf,
+    UnpackBudget,
+    UnpackedFile,
     UnsearchableError,
     decoded,
     header,
     is_pickle,
-    leaves,
     packed_in_base64,
     pieces,
+    unpacked_files,
 )
 
 _COMMON = """
@@ -57,9 +57,9 @@ _IN_PATHS = """
 all circleci conda example me name oem public shared someone travis user_name username vsts you your-name yourname
 """
 ANYBODY = frozenset(_COMMON.split())
-"""Names that tell nothing of anybody."""
+"""Common user and host names, which identify nobody."""
 
-_SHORTEST_NAME, _SHORTEST_CREDENTIAL = 4, 8  # letters; a shorter one is found everywhere
+_SHORTEST_NAME, _SHORTEST_CREDENTIAL = 4, 8  # letters; shorter ones would match anywhere
 _SHOWN = 10  # findings
 _WHOLE = rb"(?<![A-Za-z0-9])%s(?![A-Za-z0-9])"
 _FOLDER = rb"(?<![A-Za-z0-9])%s(?![A-Za-z0-9._-])"  # /a/b is none in /a/b-c
@@ -68,73 +68,73 @@ _ANYBODYS = (
     rb"(?i)(?<![A-Za-z0-9._-])(?:(?:/(?:var|mnt|export|data|nfs|lustre|[a-z]|mnt/[a-z]))?/(?:home|Users)|[A-Za-z]:[\\/]{1,4}Users)[\\/]{1,4}"
     rb"(?!(?:%s)(?![A-Za-z0-9._-]))[a-z0-9_][a-z0-9._-]+"
 )
-_IN_LIBRARIES = "a private key"  # its first line stands in every library that reads one, and in their tests
+_IN_LIBRARIES = "a private key"  # its first line is in every library that reads keys, and in their tests
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt")
-_HEAD = 8192  # bytes, of which a file's kind is told
+_HEAD = 8192  # bytes, from which a file's kind is detected
 
 
 @dataclass(frozen=True, slots=True)
-class Search:
-    """Forms in the order of their weight."""
+class SecretForms:
+    """The forms to search for, by kind of file."""
 
-    credentials: tuple[Form, ...]
+    credentials: tuple[SecretForm, ...]
     """This machine's."""
-    binary: tuple[Form, ...]
-    """The above, exact forms, and this machine's folders, two levels deep or deeper: nobody else has them."""
-    everything: tuple[Form, ...]
+    binary: tuple[SecretForm, ...]
+    """The above, exact forms, and this machine's folders of at least two levels, which are unique to it."""
+    everything: tuple[SecretForm, ...]
     """The above, all forms, home, anybody's home, and names."""
 
     @property
-    def library(self) -> tuple[Form, ...]:
+    def library(self) -> tuple[SecretForm, ...]:
         return tuple(form for form in self.binary if form.kind != _IN_LIBRARIES)
 
 
 def refuse_secrets(folder: Path, owner: str, parts: Iterable[str]) -> None:
-    """Look through all that would be uploaded.
+    """Search all files to be uploaded.
 
     Args:
         folder: of the package.
-        owner: the Kaggle user, whose name is in every address, and may be that of the user here.
-        parts: names of the folders in it that are uploaded; its record and its rehearsal are not.
+        owner: the Kaggle user, whose name is in every address and may equal the local user's.
+        parts: names of the folders to be uploaded.
 
     Raises:
         PackagingError: names files, lines and kinds.
     """
     search = _search(owner)
     files = (path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file())
-    found = list(dict.fromkeys(finding for path in files for finding in _findings(path, folder, search)))
-    if found:
-        lines = "\n".join(f"  {line}" for line in found[:_SHOWN])
-        more = f"\n  and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
+    findings = list(dict.fromkeys(finding for path in files for finding in _findings(path, folder, search)))
+    if findings:
+        lines = "\n".join(f"  {line}" for line in findings[:_SHOWN])
+        more = f"\n  and {len(findings) - _SHOWN:,} more" if len(findings) > _SHOWN else ""
         raise PackagingError(
-            f"what is to be uploaded holds what is nobody's business:\n{lines}{more}",
-            remedy="take it out where it comes from (paths in settings: relative ones), and train or package again",
+            f"files to be uploaded contain secrets or private paths:\n{lines}{more}",
+            remedy="remove them at their source (use relative paths in settings), and train or package again",
         )
 
 
-# --- what is looked for ----------------------------------------------------------------------------------------------
+# --- what is searched for --------------------------------------------------------------------------------------------
 
 
-def _search(owner: str) -> Search:
+def _search(owner: str) -> SecretForms:
     own = tuple(_any_of(kind, values) for kind, values in _credentials().items() if values)
     home, deep = home_folder(), [path for path in _folders() if len(path.parts) > 2]
     folders = (_any_of("a folder of this machine", map(str, deep), _FOLDER),) if deep else ()
     named = home is not None and len(home.parts) > 1
     at_home = (_any_of("the home folder of this machine", [str(home)], _FOLDER),) if named else ()
-    binary = own + tuple(form for form in FORMS if form.anywhere) + folders
-    inexact = tuple(form for form in FORMS if not form.anywhere)
-    return Search(own, binary, binary + inexact + at_home + tuple(_names(owner)) + (_anybodys_home(),))
+    binary = own + tuple(form for form in SECRET_FORMS if form.anywhere) + folders
+    inexact = tuple(form for form in SECRET_FORMS if not form.anywhere)
+    return SecretForms(own, binary, binary + inexact + at_home + tuple(_names(owner)) + (_anybodys_home(),))
 
 
-def _any_of(kind: str, values: Iterable[str], whole: bytes = _WHOLE) -> Form:
-    """Any of these as whole words, as they are or as JSON writes them."""
+def _any_of(kind: str, values: Iterable[str], whole: bytes = _WHOLE) -> SecretForm:
+    """Any of these values as whole words, plain or in JSON's escaping."""
     return literal_form(kind, [form.encode() for value in values for form in (value, json.dumps(value)[1:-1])], whole)
 
 
-def _anybodys_home() -> Form:
+def _anybodys_home() -> SecretForm:
     nobody = b"|".join(re.escape(name.encode()) for name in sorted(ANYBODY | set(_IN_PATHS.split())))
     pattern = re.compile(_ANYBODYS.replace(b"%s", nobody))
-    return Form("somebody's home folder", (b"/home", b"users"), pattern, anywhere=False)
+    return SecretForm("somebody's home folder", (b"/home", b"users"), pattern, anywhere=False)
 
 
 def _folders() -> Iterator[Path]:
@@ -143,12 +143,12 @@ def _folders() -> Iterator[Path]:
             yield from {path, path.resolve()}
 
 
-def _names(owner: str) -> Iterator[Form]:
-    """Patterns of user and host. One that is a word of our own sources (adam, gemma, mark) tells nothing by itself."""
+def _names(owner: str) -> Iterator[SecretForm]:
+    """Patterns of user and host name. A word of our own sources (adam, gemma, mark) counts only where it is a name."""
     host = socket.gethostname()
-    known, ours = ANYBODY | {owner.lower()}, _our_words()
+    public, ours = ANYBODY | {owner.lower()}, _our_words()
     for kind, name in (("user", _user()), ("host", host), ("host", host.partition(".")[0])):
-        if len(name) >= _SHORTEST_NAME and name.lower() not in known:
+        if len(name) >= _SHORTEST_NAME and name.lower() not in public:
             whole = _AS_NAME if name.lower() in ours else _WHOLE
             yield literal_form(f"the {kind}'s name of this machine", [name.encode()], whole, re.IGNORECASE)
 
@@ -172,16 +172,16 @@ def _credentials() -> dict[str, list[str]]:
     kept = {f"the value of {name}": [os.environ.get(name, "")] for name in VARIABLES}
     settings = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config") / "kaggle"
     folders = [home / ".kaggle", settings, *map(Path, filter(None, [os.environ.get("KAGGLE_CONFIG_DIR")]))]
-    kept["the credential in kaggle.json"] = [_entry(one / "kaggle.json", "key") for one in folders]
-    kept["the credential in access_token"] = [_content(one / "access_token") for one in folders]
-    tokens = [_entry(one / "credentials.json", key) for one in folders for key in ("refresh_token", "access_token")]
+    kept["the credential in kaggle.json"] = [_entry(value / "kaggle.json", "key") for value in folders]
+    kept["the credential in access_token"] = [_content(value / "access_token") for value in folders]
+    tokens = [_entry(value / "credentials.json", key) for value in folders for key in ("refresh_token", "access_token")]
     kept["a credential in .kaggle/credentials.json"] = tokens
     caches = [home / ".cache", *map(Path, filter(None, [os.environ.get("XDG_CACHE_HOME")]))]
-    hubs = [*(one / "huggingface" for one in caches), *map(Path, filter(None, [os.environ.get("HF_HOME")]))]
-    paths = [*(one / "token" for one in hubs), *map(Path, filter(None, [os.environ.get("HF_TOKEN_PATH")]))]
+    hubs = [*(value / "huggingface" for value in caches), *map(Path, filter(None, [os.environ.get("HF_HOME")]))]
+    paths = [*(value / "token" for value in hubs), *map(Path, filter(None, [os.environ.get("HF_TOKEN_PATH")]))]
     kept["the credential of the Hugging Face client"] = [_content(path) for path in paths]
     kept["a password in .netrc"] = _passwords(home / ".netrc")
-    return {kind: [one for one in values if len(one) >= _SHORTEST_CREDENTIAL] for kind, values in kept.items()}
+    return {kind: [value for value in values if len(value) >= _SHORTEST_CREDENTIAL] for kind, values in kept.items()}
 
 
 def _content(path: Path) -> str:
@@ -205,27 +205,27 @@ def _passwords(path: Path) -> list[str]:
         return []
 
 
-# --- where it is looked for ------------------------------------------------------------------------------------------
+# --- where it is searched for ----------------------------------------------------------------------------------------
 
 
-def _findings(path: Path, top: Path, search: Search) -> Iterator[str]:
+def _findings(path: Path, top: Path, search: SecretForms) -> Iterator[str]:
     name = path.relative_to(top).as_posix()
     yield from _matches(name.encode(), f"{name}: its name", search.everything)
     if path.name == MANIFEST:
         yield from _manifest(path, name, search)
         return
     is_library = path.suffix == ".whl" and not path.name.startswith("pairclf-")
-    budget = Budget.of(path.stat().st_size)
+    budget = UnpackBudget.of(path.stat().st_size)
     with path.open("rb") as content:
         try:
-            for leaf in leaves(content, budget, nested=not is_library):
+            for leaf in unpacked_files(content, budget, nested=not is_library):
                 yield from _leaf(leaf, path, name, search, budget)
         except UnsearchableError as error:
             yield f"{name}: {error}"
 
 
-def _leaf(leaf: Leaf, path: Path, name: str, search: Search, budget: Budget) -> Iterator[str]:
-    """Look through a file, or through what lies in it."""
+def _leaf(leaf: UnpackedFile, path: Path, name: str, search: SecretForms, budget: UnpackBudget) -> Iterator[str]:
+    """Search a file, or a member of it."""
     is_wheel, where = path.suffix == ".whl", ": ".join([name, *leaf.names])
     is_library = is_wheel and not path.name.startswith("pairclf-")
     inner = leaf.names[-1] if leaf.names else path.name
@@ -234,29 +234,29 @@ def _leaf(leaf: Leaf, path: Path, name: str, search: Search, budget: Budget) -> 
         yield from _matches(inner.encode(), f"{': '.join([name, *leaf.names[:-1]])}: a name in it", forms)
     if is_wheel and not leaf.names:
         return  # compressed: its members come one by one
-    if inner.endswith(".safetensors") and (found := header(leaf.content)) is not None:
+    if inner.endswith(".safetensors") and (weights_header := header(leaf.content)) is not None:
         forms = search.library if is_library else search.everything
-        yield from _matches(found, f"{where}: its header", forms)
-        for encoding, text in decoded(found) if not is_library else ():
+        yield from _matches(weights_header, f"{where}: its header", forms)
+        for encoding, text in decoded(weights_header) if not is_library else ():
             yield from _matches(text, f"{where}: its header ({encoding})", forms)
         return
     if not is_library and (inner.endswith(_PICKLES) or is_pickle(leaf.content)):
-        yield f"{where}: a pickle, which runs code where it is loaded and can't be looked through"
+        yield f"{where}: a pickle, which runs code when it is loaded and can't be searched"
     leaf.content.seek(0)
     head = leaf.content.read(_HEAD)
     is_binary = b"\0" in head and not _is_wide(head)
-    by_chance = is_binary or path.parent.name == "tokenizer"
+    by_chance = is_binary or path.parent == BundleFiles(path.parents[1]).tokenizer
     forms = search.library if is_library else search.binary if by_chance else search.everything
     wide = forms if by_chance and not is_binary else search.everything
     yield from _pieces(leaf, where, forms, wide, budget, is_library=is_library, is_text=b"\0" not in head)
 
 
 def _pieces(
-    leaf: Leaf,
+    leaf: UnpackedFile,
     where: str,
-    forms: Sequence[Form],
-    wide: Sequence[Form],
-    budget: Budget,
+    forms: Sequence[SecretForm],
+    wide: Sequence[SecretForm],
+    budget: UnpackBudget,
     *,
     is_library: bool,
     is_text: bool,
@@ -272,10 +272,12 @@ def _pieces(
             yield from _packed(content, where, forms, wide, budget)
 
 
-def _packed(content: bytes, where: str, forms: Sequence[Form], wide: Sequence[Form], budget: Budget) -> Iterator[str]:
+def _packed(
+    content: bytes, where: str, forms: Sequence[SecretForm], wide: Sequence[SecretForm], budget: UnpackBudget
+) -> Iterator[str]:
     """An archive that stood in a text as base64. What only begins like one is none."""
     try:
-        for leaf in leaves(io.BytesIO(content), budget, ("(base64)",)):
+        for leaf in unpacked_files(io.BytesIO(content), budget, ("(base64)",)):
             for piece, _ in pieces(leaf.content):
                 inside = ": ".join([where, *leaf.names])
                 yield from _matches(piece, inside, forms)
@@ -296,17 +298,17 @@ def _is_wide(head: bytes) -> bool:
     return any(is_zero) and not all(is_zero) and all(count < few or count > many for count in zeros)
 
 
-def _matches(content: bytes, where: str, forms: Sequence[Form], *, lines: int | None = None) -> Iterator[str]:
-    """The first match of each kind; with `lines`, the number of those before it, the line is told."""
-    words, told = Words(content.lower()), set[str]()
+def _matches(content: bytes, where: str, forms: Sequence[SecretForm], *, lines: int | None = None) -> Iterator[str]:
+    """The first match of each kind; with `lines`, the number of lines before `content`, its line is reported."""
+    words, reported = WordIndex(content.lower()), set[str]()
     for form in forms:
-        if form.kind not in told and (place := form.find(content, words)) is not None:
-            told.add(form.kind)
+        if form.kind not in reported and (place := form.find(content, words)) is not None:
+            reported.add(form.kind)
             before = content.count(b"\n", 0, place)
             yield f"{where}{'' if lines is None else f', line {lines + before + 1}'}: {form.kind}"
 
 
-def _manifest(path: Path, name: str, search: Search) -> Iterator[str]:
+def _manifest(path: Path, name: str, search: SecretForms) -> Iterator[str]:
     """A bundle's manifest: its probe rows hold people's prompts."""
     text = path.read_bytes()
     try:

@@ -1,6 +1,6 @@
-"""What is inside a file: members of archives, compressed content, columns of tables; and text behind its encodings.
+"""Unpack files for a search: archives, compressed files, tables, and encoded text.
 
-Everything is bounded: how deep archives lie in each other, and how many bytes come out of a file.
+Everything is bounded: the depth of nested archives, and the bytes unpacked from a file.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import IO
 import numpy as np
 import polars as pl
 
-DEEPEST = 4
-"""Archives in each other."""
-LEAST, TIMES, MOST = 64 << 20, 100, 4 << 30
-"""Bytes that may come out of a file: so many times its own, but no less and no more than these."""
+MAX_DEPTH = 4
+"""Most levels of nested archives."""
+MIN_BYTES, MAX_RATIO, MAX_BYTES = 64 << 20, 100, 4 << 30
+"""Bytes that a file may unpack to: at most `MAX_RATIO` times its size, clamped to `MIN_BYTES` and `MAX_BYTES`."""
 
 SIZE, OVERLAP = 4 << 20, 8192
-"""Bytes of a piece of content that is looked through at once, and of it that the next one begins with."""
+"""Bytes of a piece that is searched at once, and of its overlap with the next piece."""
 
 _IN_MEMORY = 32 << 20  # bytes of a member; a larger one lies on disk
 _PIECE = 1 << 20  # bytes
@@ -40,36 +40,38 @@ _OPENING_TABLES = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 
 
 class UnsearchableError(Exception):
-    """What lies there can't be looked through; the text says why."""
+    """Content that can't be searched; the text says why."""
 
 
 @dataclass(slots=True)
-class Budget:
-    """Bytes that may still come out of one file."""
+class UnpackBudget:
+    """Bytes that may still be unpacked from one file."""
 
     left: int
 
     @classmethod
-    def of(cls, size: int) -> Budget:
-        """That of a file of so many bytes."""
-        return cls(min(MOST, max(LEAST, TIMES * size)))
+    def of(cls, size: int) -> UnpackBudget:
+        """The budget for a file of `size` bytes."""
+        return cls(min(MAX_BYTES, max(MIN_BYTES, MAX_RATIO * size)))
 
     def take(self, count: int) -> None:
         self.left -= count
         if self.left < 0:
-            raise UnsearchableError("it unpacks to more than can be looked through")
+            raise UnsearchableError("it unpacks to more than can be searched")
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
-    """Content and its name, from the archive that holds it on; the content can be read once more after a seek."""
+class UnpackedFile:
+    """Unpacked content (seekable), and its names from the outermost archive inwards."""
 
     names: tuple[str, ...]
     content: IO[bytes]
 
 
-def leaves(content: IO[bytes], budget: Budget, names: tuple[str, ...] = (), *, nested: bool = True) -> Iterator[Leaf]:
-    """The content as it stands, and then, one by one, all that is in it.
+def unpacked_files(
+    content: IO[bytes], budget: UnpackBudget, names: tuple[str, ...] = (), *, nested: bool = True
+) -> Iterator[UnpackedFile]:
+    """Yield the content itself, then each of its members, recursively.
 
     Args:
         content: of a file; it can be sought in.
@@ -80,40 +82,40 @@ def leaves(content: IO[bytes], budget: Budget, names: tuple[str, ...] = (), *, n
     Raises:
         UnsearchableError: an archive is damaged, encrypted, too deep or too large, or of a kind that can't be opened.
     """
-    yield Leaf(names, content)
+    yield UnpackedFile(names, content)
     opener = _opener(content)
     if opener is None or (names and not nested):
         return
-    if len(names) >= DEEPEST:
-        raise UnsearchableError(f"more than {DEEPEST} archives lie in each other")
+    if len(names) >= MAX_DEPTH:
+        raise UnsearchableError(f"more than {MAX_DEPTH} archives lie in each other")
     members = opener(content)
     with closing(members):
         while True:
             try:
-                found = next(members, None)
+                entry = next(members, None)
             except _OPENING as error:
                 raise UnsearchableError(f"an archive that can't be opened ({error})") from error
-            if found is None:
+            if entry is None:
                 return
-            name, stream = found
+            name, stream = entry
             with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY) as member:
                 try:
                     _copy(stream, member, budget)
                 except _OPENING as error:
                     raise UnsearchableError(f"an archive that can't be opened ({error})") from error
                 member.seek(0)
-                yield from leaves(member, budget, (*names, name), nested=nested)
+                yield from unpacked_files(member, budget, (*names, name), nested=nested)
 
 
 def is_pickle(content: IO[bytes]) -> bool:
-    """Whether it begins as a pickle does."""
+    """Whether the content starts like a pickle."""
     return _PICKLED.match(_head(content, 4)) is not None
 
 
 def pieces(content: IO[bytes]) -> Iterator[tuple[bytes, int]]:
-    """The content in pieces that overlap, each with the number of lines before it.
+    """The content in overlapping pieces, each with the number of lines before it.
 
-    They end behind a space, a quote or a line, where there is one: half a hash must not look like a key.
+    Pieces end after a space, quote or line break if there is one: half a hash must not look like a key.
     """
     content.seek(0)
     kept, lines, new = b"", 0, content.read(SIZE)
@@ -128,7 +130,7 @@ def pieces(content: IO[bytes]) -> Iterator[tuple[bytes, int]]:
 
 
 def header(content: IO[bytes]) -> bytes | None:
-    """The JSON before a safetensors file's weights; None where it is no such file."""
+    """The JSON header of a safetensors file; None if it is not one."""
     start = _head(content, 8)
     size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     content.seek(0, 2)
@@ -150,9 +152,9 @@ def _opener(content: IO[bytes]) -> Callable[[IO[bytes]], Members] | None:
     if head[257:262] == b"ustar":
         return _tar
     content.seek(0)
-    found = zipfile.is_zipfile(content)  # also behind something else, as in a program that unpacks itself
+    is_zip = zipfile.is_zipfile(content)  # also behind something else, as in a program that unpacks itself
     content.seek(0)
-    return _zip if found else None
+    return _zip if is_zip else None
 
 
 def _zip(content: IO[bytes]) -> Members:
@@ -226,7 +228,7 @@ def _head(content: IO[bytes], count: int) -> bytes:
     return head
 
 
-def _copy(source: IO[bytes], target: IO[bytes], budget: Budget) -> None:
+def _copy(source: IO[bytes], target: IO[bytes], budget: UnpackBudget) -> None:
     while piece := source.read(_PIECE):
         budget.take(len(piece))
         target.write(piece)
@@ -263,8 +265,8 @@ def decoded(piece: bytes, *, deep: int = 2) -> Iterator[tuple[str, bytes]]:
     if _has_wide_text(piece):
         for name, patterns in _WIDE.items():
             for pattern in patterns:
-                if found := [run.replace(b"\0", b"") for run in pattern.findall(piece)]:
-                    yield name, b"\n".join(found)
+                if runs := [run.replace(b"\0", b"") for run in pattern.findall(piece)]:
+                    yield name, b"\n".join(runs)
     text = piece
     for _ in range(_TURNS if _is_text(piece) else 0):
         if b"\\" not in text or (plain := _ESCAPE.sub(_unescape, text)) == text:
@@ -289,13 +291,13 @@ def _has_wide_text(piece: bytes) -> bool:
         return False
     values = np.frombuffer(piece, dtype=np.uint8)
     for width in (2, 4):
-        found = _IS_LETTER[values[: 1 - width]]
+        is_letter = _IS_LETTER[values[: 1 - width]]
         for place in range(1, width):
-            found = found & (values[place : len(found) + place] == 0)
+            is_letter = is_letter & (values[place : len(is_letter) + place] == 0)
         for _ in range(3):  # one, two, four letters in a row, and then eight
-            found = found[:-width] & found[width:]
+            is_letter = is_letter[:-width] & is_letter[width:]
             width *= 2
-        if found.any():
+        if is_letter.any():
             return True
     return False
 
@@ -307,7 +309,7 @@ def _unescape(match: re.Match[bytes]) -> bytes:
 
 def _runs_of_base64(piece: bytes) -> list[bytes]:
     """Runs of base64 letters, each line by itself, and lines that follow each other as one."""
-    lines = [re.sub(rb"\\n|\s", b"", found) for found in _BASE_64_LINES.findall(piece)]
+    lines = [re.sub(rb"\\n|\s", b"", block) for block in _BASE_64_LINES.findall(piece)]
     return [run.translate(_TO_STANDARD) for run in (*_BASE_64.findall(piece), *lines)]
 
 

@@ -1,4 +1,4 @@
-"""The wheels that the notebook installs: pairclf's own, and what Kaggle's image lacks, for each Python asked for."""
+"""The wheels that the notebook installs: pairclf's own, and those missing in Kaggle's image, for each Python."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from pairclf import __version__
 from pairclf.errors import PackagingError
-from pairclf.packaging.closure import is_of_the_driver, resolve, tail
+from pairclf.packaging.install_check import is_of_the_driver, resolve, tail
 from pairclf.packaging.profiles import profile_path, read_profile, record_digest
 from pairclf.packaging.sources import checkout
 
 PLATFORMS = [f"manylinux_2_{glibc}_x86_64" for glibc in range(34, 4, -1)] + ["manylinux2014_x86_64", "linux_x86_64"]
-"""Of Kaggle's machines, all of them: pip does not expand a tag downwards, and with one alone takes an old version."""
+"""All platform tags of Kaggle's machines: pip does not expand a tag to older ones, and would take old versions."""
 
 _EPOCH = 1_580_601_600  # 2020-02-02: the same source gives the same wheel, byte by byte
 _ZIP_DATE = (2020, 2, 2, 0, 0, 0)
@@ -29,7 +29,7 @@ _ZIP_DATE = (2020, 2, 2, 0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """What a wheel's file name says: `{project}-{version}(-{build})?-{python}-{abi}-{platform}.whl`."""
+    """A wheel's file name: `{project}-{version}(-{build})?-{python}-{abi}-{platform}.whl`."""
 
     project: str
     version: str
@@ -55,11 +55,11 @@ class Wheelhouse:
     """A folder of wheels."""
 
     wheels: Sequence[Wheel]
-    """Sorted by file name; what is compiled may be there for each Python."""
+    """Sorted by file name; compiled packages have a wheel for each Python."""
     requirements: Mapping[str, Sequence[str]]
     """`{python: [project==version]}`: what the notebook installs, sorted by project."""
     notes: Sequence[str]
-    """What is carried in another version than the image's, or than the one that was validated here."""
+    """Notes on projects whose version differs from the image's, or from this environment's."""
 
 
 def kaggle_tags(python: str) -> set[Tag]:
@@ -72,7 +72,7 @@ def kaggle_tags(python: str) -> set[Tag]:
 
 
 def fill_wheelhouse(folder: Path, pythons: Sequence[str], images: Path | None, extra: Sequence[str]) -> Wheelhouse:
-    """Put pairclf's wheel, and what pairclf needs and an image lacks, into `folder`.
+    """Fill `folder` with pairclf's wheel and the requirements that an image lacks.
 
     Args:
         pythons: versions of Python that the image may have.
@@ -87,24 +87,24 @@ def fill_wheelhouse(folder: Path, pythons: Sequence[str], images: Path | None, e
     for project in extra:
         if is_of_the_driver(project):
             raise PackagingError(
-                f"package.wheels names {project}, which must be the image's: its own fits its GPU driver",
-                remedy="leave it out",
+                f"package.extra_packages names {project}, which must be the image's: its build fits the GPU driver",
+                remedy="remove it",
             )
         installed_version(project)
     folder.mkdir(parents=True, exist_ok=True)
     own = _own_wheel(folder)
-    wanted: dict[str, dict[str, str]] = {}
+    pins_by_python: dict[str, dict[str, str]] = {}
     notes: list[str] = []
     for python in pythons:
-        found = resolve(own, extra, read_profile(python, profile_path(python, images)))
-        pins = {name: str(version) for name, version in found.carried.items()}
+        resolution = resolve(own, extra, read_profile(python, profile_path(python, images)))
+        pins = {name: str(version) for name, version in resolution.carried.items()}
         if pins:
             _download(folder, python, pins)
-        wanted[python] = dict(sorted({**pins, "pairclf": __version__}.items()))
-        notes += found.notes
+        pins_by_python[python] = dict(sorted({**pins, "pairclf": __version__}.items()))
+        notes += resolution.notes
     wheels = [Wheel.parse(path.name) for path in sorted(folder.glob("*.whl"))]
-    _check(wheels, wanted, folder)
-    requirements = {python: [f"{name}=={pins[name]}" for name in pins] for python, pins in wanted.items()}
+    _check(wheels, pins_by_python, folder)
+    requirements = {python: [f"{name}=={pins[name]}" for name in pins] for python, pins in pins_by_python.items()}
     return Wheelhouse(wheels, requirements, notes)
 
 
@@ -129,29 +129,33 @@ def _installed(project: str) -> Distribution:
         return distribution(project)
     except PackageNotFoundError as error:
         raise PackagingError(
-            f"package.wheels names {project}, which is not installed here, so that its version is not known",
+            f"package.extra_packages names {project}, which is not installed here, so its version is unknown",
             remedy=f"pip install {project}, and validate with it",
         ) from error
 
 
-def _check(wheels: Sequence[Wheel], wanted: Mapping[str, Mapping[str, str]], folder: Path) -> None:
-    """What came is what was asked for, and runs where it must: pip fetches old versions without a word.
+def _check(wheels: Sequence[Wheel], pins_by_python: Mapping[str, Mapping[str, str]], folder: Path) -> None:
+    """Check that all pinned wheels are there and run on their Python: pip silently downloads old versions.
 
     Raises:
         PackagingError: names the project and the Python.
     """
-    for python, pins in wanted.items():
+    for python, pins in pins_by_python.items():
         for project, version in pins.items():
             if not any(wheel.requirement == f"{project}=={version}" and wheel.runs_on(python) for wheel in wheels):
-                came = ", ".join(sorted(_words(wheel) for wheel in wheels if wheel.project == project)) or "nothing"
+                available = (
+                    ", ".join(sorted(_words(wheel) for wheel in wheels if wheel.project == project)) or "nothing"
+                )
                 raise PackagingError(
-                    f"{project} {version} was asked for, for Python {python} on Linux on x86-64; what came is {came}",
+                    f"pip found no {project} {version} for Python {python} on Linux x86-64, only {available}",
                     where=folder,
                     remedy="package on such a machine, with a package registry that has it",
                 )
-    asked = {(name, version) for pins in wanted.values() for name, version in pins.items()}
+    asked = {(name, version) for pins in pins_by_python.values() for name, version in pins.items()}
     if stray := [wheel for wheel in wheels if (wheel.project, wheel.version) not in asked]:
-        raise PackagingError(f"{stray[0].requirement} came, and nobody asked for it", where=folder)
+        raise PackagingError(
+            f"pip downloaded {stray[0].requirement}, which is not among the pinned requirements", where=folder
+        )
 
 
 def _words(wheel: Wheel) -> str:
@@ -159,7 +163,7 @@ def _words(wheel: Wheel) -> str:
 
 
 def _own_wheel(folder: Path) -> Path:
-    """pairclf's wheel: built from the checkout, or put together again from the files that it was installed as."""
+    """pairclf's wheel: built from the checkout, or rebuilt from the installed files."""
     top = checkout()
     if top is None:
         return repack("pairclf", folder)
@@ -179,21 +183,23 @@ def _pip(*arguments: str) -> None:
 
 
 def repack(project: str, folder: Path) -> Path:
-    """A wheel with the files that an installed project consists of, each proven by the hash in its RECORD.
+    """Rebuild a wheel from an installed project's files, each verified by the hash in its RECORD.
 
-    Scripts are left out: pip makes them anew from entry_points.txt.
+    Scripts are left out: pip recreates them from entry_points.txt.
 
     Raises:
         PackagingError: it was installed in editable mode, or one of its files was changed.
     """
-    found = _installed(project)
-    info = f"{found.name.replace('-', '_')}-{found.version}.dist-info"
-    tags = [line.partition(": ")[2] for line in (found.read_text("WHEEL") or "").splitlines() if line.startswith("Tag")]
-    entries = {str(entry): entry for entry in found.files or [] if _belongs(PurePosixPath(entry))}
-    editable = '"editable": true' in (found.read_text("direct_url.json") or "")
+    installed = _installed(project)
+    info = f"{installed.name.replace('-', '_')}-{installed.version}.dist-info"
+    tags = [
+        line.partition(": ")[2] for line in (installed.read_text("WHEEL") or "").splitlines() if line.startswith("Tag")
+    ]
+    entries = {str(entry): entry for entry in installed.files or [] if _belongs(PurePosixPath(entry))}
+    editable = '"editable": true' in (installed.read_text("direct_url.json") or "")
     if not tags or not any(name.startswith(f"{info}/") for name in entries) or editable:
         raise PackagingError(
-            f"{project} {found.version} was not installed from a wheel, and can't be made one again",
+            f"{project} {installed.version} was not installed from a wheel, so its wheel can't be rebuilt",
             remedy=f"pip install a wheel of {project}, or run pairclf from its source checkout",
         )
     path = folder / f"{info.removesuffix('.dist-info')}-{tags[0]}.whl"
@@ -211,7 +217,7 @@ def repack(project: str, folder: Path) -> Path:
 
 
 def _belongs(entry: PurePosixPath) -> bool:
-    """Whether a line of RECORD was in the wheel: pip adds scripts, caches and notes of its own."""
+    """Whether a line of RECORD was in the wheel: pip adds scripts, caches and notes."""
     added = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"}
     if ".." in entry.parts or "__pycache__" in entry.parts:
         return False

@@ -1,1 +1,1 @@
-"""Publishing: a package that was rehearsed to Kaggle, its submission, and the ledger."""
+"""`push`, `submit` and `ledger`: upload a rehearsed package to Kaggle, submit it, and record the scores."""

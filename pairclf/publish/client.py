@@ -1,4 +1,4 @@
-"""Kaggle, through its own client: what `push`, `submit` and the ledger ask of it.
+"""Requests to Kaggle through its own client, for `push`, `submit` and the ledger.
 
 The one module that imports `kaggle` and `kagglesdk`. Metadata go through that client's validators and requests; ours is
 what it leaves out: a limit on every wait, uploads that go on where they stopped, and answers that say "error" with
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Upload = Callable[[Path], str]
-"""Brings a file there, and returns the token that stands for it in a request."""
+"""Uploads a file, and returns its token for a request."""
 
 ATTEMPTS = 6
-"""Tries of a request that was lost on its way, or held back by a limit on their number."""
+"""Attempts of a request that was lost or rate-limited."""
 
 FAILED_KERNEL = ("ERROR", "CANCEL_REQUESTED", "CANCEL_ACKNOWLEDGED")
 _STORES = ("kaggle.com", "storage.googleapis.com", "www.googleapis.com")
@@ -43,8 +43,8 @@ _IMPORT = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class Clock:
-    """Seconds: how waiting is done and measured. Tests have one that does not wait."""
+class WaitClock:
+    """Sleeps and measures seconds; injected, so that tests need not wait."""
 
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.monotonic
@@ -58,13 +58,13 @@ class KaggleError(PackagingError):
         super().__init__(what, remedy=remedy)
 
     @property
-    def passing(self) -> bool:
-        """Whether the request may have been carried out, or may be the next time: look, and ask again."""
+    def may_succeed_later(self) -> bool:
+        """Whether the request may have succeeded, or may succeed when it is repeated."""
         return self.status is None or self.status >= 500
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
+class KaggleKernel:
     """A kernel as Kaggle has it: its newest version's source and what is attached."""
 
     version: int
@@ -73,8 +73,8 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """What a kernel's last run left: names of files, and the log's text."""
+class KernelOutput:
+    """Output of a kernel's last run: names of files, and the log's text."""
 
     files: list[str]
     log: str
@@ -99,7 +99,7 @@ class Output:
         return "\n".join(f"  {line}" for line in text.splitlines()[-lines:])
 
 
-class Kaggle:
+class KaggleClient:
     """Requests to Kaggle, in the words of this package.
 
     Every method raises `KaggleError` where Kaggle refuses or is not reached, and `PackagingError` where its client
@@ -111,7 +111,7 @@ class Kaggle:
     """
 
     def __init__(
-        self, clock: Clock, pretend: Callable[[requests.PreparedRequest], requests.Response] | None = None
+        self, clock: WaitClock, pretend: Callable[[requests.PreparedRequest], requests.Response] | None = None
     ) -> None:
         self.clock = clock
         self.dry = pretend is not None
@@ -130,7 +130,7 @@ class Kaggle:
             return
         said = io.StringIO()  # the client's own help, of which the remedy below is the short form
         try:
-            with _IMPORT, redirect_stdout(said), _told("signing in"):
+            with _IMPORT, redirect_stdout(said), _kaggle_errors("signing in"):
                 self._api.authenticate()
         except SystemExit as error:
             raise PackagingError(
@@ -143,7 +143,7 @@ class Kaggle:
         return str(self._api.config_values.get("username", ""))
 
     def say(self, text: str) -> None:
-        """Print what was done or found; in a dry run nothing was."""
+        """Print a status; silent in a dry run, which does nothing."""
         if not self.dry:
             console.print(text)
 
@@ -191,26 +191,26 @@ class Kaggle:
             PackagingError: it did not come in time.
         """
         start, pause = self.clock.now(), 5.0
-        while (found := look()) is None:
+        while (result := look()) is None:
             waited = self.clock.now() - start
             if pause == 5.0:
                 console.print(f"waiting for {what}, at most {limit / 60:,.0f} min")
             if waited > limit:
                 raise PackagingError(
-                    f"waited {waited / 60:,.0f} min for {what}, and it did not come",
-                    remedy="look at its page on Kaggle, then run the same command again: it goes on from there",
+                    f"waited {waited / 60:,.0f} min for {what}, without success",
+                    remedy="look at its page on Kaggle, then run the same command again to continue",
                 )
             self.clock.sleep(pause)
             pause = min(60.0, pause * 1.6)
-        return found
+        return result
 
-    def again(self, what: str, step: Callable[[], T]) -> T:
-        """`step`, which looks at what is there before it changes anything, again where its request was lost."""
+    def retry(self, what: str, step: Callable[[], T]) -> T:
+        """Run `step`, which checks the present state before it changes anything; repeat it if a request was lost."""
         for attempt in range(1, ATTEMPTS):
             try:
                 return step()
             except KaggleError as error:
-                if not error.passing:
+                if not error.may_succeed_later:
                     raise
                 console.print(f"{what}: {error.what}; looking again in {2**attempt} s")
                 self.clock.sleep(2.0**attempt)
@@ -220,7 +220,7 @@ class Kaggle:
 
     def dataset_status(self, source: str) -> str | None:
         """`ready`, `failed`, or a stage between; `None`: there is none. Kaggle says 403 where it has no such thing."""
-        return _or_none((403, 404), f"the status of {source}", lambda: str(self._api.dataset_status(source)))
+        return _none_if_missing((403, 404), f"the status of {source}", lambda: str(self._api.dataset_status(source)))
 
     def dataset_files(self, source: str) -> dict[str, int]:
         """`{path: bytes}`, of the newest version."""
@@ -230,7 +230,7 @@ class Kaggle:
             _refuse(answer.error_message, f"the files of {source}")
             return answer.files, answer.next_page_token
 
-        with _told(f"the files of {source}"):
+        with _kaggle_errors(f"the files of {source}"):
             return {file.name: file.total_bytes for file in _pages(page)}
 
     def download(self, source: str, name: str, target: Path) -> None:
@@ -240,19 +240,19 @@ class Kaggle:
         request = ApiDownloadDatasetRequest()
         request.owner_slug, _, request.dataset_slug = source.partition("/")
         request.file_name = name
-        with _told(f"downloading {name} of {source}"), self._client() as client:
+        with _kaggle_errors(f"downloading {name} of {source}"), self._client() as client:
             response = client.datasets.dataset_api_client.download_dataset(request)
             self._api.download_file(response, str(target), client.http_client(), quiet=True)
 
     def create_dataset(self, folder: Path, upload: Upload) -> None:
         """A private dataset of the files in `folder`, which holds no folders, by its dataset-metadata.json."""
-        with _told(f"creating the dataset of {folder.name}"), self._uploads(upload):
+        with _kaggle_errors(f"creating the dataset of {folder.name}"), self._uploads(upload):
             answer = self._api.dataset_create_new(str(folder), public=False, quiet=True, dir_mode="zip")
             _refuse(answer.error, "creating the dataset", answer.status)
 
     def create_version(self, folder: Path, notes: str, upload: Upload) -> None:
         """A new version of the dataset that dataset-metadata.json names; the older ones stay."""
-        with _told(f"a new version of {folder.name}"), self._uploads(upload):
+        with _kaggle_errors(f"a new version of {folder.name}"), self._uploads(upload):
             answer = self._api.dataset_create_version(str(folder), notes, quiet=True, dir_mode="zip")
             _refuse(answer.error, "a new version of the dataset", answer.status)
 
@@ -271,7 +271,7 @@ class Kaggle:
             del self._api._upload_blob
 
     def start_upload(self, path: Path, *, model: bool) -> tuple[str, str]:
-        """Where a file's bytes go, and the token that will stand for it."""
+        """Start an upload; returns the address for the bytes and the file's token."""
         from kagglesdk.blobs.types.blob_api_service import ApiBlobType, ApiStartBlobUploadRequest
 
         request = ApiStartBlobUploadRequest()
@@ -279,7 +279,7 @@ class Kaggle:
         request.name = path.name
         request.content_length = path.stat().st_size
         request.last_modified_epoch_seconds = int(path.stat().st_mtime)
-        with _told(f"uploading {path.name}"), self._client() as client:
+        with _kaggle_errors(f"uploading {path.name}"), self._client() as client:
             answer = client.blobs.blob_api_client.start_blob_upload(request)
         return answer.create_url, answer.token
 
@@ -292,13 +292,13 @@ class Kaggle:
         """
         from kagglesdk.kaggle_env import get_endpoint, get_env
 
-        given, own = urlsplit(url), urlsplit(get_endpoint(get_env()))
-        host = (given.hostname or "").lower()
+        target, own = urlsplit(url), urlsplit(get_endpoint(get_env()))
+        host = (target.hostname or "").lower()
         is_store = any(host == store or host.endswith(f".{store}") for store in _STORES)
-        plain = given.scheme == "https" and given.netloc.lower() in (host, f"{host}:443")
-        if not (plain and is_store) and (given.scheme, given.netloc) != (own.scheme, own.netloc):
+        plain = target.scheme == "https" and target.netloc.lower() in (host, f"{host}:443")
+        if not (plain and is_store) and (target.scheme, target.netloc) != (own.scheme, own.netloc):
             raise PackagingError(
-                f"an upload would go to {given.scheme}://{given.netloc[-100:]}, which is none of {', '.join(_STORES)}",
+                f"upload address {target.scheme}://{target.netloc[-100:]} is none of {', '.join(_STORES)}",
                 remedy="nothing was sent there; push again from another network, and report it if it stays",
             )
 
@@ -306,14 +306,14 @@ class Kaggle:
 
     def has_model(self, model: str) -> bool:
         """Whether there is `owner/model`."""
-        asked = _or_none((403, 404), f"the model {model}", lambda: self._api.model_get(model))
+        asked = _none_if_missing((403, 404), f"the model {model}", lambda: self._api.model_get(model))
         return asked is not None
 
     def instance_version(self, instance: str) -> int | None:
         """Newest version of `owner/model/framework/instance`; `None`: there is no such instance."""
         what = f"the model instance {instance}"
-        found = _or_none((403, 404), what, lambda: self._api.model_instance_get(instance))
-        return None if found is None else int(found.version_number)
+        instance_info = _none_if_missing((403, 404), what, lambda: self._api.model_instance_get(instance))
+        return None if instance_info is None else int(instance_info.version_number)
 
     def instance_files(self, instance: str) -> set[str]:
         """Paths in its newest version; none while there is none that could be listed."""
@@ -323,21 +323,21 @@ class Kaggle:
             return answer.files, answer.nextPageToken
 
         what = f"the files of {instance}"
-        return _or_none((404,), what, lambda: {file.name for file in _pages(page)}) or set()
+        return _none_if_missing((404,), what, lambda: {file.name for file in _pages(page)}) or set()
 
     def create_model(self, folder: Path) -> None:
         """By model-metadata.json in `folder`."""
-        with _told(f"creating the model of {folder.name}"):
+        with _kaggle_errors(f"creating the model of {folder.name}"):
             _refuse(self._api.model_create_new(str(folder)).error, "creating the model")
 
     def create_instance(self, folder: Path, upload: Upload) -> None:
         """By model-instance-metadata.json in `folder`."""
-        with _told(f"creating the model instance of {folder.name}"), self._uploads(upload):
+        with _kaggle_errors(f"creating the model instance of {folder.name}"), self._uploads(upload):
             answer = self._api.model_instance_create(str(folder), quiet=True, dir_mode="zip")
             _refuse(answer.error, "creating the model instance")
 
     def create_instance_version(self, instance: str, folder: Path, notes: str, upload: Upload) -> None:
-        with _told(f"a new version of {instance}"), self._uploads(upload):
+        with _kaggle_errors(f"a new version of {instance}"), self._uploads(upload):
             answer = self._api.model_instance_version_create(instance, str(folder), notes, quiet=True, dir_mode="zip")
             _refuse(answer.error, f"a new version of {instance}")
 
@@ -352,7 +352,7 @@ class Kaggle:
         Raises:
             KaggleError: also where the answer, of status 200, names an error or sources that are not attached.
         """
-        with _told("pushing the kernel"):
+        with _kaggle_errors("pushing the kernel"):
             answer = self._api.kernels_push(str(folder))
             _refuse(answer.error, "pushing the kernel")
             kinds = ("dataset", "competition", "kernel", "model")
@@ -369,7 +369,7 @@ class Kaggle:
             raise KaggleError("Kaggle did not say which version of the kernel it made", status=None)
         return version, str(answer.url)
 
-    def kernel(self, source: str) -> Kernel | None:
+    def kernel(self, source: str) -> KaggleKernel | None:
         """The newest version of `owner/slug`; `None`: there is none."""
         from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
 
@@ -380,20 +380,20 @@ class Kaggle:
             with self._client() as client:
                 return client.kernels.kernels_api_client.get_kernel(request)
 
-        answer = _or_none((403, 404), f"the kernel {source}", ask)
+        answer = _none_if_missing((403, 404), f"the kernel {source}", ask)
         if answer is None or answer.metadata is None or answer.blob is None:
             return None
         metadata = answer.metadata.to_dict()
         version = int(metadata.get("currentVersionNumber") or 0)
-        return Kernel(version, answer.blob.source, metadata) if version else None
+        return KaggleKernel(version, answer.blob.source, metadata) if version else None
 
     def kernel_status(self, source: str) -> tuple[str, str]:
         """`QUEUED`, `RUNNING`, `COMPLETE` or one of `FAILED_KERNEL`, and what Kaggle says of a failure."""
-        with _told(f"the status of {source}"):
+        with _kaggle_errors(f"the status of {source}"):
             answer = self._api.kernels_status(source)
         return answer.status.name, answer.failure_message or ""
 
-    def kernel_output(self, source: str) -> Output:
+    def kernel_output(self, source: str) -> KernelOutput:
         from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
 
         logs: list[str] = []
@@ -407,15 +407,15 @@ class Kaggle:
             logs.append(answer.log or "")
             return answer.files, answer.next_page_token
 
-        with _told(f"the output of {source}"):
+        with _kaggle_errors(f"the output of {source}"):
             files = [file.file_name for file in _pages(page)]
-        return Output(files, logs[0])
+        return KernelOutput(files, logs[0])
 
     # --- competitions ------------------------------------------------------------------------------------------------
 
     def submit(self, competition: str, kernel: str, version: int, file: str, description: str) -> int:
         """Submit one version of a kernel to a code competition; returns the submission's number."""
-        with _told(f"submitting {kernel}, version {version}, to {competition}"):
+        with _kaggle_errors(f"submitting {kernel}, version {version}, to {competition}"):
             answer = self._api.competition_submit_code(
                 file, description, competition=competition, kernel=kernel, kernel_version=version, quiet=True
             )
@@ -425,9 +425,9 @@ class Kaggle:
 
     def submissions(self, competition: str) -> list[Mapping[str, Any]]:
         """The user's newest submissions, newest first: `ref`, `status`, `publicScore`, `description`, ..."""
-        with _told(f"the submissions to {competition}"):
-            found = self._api.competition_submissions(competition, page_size=_PAGE) or []
-        return [one.to_dict(ignore_defaults=False) for one in found]
+        with _kaggle_errors(f"the submissions to {competition}"):
+            entries = self._api.competition_submissions(competition, page_size=_PAGE) or []
+        return [entry.to_dict(ignore_defaults=False) for entry in entries]
 
 
 def _import_client() -> Any:
@@ -470,7 +470,7 @@ def _retry_after(response: requests.Response | None) -> float | None:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _kaggle_errors(what: str) -> Iterator[None]:
     """Raise what goes wrong inside as one of ours, in Kaggle's own words."""
     from requests import exceptions
 
@@ -484,7 +484,7 @@ def _told(what: str) -> Iterator[None]:
         raise KaggleError(
             f"Kaggle was not reached for {what}: {type(error).__name__}",
             status=None,
-            remedy="run the same command again: it goes on from what is there",
+            remedy="run the same command again to continue",
         ) from error
     except (ValueError, KeyError) as error:
         raise PackagingError(
@@ -496,7 +496,7 @@ _REMEDIES = {
     401: "the credentials are not valid: get a new token from kaggle.com/settings",
     403: "are they the owner's credentials, and were the competition's rules and the licences accepted on the site?",
     404: "check the slug",
-    429: "wait some minutes, and run the same command again: it goes on from what is there",
+    429: "wait some minutes, and run the same command again to continue",
 }
 
 
@@ -520,10 +520,10 @@ def _refuse(said: str | None, what: str, status: str | None = "ok") -> None:
         raise KaggleError(f"Kaggle refused {what}: {said or status}", status=200)
 
 
-def _or_none(missing: tuple[int, ...], what: str, ask: Callable[[], T]) -> T | None:
-    """`None` where Kaggle answers that there is no such thing."""
+def _none_if_missing(missing: tuple[int, ...], what: str, ask: Callable[[], T]) -> T | None:
+    """The answer of `ask`; None if Kaggle answers that it does not exist."""
     try:
-        with _told(what):
+        with _kaggle_errors(what):
             return ask()
     except KaggleError as error:
         if error.status in missing:

@@ -1,4 +1,4 @@
-"""A dry run: every request is printed, and answered here as Kaggle answers one that it has never seen before."""
+"""A dry run: requests are printed and answered locally, as by a Kaggle account without any datasets or kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pairclf.console import output
+from pairclf.console import stdout
 
 if TYPE_CHECKING:
     import requests
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 _LONGEST = 200  # characters of a text that are worth printing: a kernel's source is not
 
 
-class Pretend:
-    """Takes requests instead of Kaggle. Nothing is there at first, and whatever is made is ready at once."""
+class DryRun:
+    """Answers requests instead of Kaggle. At first nothing exists; whatever is created is ready at once."""
 
     def __init__(self) -> None:
         self._files: dict[str, list[str]] = {}  # of datasets, models and kernels, by the last part of their slug
@@ -30,8 +30,8 @@ class Pretend:
         slug = str(body.get("instanceSlug") or body.get("datasetSlug") or body.get("modelSlug") or body.get("slug", ""))
         slug = slug.rpartition("/")[2] or str(body.get("kernelSlug", ""))
         inner = body.get("body", {})
-        made = {"CreateDataset", "CreateDatasetVersion", "CreateModel", "CreateModelInstance", "SaveKernel"}
-        if name in made:
+        creating = {"CreateDataset", "CreateDatasetVersion", "CreateModel", "CreateModelInstance", "SaveKernel"}
+        if name in creating:
             files = inner.get("files") or body.get("files") or []
             self._files[inner.get("instanceSlug", slug)] = [file["token"] for file in files]
         elif name in _ASK_FIRST and slug not in self._files:
@@ -63,24 +63,24 @@ _ASK_FIRST = ("GetDatasetStatus", "GetModel", "GetModelInstance", "GetKernel")
 
 def _show(method: str, path: str, body: dict[str, Any], headers: Any) -> None:
     if method == "PUT":
-        output.print(f"PUT {path}: {int(headers.get('Content-Length', 0)):,} bytes")
+        stdout.print(f"PUT {path}: {int(headers.get('Content-Length', 0)):,} bytes")
     else:
-        output.print(f"{method} {path}\n{json.dumps(_short(body), indent=2, ensure_ascii=False)}")
+        stdout.print(f"{method} {path}\n{json.dumps(_short(body), indent=2, ensure_ascii=False)}")
 
 
 def _short(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _short(one) for key, one in value.items()}
+        return {key: _short(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_short(one) for one in value]
+        return [_short(item) for item in value]
     return f"<{len(value):,} characters>" if isinstance(value, str) and len(value) > _LONGEST else value
 
 
 def _response(request: requests.PreparedRequest, status: int, body: dict[str, Any]) -> requests.Response:
     import requests
 
-    made = requests.Response()
-    made.status_code, made.request, made.url = status, request, str(request.url)
-    made.headers["Content-Type"] = "application/json"
-    made._content = json.dumps(body).encode()
-    return made
+    response = requests.Response()
+    response.status_code, response.request, response.url = status, request, str(request.url)
+    response.headers["Content-Type"] = "application/json"
+    response._content = json.dumps(body).encode()
+    return response

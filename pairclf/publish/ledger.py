@@ -18,22 +18,23 @@ from rich.table import Table
 from rich.text import Text
 
 from pairclf.config import Section, checked
-from pairclf.console import console, table
+from pairclf.console import console, number, table
 from pairclf.errors import PackagingError
 from pairclf.files import atomic_file, check_file_target, locked, parsed, write_text
-from pairclf.publish.client import Clock, Kaggle
+from pairclf.publish.client import KaggleClient, WaitClock
+from pairclf.scores.metrics import METRICS
 
 _FEWEST = 3  # runs; of two, any correlation is 1
 
 
-class Row(Section):
+class LedgerRow(Section):
     """One submission."""
 
     when: str = Field(description="UTC, when it was made")
     build: str = Field(description="the build's identity")
     config: str = Field(description="name of the run")
     competition: str = Field(description="its slug")
-    metric: str = Field(description="what folds and out_of_fold are, and the leaderboard counts: log_loss or accuracy")
+    metric: str = Field(description="what folds and out_of_fold are, and the leaderboard counts")
     folds: dict[str, float] = Field(description="of each bundle on the rows of its fold")
     out_of_fold: float | None = Field(None, description="over all folds' rows")
     public: float | None = Field(None, description="score on the public leaderboard")
@@ -51,7 +52,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def rows(path: Path) -> list[Row]:
+def rows(path: Path) -> list[LedgerRow]:
     """All submissions, in the order in which they were made; none where there is no file.
 
     Raises:
@@ -60,11 +61,11 @@ def rows(path: Path) -> list[Row]:
     """
     if not path.is_file():
         return []
-    found = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    entries = []
+    for place, line in enumerate(_text(path).splitlines(), 1):
         if line.strip():
-            found.append(_row(line, f"{path}, line {number}"))
-    return found
+            entries.append(_row(line, f"{path}, line {place}"))
+    return entries
 
 
 def _text(path: Path) -> str:
@@ -74,20 +75,20 @@ def _text(path: Path) -> str:
         raise PackagingError(f"{path} is no text: {error}", remedy="put an older copy in its place") from error
 
 
-def _row(line: str, where: str) -> Row:
+def _row(line: str, where: str) -> LedgerRow:
     try:
         tree = parsed(line)
     except ValueError as error:
         raise PackagingError(
             f"a line of the ledger is no JSON: {error}", where=where, remedy="mend or remove it"
         ) from error
-    if foreign := sorted(set(tree) - set(Row.model_fields)) if isinstance(tree, dict) else []:
+    if foreign := sorted(set(tree) - set(LedgerRow.model_fields)) if isinstance(tree, dict) else []:
         raise PackagingError(
             f"a line of the ledger has {', '.join(foreign)}, which no submission has",
             where=where,
             remedy="remove it; or read the ledger with the pairclf that wrote it",
         )
-    return checked(Row, tree, where, "mend or remove the line")
+    return checked(LedgerRow, tree, where, "mend or remove the line")
 
 
 def prepare(path: Path) -> None:
@@ -102,12 +103,12 @@ def prepare(path: Path) -> None:
         _write(path, rows(path))
 
 
-def record(path: Path, row: Row) -> None:
+def record(path: Path, row: LedgerRow) -> None:
     """Add a submission, unless its number is there."""
     with locked(_lock(path)):
-        found = rows(path)
-        if row.submission not in [one.submission for one in found]:
-            _write(path, [*found, row])
+        entries = rows(path)
+        if row.submission not in [entry.submission for entry in entries]:
+            _write(path, [*entries, row])
 
 
 def update(path: Path, submission: int, answer: Mapping[str, Any]) -> None:
@@ -119,47 +120,47 @@ def update(path: Path, submission: int, answer: Mapping[str, Any]) -> None:
         answer: `status`, `publicScore`, `privateScore`, `errorDescription`, as the client gives them.
     """
     with locked(_lock(path)):
-        found = rows(path)
-        for row in found:
+        entries = rows(path)
+        for row in entries:
             if row.submission == submission:
                 row.status = str(answer["status"])
                 row.error = str(answer.get("errorDescription") or "")
                 row.public = _score(answer.get("publicScore"), row.public)
                 row.private = _score(answer.get("privateScore"), row.private)
-        _write(path, found)
+        _write(path, entries)
 
 
-def _score(text: object, known: float | None) -> float | None:
+def _score(text: object, previous: float | None) -> float | None:
     """Kaggle gives scores as text, and none as an empty one."""
     try:
-        return float(str(text)) if text not in (None, "") else known
+        return float(str(text)) if text not in (None, "") else previous
     except ValueError:
-        return known
+        return previous
 
 
-def refresh(path: Path, *, clock: Clock | None = None) -> None:
+def refresh(path: Path, *, clock: WaitClock | None = None) -> None:
     """Ask Kaggle for the scores that are missing: a private one appears when its competition ends.
 
     Raises:
         PackagingError: no credentials, or Kaggle refused.
     """
     missing: dict[str, set[int]] = defaultdict(set)
-    found = rows(path)
-    if not found:
+    entries = rows(path)
+    if not entries:
         console.print(f"no submission yet in {path}")
         return
-    for row in found:
+    for row in entries:
         if row.status != "ERROR" and (row.public is None or row.private is None):
             missing[row.competition].add(row.submission)
     if not missing:
         console.print("the ledger has every score")
         return
-    kaggle = Kaggle(clock or Clock())
-    for competition, wanted in missing.items():
-        answers = {one["ref"]: one for one in kaggle.submissions(competition)}
-        for submission in sorted(wanted & set(answers)):
+    kaggle = KaggleClient(clock or WaitClock())
+    for competition, numbers in missing.items():
+        answers = {answer["ref"]: answer for answer in kaggle.submissions(competition)}
+        for submission in sorted(numbers & set(answers)):
             update(path, submission, answers[submission])
-        if lost := sorted(wanted - set(answers)):
+        if lost := sorted(numbers - set(answers)):
             console.print(f"note: {competition} lists no submission {', '.join(map(str, lost))}")
 
 
@@ -167,8 +168,8 @@ def _lock(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def _write(path: Path, found: Sequence[Row]) -> None:
-    write_text(path, "".join(f"{row.model_dump_json()}\n" for row in found))
+def _write(path: Path, entries: Sequence[LedgerRow]) -> None:
+    write_text(path, "".join(f"{row.model_dump_json()}\n" for row in entries))
 
 
 # --- for people ------------------------------------------------------------------------------------------------------
@@ -176,25 +177,50 @@ def _write(path: Path, found: Sequence[Row]) -> None:
 
 def render(path: Path) -> Group:
     """The table, newest last, and below it how out-of-fold and leaderboard go together."""
-    found = rows(path)
-    if not found:
+    entries = rows(path)
+    if not entries:
         return Group(f"no submission yet in {path}")
     columns = ("when, config", "folds", "out of fold", "public", "private", "h:mm", "bundles, message")
-    made = table(f"Submissions of {path}", *columns)
-    made.padding = (0, 1, 0, 0)
-    made.columns[-1].justify = "left"
-    for row in found:
-        public = row.status.lower() if row.public is None and row.status != "COMPLETE" else _number(row.public)
+    summary = table(f"Submissions of {path}", *columns)
+    summary.padding = (0, 1, 0, 0)
+    summary.columns[-1].justify = "left"
+    best = _best(entries)
+    for row in entries:
+        public = row.status.lower() if row.public is None and row.status != "COMPLETE" else number(row.public, 5)
         first = f"{row.when[:16].replace('T', ' ')}\n{row.config}"
         more = f" +{len(row.bundles) - 1}" if len(row.bundles) > 1 else ""
         last = f"{row.bundles[0][:8] if row.bundles else '-'}{more}\n{row.message}"
-        scores = _number(row.out_of_fold), public, _number(row.private)
-        made.add_row(Text(first), _range(list(row.folds.values())), *scores, _time(row.seconds), Text(last))
-    return Group(made, _agreement(found))
+        scores = number(row.out_of_fold, 5), public, number(row.private, 5)
+        cells = (Text(first), _range(list(row.folds.values())), *scores, _time(row.seconds), Text(last))
+        summary.add_row(*cells, style="bold" if row in best else None)
+    directions = (f"{name} counts {_direction(metric)}" for name, metric in _metrics(entries))
+    summary.caption, summary.caption_justify = "; ".join(directions), "left"
+    return Group(summary, _agreement(entries))
 
 
-def _range(losses: Sequence[float]) -> str:
-    return f"{min(losses):.2f}-{max(losses):.2f} ({len(losses)})" if losses else "-"
+def _metrics(entries: Sequence[LedgerRow]) -> list[tuple[str, str]]:
+    """`(competition, metric)` of the submissions, in the order of the ledger."""
+    return list(dict.fromkeys((row.competition, row.metric) for row in entries))
+
+
+def _direction(metric: str) -> str:
+    record = METRICS.get(metric)
+    return metric if record is None else f"{record.title} ({record.direction})"
+
+
+def _best(entries: Sequence[LedgerRow]) -> list[LedgerRow]:
+    """The submission with the best public score of each competition and metric."""
+    best: dict[tuple[str, str], LedgerRow] = {}
+    for row in entries:
+        if row.metric in METRICS and row.public is not None:
+            before = best.setdefault((row.competition, row.metric), row).public
+            if before is not None and METRICS[row.metric].is_better(row.public, before):
+                best[row.competition, row.metric] = row
+    return list(best.values())
+
+
+def _range(figures: Sequence[float]) -> str:
+    return f"{min(figures):.2f}-{max(figures):.2f} ({len(figures)})" if figures else "-"
 
 
 def _time(seconds: float | None) -> str:
@@ -204,30 +230,26 @@ def _time(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.5f}"
-
-
-def _agreement(found: Sequence[Row]) -> Table:
+def _agreement(entries: Sequence[LedgerRow]) -> Table:
     """Correlation and mean gap of out-of-fold and leaderboard, for each competition's public and private one."""
-    made = table("Out of fold and leaderboard", "leaderboard", "runs", "Pearson", "Spearman", "mean gap")
-    for (competition, name), some in _boards(found):
+    summary = table("Out of fold and leaderboard", "leaderboard", "runs", "Pearson", "Spearman", "mean gap")
+    for (competition, name), some in _boards(entries):
         pairs = _pairs(some, name)
         gap = f"{np.mean(pairs[:, 1] - pairs[:, 0]):+.5f}" if len(pairs) else "-"
-        made.add_row(f"{competition}, {name}", str(len(pairs)), *_correlations(pairs), gap)
-    return made
+        summary.add_row(f"{competition}, {name}", str(len(pairs)), *_correlations(pairs), gap)
+    return summary
 
 
-def _boards(found: Sequence[Row]) -> Iterator[tuple[tuple[str, str], list[Row]]]:
+def _boards(entries: Sequence[LedgerRow]) -> Iterator[tuple[tuple[str, str], list[LedgerRow]]]:
     """`(competition, public or private)` and its submissions: what one counts is not what another does."""
-    for competition in dict.fromkeys(row.competition for row in found):
+    for competition in dict.fromkeys(row.competition for row in entries):
         for name in ("public", "private"):
-            yield (competition, name), [row for row in found if row.competition == competition]
+            yield (competition, name), [row for row in entries if row.competition == competition]
 
 
-def _pairs(found: Sequence[Row], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _pairs(entries: Sequence[LedgerRow], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """`(n, 2)`: out-of-fold score and leaderboard's, of the runs that have both."""
-    both = [(row.out_of_fold, getattr(row, name)) for row in found]
+    both = [(row.out_of_fold, getattr(row, name)) for row in entries]
     return np.array([pair for pair in both if None not in pair], dtype=np.float64).reshape(-1, 2)
 
 
@@ -247,18 +269,18 @@ def plot(path: Path, out: Path) -> None:
     """Write a page with the leaderboard's scores over the out-of-fold ones, public and private; it needs no network."""
     from plotly.graph_objects import Figure
 
-    found = rows(path)
+    entries = rows(path)
     figure = Figure()
-    for (competition, name), some in _boards(found):
-        shown = [row for row in some if row.out_of_fold is not None and getattr(row, name) is not None]
+    for (competition, name), some in _boards(entries):
+        points = [row for row in some if row.out_of_fold is not None and getattr(row, name) is not None]
         figure.add_scatter(
-            x=[row.out_of_fold for row in shown],
-            y=[getattr(row, name) for row in shown],
-            text=[f"{row.config}: {row.message}" for row in shown],
+            x=[row.out_of_fold for row in points],
+            y=[getattr(row, name) for row in points],
+            text=[f"{row.config}: {row.message}" for row in points],
             mode="markers",
             name=f"{competition}, {name}",
         )
-    both = np.concatenate([_pairs(found, name) for name in ("public", "private")])
+    both = np.concatenate([_pairs(entries, name) for name in ("public", "private")])
     if len(both):
         ends = [float(both.min()), float(both.max())]
         figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", line={"dash": "dot", "width": 1})
@@ -269,7 +291,8 @@ def plot(path: Path, out: Path) -> None:
     else:
         note = {"text": "no submission has both scores yet", "showarrow": False, "font": {"size": 18}}
         figure.add_annotation(x=0.5, y=0.5, xref="paper", yref="paper", **note)
-    figure.update_xaxes(title_text=f"out of fold ({', '.join(sorted({row.metric for row in found})) or 'no run yet'})")
+    metrics = dict.fromkeys(_direction(metric) for _, metric in _metrics(entries))
+    figure.update_xaxes(title_text=f"out of fold ({', '.join(metrics) or 'no run yet'})")
     figure.update_yaxes(title_text="leaderboard")
     figure.update_layout(template="plotly_white", height=650, title="Out of fold and leaderboard")
     with atomic_file(out) as temporary:

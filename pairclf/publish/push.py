@@ -1,8 +1,7 @@
-"""`push`: what a rehearsal has passed, brought to Kaggle and run there.
+"""`push`: upload a rehearsed package to Kaggle and run its kernel.
 
-Each step looks at what is there before it changes anything, so that it can be repeated after any failure: a part whose
-marker is listed is left alone, an upload goes on where it stopped, a kernel whose newest version is this one is not
-pushed again.
+Each step checks the present state first, so it can be repeated after any failure: uploaded parts are skipped,
+interrupted uploads continue, and a kernel whose newest version is this one is not pushed again.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from typing import Any
 from pydantic import Field
 
 from pairclf.config import Section, checked
-from pairclf.console import console, output
+from pairclf.console import console, counted, stdout
 from pairclf.errors import PackagingError
 from pairclf.files import is_regular, state_folder, write_json, write_private
-from pairclf.packaging.metadata import KERNEL, KERNEL_METADATA, LIMITS
-from pairclf.packaging.payload import prove
-from pairclf.packaging.record import Build, Part, parse_json, read_build
+from pairclf.packaging.metadata import KERNEL, KERNEL_METADATA, LIMITS, PackagePart
+from pairclf.packaging.payload import verify_package
+from pairclf.packaging.record import Build, parse_json, read_build
 from pairclf.packaging.secrets import refuse_secrets
-from pairclf.publish.client import FAILED_KERNEL, Clock, Kaggle, KaggleError, Kernel, Output
-from pairclf.publish.dry import Pretend
-from pairclf.publish.uploads import Shipment, upload_folder
+from pairclf.publish.client import FAILED_KERNEL, KaggleClient, KaggleError, KaggleKernel, KernelOutput, WaitClock
+from pairclf.publish.dry import DryRun
+from pairclf.publish.uploads import PartUpload, upload_folder
 from pairclf.rehearsal.report import read_passed
 
 SUBMISSIONS = ("submission.parquet", "submission.csv")
@@ -56,8 +55,8 @@ class Pushed(Section):
     seconds: float | None = Field(None, description="of that run, by its log")
 
 
-def push(folder: Path, *, go: bool, clock: Clock | None = None) -> None:
-    """Bring a package to Kaggle: its parts, then its kernel; and wait until the kernel's run is complete.
+def push(folder: Path, *, go: bool, clock: WaitClock | None = None) -> None:
+    """Upload a package's parts and kernel to Kaggle, and wait until the kernel's run is complete.
 
     Args:
         folder: what `package` made and `rehearse` passed.
@@ -70,36 +69,38 @@ def push(folder: Path, *, go: bool, clock: Clock | None = None) -> None:
     """
     read_passed(folder)
     build = read_build(folder)
-    prove(folder, build)
+    verify_package(folder, build)
     refuse_secrets(folder, build.package.owner, [KERNEL, *(part.folder for part in build.parts)])
-    kaggle = Kaggle(clock or Clock()) if go else Kaggle(Clock(sleep=lambda seconds: None), Pretend())
+    kaggle = KaggleClient(clock or WaitClock()) if go else KaggleClient(WaitClock(sleep=lambda seconds: None), DryRun())
     if not go:
         _summarise(folder, build)
     with upload_folder(build, dry=kaggle.dry) as uploads:
         _check_owner(build, kaggle)
         versions: dict[str, int] = {}
         for part in build.parts:
-            version = _bring(Shipment(folder, part, kaggle, uploads), kaggle)
+            version = _upload_part(PartUpload(folder, part, kaggle, uploads), kaggle)
             if version is not None:
                 versions[part.source] = version
-        kernel = _stage_kernel(folder / KERNEL, uploads / KERNEL, versions)
-        pushed = kaggle.again(build.kernel, lambda: _kernel(build, kernel, kaggle))
-        _complete(build, pushed, kaggle)
+        kernel = _prepare_kernel(folder / KERNEL, uploads / KERNEL, versions)
+        pushed = kaggle.retry(build.kernel, lambda: _push_kernel(build, kernel, kaggle))
+        _wait_for_run(build, pushed, kaggle)
     if not go:
         console.print("nothing was sent: these are the requests of a first push, which --go sends")
 
 
 def _summarise(folder: Path, build: Build) -> None:
-    """What a push brings, before the requests that bring it."""
+    """Print what a push uploads."""
     for part in build.parts:
         files = sum(path.is_file() for path in (folder / part.folder).rglob("*"))
-        output.print(f"{part.kind} {part.source}: {part.folder}/, {files} files, {part.bytes / 1e6:,.2f} MB, private")
+        stdout.print(
+            f"{part.kind} {part.source}: {part.folder}/, {counted(files, 'file')}, {part.bytes / 1e6:,.2f} MB, private"
+        )
     machine, metadata = build.package.machine_shape, _metadata(folder / KERNEL)
     kind, competition = metadata["kernel_type"], build.package.competition
-    output.print(
+    stdout.print(
         f"kernel {build.kernel}: {kind} {build.code_file} on {machine}, for {competition}, private, no internet"
     )
-    output.print()
+    stdout.print()
 
 
 def read_pushed(folder: Path, build: Build) -> Pushed:
@@ -127,7 +128,7 @@ def pushed_path(build: Build) -> Path:
     return state_folder() / "pushed" / f"{build.identity}.json"
 
 
-def _check_owner(build: Build, kaggle: Kaggle) -> None:
+def _check_owner(build: Build, kaggle: KaggleClient) -> None:
     if not kaggle.dry and kaggle.user.lower() != build.package.owner.lower():
         kaggle.say(f"note: signed in as {kaggle.user}; the package is {build.package.owner}'s")
 
@@ -135,16 +136,16 @@ def _check_owner(build: Build, kaggle: Kaggle) -> None:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _bring(shipment: Shipment, kaggle: Kaggle) -> int | None:
-    """See to it that a part is there; returns the version of a model instance."""
+def _upload_part(shipment: PartUpload, kaggle: KaggleClient) -> int | None:
+    """Upload a part unless it exists; returns the version of a model instance."""
     step = _model if shipment.part.kind == "model" else _dataset
-    version = kaggle.again(shipment.part.source, partial(step, shipment, kaggle))
+    version = kaggle.retry(shipment.part.source, partial(step, shipment, kaggle))
     shipment.clear()
     return version
 
 
-def _dataset(shipment: Shipment, kaggle: Kaggle) -> None:
-    """See to it that the dataset's newest version holds the part."""
+def _dataset(shipment: PartUpload, kaggle: KaggleClient) -> None:
+    """Make the dataset's newest version contain the part."""
     part = shipment.part
     if kaggle.dataset_status(part.source) is None:
         shipment.pack({})
@@ -164,7 +165,7 @@ def _dataset(shipment: Shipment, kaggle: Kaggle) -> None:
     kaggle.wait(f"{part.source} to be ready", _PROCESSING, lambda: _arrived(part, kaggle))
 
 
-def _ready(part: Part, kaggle: Kaggle) -> dict[str, int] | None:
+def _ready(part: PackagePart, kaggle: KaggleClient) -> dict[str, int] | None:
     """The files of a dataset that is ready; `None` while it is processed.
 
     Raises:
@@ -173,22 +174,21 @@ def _ready(part: Part, kaggle: Kaggle) -> dict[str, int] | None:
     status = kaggle.dataset_status(part.source)
     if status in ("failed", "deleted"):
         raise PackagingError(
-            f"Kaggle says that {part.source} is {status}",
-            remedy="delete it on its page, and push again",
+            f"Kaggle says that {part.source} is {status}", remedy="delete it on its page, and push again"
         )
     return kaggle.dataset_files(part.source) if status == "ready" else None
 
 
-def _arrived(part: Part, kaggle: Kaggle) -> bool | None:
+def _arrived(part: PackagePart, kaggle: KaggleClient) -> bool | None:
     return True if _holds(part, _ready(part, kaggle) or ()) else None
 
 
-def _holds(part: Part, listed: Iterable[str]) -> bool:
+def _holds(part: PackagePart, listed: Iterable[str]) -> bool:
     """Whether a dataset or model holds this very part, of the newest build or, in a folder below, of an older one."""
     return part.marker in {path.rpartition("/")[2] for path in listed}
 
 
-def _version(shipment: Shipment, kaggle: Kaggle) -> None:
+def _version(shipment: PartUpload, kaggle: KaggleClient) -> None:
     """Send a new version. While the last one is processed Kaggle answers 403, and its status may not say so yet."""
     part, refused = shipment.part, 0
 
@@ -206,7 +206,7 @@ def _version(shipment: Shipment, kaggle: Kaggle) -> None:
     kaggle.wait(f"{part.source} to take a new version", _PROCESSING, send)
 
 
-def _model(shipment: Shipment, kaggle: Kaggle) -> int:
+def _model(shipment: PartUpload, kaggle: KaggleClient) -> int:
     """See to it that the model instance's newest version holds the part; returns that version.
 
     A version, once made, stays as it is and a kernel names the one that it uses: nothing old has to go along.
@@ -232,14 +232,14 @@ def _model(shipment: Shipment, kaggle: Kaggle) -> int:
     return kaggle.wait(f"{part.source} to be ready", _PROCESSING, arrived)
 
 
-def _notes(part: Part) -> str:
+def _notes(part: PackagePart) -> str:
     return part.marker.removesuffix(".json")
 
 
 # --- the kernel ------------------------------------------------------------------------------------------------------
 
 
-def _stage_kernel(kernel: Path, staged: Path, versions: Mapping[str, int]) -> Path:
+def _prepare_kernel(kernel: Path, staged: Path, versions: Mapping[str, int]) -> Path:
     """The kernel's folder with the versions of our model instances in its metadata, which only now are known."""
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(kernel, staged)
@@ -256,29 +256,29 @@ def _metadata(kernel: Path) -> dict[str, Any]:
     return tree
 
 
-def _kernel(build: Build, staged: Path, kaggle: Kaggle) -> Pushed:
-    """See to it that the kernel's newest version is this one, and that it runs, ran, or waits for a machine."""
-    there = kaggle.kernel(build.kernel)
-    if there is not None and _same(there, staged, build):
+def _push_kernel(build: Build, staged: Path, kaggle: KaggleClient) -> Pushed:
+    """Push the kernel unless its newest version is this build and has not failed."""
+    existing = kaggle.kernel(build.kernel)
+    if existing is not None and _is_same_kernel(existing, staged, build):
         state, _ = kaggle.kernel_status(build.kernel)
         if state not in FAILED_KERNEL:
-            kaggle.say(f"{build.kernel}, version {there.version}, is this build already")
-            return _record(build, there.version, f"https://www.kaggle.com/code/{build.kernel}", kaggle)
+            kaggle.say(f"{build.kernel}, version {existing.version}, is this build already")
+            return _record(build, existing.version, f"https://www.kaggle.com/code/{build.kernel}", kaggle)
     version, url = kaggle.push_kernel(staged)
     kaggle.say(f"pushed {build.kernel}, version {version}: {url}")
     kaggle.clock.sleep(10.0)  # until its page shows the new run's status, and no longer the last one's
     return _record(build, version, url, kaggle)
 
 
-def _same(there: Kernel, staged: Path, build: Build) -> bool:
+def _is_same_kernel(existing: KaggleKernel, staged: Path, build: Build) -> bool:
     """Whether Kaggle's newest version has our source and our inputs."""
     ours = _metadata(staged)
     keys = {f"{kind}_sources": f"{kind}DataSources" for kind in ("dataset", "model", "competition")}
-    machine = there.metadata.get("machineShape", "") in ("", ours["machine_shape"])  # not every answer names it
-    inputs = all(_slugs(ours[key]) == _slugs(there.metadata.get(name, [])) for key, name in keys.items())
-    online, private = there.metadata.get("enableInternet", False), there.metadata.get("isPrivate", True)
+    machine = existing.metadata.get("machineShape", "") in ("", ours["machine_shape"])  # not every answer names it
+    inputs = all(_slugs(ours[key]) == _slugs(existing.metadata.get(name, [])) for key, name in keys.items())
+    online, private = existing.metadata.get("enableInternet", False), existing.metadata.get("isPrivate", True)
     code = (staged / build.code_file).read_text(encoding="utf-8")
-    return inputs and machine and private and not online and _code(there.source) == _code(code)
+    return inputs and machine and private and not online and _code(existing.source) == _code(code)
 
 
 def _slugs(sources: list[str]) -> set[str]:
@@ -295,23 +295,23 @@ def _code(source: str) -> list[tuple[str, str]]:
     return [(cell["cell_type"], "".join(cell["source"]).strip()) for cell in cells]
 
 
-def _record(build: Build, version: int, url: str, kaggle: Kaggle) -> Pushed:
+def _record(build: Build, version: int, url: str, kaggle: KaggleClient) -> Pushed:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     pushed = Pushed(build=build.identity, kernel=build.kernel, version=version, url=url, when=now)
     _write(build, pushed, kaggle)
     return pushed
 
 
-def _write(build: Build, pushed: Pushed, kaggle: Kaggle) -> None:
+def _write(build: Build, pushed: Pushed, kaggle: KaggleClient) -> None:
     if not kaggle.dry:
         write_private(pushed_path(build), pushed.model_dump_json(indent=2) + "\n")
 
 
-def _complete(build: Build, pushed: Pushed, kaggle: Kaggle) -> None:
-    """Wait for the run, and see that it left a submission.
+def _wait_for_run(build: Build, pushed: Pushed, kaggle: KaggleClient) -> None:
+    """Wait for the run, and check that it wrote a submission.
 
     Raises:
-        PackagingError: it failed, or left none; with the end of its log.
+        PackagingError: it failed, or wrote no submission; with the end of its log.
     """
 
     def ended() -> str | None:
@@ -321,17 +321,17 @@ def _complete(build: Build, pushed: Pushed, kaggle: Kaggle) -> None:
             raise _failed(how, build, pushed, kaggle.kernel_output(build.kernel))
         return state if state == "COMPLETE" else None
 
-    kaggle.wait(f"the run of {build.kernel}", build.package.hours * 3600 + _QUEUE, ended)
-    left = kaggle.kernel_output(build.kernel)
-    found = [name for name in SUBMISSIONS if name in left.files]
-    if not found:
-        raise _failed(f"left no {' or '.join(SUBMISSIONS)}, but {left.files}", build, pushed, left)
-    pushed.output, pushed.seconds = found[0], left.seconds
+    kaggle.wait(f"the run of {build.kernel}", build.package.limit + _QUEUE, ended)
+    output = kaggle.kernel_output(build.kernel)
+    submissions = [name for name in SUBMISSIONS if name in output.files]
+    if not submissions:
+        raise _failed(f"left no {' or '.join(SUBMISSIONS)}, but {output.files}", build, pushed, output)
+    pushed.output, pushed.seconds = submissions[0], output.seconds
     _write(build, pushed, kaggle)
-    kaggle.say(f"{build.kernel}, version {pushed.version}, is complete and left {found[0]}")
+    kaggle.say(f"{build.kernel}, version {pushed.version}, is complete and left {submissions[0]}")
 
 
-def _failed(what: str, build: Build, pushed: Pushed, output: Output) -> PackagingError:
+def _failed(what: str, build: Build, pushed: Pushed, output: KernelOutput) -> PackagingError:
     return PackagingError(
         f"the run of {build.kernel}, version {pushed.version}, {what}; its log ends:\n{output.tail(_TAIL)}",
         where=pushed.url,

@@ -10,17 +10,18 @@ from pairclf.console import console
 from pairclf.errors import PackagingError
 from pairclf.packaging.record import Build, PackedBundle, read_build
 from pairclf.publish import ledger as table
-from pairclf.publish.client import Clock, Kaggle
-from pairclf.publish.dry import Pretend
+from pairclf.publish.client import KaggleClient, WaitClock
+from pairclf.publish.dry import DryRun
 from pairclf.publish.push import Pushed, read_pushed
 from pairclf.publish.uploads import upload_lock
 from pairclf.rehearsal.report import read_passed
+from pairclf.task import hidden_rows
 
 _QUEUE = 7200.0  # seconds in which the rerun gets a machine, beside the competition's hours
 
 
 def submit(
-    folder: Path, message: str, *, go: bool, ledger: Path, again: bool = False, clock: Clock | None = None
+    folder: Path, message: str, *, go: bool, ledger: Path, again: bool = False, clock: WaitClock | None = None
 ) -> None:
     """Submit the kernel's version that holds this build, and wait until it is scored.
 
@@ -45,59 +46,66 @@ def submit(
     competition = build.package.competition
     if not go:
         table.rows(ledger)
-        dry = Kaggle(Clock(), Pretend())
+        dry = KaggleClient(WaitClock(), DryRun())
         dry.submit(competition, pushed.kernel, pushed.version, pushed.output, description)
         return
-    kaggle, row = Kaggle(clock or Clock()), _row(folder, build, pushed, message)
+    kaggle, row = KaggleClient(clock or WaitClock()), _row(folder, build, pushed, message)
     table.prepare(ledger)
     with upload_lock(build):
 
         def make() -> int:
-            made = None if again else _made(kaggle.submissions(competition), description) or _noted(ledger, row)
-            if made is not None:
-                console.print(f"submission {made} is this one already")
-                return made
+            existing = (
+                None
+                if again
+                else _submission_of(kaggle.submissions(competition), description) or _submission_in_ledger(ledger, row)
+            )
+            if existing is not None:
+                console.print(f"submission {existing} is this one already")
+                return existing
             return kaggle.submit(competition, pushed.kernel, pushed.version, pushed.output or "", description)
 
         # A second one of the same can't be told from a first one that got lost on its way.
-        submission = make() if again else kaggle.again(description, make)
+        submission = make() if again else kaggle.retry(description, make)
         table.record(ledger, row.model_copy(update={"submission": submission}))
-        _score(kaggle, build, submission, ledger)
+        _wait_for_score(kaggle, build, submission, ledger)
 
 
-def _made(submissions: list[Mapping[str, Any]], description: str) -> int | None:
+def _submission_of(submissions: list[Mapping[str, Any]], description: str) -> int | None:
     """The newest submission that says so; one that failed does not count."""
-    for one in submissions:
-        if one["description"] == description and one["status"] != "ERROR":
-            return int(one["ref"])
+    for entry in submissions:
+        if entry["description"] == description and entry["status"] != "ERROR":
+            return int(entry["ref"])
     return None
 
 
-def _noted(ledger: Path, row: table.Row) -> int | None:
+def _submission_in_ledger(ledger: Path, row: table.LedgerRow) -> int | None:
     """The one in the ledger, as Kaggle's list of submissions may be late."""
-    same = (one for one in reversed(table.rows(ledger)) if (one.kernel, one.message) == (row.kernel, row.message))
-    return next((one.submission for one in same if one.build == row.build and one.status != "ERROR"), None)
+    same = (
+        entry for entry in reversed(table.rows(ledger)) if (entry.kernel, entry.message) == (row.kernel, row.message)
+    )
+    return next((entry.submission for entry in same if entry.build == row.build and entry.status != "ERROR"), None)
 
 
-def _score(kaggle: Kaggle, build: Build, submission: int, ledger: Path) -> None:
+def _wait_for_score(kaggle: KaggleClient, build: Build, submission: int, ledger: Path) -> None:
     def scored() -> Mapping[str, Any] | None:
-        found = [one for one in kaggle.submissions(build.package.competition) if one["ref"] == submission]
-        return found[0] if found and found[0]["status"] != "PENDING" else None
+        matches = [result for result in kaggle.submissions(build.package.competition) if result["ref"] == submission]
+        return matches[0] if matches and matches[0]["status"] != "PENDING" else None
 
-    one = kaggle.wait(f"the score of submission {submission}", build.package.hours * 3600 + _QUEUE, scored)
-    table.update(ledger, submission, one)
-    if one["status"] == "ERROR":
+    result = kaggle.wait(f"the score of submission {submission}", build.package.limit + _QUEUE, scored)
+    table.update(ledger, submission, result)
+    if result["status"] == "ERROR":
         raise PackagingError(
-            f"submission {submission} was not scored: {one['errorDescription'] or 'Kaggle does not say why'}",
-            remedy="the hidden test differs from the public one: pairclf rehearse with --rows 25000 and --inject",
+            f"submission {submission} was not scored: {result['errorDescription'] or 'Kaggle does not say why'}",
+            remedy="the hidden test differs from the public one: pairclf rehearse with --rows "
+            f"{hidden_rows(build.package.competition)} and --inject",
         )
-    console.print(f"submission {submission} is scored: public {one['publicScore'] or 'not shown'}")
+    console.print(f"submission {submission} is scored: public {result['publicScore'] or 'not shown'}")
 
 
-def _row(folder: Path, build: Build, pushed: Pushed, message: str) -> table.Row:
+def _row(folder: Path, build: Build, pushed: Pushed, message: str) -> table.LedgerRow:
     """The ledger's line but for the submission's number; made before it, so that nothing can come between."""
-    metrics = {_fold(one, build): one.metrics.get(build.task.metric) for one in build.bundles}
-    return table.Row(
+    metrics = {_fold(bundle, build): bundle.metrics.get(build.task.metric) for bundle in build.bundles}
+    return table.LedgerRow(
         when=table.now(),
         build=build.identity,
         config=build.config,
@@ -106,7 +114,7 @@ def _row(folder: Path, build: Build, pushed: Pushed, message: str) -> table.Row:
         folds={fold: value for fold, value in metrics.items() if value is not None},
         out_of_fold=build.out_of_fold,
         seconds=pushed.seconds or read_passed(folder).notebook,
-        bundles=[one.seal for one in build.bundles],
+        bundles=[bundle.seal for bundle in build.bundles],
         message=message,
         kernel=f"{pushed.kernel}/{pushed.version}",
         submission=0,
@@ -116,4 +124,4 @@ def _row(folder: Path, build: Build, pushed: Pushed, message: str) -> table.Row:
 def _fold(bundle: PackedBundle, build: Build) -> str:
     """The fold's number, with the bundle's name where several bundles share it."""
     name = "none" if bundle.fold is None else str(bundle.fold)
-    return name if [one.fold for one in build.bundles].count(bundle.fold) == 1 else f"{name} {bundle.folder}"
+    return name if [other.fold for other in build.bundles].count(bundle.fold) == 1 else f"{name} {bundle.folder}"

@@ -1,4 +1,4 @@
-"""A part on its way to Kaggle: folders as archives, what older versions held, bytes that go on where they stopped.
+"""Upload a part to Kaggle: folders as archives, files of older versions, resumable uploads.
 
 All of it lies in a folder of this machine's own, named by the build's identity, and none of it in the package: a
 package that another person made must not say where bytes go, what was sent, or which folders are removed.
@@ -26,12 +26,12 @@ from typing import Any
 from pydantic import Field
 
 from pairclf.config import Section, checked
-from pairclf.console import Advance, console, progress
+from pairclf.console import Advance, console, counted, progress
 from pairclf.errors import ConfigError, PackagingError
 from pairclf.files import atomic_file, cache_folder, check_name, locked, private_folder, sha256_file, write_private
-from pairclf.packaging.metadata import DATASET_METADATA, INSTANCE_METADATA, MODEL_METADATA
-from pairclf.packaging.record import Build, Part, parse_json, read_marker
-from pairclf.publish.client import ATTEMPTS, Kaggle, KaggleError
+from pairclf.packaging.metadata import DATASET_METADATA, INSTANCE_METADATA, MODEL_METADATA, PackagePart
+from pairclf.packaging.record import Build, parse_json, read_marker
+from pairclf.publish.client import ATTEMPTS, KaggleClient, KaggleError
 
 _METADATA = (DATASET_METADATA, MODEL_METADATA, INSTANCE_METADATA)
 _ZIP_DATE = (2020, 2, 2, 0, 0, 0)
@@ -40,8 +40,8 @@ _COMPLETE = (200, 201)  # and 308 is: go on
 _EXPIRED = 6 * 24 * 3600.0  # seconds; the store forgets an unfinished upload after a week
 
 
-class Blob(Section):
-    """One file's way up."""
+class FileUpload(Section):
+    """The upload of one file."""
 
     sha256: str = Field(description="of its bytes, in hex")
     url: str = Field(description="where its bytes go")
@@ -49,12 +49,12 @@ class Blob(Section):
     since: float = Field(description="seconds since 1970")
 
 
-class State(Section):
-    """What is known of a part's upload; without it, it begins again."""
+class UploadState(Section):
+    """Progress of a part's upload; without it, the upload starts again."""
 
     marker: str = Field(description="of the part; another one begins again")
     sent: bool = Field(False, description="whether Kaggle took the request that makes the version")
-    blobs: dict[str, Blob] = Field({}, description="by file name")
+    blobs: dict[str, FileUpload] = Field({}, description="by file name")
 
 
 @contextmanager
@@ -83,8 +83,8 @@ def upload_lock(build: Build) -> Iterator[None]:
         yield
 
 
-class Shipment:
-    """One part, and how far it is.
+class PartUpload:
+    """The upload of one part.
 
     Args:
         package: the package's folder, which is only read.
@@ -93,7 +93,7 @@ class Shipment:
         uploads: see `upload_folder`.
     """
 
-    def __init__(self, package: Path, part: Part, kaggle: Kaggle, uploads: Path) -> None:
+    def __init__(self, package: Path, part: PackagePart, kaggle: KaggleClient, uploads: Path) -> None:
         self.part, self._kaggle = part, kaggle
         self.source = package / part.folder
         self.folder = uploads / part.folder
@@ -105,16 +105,16 @@ class Shipment:
     def sent(self) -> bool:
         return self._state.sent
 
-    def _read(self) -> State:
+    def _read(self) -> UploadState:
         if self._path.is_file():
             try:
-                state = checked(State, parse_json(self._path), self._path, "")
+                state = checked(UploadState, parse_json(self._path), self._path, "")
             except (PackagingError, ConfigError) as error:
                 console.print(f"note: the upload of {self.part.folder} begins again: {error.what}")
             else:
                 if state.marker == self.part.marker:
                     return state
-        return State(marker=self.part.marker)
+        return UploadState(marker=self.part.marker)
 
     def _write(self) -> None:
         write_private(self._path, self._state.model_dump_json(indent=2) + "\n")
@@ -124,7 +124,7 @@ class Shipment:
         self._write()
 
     def clear(self) -> None:
-        """Remove what was packed; the part is there."""
+        """Remove the packed files: the part is uploaded."""
         for folder in (self.folder, self._old):
             shutil.rmtree(folder, ignore_errors=True)
         self._path.unlink(missing_ok=True)
@@ -180,19 +180,19 @@ class Shipment:
         Raises:
             PackagingError: old and new together are over a limit; a file is not what its marker says.
         """
-        wanted: dict[str, tuple[str, str]] = {}  # new path: old path, hash
-        got: dict[str, Path] = {}
+        old_files: dict[str, tuple[str, str]] = {}  # new path: old path, hash
+        fetched: dict[str, Path] = {}
         for marker in sorted(name for name in listed if self._is_older(name)):
             root, _, name = marker.rpartition("/")
             check_name(name, f"a file of {self.part.source}")
             home = name.removesuffix(".json")
-            got[f"{home}/{name}"] = self._fetch(marker, f"{home}/{name}", None)
-            for path, digest in read_marker(got[f"{home}/{name}"]).items():
-                wanted[f"{home}/{path}"] = (f"{root}/{path}".lstrip("/"), digest)
-        self._check_room(listed, wanted, len(got), size, top)
-        for path, (there, digest) in wanted.items():
-            got[path] = self._fetch(there, path, digest)
-        return got
+            fetched[f"{home}/{name}"] = self._fetch(marker, f"{home}/{name}", None)
+            for path, digest in read_marker(fetched[f"{home}/{name}"]).items():
+                old_files[f"{home}/{path}"] = (f"{root}/{path}".lstrip("/"), digest)
+        self._check_room(listed, old_files, len(fetched), size, top)
+        for path, (old_path, digest) in old_files.items():
+            fetched[path] = self._fetch(old_path, path, digest)
+        return fetched
 
     def _is_marker(self, path: str) -> bool:
         name = path.rpartition("/")[2]
@@ -203,15 +203,15 @@ class Shipment:
         return self._is_marker(path) and path.rpartition("/")[2] != self.part.marker
 
     def _check_room(
-        self, listed: Mapping[str, int], wanted: Mapping[str, tuple[str, str]], builds: int, size: int, top: int
+        self, listed: Mapping[str, int], old_files: Mapping[str, tuple[str, str]], builds: int, size: int, top: int
     ) -> None:
-        theirs = {there for there, _ in wanted.values()}
-        if unknown := [name for name in listed if name not in theirs and not self._is_marker(name)]:
+        old_paths = {old_path for old_path, _ in old_files.values()}
+        if unknown := [name for name in listed if name not in old_paths and not self._is_marker(name)]:
             console.print(
-                f"note: {self.part.source} has {len(unknown)} files that no package put there, such as {unknown[0]}; "
-                "the new version is made without them, the older versions keep them"
+                f"note: {self.part.source} has {counted(len(unknown), 'file')} that no package put there, such as "
+                f"{unknown[0]}; the new version is made without them, the older versions keep them"
             )
-        old = sum(listed.get(name, 0) for name in theirs)
+        old = sum(listed.get(name, 0) for name in old_paths)
         entries = builds + sum(path.name not in _METADATA for path in self.source.iterdir())
         if self.part.bytes + old > size or entries > top:
             raise PackagingError(
@@ -248,7 +248,7 @@ class Shipment:
             fresh = blob is None or blob.sha256 != digest or time.time() - blob.since > _EXPIRED
             if blob is None or fresh:
                 url, token = self._kaggle.start_upload(path, model=self.part.kind == "model")
-                blob = Blob(sha256=digest, url=url, token=token, since=time.time())
+                blob = FileUpload(sha256=digest, url=url, token=token, since=time.time())
                 self._state.blobs[path.name] = blob
                 self._write()
             done = self._put(path, blob.url, fresh=fresh)
@@ -257,12 +257,12 @@ class Shipment:
             if done is None:  # the store knows nothing of it
                 blob = None
             if attempt < ATTEMPTS:
-                console.print(f"{path.name}: the upload broke off; going on in {2**attempt} s")
+                console.print(f"{path.name}: the upload was interrupted; retrying in {2**attempt} s")
                 self._kaggle.clock.sleep(2.0**attempt)
         raise KaggleError(
             f"{path.name} could not be uploaded in {ATTEMPTS} tries",
             status=None,
-            remedy="run the same command again: it goes on where it stopped",
+            remedy="run the same command again to continue the upload",
         )
 
     def _put(self, path: Path, url: str, *, fresh: bool) -> bool | None:
@@ -274,18 +274,18 @@ class Shipment:
         with requests.Session() as session:
             put = partial(self._request, session, url)
             if not fresh:
-                found = put({"Content-Range": f"bytes */{size}", "Content-Length": "0"}, b"")
-                if found is None or found.status_code >= 500:
+                status_response = put({"Content-Range": f"bytes */{size}", "Content-Length": "0"}, b"")
+                if status_response is None or status_response.status_code >= 500:
                     return False
-                if found.status_code in _COMPLETE:
+                if status_response.status_code in _COMPLETE:
                     return True
-                if found.status_code != 308:
+                if status_response.status_code != 308:
                     return None
-                start = _received(found)
+                start = _received(status_response)
             headers = {"Content-Range": f"bytes {start}-{size - 1}/{size}"} if start else {}
             with path.open("rb") as stream, _bar(path, start, self._kaggle) as advance:
                 stream.seek(start)
-                sent = put(headers, _Reader(stream, size - start, advance))
+                sent = put(headers, _ProgressReader(stream, size - start, advance))
         if sent is None or sent.status_code >= 500 or sent.status_code == 308:
             return False
         return True if sent.status_code in _COMPLETE else None
@@ -300,12 +300,12 @@ class Shipment:
             return None
 
 
-def _bar(path: Path, start: int, kaggle: Kaggle) -> AbstractContextManager[Advance]:
+def _bar(path: Path, start: int, kaggle: KaggleClient) -> AbstractContextManager[Advance]:
     return progress(f"uploading {path.name}", total=path.stat().st_size, done=start, visible=not kaggle.dry)
 
 
-class _Reader:
-    """A file from where it stands, as a body of known length that says how much of it was read."""
+class _ProgressReader:
+    """The rest of a file as a request body of known length, which reports progress."""
 
     def __init__(self, stream: BufferedReader, size: int, advance: Advance) -> None:
         self._stream, self._size, self._advance = stream, size, advance

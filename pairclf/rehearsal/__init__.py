@@ -1,1 +1,1 @@
-"""Rehearsal: a package, run offline as Kaggle would run it, with its limits and what may go wrong."""
+"""`rehearse`: run a package offline under Kaggle's mounts, limits and clock, with injected faults, and check it."""

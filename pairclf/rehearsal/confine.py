@@ -38,15 +38,15 @@ class View(TypedDict):
 
     Attributes:
         root: an empty folder, where its file system is put together.
-        shown: files and folders that it can read, under their own paths.
-        changed: folders that it can write to as well.
+        readable: files and folders that it can read, under their own paths.
+        writable: folders that it can write to as well.
         working: its working folder, an empty file system in memory.
         disk: bytes that it takes; /tmp takes as many.
     """
 
     root: str
-    shown: list[str]
-    changed: list[str]
+    readable: list[str]
+    writable: list[str]
     working: str
     disk: int
 
@@ -65,8 +65,8 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
 
 def _restrict(target: str, attributes: int, *, below: bool = True) -> None:
     """Add attributes to a mount, and to those below it; what it has already stays."""
-    wanted = struct.pack("QQQQ", attributes, 0, 0, 0)
-    _call("syscall", _SETATTR, _HERE, os.fsencode(target), _RECURSIVE if below else 0, wanted, len(wanted))
+    mount_attr = struct.pack("QQQQ", attributes, 0, 0, 0)
+    _call("syscall", _SETATTR, _HERE, os.fsencode(target), _RECURSIVE if below else 0, mount_attr, len(mount_attr))
 
 
 def _bind(root: str, path: str, attributes: int) -> None:
@@ -123,9 +123,9 @@ def enter(view: View) -> None:
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "mode=755")
     _build_system(root, view["disk"])
     _build_devices(root)
-    for path in sorted(view["shown"]):
+    for path in sorted(view["readable"]):
         _bind(root, path, _RDONLY | _NOSUID | _NODEV)
-    for path in view["changed"]:
+    for path in view["writable"]:
         _bind(root, path, _NOSUID | _NODEV)
     os.makedirs(root + view["working"], exist_ok=True)
     _mount("tmpfs", root + view["working"], "tmpfs", _NOSUID | _NODEV, f"size={view['disk']}")

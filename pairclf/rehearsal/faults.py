@@ -15,15 +15,16 @@ from typing import Literal
 import polars as pl
 
 from pairclf.rehearsal import shared_clock
-from pairclf.rehearsal.hidden import read_raw, write_raw
+from pairclf.rehearsal.hidden_test import read_raw, write_raw
 from pairclf.rehearsal.mounts import Mount
 
-STRUCK = "struck-"
+MARKER_PREFIX = "struck-"
 """What the names of files begin with that a hook leaves in the stage's home when it has done something."""
 
 HOOK = "pairclf_fault"
 
 _AFTER_IMPORT = f'''
+import functools
 import importlib.abc
 import importlib.machinery
 import os
@@ -36,7 +37,7 @@ from pathlib import Path
 def strike(what="pass"):
     """Note it; whether it is the first time."""
     try:
-        Path(os.environ["HOME"], "{STRUCK}" + what).open("x").close()
+        Path(os.environ["HOME"], "{MARKER_PREFIX}" + what).open("x").close()
     except FileExistsError:
         return False
     return True
@@ -54,37 +55,48 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, AfterImport())
+
+
+def of_scorers(worker, change):
+    """Change every scorer that a worker loads, whatever its approach."""
+    load = worker.load_bundle
+
+    @functools.wraps(load)
+    def loaded(assignment):
+        made = load(assignment)
+        change(made.scorer, assignment)
+        return made
+
+    worker.load_bundle = loaded
 '''
 
 _OOM = """
-def limit(worker):
-    import torch
+def limit(scorer, assignment):
+    launch, fits = scorer.launch, FITTING * assignment.largest.longest
 
-    launch = worker.Scorer.launch
-
-    def limited(self, items):
+    def limited(items):
         tokens = sum(len(item.ids) for item in items)
-        if tokens > LIMIT:
+        if tokens > fits:
             strike()
-            raise torch.OutOfMemoryError(f"a pass of {tokens} tokens, where {LIMIT} are rehearsed to fit")
-        return launch(self, items)
+            raise MemoryError(f"a pass of {tokens} tokens, where {fits:g} are rehearsed to fit")
+        return launch(items)
 
-    worker.Scorer.launch = limited
+    scorer.launch = limited
 
 
-CHANGES = {"pairclf.inference.worker": limit}
+CHANGES = {"pairclf.inference.worker": lambda worker: of_scorers(worker, limit)}
 """
 
 _KILL = """
-def kill_worker(worker):
-    collect = worker.Scorer.collect
+def kill_worker(scorer, assignment):
+    collect = scorer.collect
 
-    def killed(self, items, launched):
+    def killed(items, launched):
         if strike("worker"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return collect(self, items, launched)
+        return collect(items, launched)
 
-    worker.Scorer.collect = killed
+    scorer.collect = killed
 
 
 def kill_parent(journal):
@@ -98,7 +110,10 @@ def kill_parent(journal):
     journal.Journal.add = killed
 
 
-CHANGES = {"pairclf.inference.worker": kill_worker, "pairclf.inference.journal": kill_parent}
+CHANGES = {
+    "pairclf.inference.worker": lambda worker: of_scorers(worker, kill_worker),
+    "pairclf.inference.journal": kill_parent,
+}
 """
 
 _CLOCK = """
@@ -108,22 +123,25 @@ CLOCK.rule()
 
 _SLOW = f"""{_CLOCK}
 
-def slow_down(worker):
-    launch = worker.Scorer.launch
+def slow_down(scorer, assignment):
+    launch = scorer.launch
 
-    def slow(self, items):
+    def slow(items):
         strike()
         CLOCK.last(SECONDS * len(items))
-        return launch(self, items)
+        return launch(items)
 
-    worker.Scorer.launch = slow
-
-
-def turn(crew):
-    crew.ProcessCrew.wait = CLOCK.turned_by(crew.ProcessCrew.wait, step=20.0)
+    scorer.launch = slow
 
 
-CHANGES = {{"pairclf.inference.worker": slow_down, "pairclf.inference.crew": turn}}
+def turn(pool):
+    pool.ProcessPool.wait = CLOCK.turned_by(pool.ProcessPool.wait, step=20.0)
+
+
+CHANGES = {{
+    "pairclf.inference.worker": lambda worker: of_scorers(worker, slow_down),
+    "pairclf.inference.pool": turn,
+}}
 """
 
 _HURRIED = f"""{_CLOCK}
@@ -144,60 +162,60 @@ SpoilMounts = Callable[[Sequence[Mount], Path], tuple[list[Mount], str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class InjectedFault:
     """One thing that goes wrong.
 
     Attributes:
         what: it is, for people.
-        must: come of it, for people: a valid submission in any case but the first cell's failure.
-        says: what the first cell's failure must say, as a regular expression with `{spoiled}` for what was spoiled;
-            empty: a valid submission must come.
+        expected: come of it, for people: a valid submission in any case but the first cell's failure.
+        error_pattern: regular expression that the first cell's error must match, with `{spoiled}` for the spoiled
+            file; empty: the run must end in a valid submission.
         scored: which rows of it must have been scored; `some`: one at least; `any`: however many.
-        same: the submission must be the undisturbed one.
+        same_scores: the submission must be the undisturbed one.
         hook: code for every Python process of the kernel.
-        strikes: names that the hook must have left.
+        markers: names that the hook must have left.
         prelude: code that the kernel runs before its first cell.
         spoil_rows: changes the test file's rows; gets the task's fields.
         spoil_mounts: changes the mounts, with a folder for changed files; returns what was spoiled too.
     """
 
     what: str
-    must: str
-    says: str = ""
+    expected: str
+    error_pattern: str = ""
     scored: Literal["all", "some", "any", "none"] = "all"
-    same: bool = False
+    same_scores: bool = False
     hook: str = ""
-    strikes: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()
     prelude: str = ""
     spoil_rows: SpoilRows | None = None
     spoil_mounts: SpoilMounts | None = None
 
     @property
-    def compares(self) -> bool:
+    def needs_undisturbed_run(self) -> bool:
         """Whether there must be an undisturbed run to hold it against."""
-        return self.same
+        return self.same_scores
 
     @property
-    def hurried(self) -> bool:
+    def skips_waits(self) -> bool:
         """Whether the kernel's waits take no time, so that a mount must not be late: it is full, or never is."""
         return self.hook == _HURRIED
 
-    def module(self, limit: int, seconds: float) -> str:
+    def module(self, fitting: float, seconds: float) -> str:
         """Text of the hook's module.
 
         Args:
-            limit: tokens of a pass that fit, for `oom`.
+            fitting: part of the longest sequence that fits into a pass, for `oom`.
             seconds: that a sequence takes longer, for `slow`.
         """
         clock = Path(shared_clock.__file__).read_text(encoding="utf-8")
-        return f"{clock}\n\n{_AFTER_IMPORT}\n\nLIMIT, SECONDS = {limit!r}, {seconds!r}\n{self.hook}"
+        return f"{clock}\n\n{_AFTER_IMPORT}\n\nFITTING, SECONDS = {fitting!r}, {seconds!r}\n{self.hook}"
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 CELLS = (None, "", "[]", "[null]", "null", '["cut', '{"a": 1}', '[""]')
 LISTS: tuple[list[str | None] | None, ...] = (None, [], [None], [""])
-EVERY = 3
+SPOIL_INTERVAL = 3
 """One row in so many is spoiled, each field of it in another way."""
 
 
@@ -205,8 +223,8 @@ def _empty_cells(frame: pl.DataFrame, fields: Sequence[str]) -> pl.DataFrame:
     for place, name in enumerate(field for field in fields if field in frame.columns):
         cells, column = frame[name].to_list(), frame[name]
         ways: Sequence[object] = LISTS if column.dtype == pl.List(pl.String) else CELLS
-        for row in range(0, len(cells), EVERY):
-            cells[row] = ways[(row // EVERY + place) % len(ways)]
+        for row in range(0, len(cells), SPOIL_INTERVAL):
+            cells[row] = ways[(row // SPOIL_INTERVAL + place) % len(ways)]
         frame = frame.with_columns(pl.Series(name, cells, dtype=column.dtype))
     return frame
 
@@ -252,44 +270,46 @@ def _flip_byte(mounts: Sequence[Mount], folder: Path) -> tuple[list[Mount], str]
 
 
 FAULTS = {
-    "oom": Fault(
-        "passes over a size run out of memory", "some rows scored", scored="some", hook=_OOM, strikes=("pass",)
+    "oom": InjectedFault(
+        "passes over a size run out of memory", "some rows scored", scored="some", hook=_OOM, markers=("pass",)
     ),
-    "kill": Fault(
+    "kill": InjectedFault(
         "a worker is killed, and predict after its first batch",
         "the same scores",
-        same=True,
+        same_scores=True,
         hook=_KILL,
-        strikes=("worker", "predict"),
+        markers=("worker", "predict"),
     ),
-    "slow": Fault(
+    "slow": InjectedFault(
         "forward passes take longer than there is time for",
         "valid, in time",
         scored="any",
         hook=_SLOW,
-        strikes=("pass",),
+        markers=("pass",),
     ),
-    "null-rows": Fault("every third row has empty and broken cells", "all rows scored", spoil_rows=_empty_cells),
-    "missing-model": Fault(
+    "null-rows": InjectedFault(
+        "every third row has empty and broken cells", "all rows scored", spoil_rows=_empty_cells
+    ),
+    "missing-model": InjectedFault(
         "the base model, or the bundles that hold it, never comes",
         "priors",
         scored="none",
         hook=_HURRIED,
         spoil_mounts=_leave_empty,
     ),
-    "corrupt-bundle": Fault(
+    "corrupt-bundle": InjectedFault(
         "a byte of a bundle is another",
         "first cell fails",
-        says=r"{spoiled}[\s\S]*changed",
+        error_pattern=r"{spoiled}[\s\S]*changed",
         scored="none",
         hook=_HURRIED,  # the kernel looks twice at a file that may still be on its way, 20 s apart
         spoil_mounts=_flip_byte,
     ),
-    "wrong-python": Fault(
-        "the image has Python 3.99", "first cell fails", says=r"3\.99", scored="none", prelude=_OTHER_PYTHON
+    "wrong-python": InjectedFault(
+        "the image has Python 3.99", "first cell fails", error_pattern=r"3\.99", scored="none", prelude=_OTHER_PYTHON
     ),
-    "extra-columns": Fault(
-        "the test file has columns that nobody knows", "the same scores", same=True, spoil_rows=_more_columns
+    "extra-columns": InjectedFault(
+        "the test file has columns that nobody knows", "the same scores", same_scores=True, spoil_rows=_more_columns
     ),
 }
 """`rehearse --inject`."""

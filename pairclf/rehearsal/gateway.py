@@ -106,10 +106,10 @@ def run(
     """
     test, sample = read(data_paths)
     answers = []
-    for number, (rows, wanted) in enumerate(batches(test, sample)):
+    for number, (rows, expected) in enumerate(batches(test, sample)):
         limit = (BATCH_SECONDS if number else FIRST_SECONDS) / _speed()
-        given = _called(predict, (_sent(rows), _sent(wanted)), limit, clock)
-        answers.append(checked(given, wanted))
+        answer = _called(predict, (_sent(rows), _sent(expected)), limit, clock)
+        answers.append(checked(answer, expected))
     pl.concat(answers, how="vertical_relaxed").write_csv("submission.csv")
 
 
@@ -137,26 +137,26 @@ def batches(test: pl.DataFrame, sample: pl.DataFrame) -> Iterator[tuple[pl.DataF
     return zip(test.iter_slices(ROWS), sample.iter_slices(ROWS), strict=True)
 
 
-def checked(given: Any, wanted: pl.DataFrame) -> pl.DataFrame:
+def checked(answer: Any, expected: pl.DataFrame) -> pl.DataFrame:
     """The answer as a polars frame, if it is one for these rows.
 
     Raises:
         GatewayError: it is not.
     """
-    if given is None:
+    if answer is None:
         raise GatewayError("no prediction received")
-    if type(given).__module__.partition(".")[0] == "pandas":
-        given = pl.from_pandas(given)
-    if not isinstance(given, pl.DataFrame):
-        raise GatewayError(f"a prediction must be a DataFrame, and is a {type(given).__name__}")
-    if len(given) != len(wanted):
-        raise GatewayError(f"expected {len(wanted)} rows, and received {len(given)}")
-    if given.columns != wanted.columns:
-        raise GatewayError(f"a prediction has columns {given.columns}, the sample {wanted.columns}")
-    identifier = wanted.columns[0]
-    if not given[identifier].equals(wanted[identifier]):
+    if type(answer).__module__.partition(".")[0] == "pandas":
+        answer = pl.from_pandas(answer)
+    if not isinstance(answer, pl.DataFrame):
+        raise GatewayError(f"a prediction must be a DataFrame, and is a {type(answer).__name__}")
+    if len(answer) != len(expected):
+        raise GatewayError(f"expected {len(expected)} rows, and received {len(answer)}")
+    if answer.columns != expected.columns:
+        raise GatewayError(f"a prediction has columns {answer.columns}, the sample {expected.columns}")
+    identifier = expected.columns[0]
+    if not answer[identifier].equals(expected[identifier]):
         raise GatewayError(f"the values of {identifier!r} are not those of the batch, in its order and type")
-    return _sent(given)
+    return _sent(answer)
 
 
 def _called(
@@ -179,14 +179,14 @@ def _called(
     Thread(target=call, daemon=True).start()
     late = GatewayError(f"no answer to a batch within {limit:.0f} s")
     try:
-        given, error = answers.get(timeout=limit)
+        answer, error = answers.get(timeout=limit)
     except Empty:
         raise late from None
     if clock() - began > limit:
         raise late
     if error is not None:
         raise GatewayError(f"predict raised {type(error).__name__}: {error}") from error
-    return given
+    return answer
 
 
 def _sent(frame: pl.DataFrame) -> pl.DataFrame:

@@ -19,7 +19,7 @@ from packaging.version import Version
 from pairclf.console import console
 from pairclf.errors import PackagingError
 from pairclf.files import locked, write_text
-from pairclf.packaging.closure import compile_pins, is_of_the_driver, tail
+from pairclf.packaging.install_check import compile_pins, is_of_the_driver, tail
 from pairclf.packaging.interpreters import find_interpreter, full_version
 from pairclf.packaging.profiles import read_profile
 
@@ -112,25 +112,36 @@ def image_environment(python: str, profile: Path, cache: Path) -> Path:
             remedy=f"`uv python install {python}`, or rehearse with the running one",
         )
     image = read_profile(python, profile)
-    names = sorted({*(_asked(python) & image.versions.keys()), *_RUNNER})
+    names = sorted({*(_required_projects(python) & image.versions.keys()), *_RUNNER})
     pins = {name: Version(version.public) for name, version in image.versions.items()}
-    known = [full_version(interpreter), str(interpreter), *names, *(f"{name}=={pins[name]}" for name in sorted(pins))]
-    key = hashlib.sha256("\n".join(known).encode()).hexdigest()[:12]
+    key_parts = [
+        full_version(interpreter),
+        str(interpreter),
+        *names,
+        *(f"{name}=={pins[name]}" for name in sorted(pins)),
+    ]
+    key = hashlib.sha256("\n".join(key_parts).encode()).hexdigest()[:12]
     folder = cache.resolve() / f"python{python}-{key}"
     with locked(folder.with_name(f"{folder.name}.lock")):
         if not (folder / _PINS).is_file():
-            _install(folder, interpreter, python, names, pins)
+            _install_environment(folder, interpreter, python, names, pins)
     return folder / "bin" / "python"
 
 
-def _asked(python: str) -> set[str]:
+def _required_projects(python: str) -> set[str]:
     """Names of what pairclf asks for under that Python, without its extras."""
-    here = {"extra": "", "python_version": python}
+    environment = {"extra": "", "python_version": python}
     lines = [Requirement(line) for line in requires("pairclf") or ()]
-    return {canonicalize_name(one.name) for one in lines if one.marker is None or one.marker.evaluate(here)}
+    return {
+        canonicalize_name(requirement.name)
+        for requirement in lines
+        if requirement.marker is None or requirement.marker.evaluate(environment)
+    }
 
 
-def _install(folder: Path, interpreter: Path, python: str, names: Collection[str], pins: dict[str, Version]) -> None:
+def _install_environment(
+    folder: Path, interpreter: Path, python: str, names: Collection[str], pins: dict[str, Version]
+) -> None:
     """Make the environment anew; `pins.txt` in it says what it holds."""
     if folder.exists():  # of a process that was killed
         shutil.rmtree(folder)
@@ -165,12 +176,12 @@ def _site_folders(python: Path) -> list[Path]:
 
 def _files_of(projects: Collection[str], site: Path) -> set[Path]:
     """Every file that the projects have below `site`, by their RECORD."""
-    found = (entry for entry in distributions(path=[str(site)]) if canonicalize_name(entry.name) in projects)
-    return {path for entry in found for path in _files(entry)}
+    installed = (entry for entry in distributions(path=[str(site)]) if canonicalize_name(entry.name) in projects)
+    return {path for entry in installed for path in _files(entry)}
 
 
-def _files(found: Distribution) -> Iterator[Path]:
-    for entry in found.files or []:
+def _files(distribution: Distribution) -> Iterator[Path]:
+    for entry in distribution.files or []:
         yield Path(os.path.normpath(str(entry.locate())))
 
 
@@ -178,13 +189,13 @@ def _link_tree(source: Path, target: Path, left_out: Collection[Path]) -> None:
     """Link the files of `source`, but those left out, the byte code beside those, and what only compilers read."""
     emptied = {path.parent / "__pycache__" for path in left_out}
     for root, _, names in os.walk(source):
-        here = Path(root)
-        if here in emptied:
+        folder = Path(root)
+        if folder in emptied:
             continue
         for name in names:
-            path, there = here / name, target / here.relative_to(source) / name
-            if path.suffix not in _FOR_COMPILERS and path not in left_out and not there.exists():
-                _link(path, there)
+            path, link = folder / name, target / folder.relative_to(source) / name
+            if path.suffix not in _FOR_COMPILERS and path not in left_out and not link.exists():
+                _link(path, link)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -198,11 +209,11 @@ def needed_by(python: Path) -> list[Path]:
     Those of the interpreter itself, and the environment's site-packages; what an editable install adds is not there.
     """
     base, *paths = map(Path, _run("look", str(python), "-I", "-c", _NEEDED).splitlines())
-    found = [base / name for name in _OF_PYTHON]
-    found += [path for path in paths if path.is_relative_to(base) or path.name in ("site-packages", "dist-packages")]
+    folders = [base / name for name in _OF_PYTHON]
+    folders += [path for path in paths if path.is_relative_to(base) or path.name in ("site-packages", "dist-packages")]
     link = python
     while link.is_symlink():
         link = Path(os.path.normpath(link.parent / os.readlink(link)))
-        found.append(link.parent)
-    existing = [path for path in found if path.exists()]
+        folders.append(link.parent)
+    existing = [path for path in folders if path.exists()]
     return [*existing, *map(Path.resolve, existing)]

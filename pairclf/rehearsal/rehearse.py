@@ -16,31 +16,39 @@ from pathlib import Path
 from threading import current_thread, main_thread
 
 from pairclf import __version__
-from pairclf.config import Config, parse_yaml, resolve
 from pairclf.console import Advance, console, progress
-from pairclf.dispositions import answering
 from pairclf.errors import ModelError, PackagingError
 from pairclf.files import atomic_file, is_regular, locked, private_folder, refuse_special_files, sha256_file
+from pairclf.hardware import MACHINES
 from pairclf.inference.deadline import seconds_until
-from pairclf.packaging.metadata import KERNEL, MACHINES
-from pairclf.packaging.payload import prove
+from pairclf.packaging.metadata import KERNEL
+from pairclf.packaging.payload import verify_package
 from pairclf.packaging.record import Build, is_own, read_build
 from pairclf.rehearsal import gateway
-from pairclf.rehearsal.clock import link_bundles, project
-from pairclf.rehearsal.faults import FAULTS, Fault, spoil_file
-from pairclf.rehearsal.hidden import enlarge, read_raw
-from pairclf.rehearsal.judge import Judge
-from pairclf.rehearsal.meter import GB
+from pairclf.rehearsal.checks import RunChecks
+from pairclf.rehearsal.faults import FAULTS, InjectedFault, spoil_file
+from pairclf.rehearsal.hidden_test import enlarge, read_raw
+from pairclf.rehearsal.kernel_run import SCORES, SERVED, SUBMISSION, KernelRun, run_kernel
 from pairclf.rehearsal.mounts import LAYOUTS, Mount, mounts_of
-from pairclf.rehearsal.play import SCORES, SERVED, SUBMISSION, Play, play
-from pairclf.rehearsal.report import REHEARSAL, REPORT, Report, Reports, read_report, rehearsal_path, write_report
+from pairclf.rehearsal.projection import link_bundles, project_hidden_test
+from pairclf.rehearsal.report import (
+    REHEARSAL,
+    REPORT,
+    RehearsalReport,
+    RehearsalReports,
+    read_report,
+    rehearsal_path,
+    write_report,
+)
+from pairclf.rehearsal.resource_monitor import GB
 from pairclf.rehearsal.runner import EXECUTED, HEAD, PRINTED
-from pairclf.rehearsal.stage import HERE, Scene, Stage, furnish, staged
+from pairclf.rehearsal.workspace import THIS_ENVIRONMENT, LayoutDirs, Workspace, build_image, workspace
+from pairclf.signals import answering
 
-SLOWNESS = 4.0
+SLOWDOWN = 4.0
 """With the fault `slow`, all rows take so many times what there is until the deadline."""
 
-FITTING = 0.75
+FITTING_SHARE = 0.75
 """With the fault `oom`, a pass of so much of the longest sequence fits."""
 
 _RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -104,7 +112,7 @@ class _Rehearsal:
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def rehearse(folder: Path, options: Options) -> Reports:
+def rehearse(folder: Path, options: Options) -> RehearsalReports:
     """Execute a package's kernel offline, in a stand-in for Kaggle's image, and judge how it ends.
 
     SIGTERM ends it as Ctrl-C does; the kernel does not outlive it.
@@ -127,13 +135,15 @@ def rehearse(folder: Path, options: Options) -> Reports:
     """
     rehearsal = _construct(folder, options)
     names: list[str | None] = [*options.inject] or [None]
-    with locked(rehearsal.out / _LOCK), _terminable():
-        if any(name and FAULTS[name].compares for name in names) and not _rehearsed(rehearsal):
+    with locked(rehearsal.out / _LOCK), _interruptible():
+        if any(name and FAULTS[name].needs_undisturbed_run for name in names) and not _rehearsed(rehearsal):
             names.insert(0, None)
-        reports = Reports([_run(rehearsal, name) for name in names])
+        reports = RehearsalReports([_run(rehearsal, name) for name in names])
     if not reports.passed:
         console.print(reports.render())
-        lines = [f"{one.fault or one.kernel}: {problem}" for one in reports.runs for problem in one.problems]
+        lines = [
+            f"{report.fault or report.kernel}: {problem}" for report in reports.runs for problem in report.problems
+        ]
         raise PackagingError(
             "the rehearsal did not end as it must:\n" + "\n".join(f"  {line}" for line in lines),
             where=rehearsal.out,
@@ -143,7 +153,7 @@ def rehearse(folder: Path, options: Options) -> Reports:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _interruptible() -> Iterator[None]:
     """Raise `KeyboardInterrupt` at SIGTERM too, so that all is cleared away. Signals are the main thread's."""
     if current_thread() is not main_thread():
         yield
@@ -163,7 +173,7 @@ def _construct(folder: Path, options: Options) -> _Rehearsal:
     image = _image(build, options)
     _check_options(build, options, image)
     private_folder(rehearsal_path(build.identity).parent)  # found out now, and not after the run
-    prove(folder, build)
+    verify_package(folder, build)
     test, sample = options.test or build.test, options.sample or build.sample
     if test is None or sample is None:
         raise PackagingError(
@@ -187,7 +197,7 @@ def _construct(folder: Path, options: Options) -> _Rehearsal:
         out=options.out or folder / REHEARSAL,
         memory=round(GB * (options.memory_gb or machine.memory_gb)),
         disk=round(GB * (options.disk_gb or machine.disk_gb)),
-        deadline=seconds_until(build.package.deadline, datetime.now(UTC)),
+        deadline=seconds_until(build.package.due, datetime.now(UTC)),
     )
 
 
@@ -199,14 +209,14 @@ def _without_strange_paths(build: Build) -> Build:
         "note: this machine did not make this package. The rehearsal runs its notebook: go on only if you trust the "
         "package's author. Its paths of test file, sample submission and image profiles are not used"
     )
-    package = build.package.model_copy(update={"images": None})
+    package = build.package.model_copy(update={"image_freezes": None})
     return build.model_copy(update={"test": None, "sample": None, "package": package})
 
 
 def _image(build: Build, options: Options) -> str:
     if options.image is not None:
         return options.image
-    return HERE if _RUNNING in build.package.pythons else build.package.pythons[0]
+    return THIS_ENVIRONMENT if _RUNNING in build.package.python_versions else build.package.python_versions[0]
 
 
 def _check_options(build: Build, options: Options, image: str) -> None:
@@ -219,11 +229,12 @@ def _check_options(build: Build, options: Options, image: str) -> None:
             "--inject and --commit: a notebook that is saved fails at every fault, to tell you of it",
             remedy="leave --commit out: faults are for the hidden rerun",
         )
-    python = _RUNNING if image == HERE else image
-    if python not in build.package.pythons:
+    python = _RUNNING if image == THIS_ENVIRONMENT else image
+    if python not in build.package.python_versions:
         raise PackagingError(
-            f"--image {image} has Python {python}, and the package is for {', '.join(build.package.pythons)}",
-            remedy=f"--image {build.package.pythons[0]}, or package.pythons=[..., '{python}'] and package again",
+            f"--image {image} has Python {python}, and the package is for {', '.join(build.package.python_versions)}",
+            remedy=f"--image {build.package.python_versions[0]}, or package.python_versions=[..., '{python}'] and "
+            "package again",
         )
 
 
@@ -244,31 +255,31 @@ def _rehearsed(rehearsal: _Rehearsal) -> bool:
 # --- set up and run --------------------------------------------------------------------------------------------------
 
 
-def _run(rehearsal: _Rehearsal, name: str | None) -> Report:
+def _run(rehearsal: _Rehearsal, name: str | None) -> RehearsalReport:
     """One run of the kernel, and its report in `out`."""
     fault = FAULTS[name] if name else None
-    report = _blank(rehearsal, name, fault)
-    with staged() as stage:
+    report = _empty_report(rehearsal, name, fault)
+    with workspace() as stage:
         with _timed(report, "input laid out"):
-            setting = _set_up(rehearsal, stage, fault)
-            report.rows = read_raw(setting.sample).height
+            inputs = _set_up(rehearsal, stage, fault)
+            report.rows = read_raw(inputs.sample).height
         with _timed(report, "image made"):
             wheels = [rehearsal.folder / part.folder for part in rehearsal.build.of("wheels")]
-            hook = _hook(rehearsal, fault, report)
-            furnish(stage, rehearsal.image, rehearsal.build.package.images, wheels, hook)
+            hook = _hook(fault, report)
+            build_image(stage, rehearsal.image, rehearsal.build.package.image_freezes, wheels, hook)
         with progress(f"rehearsing {name or report.kernel}", _cells(rehearsal, report)) as advance:
             for layout in report.layouts:
-                _play(rehearsal, setting, stage.scene(layout), fault, report, advance)
+                _run_layout(rehearsal, inputs, stage.layout_dirs(layout), fault, report, advance)
                 if report.failed:
                     break
-        _conclude(rehearsal, stage, setting, fault, report)
+        _check_and_keep(rehearsal, stage, inputs, fault, report)
     return report
 
 
-def _blank(rehearsal: _Rehearsal, name: str | None, fault: Fault | None) -> Report:
+def _empty_report(rehearsal: _Rehearsal, name: str | None, fault: InjectedFault | None) -> RehearsalReport:
     build, options = rehearsal.build, rehearsal.options
     whole, *others = options.layouts
-    return Report(
+    return RehearsalReport(
         pairclf=__version__,
         build=build.identity,
         kernel=build.code_file,
@@ -276,20 +287,20 @@ def _blank(rehearsal: _Rehearsal, name: str | None, fault: Fault | None) -> Repo
         inputs=rehearsal.inputs,
         rows=0,
         rerun=not options.commit,
-        image="versions of this environment" if rehearsal.image == HERE else "the image's versions",
+        image="versions of this environment" if rehearsal.image == THIS_ENVIRONMENT else "the image's versions",
         layouts=[*others, whole] if fault is None else [whole],
         # What faults are compared with is no trial.
         speed=1.0 if fault is None and options.inject else options.speed,
-        hours=build.package.hours,
+        hours=build.package.limit / 3600,
         deadline=rehearsal.deadline,
         memory_limit=rehearsal.memory,
         disk_limit=rehearsal.disk,
-        **({} if fault is None else {"must": fault.must}),
+        **({} if fault is None else {"expected": fault.expected}),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Setting:
+class _RunInputs:
     """What a run gets to see: its mounts, the sample submission among them, and what was spoiled."""
 
     sample: Path
@@ -297,53 +308,42 @@ class _Setting:
     spoiled: str
 
 
-def _set_up(rehearsal: _Rehearsal, stage: Stage, fault: Fault | None) -> _Setting:
+def _set_up(rehearsal: _Rehearsal, workspace: Workspace, fault: InjectedFault | None) -> _RunInputs:
     """Make the competition's files and all mounts, spoiled as the fault has it."""
     build, test, sample = rehearsal.build, rehearsal.test, rehearsal.sample
     rows = rehearsal.options.rows
     if rows is not None:
-        test, sample = enlarge(test, sample, rows, stage.props, build.task.fields)
+        test, sample = enlarge(test, sample, rows, workspace.generated, build.task.fields)
     if fault and fault.spoil_rows:
-        spoiled_test = stage.props / f"spoiled{test.suffix}"
+        spoiled_test = workspace.generated / f"spoiled{test.suffix}"
         shutil.copyfile(test, spoiled_test)
         spoil_file(spoiled_test, build.task.fields, fault.spoil_rows)
         test = spoiled_test
     competition = {f"test{test.suffix}": test.resolve(), f"sample_submission{sample.suffix}": sample.resolve()}
-    if build.package.kernel == "server":
-        competition |= _gateway(stage)
+    if build.package.kernel_type == "server":
+        competition |= _gateway(workspace)
     mounts = mounts_of(rehearsal.folder, build, competition, rehearsal.options.base)
     if fault and fault.spoil_mounts:
-        return _Setting(sample, *fault.spoil_mounts(mounts, stage.props))
-    return _Setting(sample, mounts, "")
+        return _RunInputs(sample, *fault.spoil_mounts(mounts, workspace.generated))
+    return _RunInputs(sample, mounts, "")
 
 
-def _gateway(stage: Stage) -> dict[str, Path]:
+def _gateway(workspace: Workspace) -> dict[str, Path]:
     """A stand-in for the package through which a competition asks batch by batch."""
-    empty = stage.props / "__init__.py"
+    empty = workspace.generated / "__init__.py"
     empty.touch()
     top = "kaggle_evaluation"
     return {f"{top}/__init__.py": empty, f"{top}/default_inference_server.py": Path(gateway.__file__)}
 
 
-def _hook(rehearsal: _Rehearsal, fault: Fault | None, report: Report) -> str:
+def _hook(fault: InjectedFault | None, report: RehearsalReport) -> str:
     """Text of the module that the fault needs in every process; empty: none."""
     if fault is None or not fault.hook:
         return ""
-    longest = max(_config_of(rehearsal, bundle.folder).inputs.max_length for bundle in rehearsal.build.bundles)
-    seconds = SLOWNESS * report.deadline / report.speed / report.rows
-    return fault.module(limit=round(FITTING * longest), seconds=seconds)
+    return fault.module(FITTING_SHARE, seconds=SLOWDOWN * report.deadline / report.speed / report.rows)
 
 
-def _config_of(rehearsal: _Rehearsal, bundle: str) -> Config:
-    """Settings of a packaged bundle, whichever part they lie in."""
-    for part in rehearsal.build.of("bundle"):
-        path = rehearsal.folder / part.folder / bundle / "config.yaml"
-        if path.is_file():
-            return resolve(parse_yaml(path.read_text(encoding="utf-8"), path), path)
-    raise PackagingError(f"{bundle}/config.yaml is in no part", where=rehearsal.folder, remedy="package again")
-
-
-def _cells(rehearsal: _Rehearsal, report: Report) -> int:
+def _cells(rehearsal: _Rehearsal, report: RehearsalReport) -> int:
     """How many cells will run in all layouts."""
     text = (rehearsal.folder / KERNEL / report.kernel).read_text(encoding="utf-8")
     if report.kernel.endswith(".py"):
@@ -353,28 +353,33 @@ def _cells(rehearsal: _Rehearsal, report: Report) -> int:
     return count + len(report.layouts) - 1
 
 
-def _play(
-    rehearsal: _Rehearsal, setting: _Setting, scene: Scene, fault: Fault | None, report: Report, advance: Advance
+def _run_layout(
+    rehearsal: _Rehearsal,
+    inputs: _RunInputs,
+    dirs: LayoutDirs,
+    fault: InjectedFault | None,
+    report: RehearsalReport,
+    advance: Advance,
 ) -> None:
     """Run the kernel in one layout: the last one whole with its first mount late, others with all mounts late.
 
     Where a fault hurries the kernel's waits, no mount is late.
     """
-    whole = scene.layout == report.layouts[-1]
-    sandbox = scene.sandbox(rehearsal.disk)
-    late = setting.mounts[:1] if whole else setting.mounts
-    if fault is not None and fault.hurried:
+    whole = dirs.layout == report.layouts[-1]
+    sandbox = dirs.sandbox(rehearsal.disk)
+    late = inputs.mounts[:1] if whole else inputs.mounts
+    if fault is not None and fault.skips_waits:
         late = []
-    scene.mount(setting.mounts, late, sandbox)
-    play(
-        Play(
+    dirs.mount(inputs.mounts, late, sandbox)
+    run_kernel(
+        KernelRun(
             code=rehearsal.folder / KERNEL / report.kernel,
             prelude=fault.prelude if fault else "",
             cells=None if whole else 1,
             late=rehearsal.options.late / report.speed,
-            fill=lambda: scene.fill(late, sandbox),
+            fill=lambda: dirs.fill(late, sandbox),
         ),
-        scene,
+        dirs,
         sandbox,
         report,
         advance,
@@ -384,34 +389,40 @@ def _play(
 # --- judge -----------------------------------------------------------------------------------------------------------
 
 
-def _conclude(rehearsal: _Rehearsal, stage: Stage, setting: _Setting, fault: Fault | None, report: Report) -> None:
+def _check_and_keep(
+    rehearsal: _Rehearsal,
+    workspace: Workspace,
+    inputs: _RunInputs,
+    fault: InjectedFault | None,
+    report: RehearsalReport,
+) -> None:
     """Judge the run, and keep what it left."""
     if fault is None and not report.failed:
         with _timed(report, "forecast"):
-            _project(rehearsal, stage, report)
+            _project(rehearsal, workspace, report)
     with _timed(report, "check"):
-        report.problems += [f"the kernel left {name}, which is no file" for name in stage.discard_others()]
-        judge = Judge(rehearsal.build, setting.sample, fault, setting.spoiled, rehearsal.out / SUBMISSION)
-        judge.judge(stage, report)
+        report.problems += [f"the kernel left {name}, which is no file" for name in workspace.discard_others()]
+        judge = RunChecks(rehearsal.build, inputs.sample, fault, inputs.spoiled, rehearsal.out / SUBMISSION)
+        judge.check(workspace, report)
     # Where files are not hidden from the kernel, it could have put a link there meanwhile.
     refuse_special_files(rehearsal.folder if rehearsal.options.out is None else rehearsal.out)
     for name in (SUBMISSION, SCORES, SERVED, EXECUTED, PRINTED):
         target = rehearsal.out / f"{Path(name).stem}{report.ending}{Path(name).suffix}"
         target.unlink(missing_ok=True)
-        if (stage.kept / name).is_file():
+        if (workspace.results_folder / name).is_file():
             with atomic_file(target) as temporary:
-                shutil.copyfile(stage.kept / name, temporary)
+                shutil.copyfile(workspace.results_folder / name, temporary)
     write_report(rehearsal.out, report)
 
 
-def _project(rehearsal: _Rehearsal, stage: Stage, report: Report) -> None:
+def _project(rehearsal: _Rehearsal, workspace: Workspace, report: RehearsalReport) -> None:
     """What the hidden test would take, here and on Kaggle's machine; a model that does not fit there is a problem."""
     build, options = rehearsal.build, rehearsal.options
-    bundles = link_bundles(rehearsal.folder, build, stage.props / "bundles")
+    bundles = link_bundles(rehearsal.folder, build, workspace.generated / "bundles")
     console.quiet = True  # the bars of the rows that it reads are another command's
     try:
-        for one in project(report, build, bundles, rehearsal.test, options.rows, options.base):
-            report.projections.append(one)
+        for projection in project_hidden_test(report, build, bundles, rehearsal.test, options.rows, options.base):
+            report.projections.append(projection)
     except ModelError as error:
         report.problems.append(f"on Kaggle's machine: {error}")
     finally:
@@ -419,7 +430,7 @@ def _project(rehearsal: _Rehearsal, stage: Stage, report: Report) -> None:
 
 
 @contextmanager
-def _timed(report: Report, stage: str) -> Iterator[None]:
+def _timed(report: RehearsalReport, stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     report.seconds[stage] = time.perf_counter() - start

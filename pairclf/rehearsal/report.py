@@ -1,7 +1,7 @@
-"""What a rehearsal found, and whether that is enough to push.
+"""The report of a rehearsal, and whether it permits a push.
 
-The report lies twice: beside the results as `rehearsal/report.json`, for people, and in a folder of this machine's own
-under the build's identity, which `push` reads: whoever made a package could have written the first.
+The report is stored twice: in the package as `rehearsal/report.json`, for people, and in this machine's state folder
+under the build's identity. `push` reads the second one, as a package's author could have written the first.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from rich.console import Group
 from rich.table import Table
 
 from pairclf.config import Section, checked
-from pairclf.console import table
+from pairclf.console import counted, table
 from pairclf.errors import PackagingError
 from pairclf.files import is_regular, state_folder, write_private, write_text
-from pairclf.inference.deadline import spoken
+from pairclf.inference.deadline import format_duration
 from pairclf.packaging.record import parse_json, read_build
-from pairclf.rehearsal.meter import GB
+from pairclf.rehearsal.resource_monitor import GB
 
 REHEARSAL, REPORT = "rehearsal", "report.json"
 
@@ -39,16 +39,16 @@ class Parity(Section):
         return self.difference is not None and self.difference <= self.tolerance
 
 
-class Scored(Section):
-    """Rows of the submission by what stands behind them."""
+class ScoredRows(Section):
+    """Rows of the submission by the scores behind them."""
 
-    both: int = Field(description="scored in both orders, or in the only one that the task has")
-    one: int = Field(description="scored in one order of two")
+    both_orders: int = Field(description="scored in both orders, or in the only one that the task has")
+    one_order: int = Field(description="scored in one order of two")
     prior: int = Field(description="nothing but the prior")
 
 
 class Projection(Section):
-    """What the kernel would take elsewhere, or with more rows, without a deadline."""
+    """Projected duration of the kernel on another machine, or with more rows, without a deadline."""
 
     machine: str = Field(description="where")
     rows: int = Field(description="of the hidden test")
@@ -63,15 +63,15 @@ class Projection(Section):
         return self.predict + self.rest
 
 
-class Report(Section):
+class RehearsalReport(Section):
     """One run of a package's kernel. Seconds are those of the clock on the wall, bytes those of a disk."""
 
     pairclf: str = Field(description="version")
     build: str = Field(description="identity of the package")
     kernel: str = Field(description="name of its file")
     fault: str | None = Field(None, description="what was injected; null: nothing")
-    must: str = Field("all rows scored", description="what had to come of it")
-    struck: list[str] = Field([], description="what the fault did harm to")
+    expected: str = Field("all rows scored", description="expected result")
+    affected: list[str] = Field([], description="what the fault affected")
     inputs: str = Field(description="SHA-256 over test file, sample submission and number of rows")
     rows: int = Field(description="of the test")
     rerun: bool = Field(description="as the hidden rerun; else as when the notebook is saved")
@@ -92,9 +92,9 @@ class Report(Section):
     disk_limit: int = Field(description="bytes")
     killed: list[str] = Field([], description="processes that went over a limit")
     failed: str | None = Field(None, description="id of the cell that failed")
-    said: str = Field("", description="last lines of that cell")
+    last_output: str = Field("", description="last lines of that cell")
     submission: dict[str, Any] = Field({}, description="what data.tables.check_submission returned")
-    scored: Scored | None = Field(None, description="null: the kernel wrote no scores")
+    scored: ScoredRows | None = Field(None, description="null: the kernel wrote no scores")
     parity: list[Parity] = Field([], description="bundle by bundle")
     projections: list[Projection] = Field([], description="without a deadline")
     problems: list[str] = Field([], description="all that keeps it from passing")
@@ -102,101 +102,107 @@ class Report(Section):
 
     @property
     def ending(self) -> str:
-        """Of its files' names: `push` looks at those without one, so that no trial takes their place."""
+        """Suffix of its files' names; only a full rehearsal has none, which `push` accepts."""
         if self.fault is not None:
             return f"-{self.fault}"
         return "" if self.rerun and self.speed == 1 else "-trial"
 
     @property
     def notebook(self) -> float:
-        """Seconds that the kernel took, without what we did around it."""
+        """Seconds of the kernel's cells."""
         return sum(seconds for stage, seconds in self.seconds.items() if stage.startswith("cell "))
 
     def render(self) -> Table:
-        """All but the problems, which the error has; at most 80 wide, with names of usual length."""
-        made = table(f"Rehearsal of {self.kernel}" + (f": {self.fault}" if self.fault else ""), "", "")
+        """A table of everything but the problems, at most 80 wide with names of usual length."""
+        summary = table(f"Rehearsal of {self.kernel}" + (f": {self.fault}" if self.fault else ""), "", "")
         if self.fault:
-            made.add_row("must come", self.must)
-            made.add_row("struck", ", ".join(self.struck))
-        made.add_row("image", f"{self.image}, Python {self.python}")
-        made.add_row("as", "the hidden rerun" if self.rerun else "a notebook that is saved")
-        made.add_row("mounts", ", ".join(self.layouts))
-        self._render_time(made)
-        made.add_row("memory", _share(self.memory_peak, self.memory_limit))
-        made.add_row("working folder", _share(self.disk_peak, self.disk_limit))
-        made.add_row("its limit", self.working)
-        made.add_row("network", self.network)
-        made.add_row("input", self.input)
-        made.add_row("other files", self.files)
-        self._render_result(made)
-        return made
+            summary.add_row("expected", self.expected)
+            summary.add_row("affected", ", ".join(self.affected))
+        summary.add_row("image", f"{self.image}, Python {self.python}")
+        summary.add_row("as", "the hidden rerun" if self.rerun else "a notebook that is saved")
+        summary.add_row("mounts", ", ".join(self.layouts))
+        self._render_time(summary)
+        summary.add_row("memory", _usage(self.memory_peak, self.memory_limit))
+        summary.add_row("working folder", _usage(self.disk_peak, self.disk_limit))
+        summary.add_row("its limit", self.working)
+        summary.add_row("network", self.network)
+        summary.add_row("input", self.input)
+        summary.add_row("other files", self.files)
+        self._render_result(summary)
+        return summary
 
-    def _render_time(self, made: Table) -> None:
+    def _render_time(self, summary: Table) -> None:
         for stage, seconds in self.seconds.items():
-            made.add_row(stage, f"{seconds:.1f} s")
+            summary.add_row(stage, f"{seconds:.1f} s")
         at = "" if self.speed == 1 else f" at {self.speed:.3g}x"
         limit = self.hours * 3600
-        made.add_row(
-            "the kernel", f"{self.notebook:.1f} s of {spoken(limit)}{at}, {self.notebook * self.speed / limit:.0%}"
+        summary.add_row(
+            "the kernel",
+            f"{self.notebook:.1f} s of {format_duration(limit)}{at}, {self.notebook * self.speed / limit:.0%}",
         )
-        for one in self.projections:
-            share = f", {one.total / self.deadline:.0%}" if one.judged else ""
-            most = "at most " if one.at_most else ""
-            found = f"{most}{spoken(one.total)} of {spoken(self.deadline)}{share}"
-            made.add_row(f"{one.rows:,} rows " + ("here" if one.at_most else f"on {one.machine}"), found)
+        for projection in self.projections:
+            share = f", {projection.total / self.deadline:.0%}" if projection.judged else ""
+            most = "at most " if projection.at_most else ""
+            duration = f"{most}{format_duration(projection.total)} of {format_duration(self.deadline)}{share}"
+            summary.add_row(
+                f"{counted(projection.rows, 'row')} " + ("here" if projection.at_most else f"on {projection.machine}"),
+                duration,
+            )
 
-    def _render_result(self, made: Table) -> None:
+    def _render_result(self, summary: Table) -> None:
         for bundle in self.parity:
-            found = "not scored" if bundle.difference is None else f"{bundle.difference:.0e} of {bundle.tolerance:.0e}"
-            made.add_row(f"probes of {bundle.bundle}", found + ("" if bundle.holds else ", FAILED"))
+            result = "not scored" if bundle.difference is None else f"{bundle.difference:.0e} of {bundle.tolerance:.0e}"
+            summary.add_row(f"probes of {bundle.bundle}", result + ("" if bundle.holds else ", FAILED"))
         if self.submission:
-            made.add_row("submission", f"{self.submission['rows']:,} rows, ids in the sample's order")
+            summary.add_row("submission", f"{counted(self.submission['rows'], 'row')}, ids in the sample's order")
             for name, mean in self.submission["means"].items():
-                made.add_row(f"mean {name}", f"{mean:.4f}")
+                summary.add_row(f"mean {name}", f"{mean:.4f}")
         if self.scored:
-            words = f"{self.scored.both:,} in full, {self.scored.one:,} in one order, {self.scored.prior:,} prior"
-            made.add_row("rows scored", words)
-        made.add_row("verdict", "passed" if self.passed else "NOT PASSED")
+            full, one_order, prior = self.scored.both_orders, self.scored.one_order, self.scored.prior
+            summary.add_row("rows scored", f"{full:,} in full, {one_order:,} in one order, {prior:,} prior")
+        summary.add_row("verdict", "passed" if self.passed else "NOT PASSED")
 
 
 @dataclass(frozen=True, slots=True)
-class Reports:
-    """Those of one call of `rehearse`, in the order of the runs."""
+class RehearsalReports:
+    """The reports of one call of `rehearse`, in the order of the runs."""
 
-    runs: Sequence[Report]
+    runs: Sequence[RehearsalReport]
 
     @property
     def passed(self) -> bool:
-        return all(one.passed for one in self.runs)
+        return all(report.passed for report in self.runs)
 
     def render(self) -> Group | Table:
-        """Of one run all; of several a line for each as well."""
+        """One report in full; for several also a table with a line each."""
         if len(self.runs) == 1:
             return self.runs[0].render()
-        made = table("Faults", "injected", "struck", "must come", "came", "verdict")
-        for one in self.runs:
-            verdict = "passed" if one.passed else "FAILED"
-            made.add_row(one.fault or "nothing", ", ".join(one.struck), one.must, came(one), verdict)
-        return Group(*(one.render() for one in self.runs if not one.passed or not one.fault), made)
+        summary = table("Faults", "injected", "affected", "expected", "actual", "verdict")
+        for report in self.runs:
+            verdict = "passed" if report.passed else "FAILED"
+            summary.add_row(
+                report.fault or "nothing", ", ".join(report.affected), report.expected, actual_result(report), verdict
+            )
+        return Group(*(report.render() for report in self.runs if not report.passed or not report.fault), summary)
 
 
-def came(report: Report) -> str:
-    """Of a run, for people."""
+def actual_result(report: RehearsalReport) -> str:
+    """The actual result of a run, in a few words."""
     if report.failed:
         return f"{report.failed} failed"
     if not report.submission:
         return "nothing valid"
     if report.scored is None:
         return "priors"
-    return f"{report.scored.both + report.scored.one:,} of {report.submission['rows']:,}"
+    return f"{report.scored.both_orders + report.scored.one_order:,} of {report.submission['rows']:,}"
 
 
-def _share(found: float, limit: float) -> str:
-    return f"{found / GB:,.2f} GB of {limit / GB:,.1f} GB, {found / limit:.0%}"
+def _usage(used: float, limit: float) -> str:
+    return f"{used / GB:,.2f} GB of {limit / GB:,.1f} GB, {used / limit:.0%}"
 
 
-def write_report(folder: Path, report: Report) -> None:
-    """Write it beside the results; that of an undisturbed rehearsal, passed or not, to this machine's own too."""
+def write_report(folder: Path, report: RehearsalReport) -> None:
+    """Write a report to the results; that of a full rehearsal, passed or not, also to this machine's state folder."""
     text = report.model_dump_json(indent=2) + "\n"
     write_text(folder / f"report{report.ending}.json", text)
     if not report.ending:
@@ -208,12 +214,12 @@ def rehearsal_path(identity: str) -> Path:
     return state_folder() / "rehearsals" / f"{identity}.json"
 
 
-def read_report(path: Path) -> Report:
-    """Raises `PackagingError` or `ConfigError` where it is none of this version's."""
-    return checked(Report, parse_json(path), path, "rehearse again")
+def read_report(path: Path) -> RehearsalReport:
+    """Raises `PackagingError` or `ConfigError` if it is not a report of this version."""
+    return checked(RehearsalReport, parse_json(path), path, "rehearse again")
 
 
-def read_passed(build: Path) -> Report:
+def read_passed(build: Path) -> RehearsalReport:
     """The report of a rehearsal that passed, without faults, on this machine, for exactly this build.
 
     Args:
@@ -225,10 +231,10 @@ def read_passed(build: Path) -> Report:
     record = read_build(build)
     path, remedy = rehearsal_path(record.identity), f"run `pairclf rehearse {build}`"
     if not is_regular(path):
-        there = f"; {REHEARSAL}/{REPORT} in it does not count, as anybody can write that file"
+        hint = f"; {REHEARSAL}/{REPORT} in it does not count, as anybody can write that file"
         raise PackagingError(
             f"{build} was never rehearsed on this machine as it is now (build {record.identity[:12]})"
-            f"{there if (build / REHEARSAL / REPORT).exists() else ''}",
+            f"{hint if (build / REHEARSAL / REPORT).exists() else ''}",
             where=path,
             remedy=f"{remedy} here, without --commit, --speed and --inject",
         )
@@ -240,14 +246,16 @@ def read_passed(build: Path) -> Report:
         problems = "".join(f"\n  {problem}" for problem in report.problems)
         raise PackagingError(f"the rehearsal of this build did not pass:{problems}", where=path, remedy=remedy)
     _check_rows(report, path, remedy)
-    proven = {one.bundle for one in report.parity if one.holds}
-    if unproven := [one.folder for one in record.bundles if one.folder not in proven]:
+    proven = {entry.bundle for entry in report.parity if entry.holds}
+    if unproven := [entry.folder for entry in record.bundles if entry.folder not in proven]:
         raise PackagingError(f"the rehearsal did not prove the logits of {unproven}", where=path, remedy=remedy)
     return report
 
 
-def _check_rows(report: Report, path: Path, remedy: str) -> None:
-    """All of the sample's must have been scored."""
-    scored = 0 if report.scored is None else report.scored.both + report.scored.one
+def _check_rows(report: RehearsalReport, path: Path, remedy: str) -> None:
+    """Check that all rows of the sample submission were scored."""
+    scored = 0 if report.scored is None else report.scored.both_orders + report.scored.one_order
     if not report.rows or report.submission.get("rows") != report.rows or scored != report.rows:
-        raise PackagingError(f"the rehearsal scored {scored:,} of {report.rows:,} rows", where=path, remedy=remedy)
+        raise PackagingError(
+            f"the rehearsal scored {scored:,} of {counted(report.rows, 'row')}", where=path, remedy=remedy
+        )

@@ -49,7 +49,7 @@ class Plan(TypedDict):
     Attributes:
         code: the .ipynb, or the .py of a script in percent format.
         inputs: folder that can't be written to.
-        kept: folder for what is to survive the working folder, which is where this starts.
+        results_folder: folder for results, which survives the working folder, where the runner starts.
         results: names of files that are copied there after each cell.
         prelude: code that runs before the first cell.
         cells: how many are run; None: all.
@@ -58,7 +58,7 @@ class Plan(TypedDict):
 
     code: str
     inputs: str
-    kept: str
+    results_folder: str
     results: list[str]
     prelude: str
     cells: int | None
@@ -152,7 +152,7 @@ def run_notebook(plan: Plan) -> bool:
                 failed = True
                 cell.outputs = cell.outputs or [nbformat.v4.new_output("stream", name="stderr", text=str(error))]
             keep(plan)
-            nbformat.write(notebook, Path(plan["kept"], EXECUTED))
+            nbformat.write(notebook, Path(plan["results_folder"], EXECUTED))
             seconds = time.perf_counter() - start
             say(cell=cell.id, seconds=seconds, failed=failed, output=text_of(cell.outputs))
             if failed:
@@ -170,12 +170,12 @@ def run_script(plan: Plan) -> bool:
     if plan["cells"] is not None and len(heads) > plan["cells"]:
         text = text[: heads[plan["cells"]].start()]
     prelude = "".join(f"{line}; " for line in plan["prelude"].splitlines())
-    told = HEAD.sub(lambda head: f"{prelude * (head.start() == heads[0].start())}print('{_SIGN}{head[1]}')", text)
+    marked = HEAD.sub(lambda head: f"{prelude * (head.start() == heads[0].start())}print('{_SIGN}{head[1]}')", text)
     script = Path(os.environ["HOME"], Path(plan["code"]).name)
-    script.write_text(told, encoding="utf-8")
+    script.write_text(marked, encoding="utf-8")
     command = [sys.executable, "-u", str(script)]
     with (
-        Path(plan["kept"], PRINTED).open("w", encoding="utf-8") as log,
+        Path(plan["results_folder"], PRINTED).open("w", encoding="utf-8") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
     ):
         cell, start, printed = "", time.perf_counter(), ""
@@ -199,9 +199,9 @@ def keep(plan: Plan) -> None:
     """Copy what there is of the results: the working folder goes when the sandbox does. What is gone is not kept."""
     for name in plan["results"]:
         if Path(name).is_file():
-            shutil.copyfile(name, Path(plan["kept"], name))
+            shutil.copyfile(name, Path(plan["results_folder"], name))
         else:
-            Path(plan["kept"], name).unlink(missing_ok=True)
+            Path(plan["results_folder"], name).unlink(missing_ok=True)
 
 
 def text_of(outputs: Any) -> str:
@@ -224,11 +224,7 @@ def main(source: str) -> int:
     ctypes.CDLL(None).prctl(_ADOPT, 1)  # what outlives its parent is still found below this process
     threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
     inputs = Path(plan["inputs"])
-    blocked = {
-        "network": why_no_network(),
-        "input": why_no_writing(inputs),
-        "files": why_not_found(plan["hidden"]),
-    }
+    blocked = {"network": why_no_network(), "input": why_no_writing(inputs), "files": why_not_found(plan["hidden"])}
     say(python=platform.python_version(), blocked=blocked)
     if None in blocked.values():
         return 1

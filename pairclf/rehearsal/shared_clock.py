@@ -25,8 +25,8 @@ _sleep = time.sleep
 
 
 def _of_time(name: str) -> Callable[[], float]:
-    found: Callable[[], float] = getattr(time, name)
-    return found
+    function: Callable[[], float] = getattr(time, name)
+    return function
 
 
 class _Turned:
@@ -80,7 +80,7 @@ class SharedClock:
             _sleep(LOOK)
 
     def turned_by(self, wait: Callable[..., list[Any]], step: float = 0.0) -> Callable[..., list[Any]]:
-        """`ProcessCrew.wait`, which turns the clock while nothing happens but that a pass lasts.
+        """`ProcessPool.wait`, which turns the clock while nothing happens but that a pass lasts.
 
         Args:
             wait: the method.

@@ -1,1 +1,1 @@
-"""Judgements over `(N, C)` arrays of probabilities and targets. No torch here."""
+"""Metrics, probabilities and temperatures over `(N, C)` arrays. No torch here."""

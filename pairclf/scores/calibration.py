@@ -1,4 +1,4 @@
-"""Temperature: one number that makes a model more or less sure."""
+"""Calibration: fit the temperature with the lowest log loss."""
 
 from __future__ import annotations
 
@@ -8,49 +8,27 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 
-from pairclf.errors import DataError
 from pairclf.scores.metrics import Floats, log_loss
-from pairclf.scores.probabilities import probabilities as probabilities_of
 from pairclf.task import Task
 
 RANGE = (0.05, 20.0)
-"""Temperatures that are looked at. A fit that ends at a bound says that the scores are no probabilities."""
+"""The range of temperatures. A fit at a bound means that the scores are not probabilities."""
 
 GRID = 49
-"""Temperatures that are tried before the best of them is refined: a mean of two orders may have several minima."""
-
-
-def apply_temperature(probabilities: ArrayLike, temperature: float, task: Task) -> Floats:
-    """Probabilities `(N, C)` whose logits are divided by `temperature`: above 1 less sure, below 1 surer.
-
-    The logits are `log p`, and `log p - log(1 - p)` where a row has several labels. The likeliest class stays.
-
-    Raises:
-        DataError: `temperature` is not a finite number above 0.
-    """
-    if not (np.isfinite(temperature) and temperature > 0):
-        raise DataError(f"temperature={temperature} must be a finite number above 0")
-    given = np.asarray(probabilities, dtype=np.float64)
-    logits = _log(given) - _log(1 - given) if task.multi_label else _log(given)
-    return probabilities_of(logits, task, temperature)
-
-
-def _log(values: Floats) -> Floats:
-    logs: Floats = np.log(np.maximum(values, np.finfo(np.float64).tiny))
-    return logs
+"""Grid points before the refinement: the loss of a mean of two orders may have several minima."""
 
 
 def fit_temperature(
     scores: Callable[[float], Floats], targets: ArrayLike, task: Task, weights: ArrayLike | None = None
 ) -> float:
-    """The temperature with the lowest log loss on these rows. Fit it on held-out rows: on trained ones it is too low.
+    """The temperature with the lowest log loss on these rows. Use held-out rows: on training rows it is too low.
 
     Args:
-        scores: the probabilities `(N, C)` that a temperature leads to, in the place where it will be applied: before
-            the mean of both orders for `predict.temperature`, after it for the temperature of an ensemble.
+        scores: maps a temperature to probabilities `(N, C)`, with the temperature in its final place: before the mean
+            of both orders for `predict.temperature`, after it for the temperature of an ensemble.
         targets: `(N, C)`.
         task: whether a row has several labels.
-        weights: `(N,)` shares of the rows; None: alike.
+        weights: `(N,)` of the rows; None: equal.
 
     Raises:
         DataError: as `log_loss`.
@@ -63,5 +41,5 @@ def fit_temperature(
     grid = np.log(np.geomspace(*RANGE, GRID))
     best = int(np.argmin([loss(float(place)) for place in grid]))
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, GRID - 1)]
-    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(found.x))
+    minimum = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(minimum.x))

@@ -1,25 +1,28 @@
-"""Figures over `(N, C)` arrays of probabilities and soft targets, in the task's class order; losses in nats a row.
+"""Metrics: log loss, accuracy, calibration error and entropy of `(N, C)` probabilities against soft targets.
 
-`measure` is how every command measures: training, cross-validation, evaluation and merging give the same rows the same
-figures. Where a task has several labels a row, each label is a yes or a no of its own.
+`METRICS` is the one table of metrics, and every command measures with `measure`: training, cross-validation,
+evaluation and merging give the same rows the same figures. Columns are in the task's class order; losses are in nats
+per row. If a task has several labels per row, each label is a binary target of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pairclf.errors import DataError
-from pairclf.task import Task
+from pairclf.console import counted
+from pairclf.errors import ConfigError, DataError, quoted
+from pairclf.task import Kind, Task
 
 Floats = NDArray[np.float64]
 
 BINS = 15  # Guo et al. 2017, arXiv 1706.04599
 TIE = 1e-6
-"""Chances that differ less are equal: float32 leaves about 1e-7 between equal texts in two batches."""
+"""Probabilities that differ by less are equal: two batches give equal texts about 1e-7 apart in float32."""
 
 
 def log_loss(
@@ -27,45 +30,45 @@ def log_loss(
 ) -> float:
     """Mean cross-entropy of soft targets. Where targets are one-hot this is `sklearn.metrics.log_loss`.
 
-    Probabilities are clipped to [eps, 1 - eps] with float64's eps, as scikit-learn does, and not normalised.
+    Floats are clipped to [eps, 1 - eps] with float64's eps, as scikit-learn does, and not normalised.
 
     Args:
         probabilities: `(N, C)`.
         targets: `(N, C)`, rows summing to one.
-        weights: `(N,)` shares of the rows; None: alike.
-        multi_label: several classes may hold: the sum of each label's own cross-entropy, of its yes and its no.
+        weights: `(N,)` of the rows; None: equal.
+        multi_label: a row may have several labels: sum their binary cross-entropies.
 
     Raises:
         DataError: shapes differ, there are no rows, or a number is not finite.
     """
-    given, wanted = _pair(probabilities, targets)
+    predicted, target = _pair(probabilities, targets)
     if multi_label:
-        given, wanted = (np.concatenate([one, 1 - one], axis=1) for one in (given, wanted))
-    loss = -(wanted * _log_clipped(given)).sum(axis=1)
+        predicted, target = (np.concatenate([matrix, 1 - matrix], axis=1) for matrix in (predicted, target))
+    loss = -(target * _log_clipped(predicted)).sum(axis=1)
     return float(np.average(loss, weights=_weights(weights, len(loss))))
 
 
 def likeliest(probabilities: ArrayLike) -> NDArray[np.intp]:
-    """Index of each row's likeliest class, `(N,)`; of those that are equal but for `TIE`, the first.
+    """Index of each row's likeliest class, `(N,)`; of classes that are equal within `TIE`, the first.
 
-    A row with two equal responses has equal chances for both, up to the order in which a machine adds numbers.
+    A row with two equal responses has equal probabilities for both, up to the rounding of sums.
     """
     return np.asarray(_best(np.asarray(probabilities, dtype=np.float64)).argmax(axis=1))
 
 
 def _best(values: Floats) -> NDArray[np.bool_]:
-    """`(..., C)`: which classes are the likeliest, of which there are several in a tie."""
+    """`(..., C)`: True for the likeliest class, and for all classes of a tie."""
     return np.asarray(values >= values.max(axis=-1, keepdims=True) - TIE)
 
 
 def accuracy(
     probabilities: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None, *, multi_label: bool = False
 ) -> float:
-    """Part of the rows whose likeliest class is the target's; with `multi_label`, part of all labels that are right.
+    """Fraction of rows whose likeliest class is the target's; with `multi_label`, fraction of labels that are right.
 
-    A tie counts as drawing one of its k classes would on average: each class of a tied target counts 1 / k, whichever
-    of them is predicted, and a tied prediction counts the mean of what its classes would. So the figure is the same
-    with the sides exchanged. A label is tied at one half. Without ties it is `sklearn.metrics.accuracy_score`.
+    A tie counts as the mean over its k classes: a predicted class of a tied target counts 1 / k, and a tied prediction
+    counts the mean of its classes. So swapping the sides does not change the accuracy. A label is tied at one half.
+    Without ties it is `sklearn.metrics.accuracy_score`.
 
     Args:
         probabilities: `(N, C)`.
@@ -76,28 +79,28 @@ def accuracy(
     Raises:
         DataError: as `log_loss`.
     """
-    given, wanted = _pair(probabilities, targets)
+    predicted, target = _pair(probabilities, targets)
     if multi_label:
-        given, wanted = (np.stack([one, 1 - one], axis=2) for one in (given, wanted))
-    chosen, best = _best(given), _best(wanted)
+        predicted, target = (np.stack([matrix, 1 - matrix], axis=2) for matrix in (predicted, target))
+    chosen, best = _best(predicted), _best(target)
     right = (chosen & best).sum(axis=-1) / (chosen.sum(axis=-1) * best.sum(axis=-1))
     by_row = right.mean(axis=1) if multi_label else right
     return float(np.average(by_row, weights=_weights(weights, len(by_row))))
 
 
 def class_prior(targets: ArrayLike, weights: ArrayLike | None = None) -> Floats:
-    """Mean target `(C,)`: what a model that knows nothing of the rows should say.
+    """Mean target `(C,)`: the best prediction without any knowledge of the row.
 
     Raises:
         DataError: as `log_loss`.
     """
-    wanted = _matrix(targets, "targets")
-    prior: Floats = np.average(wanted, axis=0, weights=_weights(weights, len(wanted)))
+    target = _matrix(targets, "targets")
+    prior: Floats = np.average(target, axis=0, weights=_weights(weights, len(target)))
     return prior
 
 
 def entropy(probabilities: ArrayLike, weights: ArrayLike | None = None, *, multi_label: bool = False) -> float:
-    """Mean entropy of the rows: where they are the truth, no model's expected log loss is lower.
+    """Mean entropy of the rows: of true probabilities, the lowest expected log loss that a model can have.
 
     Raises:
         DataError: as `log_loss`.
@@ -107,14 +110,14 @@ def entropy(probabilities: ArrayLike, weights: ArrayLike | None = None, *, multi
 
 
 def entropy_of(probabilities: ArrayLike, *, multi_label: bool = False) -> Floats:
-    """`(N,)` nats: the entropy of each row; with `multi_label` the sum over its labels, each a yes or a no.
+    """Entropy of each row in nats, `(N,)`; with `multi_label` the sum over its labels.
 
     Raises:
         DataError: as `log_loss`.
     """
-    given = _matrix(probabilities, "probabilities")
-    given = np.concatenate([given, 1 - given], axis=1) if multi_label else given
-    nats: Floats = -(given * _log_clipped(given)).sum(axis=1)
+    predicted = _matrix(probabilities, "probabilities")
+    predicted = np.concatenate([predicted, 1 - predicted], axis=1) if multi_label else predicted
+    nats: Floats = -(predicted * _log_clipped(predicted)).sum(axis=1)
     return nats
 
 
@@ -126,95 +129,158 @@ def expected_calibration_error(
     multi_label: bool = False,
     bins: int = BINS,
 ) -> float:
-    """How far the confidence in the likeliest class is off, averaged over equally wide bins of confidence.
+    """Mean difference between the confidence in the likeliest class and its accuracy, over bins of equal width.
 
-    A soft target counts as right in the part that it gives to the class chosen (Guo et al. 2017, eq. 3); to the mean of
-    the classes, where they are tied. With `multi_label` it is the mean over the labels, each with two classes, yes and
-    no.
+    A soft target counts as right with its probability of the predicted class (Guo et al. 2017, eq. 3), or its mean over
+    the classes of a tie. With `multi_label` the result is the mean over the labels.
 
     Raises:
         DataError: as `log_loss`.
     """
-    given, wanted = _pair(probabilities, targets)
-    shares = _weights(weights, len(given))
-    shares = np.ones(len(given)) if shares is None else shares
+    predicted, target = _pair(probabilities, targets)
+    shares = _weights(weights, len(predicted))
+    shares = np.ones(len(predicted)) if shares is None else shares
     if not multi_label:
-        return _calibration_error(given, wanted, shares, bins)
+        return _calibration_error(predicted, target, shares, bins)
     labels = [
         _calibration_error(np.stack([p, 1 - p], axis=1), np.stack([t, 1 - t], axis=1), shares, bins)
-        for p, t in zip(given.T, wanted.T, strict=True)
+        for p, t in zip(predicted.T, target.T, strict=True)
     ]
     return float(np.mean(labels))
 
 
-def _calibration_error(given: Floats, wanted: Floats, weights: Floats, bins: int) -> float:
-    chosen, confidence = _best(given), given.max(axis=1)
-    right = (wanted * chosen).sum(axis=1) / chosen.sum(axis=1)
+def _calibration_error(predicted: Floats, target: Floats, weights: Floats, bins: int) -> float:
+    chosen, confidence = _best(predicted), predicted.max(axis=1)
+    right = (target * chosen).sum(axis=1) / chosen.sum(axis=1)
     place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
     gaps = np.bincount(place, weights=weights * (confidence - right), minlength=bins)
     return float(np.abs(gaps).sum() / weights.sum())
 
 
+Needs = Literal["probabilities", "single_label"]
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A figure of scores against labels.
+    """A metric: a record of `METRICS`.
 
     Attributes:
-        of: its function of probabilities `(N, C)`, targets `(N, C)` and weights `(N,)` or None; `multi_label` says
-            whether several classes may hold.
-        better: 1 where more of it is better, -1 where less of it is.
-        labels: how the labels of a row come together, where a task has several; for people.
+        function: takes probabilities `(N, C)`, targets `(N, C)`, weights `(N,)` or None, and the keyword `multi_label`.
+        better: 1 if higher is better, -1 if lower is better.
+        title: the name in tables.
+        labels: how the labels of a row are combined, for the titles of multi-label tasks.
+        kinds: the kinds of task that it applies to.
+        by_row: whether it is a mean over rows, so that the value for all folds is the mean of the folds' values.
+        needs: probabilities: any targets; single_label: targets of 0 and 1 only, otherwise the metric is left out.
     """
 
-    of: Callable[..., float]
-    better: int
-    labels: str
+    function: Callable[..., float]
+    better: Literal[1, -1]
+    title: str
+    labels: str = "label mean"
+    kinds: Collection[Kind] = get_args(Kind)
+    by_row: bool = True
+    needs: Needs = "probabilities"
+
+    @property
+    def direction(self) -> str:
+        """The direction in words."""
+        return "higher is better" if self.better > 0 else "lower is better"
+
+    def is_better(self, figure: float, other: float) -> bool:
+        """Whether `figure` is better than `other`; False if one of them is not a number."""
+        return self.better * (figure - other) > 0
 
 
 METRICS: dict[str, Metric] = {
-    "log_loss": Metric(log_loss, -1, "label sum"),
-    "accuracy": Metric(accuracy, 1, "label mean"),
-    "expected_calibration_error": Metric(expected_calibration_error, -1, "label mean"),
+    "log_loss": Metric(log_loss, -1, "log loss", "label sum"),
+    "accuracy": Metric(accuracy, 1, "accuracy"),
+    "expected_calibration_error": Metric(expected_calibration_error, -1, "calibration error", by_row=False),
 }
-"""What is measured, by name: `train.metric` chooses one of them."""
+"""The metrics by their names in `task.metric` and `train.metric_for_best_model`. All commands print a new record."""
+
+ONE_ORDER = "_one_order"
+"""Suffix of a metric's name in a bundle's manifest: the metric of the first order alone."""
+
+
+def check_metric(setting: str, name: str, task: Task) -> None:
+    """Refuse a metric that does not apply to this kind of task.
+
+    Raises:
+        ConfigError: it names the setting and the metrics that apply.
+    """
+    applying = [metric_name for metric_name, metric in METRICS.items() if task.kind in metric.kinds]
+    if name not in applying:
+        raise ConfigError(
+            f"{setting}={quoted(name)} is no metric of a {task.kind} task", remedy=f"one of {', '.join(applying)}"
+        )
+
+
+def metrics_of(task: Task) -> list[str]:
+    """The names of the metrics that apply to a task; its own first.
+
+    Raises:
+        ConfigError: as `check_metric`.
+    """
+    check_metric("task.metric", task.metric, task)
+    names = [name for name, metric in METRICS.items() if task.kind in metric.kinds]
+    return sorted(names, key=lambda name: name != task.metric)
 
 
 def measure(
     probabilities: ArrayLike, targets: ArrayLike, task: Task, weights: ArrayLike | None = None
 ) -> dict[str, float]:
-    """Every one of `METRICS`, by name.
+    """The values of all metrics that apply, by name; the task's own first.
 
     Args:
         probabilities: `(N, C)`.
         targets: `(N, C)`.
-        task: whether a row has several labels.
-        weights: `(N,)` shares of the rows, as their column `weight` has them; None: alike.
+        task: its kind and its own metric.
+        weights: `(N,)`, the column `weight` of the rows; None: equal.
 
     Raises:
         DataError: as `log_loss`.
+        ConfigError: as `check_metric`.
     """
-    several = task.multi_label
-    return {name: metric.of(probabilities, targets, weights, multi_label=several) for name, metric in METRICS.items()}
+    predicted, target = _pair(probabilities, targets)
+    is_hard = bool(np.isin(target, (0, 1)).all())
+    return {
+        name: METRICS[name].function(predicted, target, weights, multi_label=task.multi_label)
+        for name in metrics_of(task)
+        if is_hard or METRICS[name].needs != "single_label"
+    }
 
 
 def title(name: str, task: Task) -> str:
-    """A metric's name for people; for a task with several labels, with how they come together.
+    """A metric's title; for a multi-label task with the way in which labels are combined.
 
     >>> title("log_loss", Task(name="t", fields=("text",), classes=("x", "y"), multi_label=True))
     'log loss (label sum)'
     """
-    words = name.replace("_", " ")
-    return f"{words} ({METRICS[name].labels})" if task.multi_label else words
+    metric = METRICS[name]
+    return f"{metric.title} ({metric.labels})" if task.multi_label else metric.title
+
+
+def titled(figures: Mapping[str, float], task: Task, prefix: str = "") -> dict[str, float]:
+    """The metrics among `figures`, by title; the task's own first.
+
+    Args:
+        figures: values by name, such as those of a bundle's manifest.
+        task: its metrics are selected.
+        prefix: precedes a metric's name in `figures`.
+    """
+    names = [name for name in metrics_of(task) if prefix + name in figures]
+    return {prefix.replace("_", " ") + title(name, task): figures[prefix + name] for name in names}
 
 
 def way_to_best(loss: float, prior: float, best: float) -> float:
-    """Part of the way from the prior's log loss to the best possible: 0 at the prior, 1 at the best.
+    """The fraction of the possible gain over the prior's log loss: 0 at the prior, 1 at the best possible.
 
     >>> way_to_best(0.75, prior=1.0, best=0.5)
     0.5
 
     Raises:
-        DataError: there is no way to go, as `prior` is not above `best`.
+        DataError: `prior` is not above `best`.
     """
     if not prior > best:
         raise DataError(f"the prior's log loss {prior:.4f} must be above the best possible {best:.4f}")
@@ -227,10 +293,10 @@ def checked_weights(weights: ArrayLike, n: int) -> Floats:
     Raises:
         DataError: they are not `n` finite numbers from 0 up, one of them above 0.
     """
-    given = np.asarray(weights, dtype=np.float64)
-    if given.shape != (n,) or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
-        raise DataError(f"weights of shape {given.shape} must be {n:,} finite numbers from 0 up, one of them above 0")
-    return given
+    values = np.asarray(weights, dtype=np.float64)
+    if values.shape != (n,) or not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+        raise DataError(f"weights of shape {values.shape} must be {n:,} finite numbers from 0 up, one of them above 0")
+    return values
 
 
 def _log_clipped(probabilities: Floats) -> Floats:
@@ -247,15 +313,15 @@ def _matrix(values: ArrayLike, name: str) -> Floats:
     wrong = np.flatnonzero(~np.isfinite(matrix).all(axis=1))
     if len(wrong):
         where = f"rows counted from 0: {wrong[:5].tolist()}"
-        raise DataError(f"{name} of {len(wrong):,} rows are not finite", where=where)
+        raise DataError(f"{name} of {counted(len(wrong), 'row')} are not finite", where=where)
     return matrix
 
 
 def _pair(probabilities: ArrayLike, targets: ArrayLike) -> tuple[Floats, Floats]:
-    given, wanted = _matrix(probabilities, "probabilities"), _matrix(targets, "targets")
-    if given.shape != wanted.shape:
-        raise DataError(f"probabilities have shape {given.shape}, targets {wanted.shape}; they must be alike")
-    return given, wanted
+    predicted, target = _matrix(probabilities, "probabilities"), _matrix(targets, "targets")
+    if predicted.shape != target.shape:
+        raise DataError(f"probabilities have shape {predicted.shape}, targets {target.shape}; they must be alike")
+    return predicted, target
 
 
 def _weights(weights: ArrayLike | None, rows: int) -> Floats | None:

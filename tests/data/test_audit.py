@@ -16,11 +16,12 @@ from rich.console import Console
 from tests_support import strange_file
 from typer.testing import CliRunner
 
-from pairclf.cli import app, repeat_option
+from pairclf.cli import app
+from pairclf.cli.data import repeat_option
 from pairclf.config import Rules, Source
 from pairclf.data.audit import IDS_KEPT, audit, clean, exclude_overlap, legal_actions, render, write_audit
 from pairclf.data.formats import Flaw
-from pairclf.data.tables import read_rows, to_rows
+from pairclf.data.rows import read_rows, to_rows
 from pairclf.errors import DataError
 from pairclf.task import LMSYS, WSDM, Task
 
@@ -235,15 +236,10 @@ def test_labels_of_several_classes() -> None:
     assert cleaned["target"].to_list() == [[1.0, 0.5]] * 2
 
 
-VOTE = st.tuples(
-    st.booleans(),
-    st.sampled_from([A, B, TIE, [0.6, 0.4, 0.0]]),
-    st.floats(0.01, 3),
-)
+VOTE = st.tuples(st.booleans(), st.sampled_from([A, B, TIE, [0.6, 0.4, 0.0]]), st.floats(0.01, 3))
 
 
 @given(st.lists(VOTE, min_size=2, max_size=6))
-@settings(max_examples=60, deadline=None)
 def test_conflicting_labels_become_their_weighted_mean_over_both_orders(votes: list[Any]) -> None:
     """A mirrored row votes with its label mirrored: 1 vote against 3 is a quarter, a weight of 0.01 next to none."""
     swap = LMSYS.swap_target
@@ -301,7 +297,7 @@ RULES = st.fixed_dictionaries(
 
 
 @given(st.lists(ROW, min_size=1, max_size=10), RULES, st.lists(st.integers(0, 31), min_size=10, max_size=10))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples, deadline=None)
 def test_what_is_clean_stays_as_it_is(rows: list[Cells], actions: dict[str, Any], bits: list[int]) -> None:
     frame = canonical(rows, files=["1" if row < 5 else "2" for row in range(len(rows))])
     fields = pl.col(LMSYS.fields)
@@ -381,8 +377,8 @@ def test_check_writes_what_stays(tmp_path: Path) -> None:
     write_lmsys(tmp_path / "extra1.csv", ["test", "new"])
     write_lmsys(tmp_path / "extra2.csv", ["train", "new"])
     out, kept = tmp_path / "audit.json", tmp_path / "kept.jsonl"
-    rules = ("--set", "data.rules.prompt_overlap=drop")
-    code, shown = check(tmp_path / "extra*.csv", "--exclude-overlap", *unseen, "--write", kept, "--out", out, *rules)
+    rule = "data.rules.prompt_overlap=drop"
+    code, shown = check(tmp_path / "extra*.csv", "--exclude-overlap", *unseen, rule, "--write", kept, "--out", out)
     assert code == 0, shown
     findings = {one["rule"]: one for one in json.loads(out.read_text())["findings"]}
     assert findings["exclude_overlap"]["ids"] == ["extra10", "extra20"]
@@ -394,7 +390,7 @@ def test_check_writes_what_stays(tmp_path: Path) -> None:
 def test_check_says_when_nothing_would_run(tmp_path: Path) -> None:
     path = write_lmsys(tmp_path / "train.csv", ["same", "same"])
     kept = tmp_path / "kept.csv"
-    wanted = ("--out", tmp_path / "a.json", "--write", kept, "--set", "data.rules.turn_counts_differ=error")
+    wanted = ("--out", tmp_path / "a.json", "--write", kept, "data.rules.turn_counts_differ=error")
     assert check(path, *wanted)[0] == 0
     kept.unlink()
     path.write_text(path.read_text().replace('[""prompt 1""]', "no list").replace("train1", "train0"))
@@ -420,17 +416,19 @@ def test_check_takes_task_rules_and_sources_of_a_config(tmp_path: Path) -> None:
     code, shown = check(tmp_path / "extra.jsonl", "--task", tmp_path / "run.yaml", "--write", kept, *out)
     assert code == 0, shown
     assert "control_character" in shown
-    assert "fixed: they are removed" in shown
+    assert "fixed: it is removed" in shown
     assert kept.read_text() == "id,comment,fine,toxic\n1,a,0.0,1.0\n"
 
 
 def test_an_option_that_takes_several_names() -> None:
-    given = ["x", "--exclude-overlap", "a", "b", "--task", "lmsys", "--exclude-overlap", "c", "--", "d"]
+    given = ["x", "--exclude-overlap", "a", "b", "seed=1", "e", "--task", "lmsys", "--exclude-overlap", "c", "--", "d"]
     spelled = [
         "--exclude-overlap",
         "a",
         "--exclude-overlap",
         "b",
+        "seed=1",
+        "e",
         "--task",
         "lmsys",
         "--exclude-overlap",
@@ -441,8 +439,8 @@ def test_an_option_that_takes_several_names() -> None:
     assert repeat_option("--exclude-overlap", given) == ["x", *spelled]
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_strange_rows_end_in_no_traceback(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.thorough)])
+def test_check_of_strange_rows_ends_in_no_traceback(tmp_path: Path, count: int) -> None:
     path = strange_file(tmp_path, count)
     out, kept = ("--out", tmp_path / "audit.json"), tmp_path / "kept.csv"
     code, shown = check(path, *out)
@@ -450,7 +448,7 @@ def test_strange_rows_end_in_no_traceback(tmp_path: Path, count: int) -> None:
     assert "refused by data.rules.missing_id, data.rules.duplicate_id, data.rules.bad_label" in shown
     assert check(path, "--unlabelled", *out)[0] == 1
     mended = {"missing_id": "fix", "duplicate_id": "fix", "undecodable": "fix", "bad_label": "drop"}
-    sets = [part for rule, action in mended.items() for part in ("--set", f"data.rules.{rule}={action}")]
+    sets = [f"data.rules.{rule}={action}" for rule, action in mended.items()]
     code, shown = check(path, "--write", kept, *sets, *out)
     assert code == 0, shown
     code, shown = check(kept, *out)
@@ -463,7 +461,7 @@ def test_strange_rows_end_in_no_traceback(tmp_path: Path, count: int) -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not here")
 @pytest.mark.parametrize(("name", "task"), [("arena3/train.csv", LMSYS), ("arena2/train.parquet", WSDM)])
-def test_real_data_is_audited(name: str, task: Task) -> None:
+def test_clean_keeps_real_data(name: str, task: Task) -> None:
     frame = read_rows([SHARED / name], task, labelled=True)
     cleaned, findings = clean(frame, task, Rules(), labelled=True)
     assert cleaned.equals(frame)

@@ -18,9 +18,11 @@ from pairclf.config import Source
 from pairclf.data import csv_syntax
 from pairclf.data.folds import read_folds
 from pairclf.data.formats import read_file
-from pairclf.data.tables import check_submission, read_rows, read_scores, sample_ids, scan_rows, write_rows
+from pairclf.data.rows import read_rows, scan_rows, write_rows
+from pairclf.data.scores import read_scores
+from pairclf.data.submission import check_submission, sample_ids
 from pairclf.errors import DataError, PairclfError
-from pairclf.rehearsal.hidden import read_raw
+from pairclf.rehearsal.hidden_test import read_raw
 from pairclf.task import WSDM
 
 Rows = list[tuple[str | None, ...]]
@@ -135,7 +137,6 @@ RETURNS = st.lists(st.sampled_from(["\r", "a", "b"]), max_size=3).map("".join)
 
 
 @given(ROWS, st.sampled_from(sorted(OF_RFC_4180)), st.integers(1, 3), st.booleans())
-@settings(max_examples=150, deadline=None)
 def test_files_of_rfc_4180_are_read_exactly(path: Path, rows: Rows, writer: str, size: int, cut: bool) -> None:
     data = OF_RFC_4180[writer](rows)
     data = data.removesuffix(b"\n").removesuffix(b"\r") if cut else data
@@ -146,7 +147,6 @@ def test_files_of_rfc_4180_are_read_exactly(path: Path, rows: Rows, writer: str,
 
 
 @given(st.lists(st.tuples(RETURNS, RETURNS, RETURNS.map(lambda text: "." + text)), min_size=1, max_size=3))
-@settings(max_examples=60, deadline=None)
 def test_a_carriage_return_is_kept_or_refused(path: Path, rows: Rows) -> None:
     for writer, write in OF_RFC_4180.items():
         found = read(path, write(rows))
@@ -156,7 +156,6 @@ def test_a_carriage_return_is_kept_or_refused(path: Path, rows: Rows) -> None:
 
 
 @given(ROWS, st.sampled_from(sorted(ESCAPING)), st.none() | st.integers(1, 3))
-@settings(max_examples=150, deadline=None)
 def test_escaped_files_are_read_exactly_where_that_is_said(
     path: Path, rows: Rows, writer: str, size: int | None
 ) -> None:
@@ -166,7 +165,7 @@ def test_escaped_files_are_read_exactly_where_that_is_said(
 
 
 @given(ROWS, st.sampled_from(sorted(ESCAPING | CARELESS)), st.none() | st.integers(1, 3))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples, deadline=None)
 def test_other_files_are_read_exactly_or_refused(path: Path, rows: Rows, writer: str, size: int | None) -> None:
     """But for those that are sound by RFC 4180, and say something else: nobody can tell."""
     data = (ESCAPING | CARELESS)[writer](rows)
@@ -181,7 +180,7 @@ def test_other_files_are_read_exactly_or_refused(path: Path, rows: Rows, writer:
     st.sampled_from([1, 2, 5, 1 << 21]),
     st.none() | st.integers(1, 3),
 )
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=6 * settings.default.max_examples, deadline=None)
 def test_any_file_is_read_as_the_strict_reader_does_or_refused(
     path: Path, body: str, header: str, block: int, size: int | None
 ) -> None:

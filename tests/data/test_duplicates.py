@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tables import canonical
 
 from pairclf.data.duplicates import (
     RECALL,
@@ -33,14 +34,8 @@ WORDS = [
 ]
 
 
-def canonical(prompts: list[list[str | None]]) -> pl.DataFrame:
-    texts = {"prompt": prompts, "response_a": [["a"]] * len(prompts), "response_b": [["b"]] * len(prompts)}
-    kinds = dict.fromkeys(texts, pl.List(pl.String))
-    return pl.DataFrame({"id": [str(row) for row in range(len(prompts))], **texts}, schema_overrides=kinds)
-
-
 def normal(*prompts: str) -> list[str]:
-    return normalised_prompts(canonical([[prompt] for prompt in prompts]), LMSYS).to_list()
+    return normalised_prompts(canonical(prompts), LMSYS).to_list()
 
 
 def some_words(count: int, seed: int = 0) -> list[str]:
@@ -147,7 +142,7 @@ def families(draw: st.DrawFn) -> list[str]:
 
 
 @given(families(), st.sampled_from([0.6, 0.8, 0.9]))
-@settings(max_examples=60, deadline=None, derandomize=True)  # one pair in 20,000 may be missed
+@settings(deadline=None, derandomize=True)  # one pair in 20,000 may be missed
 def test_clusters_are_those_of_all_pairs(prompts: list[str], threshold: float) -> None:
     assert clusters(prompts, threshold).tolist() == plain_clusters(prompts, threshold)
 
@@ -204,8 +199,11 @@ def test_near_names_one_prompt_a_label() -> None:
     assert index.near(3, np.array([0, -1, -1, -1])).tolist() == [0]
 
 
-def test_thousands_of_near_duplicates_take_few_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A template with 5,000 fillings: 12 million pairs, and a handful of comparisons for each prompt."""
+@pytest.mark.parametrize("count", [2_000, pytest.param(5_000, marks=pytest.mark.thorough)])
+def test_near_index_compares_thousands_of_near_duplicates_few_times(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """A template with so many fillings: millions of pairs, and a handful of comparisons for each prompt."""
     compared = calls = 0
     alike = NearIndex._alike
 
@@ -216,14 +214,14 @@ def test_thousands_of_near_duplicates_take_few_comparisons(monkeypatch: pytest.M
 
     monkeypatch.setattr(NearIndex, "_alike", counted)
     template = " ".join(some_words(40))
-    index = NearIndex.of([f"{template} {number}" for number in range(5_000)], 0.8)
-    labels = np.zeros(5_000, dtype=np.int64)
+    index = NearIndex.of([f"{template} {number}" for number in range(count)], 0.8)
+    labels = np.zeros(count, dtype=np.int64)
     assert all(len(met) for place, met in index.walk(labels) if place)
-    assert compared < 50_000
+    assert compared < 10 * count
     compared = calls = 0
-    assert set(clusters([f"question {number}" for number in range(5_000)], 0.8)) > {0}
-    assert compared < 3_000_000, "short prompts look alike far more often than they are: a quarter of all pairs"
-    assert calls < 70_000
+    assert set(clusters([f"question {number}" for number in range(count)], 0.8)) > {0}
+    assert compared < 0.12 * count**2, "short prompts look alike far more often than they are: a quarter of all pairs"
+    assert calls < 14 * count
 
 
 def test_long_prompts() -> None:
@@ -248,10 +246,10 @@ def test_overlap_is_equal_or_near() -> None:
 
 
 @given(families(), families())
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(deadline=None, derandomize=True)
 def test_overlap_hangs_on_pairs_alone(one: list[str], other: list[str]) -> None:
     expected = [any(plain_jaccard(text, known) >= 0.8 or text == known for known in other) for text in one]
-    frame, seen = (canonical([[text] for text in texts]) for texts in (one, other))
+    frame, seen = (canonical(texts) for texts in (one, other))
     assert near_overlap(frame, seen, LMSYS, 0.8).to_list() == expected
 
 
@@ -269,6 +267,6 @@ def test_the_same_in_every_process() -> None:
             text=True,
             check=True,
         ).stdout
-        for seed in ("0", "1", "77")
+        for seed in ("0", "77")
     }
     assert len(said) == 1

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import polars as pl
 import pytest
+from support.tables import canonical
 
 from pairclf.data.duplicates import SAMPLE, _estimate, _lenient, near_overlap, samples, shingles
 from pairclf.data.identity import prompt_marks, row_hashes, seen_by
@@ -15,24 +16,20 @@ from pairclf.task import LMSYS, Task
 SINGLE = Task(name="single", fields=("prompt",), classes=("bad", "good"))
 
 
-def canonical(prompts: list[str], a: str = "first", b: str = "second") -> pl.DataFrame:
-    columns = {"prompt": prompts, "response_a": [a] * len(prompts), "response_b": [b] * len(prompts)}
-    cells = {name: [[text] for text in texts] for name, texts in columns.items()}
-    return pl.DataFrame({"id": [str(row) for row in range(len(prompts))], **cells})
-
-
 def words(count: int, seed: int) -> list[str]:
     draw = random.Random(seed)
     return ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(count)]
 
 
-def test_a_row_its_mirror_and_another_row_differ() -> None:
-    row, mirror, other = canonical(["p"]), canonical(["p"], "second", "first"), canonical(["p"], "first", "else")
-    hashes = pl.concat([row_hashes(one, LMSYS) for one in (row, mirror, other, canonical([" P\x00"], "First"))])
+def test_row_hashes_tell_a_row_from_its_mirror_and_others() -> None:
+    sides = [("first", "second"), ("second", "first"), ("first", "else")]
+    row, mirror, other = (canonical(["p"], a=a, b=b) for a, b in sides)
+    normal = canonical([" P\x00"], a="First", b="second")
+    hashes = pl.concat([row_hashes(one, LMSYS) for one in (row, mirror, other, normal)])
     assert hashes["prompt"].n_unique() == 1
     assert hashes["row_hash"].n_unique() == 3
     assert hashes["row_hash"][0] == hashes["row_hash"][3]  # in normal form
-    run_together = pl.concat([canonical(["p"], "a", "b c"), canonical(["p"], "a b", "c")])
+    run_together = pl.concat([canonical(["p"], a="a", b="b c"), canonical(["p"], a="a b", b="c")])
     assert row_hashes(run_together, LMSYS)["row_hash"].n_unique() == 2
     assert row_hashes(row, LMSYS)["row_hash"].to_list() == [14090495293119426309]  # the same on every machine
 

@@ -21,21 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairclf.config import Source
-from pairclf.data import tables
+from pairclf.data import rows as tables
 from pairclf.data.formats import Flaw, read_file
-from pairclf.data.tables import (
-    HASHES,
-    check_submission,
-    class_matrix,
-    read_rows,
-    read_scores,
-    scan_rows,
-    scores_frame,
-    to_rows,
-    write_rows,
-    write_scores,
-    write_submission,
-)
+from pairclf.data.rows import read_rows, scan_rows, to_rows, write_rows
+from pairclf.data.scores import HASHES, class_matrix, read_scores, scores_frame, write_scores
+from pairclf.data.submission import check_submission, sample_ids, write_submission
 from pairclf.errors import DataError
 from pairclf.task import LMSYS, WSDM, Task
 
@@ -600,10 +590,10 @@ IDS = [
     (pa.array([Decimal(7)], pa.decimal128(20, 0)), ["7"]),
     (pa.array(["x", "y"]).dictionary_encode(), ["x", "y"]),
     (pa.array(["07"], pa.large_string()), ["07"]),
-    (pa.array([7.0, 8.5]), "ids of 1 rows are floats with fractions"),
-    (pa.array([2.0**53]), "ids of 1 rows are floats with fractions, or too large"),
-    (pa.array([2.0**24], pa.float32()), "ids of 1 rows are floats with fractions, or too large"),
-    (pa.array([float("inf")]), "ids of 1 rows are floats"),
+    (pa.array([7.0, 8.5]), "ids of 1 row are floats with fractions"),
+    (pa.array([2.0**53]), "ids of 1 row are floats with fractions, or too large"),
+    (pa.array([2.0**24], pa.float32()), "ids of 1 row are floats with fractions, or too large"),
+    (pa.array([float("inf")]), "ids of 1 row are floats"),
     (pa.array([True, False]), "ids of 2 rows are booleans"),
     (pa.array([b"1"]), "column 'id' holds Binary"),
     (pa.array([date(2024, 1, 2)]), "column 'id' holds Date"),
@@ -632,7 +622,7 @@ def test_an_id_is_the_same_text_in_parquet_and_jsonl_or_refused(
 def test_whole_floats_as_ids_are_joined_with_the_sample(tmp_path: Path) -> None:
     sample = tmp_path / "sample.parquet"
     pl.DataFrame({"id": [9.0, 7.0], "winner": ["model_a"] * 2}).write_parquet(sample)
-    assert tables.sample_ids(sample, WSDM) == ["9", "7"]
+    assert sample_ids(sample, WSDM) == ["9", "7"]
     read = read_rows([of_type(tmp_path / "t.parquet", "id", pa.array([7.0, 9.0]))], WSDM, labelled=False)
     write_submission(tmp_path / "s.csv", some_scores(read["id"].to_list(), WSDM), WSDM, sample)
     assert check_submission(tmp_path / "s.csv", sample, WSDM)["rows"] == 2

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 
 from pairclf.errors import ConfigError
-from pairclf.inference.deadline import seconds_until, spoken
+from pairclf.inference.deadline import format_duration, seconds_until
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 
@@ -36,4 +36,4 @@ def test_what_is_neither_is_refused(text: str) -> None:
     ("seconds", "text"), [(0.4, "0 s"), (299, "299 s"), (300, "5 min"), (3599, "60 min"), (3660, "1 h 01 min")]
 )
 def test_spoken(seconds: float, text: str) -> None:
-    assert spoken(seconds) == text
+    assert format_duration(seconds) == text

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 from tests_support import hollow_bundle
 
+from pairclf.bundles.bundle import open_bundle
 from pairclf.config import Config, Predict
 from pairclf.errors import ConfigError, ModelError
-from pairclf.inference.devices import Gpu, choose, model_bytes, place
+from pairclf.inference.devices import Gpu, choose, place
 from pairclf.model.backbone import load_base
-from pairclf.model.bundle import open_bundle
+from pairclf.model.cost import model_bytes
 
 GIB = 1 << 30
 T4 = Gpu("Tesla T4", 15_828_320_256)
@@ -36,11 +37,11 @@ def test_what_fits_one_gpu_stands_on_each(size: float) -> None:
 def test_what_does_not_is_laid_over_all() -> None:
     placed = place(settings(), int(GEMMA_FP16), [T4, T4])
     assert placed.groups == (("cuda:0", "cuda:1"),)
-    assert "no one of them holds it" in placed.why
+    assert "it does not fit on one of them" in placed.why
     with pytest.raises(ModelError, match="does not fit on each"):
-        place(settings(spread="replicas"), int(GEMMA_FP16), [T4, T4])
+        place(settings(parallelism="replicas"), int(GEMMA_FP16), [T4, T4])
     # Replicas that were asked for are refused by the weights alone.
-    assert len(place(settings(spread="replicas"), int(14.0 * GIB), [T4, T4]).groups) == 2
+    assert len(place(settings(parallelism="replicas"), int(14.0 * GIB), [T4, T4]).groups) == 2
     assert len(place(settings(), int(14.0 * GIB), [T4, T4]).groups) == 1
 
 
@@ -55,8 +56,8 @@ def test_devices_are_taken_as_named() -> None:
     assert place(settings(), 1, []).groups == (("cpu",),)
     assert not place(settings(), 1, []).gpu
     assert place(settings(devices=["cuda"]), 1, [T4, T4]).groups == (("cuda:0",),)
-    assert place(settings(devices=["cuda:1"], spread="replicas"), 1, [T4, T4]).groups == (("cuda:1",),)
-    assert place(settings(devices=["cuda:1", "cuda:0"], spread="pipeline"), 1, [T4, T4]).groups == (
+    assert place(settings(devices=["cuda:1"], parallelism="replicas"), 1, [T4, T4]).groups == (("cuda:1",),)
+    assert place(settings(devices=["cuda:1", "cuda:0"], parallelism="pipeline"), 1, [T4, T4]).groups == (
         ("cuda:1", "cuda:0"),
     )
     twice = settings(devices=["cuda:0", "cuda:0"])
@@ -71,10 +72,10 @@ def test_devices_are_taken_as_named() -> None:
         {"devices": ["cuda:2"]},
         {"devices": ["tpu"]},
         {"devices": ["mps"]},
-        {"devices": ["cpu", "cpu"], "spread": "pipeline"},
-        {"devices": ["cuda:0", "cuda:0"], "spread": "pipeline"},
-        {"devices": ["cuda:0", "cpu"], "spread": "pipeline"},
-        {"devices": ["cuda:0"], "spread": "pipeline"},
+        {"devices": ["cpu", "cpu"], "parallelism": "pipeline"},
+        {"devices": ["cuda:0", "cuda:0"], "parallelism": "pipeline"},
+        {"devices": ["cuda:0", "cpu"], "parallelism": "pipeline"},
+        {"devices": ["cuda:0"], "parallelism": "pipeline"},
     ],
 )
 def test_what_can_not_be_is_refused(values: dict[str, object]) -> None:

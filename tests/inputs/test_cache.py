@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,20 @@ import polars as pl
 import psutil
 import pyarrow as pa
 import pytest
+from clocks_support import comes_true
 from datasets import Dataset
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support.forked import forked
 
 from pairclf.config import resolve
-from pairclf.data.tables import to_rows
+from pairclf.data.rows import to_rows
 from pairclf.errors import DataError
 from pairclf.inputs import cache as module
 from pairclf.inputs.cache import MANIFEST, TOKENS, EncodedRows, TokenCache, token_cache
 from pairclf.inputs.render import Encoded, InputBuilder
+from pairclf.inputs.tokenise import TurnTokenizer
 from pairclf.model.backbone import load_tokenizer
 from pairclf.task import LMSYS
 
@@ -63,10 +66,10 @@ def plain(encoded: tuple[Encoded, ...]) -> list[Any]:
 
 
 @hypothesis_settings(
-    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=40
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=25
 )
 @given(rows=TABLES, size=st.integers(1, 5))
-def test_a_row_from_the_cache_is_the_row_itself(
+def test_token_cache_rows_are_the_rows_themselves(
     tmp_path_factory: pytest.TempPathFactory, builder: InputBuilder, rows: list[tuple[Any, ...]], size: int
 ) -> None:
     frame = frame_of(rows)
@@ -79,7 +82,7 @@ def test_a_row_from_the_cache_is_the_row_itself(
     assert cache.lengths.tolist() == tokens
 
 
-def test_rows_are_found_by_id_in_any_order(tmp_path: Path, builder: InputBuilder) -> None:
+def test_encoded_rows_are_found_by_id_in_any_order(tmp_path: Path, builder: InputBuilder) -> None:
     frame = frame_of(ROWS)
     encoded = EncodedRows(cache_of(tmp_path, frame, builder), builder)
     picked = encoded.of(pl.Series(["r2", "r0"]))
@@ -91,7 +94,7 @@ def test_rows_are_found_by_id_in_any_order(tmp_path: Path, builder: InputBuilder
         encoded[4]
 
 
-def test_it_is_mapped_and_not_read(tmp_path: Path, builder: InputBuilder) -> None:
+def test_token_cache_is_mapped_and_not_read(tmp_path: Path, builder: InputBuilder) -> None:
     cache = cache_of(tmp_path, frame_of(ROWS), builder)
     ids = cache[2]["response_a"][0]
     assert len(ids) == 300
@@ -99,7 +102,7 @@ def test_it_is_mapped_and_not_read(tmp_path: Path, builder: InputBuilder) -> Non
     assert not ids.flags.writeable
 
 
-def test_it_opens_with_datasets(tmp_path: Path, builder: InputBuilder) -> None:
+def test_token_cache_opens_with_datasets(tmp_path: Path, builder: InputBuilder) -> None:
     cache_of(tmp_path, frame_of(ROWS), builder)
     (file,) = tmp_path.rglob(TOKENS)
     dataset = Dataset.from_file(str(file))
@@ -107,7 +110,7 @@ def test_it_opens_with_datasets(tmp_path: Path, builder: InputBuilder) -> None:
     assert dataset[2]["turns"] == [2, 300, 1, 1]
 
 
-def test_whatever_could_change_a_token_makes_another_cache(
+def test_token_cache_is_another_one_if_anything_could_change_a_token(
     tmp_path: Path, builder: InputBuilder, base_of: Callable[[str], Path]
 ) -> None:
     def folders() -> int:
@@ -129,7 +132,7 @@ def test_whatever_could_change_a_token_makes_another_cache(
     assert folders() == 6
 
 
-def test_it_is_built_once(tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_cache_is_built_once(tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
     first = cache_of(tmp_path, frame_of(ROWS), builder)
     monkeypatch.setattr(module, "_build", lambda *_, **__: pytest.fail("built again"))
     again = cache_of(tmp_path, frame_of(ROWS), builder)
@@ -137,7 +140,7 @@ def test_it_is_built_once(tmp_path: Path, builder: InputBuilder, monkeypatch: py
 
 
 @pytest.mark.parametrize("harm", ["offsets", "columns", "fifo"])
-def test_a_strangers_cache_under_fitting_hashes_is_built_again(
+def test_token_cache_of_a_stranger_under_fitting_hashes_is_built_again(
     tmp_path: Path, builder: InputBuilder, capsys: pytest.CaptureFixture[str], harm: str
 ) -> None:
     wanted = cache_of(tmp_path, frame_of(ROWS), builder)[2]["prompt"][0].tolist()
@@ -158,11 +161,11 @@ def test_a_strangers_cache_under_fitting_hashes_is_built_again(
         manifest.write_text(json.dumps(made | {"sha256": hashlib.sha256(tokens.read_bytes()).hexdigest()}))
     capsys.readouterr()
     assert cache_of(tmp_path, frame_of(ROWS), builder)[2]["prompt"][0].tolist() == wanted
-    assert "is damaged, and is built again" in " ".join(capsys.readouterr().err.split())
+    assert "is damaged, and is rebuilt" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("harm", ["one byte", "cut short", "no tokens", "no manifest", "a manifest of nothing"])
-def test_what_is_damaged_is_built_again(tmp_path: Path, builder: InputBuilder, harm: str) -> None:
+def test_token_cache_that_is_damaged_is_built_again(tmp_path: Path, builder: InputBuilder, harm: str) -> None:
     cache_of(tmp_path, frame_of(ROWS), builder)
     (tokens,), (manifest,) = tmp_path.rglob(TOKENS), tmp_path.rglob(MANIFEST)
     whole = tokens.read_bytes()
@@ -180,7 +183,7 @@ def test_what_is_damaged_is_built_again(tmp_path: Path, builder: InputBuilder, h
     assert tokens.read_bytes() == whole
 
 
-def test_two_that_need_the_same_cache_build_it_once(
+def test_token_cache_needed_twice_at_once_is_built_once(
     tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As two folds do that are started side by side."""
@@ -199,7 +202,7 @@ def test_two_that_need_the_same_cache_build_it_once(
     assert len(builds) == 1
 
 
-def test_a_cache_that_can_not_be_written_to_is_read(tmp_path: Path, builder: InputBuilder) -> None:
+def test_token_cache_that_can_not_be_written_to_is_read(tmp_path: Path, builder: InputBuilder) -> None:
     cache_of(tmp_path, frame_of(ROWS), builder)
     for lock in tmp_path.glob(".*.lock"):
         lock.unlink()
@@ -208,7 +211,7 @@ def test_a_cache_that_can_not_be_written_to_is_read(tmp_path: Path, builder: Inp
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_several_processes_build_the_same(tmp_path: Path, builder: InputBuilder) -> None:
+def test_token_cache_is_the_same_from_several_processes(tmp_path: Path, builder: InputBuilder) -> None:
     frame = frame_of([([f"question {n}"], ["a" * (n % 50)], ["b", None]) for n in range(5000)])
     cache_of(tmp_path / "one", frame, builder, size=2000)
     cache_of(tmp_path / "two", frame, builder, size=2000, processes=2)
@@ -216,7 +219,7 @@ def test_several_processes_build_the_same(tmp_path: Path, builder: InputBuilder)
     assert one == two
 
 
-def test_no_bundle_can_ask_for_any_number_of_processes(
+def test_token_cache_limits_the_processes_that_a_config_asks_for(
     tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
@@ -231,13 +234,13 @@ def test_no_bundle_can_ask_for_any_number_of_processes(
     assert asked == [max(module.MOST_PROCESSES, len(os.sched_getaffinity(0)))]
 
 
-def test_a_process_that_dies_is_told_and_leaves_nothing(
+def test_token_cache_names_a_process_that_died_and_leaves_nothing(
     tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = module.ProcessPoolExecutor
 
     def killed(processes: int, context: Any, start: Any, arguments: Any) -> Any:
-        return pool(processes, context, _kill_myself)
+        return pool(processes, context, signal.raise_signal, (signal.SIGKILL,))
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", killed)
     with pytest.raises(DataError, match="killed"):
@@ -245,82 +248,56 @@ def test_a_process_that_dies_is_told_and_leaves_nothing(
     assert list(tmp_path.rglob(MANIFEST)) == []
 
 
-def _kill_myself() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def build_until_held(channel: Connection, base: Path, folder: Path) -> None:
+    """Build a cache, and wait at its second chunk."""
+    tokenise, chunks = module.tokenise_chunk, [0]
+
+    def hold(*arguments: Any) -> pa.Table:
+        chunks[0] += 1
+        if chunks[0] == 2:
+            channel.send("held")
+            channel.poll(None)
+        return tokenise(*arguments)
+
+    module.tokenise_chunk = hold
+    frame, tokenizer = frame_of(ROWS * 3000), TurnTokenizer(load_tokenizer(str(base)))
+    token_cache(folder, lambda: frame.iter_slices(4000), tokenizer, LMSYS.fields, processes=1)
 
 
-KILLED = """
-import sys
-from pathlib import Path
-import polars as pl
-from pairclf.config import resolve
-from pairclf.inputs import cache
-from pairclf.inputs.tokenise import TurnTokenizer
-from pairclf.model.backbone import load_tokenizer
-import test_cache
-frame = test_cache.frame_of(test_cache.ROWS * 3000)
-tokenise, chunks = cache.tokenise_chunk, []
-def held(*args):
-    chunks.append(1)
-    print("chunk", flush=True)
-    if len(chunks) == 2:
-        sys.stdin.read()
-    return tokenise(*args)
-cache.tokenise_chunk = held
-tokenizer = TurnTokenizer(load_tokenizer(sys.argv[1]))
-cache.token_cache(Path(sys.argv[2]), lambda: frame.iter_slices(4000), tokenizer, test_cache.LMSYS.fields, processes=1)
-"""
-
-
-def test_a_killed_build_leaves_nothing_that_looks_whole(
+def test_token_cache_killed_while_it_is_built_leaves_nothing_that_looks_whole(
     tmp_path: Path, builder: InputBuilder, base_of: Callable[[str], Path]
 ) -> None:
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    command = [sys.executable, "-c", KILLED, str(base_of("gemma2")), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": path}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None
-        for _ in range(2):
-            assert process.stdout.readline().strip() == b"chunk"
-        process.kill()
-    assert any(tmp_path.iterdir())  # something was begun
-    assert list(tmp_path.rglob(MANIFEST)) == []
-    frame = frame_of(ROWS * 3000)
-    frame = frame.with_columns(id=pl.Series([f"r{number}" for number in range(len(frame))]))
-    assert len(cache_of(tmp_path, frame, builder, size=4000)) == 12_000
+    ours, theirs = Pipe()
+    folder = tmp_path / "cache"
+    process = forked(build_until_held, theirs, base_of("gemma2"), folder, output=tmp_path / "output")
+    assert ours.recv() == "held"
+    process.kill()
+    process.join()
+    assert any(folder.iterdir())  # something was begun
+    assert list(folder.rglob(MANIFEST)) == []
+    assert len(cache_of(folder, frame_of(ROWS * 3000), builder, size=4000)) == 12_000
 
 
-POOL = """
-import sys
-from pathlib import Path
-from pairclf.config import resolve
-from pairclf.inputs import cache
-from pairclf.inputs.tokenise import TurnTokenizer
-from pairclf.model.backbone import load_tokenizer
-import test_cache
-if __name__ == "__main__":
-    frame = test_cache.frame_of(test_cache.ROWS * 3000)
-    def frames():
+def tokenise_until_held(channel: Connection, base: Path) -> None:
+    """Tokenise in two processes, which wait for a second chunk."""
+    frame, tokenizer = frame_of(ROWS * 3000), TurnTokenizer(load_tokenizer(str(base)))
+
+    def frames() -> Iterator[pl.DataFrame]:
         yield frame.head(2000)
-        print("waiting", flush=True)
-        sys.stdin.read()
-    tokenizer = TurnTokenizer(load_tokenizer(sys.argv[1]))
-    list(cache._tokenised(frames(), tokenizer, test_cache.LMSYS.fields, 2))
-"""
+        channel.send("waiting")
+        channel.poll(None)
+
+    list(module._tokenised(frames(), tokenizer, LMSYS.fields, 2))
 
 
-@pytest.mark.slow
-def test_workers_leave_with_a_parent_that_was_killed(tmp_path: Path, base_of: Callable[[str], Path]) -> None:
-    script = tmp_path / "pool.py"
-    script.write_text(POOL)
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    command = [sys.executable, str(script), str(base_of("gemma2"))]
-    environment = {**os.environ, "PYTHONPATH": path}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == b"waiting"
-        workers = psutil.Process(process.pid).children(recursive=True)
-        assert workers
-        process.kill()
-    _, alive = psutil.wait_procs(workers, timeout=600)
-    assert alive == []
+def test_token_cache_workers_leave_with_a_parent_that_was_killed(
+    tmp_path: Path, base_of: Callable[[str], Path]
+) -> None:
+    ours, theirs = Pipe()
+    process = forked(tokenise_until_held, theirs, base_of("gemma2"), output=tmp_path / "output")
+    assert ours.recv() == "waiting"
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    process.kill()
+    process.join()
+    assert comes_true(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in workers))

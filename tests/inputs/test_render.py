@@ -25,16 +25,17 @@ WORDS = st.text(alphabet="ab <>/_|é\n", max_size=40) | st.sampled_from(CLOSERS)
 FIELD = st.lists(st.none() | WORDS, max_size=4).map(tuple)
 ROWS = st.builds(lambda p, a, b: Row("1", dict(zip(LMSYS.fields, (p, a, b), strict=True))), FIELD, FIELD, FIELD)
 QUICK = hypothesis_settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=20
 )
+"""For each of seven recipes."""
 CHAT = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>user\n{{ message['content'] | trim }}<end_of_turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 RECIPES: dict[str, dict[str, Any]] = {
     "tagged": {"max_length": 130},
-    "heads": {"max_length": 130, "cut": dict.fromkeys(LMSYS.fields, "head"), "marker": ""},
-    "minimums": {"max_length": 150, "minimums": {"prompt": 30, "response_a": 9, "response_b": 9}},
+    "heads": {"max_length": 130, "truncation": dict.fromkeys(LMSYS.fields, "head"), "truncation_marker": ""},
+    "minimums": {"max_length": 150, "min_tokens": {"prompt": 30, "response_a": 9, "response_b": 9}},
     "interleaved": {"max_length": 280, "template": {"turns": "interleaved"}},
     "judge": {"max_length": 330, "template": "judge"},
     "interleaved judge": {"max_length": 480, "template": {"preset": "judge", "turns": "interleaved"}},
@@ -257,7 +258,7 @@ def test_the_judge_speaks_through_the_chat_template(tokenizer: Any) -> None:
 def test_a_settled_template_needs_no_chat_template_any_more(tokenizer: Any) -> None:
     config = resolve({"inputs": {"template": "judge"}})
     settled = settle_template(config.inputs.template, tokenizer)
-    assert not settled.chat
+    assert not settled.apply_chat_template
     assert settle_template(settled, None) == settled
     again = resolve(
         config.model_copy(update={"inputs": config.inputs.model_copy(update={"template": settled})}).model_dump(

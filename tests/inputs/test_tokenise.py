@@ -48,8 +48,14 @@ CHATS: dict[str, str] = {
     "no answer opened": "{{ bos_token }}" + MESSAGES,
     "EOS at the end": MESSAGES + "{{ eos_token }}",
 }
-chats = pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
 KINDS = ["bytes", "prefix", "metaspace"]
+SINGLES = ["$A", "<s> $A", "<s> $A </s>"]
+PAIRS = [
+    pytest.param(KINDS[(row + column) % 3], single, chat, id=f"{name}-{single}-{KINDS[(row + column) % 3]}")
+    for row, (name, chat) in enumerate(CHATS.items())
+    for column, single in enumerate(SINGLES)
+]
+"""Each chat template with each kind of tokenizer and with each way to put BOS and EOS around a text."""
 
 
 def made(kind: str, single: str = "$A", added: tuple[AddedToken | str, ...] = (), **options: Any) -> Any:
@@ -99,10 +105,8 @@ def chatted(tokenizer: Any, content: Any) -> list[int]:
     return ids
 
 
-@chats
-@pytest.mark.parametrize("single", ["$A", "<s> $A", "<s> $A </s>"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_chat_has_the_ids_of_apply_chat_template(kind: str, single: str, chat: str) -> None:
+@pytest.mark.parametrize(("kind", "single", "chat"), PAIRS)
+def test_chat_has_the_ids_of_apply_chat_template(kind: str, single: str, chat: str) -> None:
     """Whatever the tokenizer itself puts around plain text; and no other BOS than the chat template's."""
     tokenizer, config = made(kind, single, chat_template=chat), config_of(template="judge")
     content = whole(config)
@@ -161,7 +165,7 @@ def test_a_chat_template_is_the_files_or_the_configs_or_the_default_of_several(t
 def test_a_chat_template_that_writes_nothing_after_the_last_field_is_refused() -> None:
     """The logits would be read at a token of the answer."""
     tokenizer = made("bytes", chat_template="{{ messages[0]['content'] }}")
-    template = {"text": "{prompt} {response_a} {response_b}", "chat": True}
+    template = {"text": "{prompt} {response_a} {response_b}", "apply_chat_template": True}
     with pytest.raises(ConfigError, match="writes nothing after"):
         seen(tokenizer, config_of(template=template))
 

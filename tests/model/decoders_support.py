@@ -16,9 +16,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from pairclf.config import resolve
 from pairclf.errors import ModelError
-from pairclf.model.batch import Item
-from pairclf.model.engine import LAYOUTS, Classifier, build
-from pairclf.model.layouts import padded
+from pairclf.inputs.sequences import Item
+from pairclf.model.engine import Classifier, build
+from pairclf.model.layouts import BATCH_LAYOUTS, padded
 
 DECODERS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY, LAYERS, WINDOW = 96, 4, 4
@@ -147,9 +147,9 @@ def verdicts(folder: Path) -> dict[str, str]:
     """Of each layout: "equal", "refused: ..." or "wrong by ...", against each row alone with eager attention.
 
     Raises:
-        ModelError: the base is refused whatever the layout; with `model.attention=eager` too.
+        ModelError: the base is refused whatever the layout; with `model.attn_implementation=eager` too.
     """
-    eager = decoder_of(folder, attention="eager")
+    eager = decoder_of(folder, attn_implementation="eager")
     alone = torch.cat([logits_of(eager, padded([row])) for row in rows()])
     found = {"eager, padded": _verdict(eager, "padded", alone, trim=False)}
     try:
@@ -166,7 +166,7 @@ def verdicts(folder: Path) -> dict[str, str]:
 def _verdict(classifier: Classifier, layout: str, alone: torch.Tensor, *, trim: bool) -> str:
     if why := classifier.why_not(layout):
         return f"refused: {why}"
-    apart = (logits_of(classifier, LAYOUTS["decoder", "head", layout](rows()), trim=trim) - alone).abs().max()
+    apart = (logits_of(classifier, BATCH_LAYOUTS[layout].lay_out(rows()), trim=trim) - alone).abs().max()
     return "equal" if apart <= 1e-5 * max(1.0, float(alone.abs().max())) else f"wrong by {apart:.2g}"
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from pairclf.errors import ModelError
 from pairclf.model import attention
-from pairclf.model.attention import KERNELS, Scores, _varlen, attend, mask, pick_kernel
-from pairclf.model.batch import Piece, Topology, end_to_end
+from pairclf.model.attention import KERNELS, ScoreOptions, _varlen, attend, mask, pick_kernel
+from pairclf.model.batch import Segment, Topology, end_to_end
 
 LENGTHS = [1, 40, 7]
 STARTS = torch.tensor([0, 1, 41, 48], dtype=torch.int32)
@@ -34,9 +34,10 @@ def plainly(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, wi
     return out.transpose(1, 2)
 
 
-@pytest.mark.parametrize("window", [None, 1, 8, 40, 100])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_a_packed_row_is_its_sequences_from_the_definition(softcap: float | None, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("softcap", "window"), [(None, None), (2.0, None), (None, 1), (2.0, 8), (None, 40), (2.0, 100)]
+)
+def test_attend_packed_equals_the_definition(softcap: float | None, window: int | None) -> None:
     whole = states()
     expected = [
         plainly(*(one[:, :, start:end] for one in whole), softcap, window)
@@ -51,23 +52,27 @@ def test_a_packed_row_is_its_sequences_from_the_definition(softcap: float | None
 
 # [a a a a ... | b ... | c ...]: b goes on behind 12 of a's 25 tokens, c behind those and 5 of b.
 TREE = Topology(
-    (Piece(0, 25, ((0, 25),)), Piece(25, 40, ((0, 12), (25, 40))), Piece(40, 48, ((0, 12), (25, 30), (40, 48)))),
+    (Segment(0, 25, ((0, 25),)), Segment(25, 40, ((0, 12), (25, 40))), Segment(40, 48, ((0, 12), (25, 30), (40, 48)))),
     (((0, 12), (25, 30), (40, 48)), ((0, 25),), ((0, 12), (25, 40))),
 )
 
 
-@pytest.mark.parametrize("block", [1, 4, 7, 128])
-@pytest.mark.parametrize("window", [None, 1, 6, 14, 100])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_a_shared_row_is_its_sequences_from_the_definition(
+@pytest.mark.parametrize(
+    ("softcap", "window", "block"),
+    [
+        *((None, None, 1), (2.0, None, 128), (None, 1, 4), (2.0, 1, 7), (None, 6, 7), (2.0, 6, 4)),
+        *((2.0, 14, 1), (None, 14, 128), (2.0, 100, 4), (None, 100, 1), (2.0, 6, 128), (None, 1, 1)),
+    ],
+)
+def test_attend_shared_equals_the_definition(
     monkeypatch: pytest.MonkeyPatch, softcap: float | None, window: int | None, block: int
 ) -> None:
     monkeypatch.setattr(attention, "QUERIES_ON_CPU", block)
     query, key, value = states()
-    paths = [[place for span in piece.sees for place in range(*span)] for piece in TREE.pieces]
+    paths = [[place for span in piece.sees for place in range(*span)] for piece in TREE.segments]
     told = {"softcap": softcap, "sliding_window": window}
     whole = [plainly(*(one[:, :, path] for one in (query, key, value)), softcap, window) for path in paths]
-    own = [one[:, piece.start - piece.stop :] for one, piece in zip(whole, TREE.pieces, strict=True)]
+    own = [one[:, piece.start - piece.stop :] for one, piece in zip(whole, TREE.segments, strict=True)]
     found, _ = attend(nn.Module(), query, key, value, None, topology=TREE, **told)  # type: ignore[arg-type]
     assert (found - torch.cat(own, dim=1)).abs().max() <= 1e-6
     ends = query[:, :, [47, 24, 39]]
@@ -76,7 +81,7 @@ def test_a_shared_row_is_its_sequences_from_the_definition(
     assert (found - expected).abs().max() <= 1e-6
 
 
-def test_flash_attention_is_told_of_the_same_keys() -> None:
+def test_varlen_gathers_the_keys_that_pieces_see() -> None:
     told = _varlen(TREE, torch.device("cpu"))
     assert told.queries.tolist() == [0, 25, 40, 48]
     assert told.keys.tolist() == [0, 25, 52, 77]
@@ -86,13 +91,13 @@ def test_flash_attention_is_told_of_the_same_keys() -> None:
     assert _varlen(end_to_end([3, 2]), torch.device("cpu")).gather is None
 
 
-def test_no_mask_is_made_where_none_is_given() -> None:
+def test_mask_is_none_without_a_given_one() -> None:
     assert mask(batch_size=1, q_length=48, kv_length=48) is None
 
 
 @pytest.mark.parametrize("told", [PACKED, {}], ids=["packed", "one"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_dropout_drops_and_keeps_the_mean(softcap: float | None, told: dict[str, object]) -> None:
+def test_attend_drops_out_and_keeps_the_mean(softcap: float | None, told: dict[str, object]) -> None:
     query, key, value = states()
     calm, _ = attend(nn.Module(), query, key, torch.ones_like(value), None, softcap=softcap, **told)  # type: ignore[arg-type]
     rough, _ = attend(nn.Module(), query, key, torch.ones_like(value), None, softcap=softcap, dropout=0.5, **told)  # type: ignore[arg-type]
@@ -102,12 +107,12 @@ def test_dropout_drops_and_keeps_the_mean(softcap: float | None, told: dict[str,
 
 
 @pytest.mark.parametrize("unknown", ["s_aux", "position_bias"])
-def test_what_the_model_asks_for_and_is_not_known_is_refused(unknown: str) -> None:
-    with pytest.raises(ModelError, match=f"gives {unknown}.*\n.*attention=eager"):
+def test_attend_refuses_arguments_it_does_not_know(unknown: str) -> None:
+    with pytest.raises(ModelError, match=f"gives {unknown}.*\n.*attn_implementation=eager"):
         attend(nn.Module(), *states(), None, **{unknown: torch.zeros(4)})  # type: ignore[arg-type]
 
 
-def test_seeing_both_ways_is_refused_in_a_packed_row_alone() -> None:
+def test_attend_refuses_bidirectional_attention_in_packed_rows_alone() -> None:
     module = nn.Module()
     module.is_causal = False  # type: ignore[assignment]
     query, key, value = states()
@@ -130,7 +135,7 @@ def test_seeing_both_ways_is_refused_in_a_packed_row_alone() -> None:
         ("cuda", torch.bfloat16, 256, (8, 9), True, "flash", "installed"),
     ],
 )
-def test_the_kernel_is_chosen_by_what_the_machine_has(
+def test_pick_kernel_goes_by_device_dtype_head_and_package(
     monkeypatch: pytest.MonkeyPatch,
     device: str,
     dtype: torch.dtype,
@@ -151,11 +156,11 @@ def test_the_kernel_is_chosen_by_what_the_machine_has(
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("topology", [end_to_end(LENGTHS), TREE], ids=["packed", "shared"])
-def test_flash_attention_agrees_with_the_loop(topology: Topology, softcap: float | None, window: int | None) -> None:
+def test_flash_kernel_equals_the_loop(topology: Topology, softcap: float | None, window: int | None) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     pytest.importorskip("flash_attn")
-    scores = Scores(0.25, softcap, window, 0.0)
+    scores = ScoreOptions(0.25, softcap, window, 0.0)
     outputs, gradients = [], []
     for kernel in ("loop", "flash"):
         given = [one.requires_grad_() for one in states(device="cuda", dtype=torch.bfloat16)]

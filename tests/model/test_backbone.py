@@ -11,16 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bundles_support import write_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
+from pairclf.bundles.base import fingerprint, resolve_base
+from pairclf.bundles.bundle import open_bundle
 from pairclf.config import Config
 from pairclf.errors import ModelError
-from pairclf.model.backbone import checkpoint_gradients, fingerprint, load_tokenizer, pick_dtype, resolve_base
-from pairclf.model.batch import Item
-from pairclf.model.bundle import open_bundle, write
+from pairclf.inputs.sequences import Item
+from pairclf.model.backbone import checkpoint_gradients, load_tokenizer, pick_dtype
 from pairclf.model.engine import build
 from pairclf.model.layouts import packed, padded
+from pairclf.model.weights import load_classifier
 
 CPU = torch.device("cpu")
 
@@ -35,7 +38,7 @@ def test_only_adapters_and_head_train(config_for: Callable[..., Config], quantiz
 
 
 def test_layers_below_the_first_carry_no_adapter(config_for: Callable[..., Config]) -> None:
-    classifier = build(config_for("llama", model={"lora": {"rank": 4, "first_layer": 1}}), CPU)
+    classifier = build(config_for("llama", model={"lora": {"r": 4, "first_layer": 1}}), CPU)
     adapted = {name for name, _ in classifier.named_parameters() if "lora_" in name}
     assert adapted
     assert all("layers.1." in name for name in adapted)
@@ -49,7 +52,7 @@ def test_the_whole_model_trains_without_lora(config_for: Callable[..., Config]) 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_rslora_scales_by_the_root_of_the_rank(config_for: Callable[..., Config], quantization: str) -> None:
     for rslora, scale in ((False, 32 / 4), (True, 32 / 2)):
-        model = {"quantization": quantization, "lora": {"rank": 4, "alpha": 32, "rslora": rslora}}
+        model = {"quantization": quantization, "lora": {"r": 4, "lora_alpha": 32, "use_rslora": rslora}}
         classifier = build(config_for("llama", model=model), CPU)
         scales = {one.scaling["default"] for one in classifier.modules() if isinstance(one, LoraLayer)}
         assert scales == {scale}
@@ -59,10 +62,10 @@ def test_rslora_scales_by_the_root_of_the_rank(config_for: Callable[..., Config]
 def test_dora_trains_magnitudes_and_starts_where_lora_does(
     config_for: Callable[..., Config], quantization: str
 ) -> None:
-    shared = {"rank": 4, "dropout": 0.0}
+    shared = {"r": 4, "lora_dropout": 0.0}
     plain, dora = (
         build(config_for("gemma2", model={"quantization": quantization, "lora": lora}), CPU)
-        for lora in (shared, {**shared, "dora": True})
+        for lora in (shared, {**shared, "use_dora": True})
     )
     magnitudes = {name: one for name, one in dora.named_parameters() if "magnitude" in name}
     others = {name for name, one in dora.named_parameters() if one.requires_grad} - magnitudes.keys()
@@ -81,22 +84,24 @@ def test_dora_trains_magnitudes_and_starts_where_lora_does(
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("variant", ["dora", "rslora"])
+@pytest.mark.parametrize("variant", ["use_dora", "use_rslora"])
 def test_a_bundle_gives_back_an_adapter_exactly(
     config_for: Callable[..., Config], tmp_path: Path, quantization: str, variant: str
 ) -> None:
-    model = {"quantization": quantization, "lora": {"rank": 4, variant: True}}
+    model = {"quantization": quantization, "lora": {"r": 4, variant: True}}
     config = config_for("gemma2", model=model)
     classifier = build(config, CPU).eval()
     for name, parameter in classifier.named_parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, mean=float("magnitude" in name), std=0.1)
     tokenizer = load_tokenizer(config.model.base)
-    write(tmp_path, classifier, config, tokenizer, name="test", fold=None, metrics={}, prior=[0.4, 0.3, 0.3], probes=[])
+    write_model(
+        tmp_path, classifier, config, tokenizer, name="test", fold=None, metrics={}, prior=[0.4, 0.3, 0.3], probes=[]
+    )
     batch = packed([Item(0, 0, np.arange(5, 60, dtype=np.int32)), Item(1, 0, np.arange(9, 12, dtype=np.int32))])
     with torch.inference_mode():
         saved = classifier(batch.inputs, batch.read_at, batch.lengths)
-        loaded = open_bundle(tmp_path).load(CPU)(batch.inputs, batch.read_at, batch.lengths)
+        loaded = load_classifier(open_bundle(tmp_path), CPU)(batch.inputs, batch.read_at, batch.lengths)
     assert torch.equal(saved, loaded)
 
 
@@ -133,9 +138,9 @@ def test_the_seed_decides_the_fresh_weights(config_for: Callable[..., Config]) -
         ({"base": "embedded:gpt-5"}, "not shipped"),
         ({"base": "./nowhere"}, "no folder"),
         ({"base": "someone/not-cached-here"}, "can't be loaded"),
-        ({"lora": {"targets": ["query"]}}, "has not"),
+        ({"lora": {"target_modules": ["query"]}}, "has not"),
         ({"lora": {"first_layer": 2}}, "leaves no layer"),
-        ({"lora": {"dora": True}, "quantization": "int8"}, "does not run on a CPU"),
+        ({"lora": {"use_dora": True}, "quantization": "int8"}, "does not run on a CPU"),
     ],
 )
 def test_what_can_not_be_loaded_is_said(

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import pairclf
-from pairclf.data.arena import corpus
+from pairclf.demo.arena import corpus
 
 EMBEDDED = Path(pairclf.__file__).parent / "embedded"
 NAMES = ["gemma2-tiny", "llama-tiny"]

@@ -18,14 +18,14 @@ from transformers.masking_utils import blockwise_overlay, or_masks, sliding_wind
 
 from pairclf.config import Config
 from pairclf.errors import ModelError
-from pairclf.jobs.scoring import Scorer
+from pairclf.inputs.sequences import Item
 from pairclf.model import isolation, trim
-from pairclf.model.attention import NAME, Watch, attend
+from pairclf.model.attention import NAME, AttentionCalls, attend
 from pairclf.model.backbone import checkpoint_gradients
-from pairclf.model.batch import Item
 from pairclf.model.engine import build, build_frozen
-from pairclf.model.isolation import Isolation, probe
-from pairclf.model.layouts import packed, padded, shared
+from pairclf.model.isolation import probe
+from pairclf.model.layouts import Isolation, packed, padded, shared
+from pairclf.model.scoring import ClassifierScorer
 
 DOCS = Path(__file__).parents[2] / "docs" / "decoders.md"
 CPU = torch.device("cpu")
@@ -45,14 +45,16 @@ def nemotron(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("nemotron", "packed", "NemotronAttention does not receive the places of the rows"),
         ("phimoe", "packed", "PhimoeAttention hands sliding_window=None to its attention, and its mask is another one"),
-        ("bamba", "packed", "layers of the kind linear_attention"),
+        pytest.param(
+            "bamba", "packed", "layers of the kind linear_attention", marks=pytest.mark.thorough, id="bamba-packed"
+        ),
         ("gpt_oss", "padded", "GptOssAttention gives s_aux to its attention"),
         ("cpmant", "base", "a row in a padded batch differ from those of the row alone"),
         ("gpt2", None, None),
         ("deepseek_v3", None, None),
     ],
 )
-def test_a_decoder_scores_rows_as_each_alone_or_is_refused(kind: str, layout: str | None, why: str | None) -> None:
+def test_decoder_scores_each_row_as_alone_or_is_refused(kind: str, layout: str | None, why: str | None) -> None:
     found = outcome(kind)
     assert not [one for one in found.values() if one.startswith(("wrong", "not built"))]
     if layout is None:
@@ -63,7 +65,7 @@ def test_a_decoder_scores_rows_as_each_alone_or_is_refused(kind: str, layout: st
 
 
 @pytest.mark.thorough
-def test_every_decoder_of_transformers_scores_rows_as_each_alone_or_is_refused(tmp_path: Path) -> None:
+def test_decoders_of_transformers_score_each_row_as_alone_or_are_refused(tmp_path: Path) -> None:
     table = {kind: outcome(kind) for kind in DECODERS}
     found = tmp_path / "decoders.md"
     found.write_text(rendered(table))
@@ -136,7 +138,7 @@ def _shift_tokens(model: nn.Module) -> None:
         ("llama", {}, _shift_tokens, "differ from those of the row alone"),
     ],
 )
-def test_what_a_class_claims_and_does_not_do_is_found(
+def test_probe_finds_what_a_class_claims_and_does_not_do(
     kind: str, settings: dict[str, object], break_: Callable[[nn.Module], None], why: str
 ) -> None:
     model = tiny(kind, **settings)
@@ -148,14 +150,14 @@ def test_what_a_class_claims_and_does_not_do_is_found(
         assert why in one or "are not known" in one  # the reason for the last layer of gpt2 is its kind
 
 
-def test_a_batch_that_has_a_say_in_its_rows_is_refused_even_padded() -> None:
+def test_probe_refuses_a_batch_that_has_a_say_in_its_rows() -> None:
     model = tiny("llama")
     layer_of(model, 0).register_forward_hook(lambda _layer, _given, states: states - 0.1 * states.mean(dim=(0, 1)))
     with pytest.raises(ModelError, match="a row in a padded batch differ from those of the row alone"):
         probe(model, torch.float32)
 
 
-def test_a_mask_that_is_made_of_a_batch_is_known_without_asking_it_beyond() -> None:
+def test_watch_knows_a_mask_made_of_one_batch() -> None:
     blocks = torch.zeros(1, 8, dtype=torch.long)
     plain = sliding_window_causal_mask_function(4)
     mixed = or_masks(plain, blockwise_overlay(blocks))
@@ -165,13 +167,13 @@ def test_a_mask_that_is_made_of_a_batch_is_known_without_asking_it_beyond() -> N
         (mixed, 4, "one batch"),
     ):
         mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-        found = Watch(masks=[(mask, function)], windows=[("Attention", window, mask)]).wrong_window()
+        found = AttentionCalls(masks=[(mask, function)], windows=[("Attention", window, mask)]).wrong_window()
         assert found is None if why is None else why in str(found)
-    assert "another mask" in str(Watch(windows=[("Attention", None, torch.ones(1))]).wrong_window())
+    assert "another mask" in str(AttentionCalls(windows=[("Attention", None, torch.ones(1))]).wrong_window())
 
 
 @pytest.mark.parametrize("ignored", ["softcap", "scaling"])
-def test_what_our_attention_ignores_is_found(ignored: str) -> None:
+def test_probe_finds_what_our_attention_ignores(ignored: str) -> None:
     def deaf(*given: Any, **named: Any) -> tuple[Tensor, None]:
         return attend(*given, **{**named, ignored: None})
 
@@ -185,7 +187,7 @@ def test_what_our_attention_ignores_is_found(ignored: str) -> None:
         AttentionInterface.register(NAME, attend)
 
 
-def test_a_wrong_last_layer_is_found_and_shared_rows_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_finds_a_wrong_last_layer_and_keeps_shared_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     monkeypatch.setattr(trim, "rotate_half", lambda states: states)
     found = probe(model, torch.float32)
@@ -194,18 +196,16 @@ def test_a_wrong_last_layer_is_found_and_shared_rows_stay(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("kind", "model"),
     [
-        {"dtype": "bfloat16"},
-        {"dtype": "float16"},
-        {"dtype": "float16", "quantization": "nf4"},
-        {"dtype": "bfloat16", "quantization": "int8"},
-        {"quantization": "nf4"},
+        pytest.param("gemma2", {"dtype": "bfloat16"}, id="gemma2-bfloat16"),
+        pytest.param("qwen3", {"dtype": "float16"}, id="qwen3-float16"),
+        pytest.param("gemma2", {"dtype": "float16", "quantization": "nf4"}, id="gemma2-float16-nf4"),
+        pytest.param("qwen3", {"dtype": "bfloat16", "quantization": "int8"}, id="qwen3-bfloat16-int8"),
+        pytest.param("gemma2", {"quantization": "nf4"}, id="gemma2-nf4"),
     ],
-    ids=str,
 )
-@pytest.mark.parametrize("kind", ["gemma2", "qwen3"])
-def test_it_is_sharp_whatever_the_weights_are_stored_in(
+def test_probe_is_sharp_whatever_the_weights_are_stored_in(
     config_for: Callable[..., Config], kind: str, model: dict[str, object]
 ) -> None:
     classifier = build_frozen(config_for(kind, model=model), CPU, None, training=False)
@@ -216,7 +216,7 @@ def test_it_is_sharp_whatever_the_weights_are_stored_in(
         probe(base, classifier.dtype)
 
 
-def test_nothing_is_another_one_afterwards(config_for: Callable[..., Config]) -> None:
+def test_probe_leaves_the_model_as_it_was(config_for: Callable[..., Config]) -> None:
     classifier = build(config_for("gemma2", model={"quantization": "nf4"}), CPU).train()
     backbone: Any = classifier.backbone.get_base_model()  # type: ignore[operator]
     before = {name: one.clone() for name, one in backbone.state_dict().items()}
@@ -238,7 +238,7 @@ def test_nothing_is_another_one_afterwards(config_for: Callable[..., Config]) ->
     assert all(one.grad is None for one in backbone.parameters())
 
 
-def test_it_is_measured_once_for_a_base(config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_runs_once_for_a_base(config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     met: list[str] = []
 
     def counted(backbone: Any, dtype: torch.dtype) -> Isolation:
@@ -246,7 +246,7 @@ def test_it_is_measured_once_for_a_base(config_for: Callable[..., Config], monke
         return probe(backbone, dtype)
 
     monkeypatch.setattr(isolation, "probe", counted)
-    monkeypatch.setattr(isolation, "_FOUND", {})
+    monkeypatch.setattr(isolation, "_RESULTS", {})
     config = config_for("llama")
     for _ in range(3):
         build(config, CPU)
@@ -254,17 +254,17 @@ def test_it_is_measured_once_for_a_base(config_for: Callable[..., Config], monke
     assert met == [config.model.base, config_for("qwen2").model.base]
 
 
-def test_a_base_that_mixes_rows_falls_back_or_is_refused_as_it_was_asked_for(nemotron: Path) -> None:
+def test_scorer_falls_back_or_refuses_on_a_base_that_mixes_rows(nemotron: Path) -> None:
     classifier = decoder_of(nemotron)
-    assert Scorer(classifier).layout == "padded"
-    assert "not packed, as NemotronModel: NemotronAttention does not receive" in Scorer(classifier).why
+    assert ClassifierScorer(classifier).layout == "padded"
+    assert "not packed, as NemotronModel: NemotronAttention does not receive" in ClassifierScorer(classifier).why
     with pytest.raises(ModelError, match=r"predict\.layout=packed: NemotronModel.*\n.*predict\.layout=auto"):
-        Scorer(classifier, "packed")
+        ClassifierScorer(classifier, "packed")
     with pytest.raises(ModelError, match=r"layout shared: NemotronModel.*\n.*train\.layout=padded"):
         logits_of(classifier, shared(rows()))
 
 
-def test_training_packed_on_a_base_that_mixes_rows_is_refused_before_it_starts(
+def test_build_refuses_packed_training_on_a_base_that_mixes_rows(
     nemotron: Path, config_for: Callable[..., Config]
 ) -> None:
     base = {"base": str(nemotron)}
@@ -274,7 +274,7 @@ def test_training_packed_on_a_base_that_mixes_rows_is_refused_before_it_starts(
 
 
 @pytest.mark.parametrize("recomputing", [False, True])
-def test_a_packed_batch_whose_topology_is_lost_on_the_way_is_an_error(
+def test_packed_batch_whose_topology_is_lost_is_an_error(
     config_for: Callable[..., Config], *, recomputing: bool
 ) -> None:
     classifier = build(config_for("llama"), CPU)
@@ -289,7 +289,7 @@ def test_a_packed_batch_whose_topology_is_lost_on_the_way_is_an_error(
     logits_of(classifier, padded(rows()))
 
 
-def test_a_layer_whose_attention_was_not_called_is_an_error(config_for: Callable[..., Config]) -> None:
+def test_packed_batch_whose_attention_was_not_called_is_an_error(config_for: Callable[..., Config]) -> None:
     classifier = build(config_for("llama"), CPU).eval()
     classifier.isolation = classifier.isolation._replace(attentions=LAYERS)
     for layout in (packed, shared):
@@ -318,7 +318,7 @@ ROTARY: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("kind", list(ROTARY))
-def test_positions_that_hang_on_the_longest_row_of_a_batch_are_refused(
+def test_build_refuses_positions_that_depend_on_the_longest_row(
     config_for: Callable[..., Config], tmp_path: Path, kind: str
 ) -> None:
     """transformers takes the frequencies of all rows from the longest one: a short row scores by its neighbours."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise, product
 from types import SimpleNamespace
+from typing import get_args
 from unittest import mock
 
 import numpy as np
@@ -24,13 +25,21 @@ from models_support import (
 )
 from transformers import AutoConfig
 
-from pairclf.config import Config
+from pairclf.approaches.finetune.estimate import _sample_steps, measure_kept_bytes
+from pairclf.config import Config, Predict, Train
 from pairclf.errors import ModelError
+from pairclf.inference.messages import RowOrders
+from pairclf.inference.pending import PendingSequences
+from pairclf.inputs.plan import LAYOUTS, micro_batches
+from pairclf.inputs.plan import Layout as PlannedLayout
+from pairclf.inputs.sequences import Ints, Item, LargestPass, SequenceIndex
 from pairclf.model import attention, layouts
 from pairclf.model.backbone import checkpoint_gradients
-from pairclf.model.batch import Batch, Item, end_to_end
-from pairclf.model.engine import LAYOUTS, Classifier, Layout, layout_of
-from pairclf.model.layouts import packed, padded, shared
+from pairclf.model.batch import Batch, end_to_end
+from pairclf.model.engine import Classifier, build
+from pairclf.model.layouts import BATCH_LAYOUTS, BatchLayout, MakeBatch, packed, padded, shared
+from pairclf.model.memory import footprint
+from pairclf.model.scoring import ClassifierScorer, score
 
 BACKBONES = ["gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"]
 
@@ -43,24 +52,21 @@ def items() -> list[Item]:
 
 
 def with_attention(config_for: Callable[..., Config], kind: str, name: str, **model: object) -> Classifier:
-    return as_built(config_for(kind, model={**model, "attention": name}, train={"layout": "padded"}))
+    return as_built(config_for(kind, model={**model, "attn_implementation": name}, train={"layout": "padded"}))
 
 
-@pytest.fixture(params=BACKBONES)
-def classifier(request: pytest.FixtureRequest, config_for: Callable[..., Config]) -> Classifier:
-    return as_built(config_for(request.param))
-
-
-@pytest.mark.parametrize("made", [items, related_items])
-@pytest.mark.parametrize("key", list(LAYOUTS), ids=" + ".join)
-def test_every_layout_scores_as_one_row_at_a_time(
-    classifier: Classifier, key: tuple[str, str, str], made: Callable[[], list[Item]]
+@pytest.mark.parametrize("rows", [items, related_items], ids=["unrelated", "related"])
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_layouts_score_each_row_as_alone(
+    classifier_of: Callable[[str], Classifier], kind: str, rows: Callable[[], list[Item]]
 ) -> None:
-    batch = LAYOUTS[key](made())
-    assert (logits_of(classifier, batch) - one_at_a_time(classifier, made())).abs().max() <= 1e-5
-    told = zip(batch.row_at.tolist(), batch.order.tolist(), batch.lengths.tolist(), strict=True)
-    assert list(told) == [(item.row, item.order, len(item.ids)) for item in made()]
-    assert batch.tokens == sum(len(item.ids) for item in made())
+    classifier, alone = classifier_of(kind), one_at_a_time(classifier_of(kind), rows())
+    for layout in BATCH_LAYOUTS.values():
+        batch = layout.lay_out(rows())
+        assert (logits_of(classifier, batch) - alone).abs().max() <= 1e-5
+        sequences = zip(batch.row_at.tolist(), batch.order.tolist(), batch.lengths.tolist(), strict=True)
+        assert list(sequences) == [(item.row, item.order, len(item.ids)) for item in rows()]
+        assert batch.tokens == sum(len(item.ids) for item in rows())
 
 
 def _attend_to_padding(batch: Batch) -> Batch:
@@ -104,7 +110,7 @@ def _join_the_first_two(batch: Batch) -> Batch:
 
 def _positions_restart(batch: Batch) -> Batch:
     """In every piece, as if nothing went before it."""
-    positions = torch.cat([torch.arange(one.stop - one.start) for one in topology_of(batch).pieces])[None]
+    positions = torch.cat([torch.arange(one.stop - one.start) for one in topology_of(batch).segments])[None]
     return replace(batch, inputs={**batch.inputs, "position_ids": positions})
 
 
@@ -115,30 +121,31 @@ def _say_nothing_of_sequences(batch: Batch) -> Batch:
 @pytest.mark.parametrize(
     ("layout", "spoil"),
     [
-        (padded, _attend_to_padding),
-        (padded, _read_one_too_early),
-        (padded, _positions_from_the_end),
-        (packed, _join_the_first_two),
-        (packed, _say_nothing_of_sequences),
-        (packed, _read_one_too_early),
-        (packed, _positions_from_the_end),
-        (shared, _positions_restart),
-        (shared, _positions_from_the_end),
-        (shared, forget_what_went_before),
-        (shared, see_the_siblings),
-        (shared, _say_nothing_of_sequences),
-        (shared, _read_one_too_early),
+        pytest.param(padded, _attend_to_padding, id="padded-mask"),
+        pytest.param(padded, _read_one_too_early, id="padded-read_at"),
+        pytest.param(padded, _positions_from_the_end, id="padded-positions"),
+        pytest.param(packed, _join_the_first_two, id="packed-joined"),
+        pytest.param(packed, _say_nothing_of_sequences, id="packed-no_topology"),
+        pytest.param(packed, _read_one_too_early, id="packed-read_at"),
+        pytest.param(packed, _positions_from_the_end, id="packed-positions"),
+        pytest.param(shared, _positions_restart, id="shared-restarting_positions"),
+        pytest.param(shared, _positions_from_the_end, id="shared-positions"),
+        pytest.param(shared, forget_what_went_before, id="shared-no_prefix"),
+        pytest.param(shared, see_the_siblings, id="shared-siblings"),
+        pytest.param(shared, _say_nothing_of_sequences, id="shared-no_topology"),
+        pytest.param(shared, _read_one_too_early, id="shared-read_at"),
     ],
 )
-def test_a_wrong_mask_place_or_position_shows(
-    classifier: Classifier, layout: Layout, spoil: Callable[[Batch], Batch]
+def test_layouts_with_a_wrong_mask_place_or_position_change_logits(
+    classifier_of: Callable[[str], Classifier], layout: MakeBatch, spoil: Callable[[Batch], Batch]
 ) -> None:
     batch = layout(related_items() if layout is shared else items())
-    right, wrong = logits_of(classifier, batch), logits_of(classifier, spoil(batch))
-    assert (right - wrong).abs().max() > 1e-3
+    for classifier in map(classifier_of, ("gemma2", "llama")):
+        right, wrong = logits_of(classifier, batch), logits_of(classifier, spoil(batch))
+        assert (right - wrong).abs().max() > 1e-3
 
 
-def test_stock_attention_finds_sequences_by_their_positions_and_ours_by_what_it_is_told(
+def test_attention_finds_packed_sequences_by_topology_and_the_stock_one_by_positions(
     config_for: Callable[..., Config],
 ) -> None:
     """Rotary positions are relative: running on alone moves no logit of ours. It blinds the stock implementation."""
@@ -150,17 +157,29 @@ def test_stock_attention_finds_sequences_by_their_positions_and_ours_by_what_it_
     assert (logits_of(stock, _positions_run_on(batch)) - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("layout", [packed, shared])
-@pytest.mark.parametrize("window", [31, 33, None])
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "mistral", "qwen3"])
-def test_a_window_that_is_wrong_or_ignored_shows(
-    config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, kind: str, window: int | None, layout: Layout
+@pytest.mark.parametrize(
+    ("kind", "window", "layout"),
+    [
+        *product(["gemma2"], [31, 33, None], [packed, shared]),
+        ("gemma3_text", None, shared),
+        ("mistral", 31, packed),
+        ("qwen3", 33, shared),
+    ],
+)
+def test_attention_with_a_wrong_window_changes_logits(
+    classifier_of: Callable[[str], Classifier],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    window: int | None,
+    layout: MakeBatch,
 ) -> None:
-    classifier = as_built(config_for(kind))
+    classifier = classifier_of(kind)
     right = logits_of(classifier, layout(related_items()))
     sequence = attention._sequence
 
-    def wrong(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: attention.Scores) -> torch.Tensor:
+    def wrong(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: attention.ScoreOptions
+    ) -> torch.Tensor:
         return sequence(query, key, value, scores._replace(window=window) if scores.window == 32 else scores)
 
     monkeypatch.setattr(attention, "_sequence", wrong)
@@ -171,9 +190,9 @@ SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_si
 
 
 @given(SEQUENCES, st.integers(1, 4))
-def test_a_shared_row_holds_every_sequence_at_its_positions(texts: list[list[int]], worth: int) -> None:
+def test_shared_holds_every_sequence_at_its_positions(texts: list[list[int]], worth: int) -> None:
     made = [Item(row, 0, np.array(text, dtype=np.int32)) for row, text in enumerate(texts)]
-    with mock.patch.object(layouts, "WORTH", worth):
+    with mock.patch.object(layouts, "MIN_SHARED_TOKENS", worth):
         batch = shared(made)
     ids, positions = (batch.inputs[name][0].tolist() for name in ("input_ids", "position_ids"))  # type: ignore[index]
     topology = topology_of(batch)
@@ -183,30 +202,30 @@ def test_a_shared_row_holds_every_sequence_at_its_positions(texts: list[list[int
         assert [positions[place] for place in places] == list(range(len(text)))
         assert places[-1] == read_at
     assert len(set(batch.read_at.tolist())) == len(texts)
-    assert {piece.sees for piece in topology.pieces} == set(topology.paths)
-    ends = [(piece.start, piece.stop) for piece in topology.pieces]
+    assert {piece.sees for piece in topology.segments} == set(topology.paths)
+    ends = [(piece.start, piece.stop) for piece in topology.segments]
     assert ends[0][0] == 0
     assert ends[-1][1] == len(ids)
     assert all(stop == start for (_, stop), (start, _) in pairwise(ends))
-    assert all(piece.sees[-1][0] <= piece.start < piece.stop == piece.sees[-1][1] for piece in topology.pieces)
+    assert all(piece.sees[-1][0] <= piece.start < piece.stop == piece.sees[-1][1] for piece in topology.segments)
     if worth == 1:  # every beginning once, but for last tokens, which each has for itself
         beginnings = {tuple(text[:length]) for text in texts for length in range(1, len(text) + 1)}
         assert len(beginnings) <= len(ids) <= len(beginnings) + len(texts)
 
 
-def test_what_is_shared_is_computed_once_and_less_than_that_is_not_shared() -> None:
+def test_shared_computes_long_beginnings_once_and_leaves_short_ones_packed() -> None:
     random = np.random.default_rng(0)
     instruction, prompt = random.integers(0, 99, 150), random.integers(0, 99, 40)
     rows = [np.concatenate([instruction, row + prompt]) for row in range(3)]
     made = [Item(row, order, np.append(begin, [order] * 9)) for row, begin in enumerate(rows) for order in (0, 1)]
     assert shared(made).inputs["input_ids"].numel() == 150 + 3 * (40 + 2 * 9)  # type: ignore[union-attr]
-    short = [Item(0, order, np.append(instruction[: layouts.WORTH - 1], [order])) for order in (0, 1)]
-    assert topology_of(shared(short)).pieces == topology_of(packed(short)).pieces
+    short = [Item(0, order, np.append(instruction[: layouts.MIN_SHARED_TOKENS - 1], [order])) for order in (0, 1)]
+    assert topology_of(shared(short)).segments == topology_of(packed(short)).segments
 
 
-def test_stock_attention_is_given_no_shared_batch(config_for: Callable[..., Config]) -> None:
+def test_shared_batch_is_refused_with_stock_attention(config_for: Callable[..., Config]) -> None:
     stock = with_attention(config_for, "llama", "sdpa")
-    with pytest.raises(ModelError, match=r"shared: model\.attention=sdpa would let"):
+    with pytest.raises(ModelError, match=r"shared: model\.attn_implementation=sdpa would let"):
         logits_of(stock, shared(related_items()))
 
 
@@ -232,16 +251,24 @@ def assert_same_training(one: Classifier, other: Classifier, batches: Sequence[B
     assert min(float(grad.abs().max()) for grad in grads.values()) > 0
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4, "dropout": 0.0}], ids=["whole", "lora"])
-@pytest.mark.parametrize("kind", BACKBONES)
-def test_packed_trains_as_stock_attention_does_row_by_row(
+LORA = {"r": 4, "lora_dropout": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        *(pytest.param(kind, None, id=f"{kind}-whole") for kind in BACKBONES),
+        *(pytest.param(kind, LORA, id=f"{kind}-lora") for kind in ("gemma2", "llama")),
+    ],
+)
+def test_packed_trains_as_stock_attention_row_by_row(
     config_for: Callable[..., Config], kind: str, lora: dict[str, object] | None
 ) -> None:
     ours, stock = (with_attention(config_for, kind, name, lora=lora) for name in ("auto", "eager"))
     assert_same_training(ours, stock, [packed(items())], [padded([item]) for item in items()])
 
 
-def test_a_joined_sequence_shows_in_the_gradients(config_for: Callable[..., Config]) -> None:
+def test_packed_with_joined_sequences_changes_gradients(config_for: Callable[..., Config]) -> None:
     config = config_for("gemma2")
     batch = packed(items())
     with pytest.raises(AssertionError):
@@ -249,37 +276,39 @@ def test_a_joined_sequence_shows_in_the_gradients(config_for: Callable[..., Conf
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_recomputed_activations_give_the_same_gradients(config_for: Callable[..., Config], quantization: str) -> None:
+def test_checkpoint_gradients_keeps_gradients(config_for: Callable[..., Config], quantization: str) -> None:
     config = config_for("gemma2", model={"quantization": quantization})
     plain, recomputing = as_built(config), as_built(config)
     checkpoint_gradients(recomputing.backbone)
     assert_same_training(plain, recomputing, [packed(items())], [packed(items())])
 
 
-@pytest.mark.parametrize("stock", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", BACKBONES)
-def test_padded_attention_is_the_stock_one(config_for: Callable[..., Config], kind: str, stock: str) -> None:
-    if (kind, stock) == ("gemma2", "sdpa"):
-        pytest.skip("transformers refuses it: SDPA knows no soft-capping")
+@pytest.mark.parametrize(("kind", "stock"), [*product(BACKBONES, ["eager"]), ("llama", "sdpa"), ("mistral", "sdpa")])
+def test_padded_trains_as_stock_attention(config_for: Callable[..., Config], kind: str, stock: str) -> None:
     ours, theirs = (with_attention(config_for, kind, name) for name in ("auto", stock))
     assert ours.backbone.config._attn_implementation == attention.NAME  # type: ignore[union-attr]
     assert_same_training(ours, theirs, [padded(items())], [padded(items())])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("layout", [packed, shared])
-@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "lora"])
-@pytest.mark.parametrize("kind", ["gemma2", "llama"])
-def test_packed_and_shared_in_half_precision(
-    config_for: Callable[..., Config], kind: str, lora: dict[str, object] | None, layout: Layout, dtype: str
+@pytest.mark.parametrize(
+    ("kind", "lora", "dtype"),
+    [
+        pytest.param("gemma2", None, "bfloat16", id="gemma2-whole-bfloat16"),
+        pytest.param("gemma2", LORA, "float16", id="gemma2-lora-float16"),
+        pytest.param("llama", LORA, "bfloat16", id="llama-lora-bfloat16"),
+        pytest.param("llama", None, "float16", id="llama-whole-float16"),
+    ],
+)
+def test_packed_and_shared_score_each_row_as_alone_in_half_precision(
+    config_for: Callable[..., Config], kind: str, lora: dict[str, object] | None, dtype: str
 ) -> None:
     classifier = as_built(config_for(kind, model={"dtype": dtype, "lora": lora}))
     alone = one_at_a_time(classifier, related_items())
-    for trim in (False, True):
+    for layout, trim in product((packed, shared), (False, True)):
         assert (logits_of(classifier, layout(related_items()), trim=trim) - alone).abs().max() <= 2e-2
 
 
-def test_what_packing_would_mix_is_refused(config_for: Callable[..., Config]) -> None:
+def test_packed_is_refused_where_layers_mix_rows(config_for: Callable[..., Config]) -> None:
     classifier = as_built(config_for("llama"))
     for spoilt in ({"layer_types": ["conv", "full_attention"]}, {"layer_types": ["linear_attention"]}):
         config = AutoConfig.for_model("lfm2", num_hidden_layers=len(spoilt["layer_types"]), **spoilt)
@@ -292,6 +321,43 @@ def test_what_packing_would_mix_is_refused(config_for: Callable[..., Config]) ->
     assert logits_of(classifier, padded(items())).shape == (8, 3)
 
 
-def test_an_illegal_combination_is_refused_with_the_legal_ones() -> None:
-    with pytest.raises(ModelError, match="decoder \\+ head \\+ padded"):
-        layout_of("encoder", "head", "padded")
+def test_both_tables_and_the_config_name_the_same_layouts() -> None:
+    assert LAYOUTS.keys() == BATCH_LAYOUTS.keys()
+    assert set(get_args(Predict.model_fields["layout"].annotation)) == {"auto", *LAYOUTS}
+    assert set(get_args(Train.model_fields["layout"].annotation)) < LAYOUTS.keys()
+
+
+def _rounded(lengths: Ints, shared: Ints) -> tuple[Ints, Ints]:
+    """Each sequence costs as much as one of a multiple of 8 tokens."""
+    return np.zeros_like(lengths), -(-lengths // 8) * 8
+
+
+def test_a_new_layout_is_a_record_for_planning_scoring_and_estimates(
+    config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LAYOUTS, "rounded", PlannedLayout(_rounded, pads=False, together=True))
+    monkeypatch.setitem(BATCH_LAYOUTS, "rounded", BatchLayout(padded, lambda *_: None, topology=False))
+    config = config_for("llama", train={"tokens_per_batch": 32, "swap": "none"})
+    config.train.layout = "rounded"  # type: ignore[assignment]
+    lengths = np.array([[5, 5], [9, 9], [17, 17]])
+
+    backlog = PendingSequences(SequenceIndex(lengths, np.array([3, 0, 0]), np.arange(6).reshape(3, 2)), (0, 1))
+    backlog.layout = "rounded"
+    assert backlog.workload_left(100) == (2 * (8 + 16 + 24), 2 * (8**2 + 16**2 + 24**2), 1)
+    assert backlog.workload_of([RowOrders(0, (0, 1)), RowOrders(2, (1,))]) == (2 * 8 + 24, 2 * 8**2 + 24**2, 1)
+    assert backlog.batches(48) == [[2], [1, 0]]
+    assert backlog.tokens_left(1).tolist() == [8, 16, 24]
+
+    assert micro_batches(np.arange(3), [5, 9, 17], 8, process=0, processes=1, tokens_per_batch=32,
+                         layout=LAYOUTS["rounded"]) == [[2], [1, 0]]  # fmt: skip
+    sample = _sample_steps(config, [5, 9, 17], 3, 1)
+    assert sorted(chain.from_iterable(sample.batches)) == [8, 16, 24]
+
+    classifier = build(config, torch.device("cpu")).eval()
+    scorer = ClassifierScorer(classifier, "rounded")
+    assert (scorer.layout, scorer.trim) == ("rounded", False)
+    assert "last layer whole, as rows are rounded" in scorer.why
+    scores = score(classifier, items(), tokens_per_batch=64, layout="rounded", visible=False)
+    assert np.abs(scores - one_at_a_time(classifier, items()).numpy()).max() <= 1e-5
+    assert footprint(scorer, LargestPass(30, 60, 2)).live > 0
+    assert measure_kept_bytes(config, classifier, 20)[0] == [24, 24]

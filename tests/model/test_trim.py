@@ -19,43 +19,38 @@ from models_support import (
 
 from pairclf.config import Config
 from pairclf.model import attention
-from pairclf.model.batch import Batch, Piece, Topology
-from pairclf.model.engine import Classifier, Layout
+from pairclf.model.batch import Batch, Segment, Topology
+from pairclf.model.engine import Classifier
 from pairclf.model.layouts import packed, shared
 from pairclf.model.trim import FAMILIES, last_layer, why_not_trimmed
 
-LAYOUTS = pytest.mark.parametrize("layout", [packed, shared])
+
+def assert_trimmed_is_whole(classifier: Classifier, allowed: float = 1e-5) -> None:
+    alone = one_at_a_time(classifier, related_items())
+    for layout in (packed, shared):
+        assert (logits_of(classifier, layout(related_items()), trim=True) - alone).abs().max() <= allowed
 
 
-@LAYOUTS
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_every_family_gives_the_logits_of_the_whole_layer(
-    config_for: Callable[..., Config], kind: str, layout: Layout
-) -> None:
-    classifier = as_built(config_for(kind))
-    trimmed = logits_of(classifier, layout(related_items()), trim=True)
-    assert (trimmed - one_at_a_time(classifier, related_items())).abs().max() <= 1e-5
+def test_trim_gives_the_logits_of_the_whole_layer(classifier_of: Callable[[str], Classifier], kind: str) -> None:
+    assert_trimmed_is_whole(classifier_of(kind))
 
 
-@LAYOUTS
 @pytest.mark.parametrize(
     "model",
     [
         {"lora": None},
-        {"lora": {"rank": 4, "dora": True}},
+        {"lora": {"r": 4, "use_dora": True}},
         {"quantization": "nf4"},
         {"quantization": "nf4", "dtype": "float16"},
         {"head": "two_layer"},
     ],
     ids=str,
 )
-def test_adapters_and_quantised_weights_stay_what_they_are(
-    config_for: Callable[..., Config], model: dict[str, object], layout: Layout
+def test_trim_goes_with_adapters_and_quantised_weights(
+    config_for: Callable[..., Config], model: dict[str, object]
 ) -> None:
-    classifier = as_built(config_for("gemma2", model=model))
-    trimmed = logits_of(classifier, layout(related_items()), trim=True)
-    allowed = 2e-2 if "dtype" in model else 1e-5
-    assert (trimmed - one_at_a_time(classifier, related_items())).abs().max() <= allowed
+    assert_trimmed_is_whole(as_built(config_for("gemma2", model=model)), 2e-2 if "dtype" in model else 1e-5)
 
 
 def _read_one_too_early(batch: Batch) -> Batch:
@@ -66,12 +61,12 @@ def _see_one_token_less(batch: Batch) -> Batch:
     """In the last layer alone."""
     topology = topology_of(batch)
     paths = tuple((*before, (start, max(start + 1, stop - 1))) for *before, (start, stop) in topology.paths)
-    return replace(batch, inputs={**batch.inputs, "topology": Topology(topology.pieces, paths)})
+    return replace(batch, inputs={**batch.inputs, "topology": Topology(topology.segments, paths)})
 
 
 def _only_paths(spoil: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
     def wrong(batch: Batch) -> Batch:
-        topology = Topology(topology_of(batch).pieces, topology_of(spoil(batch)).paths)
+        topology = Topology(topology_of(batch).segments, topology_of(spoil(batch)).paths)
         return replace(batch, inputs={**batch.inputs, "topology": topology})
 
     return wrong
@@ -80,28 +75,30 @@ def _only_paths(spoil: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
 @pytest.mark.parametrize(
     "spoil",
     [
-        _read_one_too_early,
-        _see_one_token_less,
-        _only_paths(forget_what_went_before),
-        _only_paths(see_the_siblings),
+        pytest.param(_read_one_too_early, id="read_at"),
+        pytest.param(_see_one_token_less, id="one_token_less"),
+        pytest.param(_only_paths(forget_what_went_before), id="no_prefix"),
+        pytest.param(_only_paths(see_the_siblings), id="siblings"),
     ],
 )
-@pytest.mark.parametrize("kind", ["gemma2", "llama"])
-def test_a_wrong_place_or_path_in_the_last_layer_shows(
-    config_for: Callable[..., Config], kind: str, spoil: Callable[[Batch], Batch]
+def test_trim_with_a_wrong_place_or_path_changes_logits(
+    classifier_of: Callable[[str], Classifier], spoil: Callable[[Batch], Batch]
 ) -> None:
-    classifier, batch = as_built(config_for(kind)), shared(related_items())
-    right, wrong = (logits_of(classifier, one, trim=True) for one in (batch, spoil(batch)))
-    assert (right - wrong).abs().max() > 1e-3
+    batch = shared(related_items())
+    for classifier in map(classifier_of, ("gemma2", "llama")):
+        right, wrong = (logits_of(classifier, one, trim=True) for one in (batch, spoil(batch)))
+        assert (right - wrong).abs().max() > 1e-3
 
 
-def test_a_window_that_the_last_layer_ignores_shows(
-    config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+def test_trim_without_the_window_changes_logits(
+    classifier_of: Callable[[str], Classifier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classifier, batch = as_built(config_for("mistral")), shared(related_items())
+    classifier, batch = classifier_of("mistral"), shared(related_items())
     right, sequence = logits_of(classifier, batch, trim=True), attention._sequence
 
-    def wrong(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: attention.Scores) -> torch.Tensor:
+    def wrong(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: attention.ScoreOptions
+    ) -> torch.Tensor:
         return sequence(query, key, value, scores._replace(window=None) if query.shape[2] == 1 else scores)
 
     monkeypatch.setattr(attention, "_sequence", wrong)
@@ -124,13 +121,13 @@ def rows_seen(classifier: Classifier, batch: Batch, *, trim: bool) -> dict[str, 
     return seen
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "lora"])
-def test_the_last_layer_computes_the_read_tokens_and_all_keys_and_values(
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["whole", "lora"])
+def test_trim_computes_the_read_tokens_and_all_keys_and_values(
     config_for: Callable[..., Config], lora: dict[str, object] | None
 ) -> None:
     classifier = as_built(config_for("llama", model={"lora": lora}))
     lone, trie = packed(related_items()), shared(related_items())
-    tokens = {"lone": lone.tokens, "trie": sum(piece.stop - piece.start for piece in topology_of(trie).pieces)}
+    tokens = {"lone": lone.tokens, "trie": sum(piece.stop - piece.start for piece in topology_of(trie).segments)}
     assert tokens["trie"] < 0.7 * tokens["lone"]
     for name, batch in (("lone", lone), ("trie", trie)):
         reads = len(batch.read_at)
@@ -143,8 +140,8 @@ def test_the_last_layer_computes_the_read_tokens_and_all_keys_and_values(
         assert {module: tuple(rows) for module, rows in last.items()} == dict.fromkeys(last, (reads,))
 
 
-def test_nothing_stays_behind(config_for: Callable[..., Config]) -> None:
-    classifier, batch = as_built(config_for("llama")), packed(related_items())
+def test_trim_leaves_no_hooks(classifier_of: Callable[[str], Classifier]) -> None:
+    classifier, batch = classifier_of("llama"), packed(related_items())
     before = logits_of(classifier, batch)
     logits_of(classifier, batch, trim=True)
     with pytest.raises(IndexError):
@@ -153,16 +150,16 @@ def test_nothing_stays_behind(config_for: Callable[..., Config]) -> None:
     assert torch.equal(logits_of(classifier, batch), before)
 
 
-def test_what_is_not_known_is_not_trimmed(config_for: Callable[..., Config]) -> None:
+def test_why_not_trimmed_names_what_is_not_known(config_for: Callable[..., Config]) -> None:
     classifier = as_built(config_for("llama"))
     assert why_not_trimmed(classifier.backbone) is None
     classifier.backbone.config.model_type = "olmo"  # type: ignore[union-attr]
     assert "olmo" in str(why_not_trimmed(classifier.backbone))
-    stock = as_built(config_for("llama", model={"attention": "sdpa"}, train={"layout": "padded"}))
-    assert "attention=sdpa" in str(why_not_trimmed(stock.backbone))
+    stock = as_built(config_for("llama", model={"attn_implementation": "sdpa"}, train={"layout": "padded"}))
+    assert "attn_implementation=sdpa" in str(why_not_trimmed(stock.backbone))
 
 
-def test_a_read_token_is_a_piece_of_its_own() -> None:
+def test_at_ends_makes_each_read_token_a_piece() -> None:
     topology = topology_of(shared(related_items())).at_ends()
-    assert [piece[:2] for piece in topology.pieces] == [(read, read + 1) for read in range(15)]
-    assert topology.pieces[1] == Piece(1, 2, topology.paths[1])
+    assert [piece[:2] for piece in topology.segments] == [(read, read + 1) for read in range(15)]
+    assert topology.segments[1] == Segment(1, 2, topology.paths[1])

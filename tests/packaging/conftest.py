@@ -17,7 +17,7 @@ SMALL = "iniconfig"  # stands for what Kaggle's image lacks: pure Python, and no
 
 @pytest.fixture
 def config() -> Config:
-    return Config.model_validate({"package": {"owner": "someone", "name": "a-notebook", "wheels": [SMALL]}})
+    return Config.model_validate({"package": {"owner": "someone", "name": "a-notebook", "extra_packages": [SMALL]}})
 
 
 @pytest.fixture

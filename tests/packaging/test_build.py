@@ -13,37 +13,28 @@ from typing import cast
 import numpy as np
 import pytest
 import yaml
+from support.packages import hollow_wheelhouse
 
-from pairclf.cli import _packaged
 from pairclf.config import Config, Data
 from pairclf.errors import BundleError, ConfigError, PackagingError, PairclfError
 from pairclf.files import sha256_file, sha256_tree
-from pairclf.inference.members import Ensemble, open_ensemble
+from pairclf.inference.ensemble import Ensemble, open_ensemble
 from pairclf.packaging import build, payload
 from pairclf.packaging.build import package
 from pairclf.packaging.metadata import KERNEL_METADATA, Limits
-from pairclf.packaging.payload import prove
+from pairclf.packaging.payload import verify_package
 from pairclf.packaging.record import identity_of, read_build
-from pairclf.packaging.wheelhouse import Wheel, Wheelhouse
+from pairclf.packaging.request import read_request
 from pairclf.rehearsal.mounts import READ_BY_THE_CLIENT
 from pairclf.task import Task
 from pairclf.trust import Trust, grant
 
 Write = Callable[..., Path]
-WHEEL = "pairclf-0.1.0-py3-none-any.whl"
 
 
 @pytest.fixture
 def wheels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheelhouse at no cost."""
-
-    def fill(folder: Path, pythons: list[str], images: Path | None, extra: list[str]) -> Wheelhouse:
-        folder.mkdir(parents=True)
-        (folder / WHEEL).write_text("a wheel")
-        return Wheelhouse([Wheel.parse(WHEEL)], {python: ["pairclf==0.1.0"] for python in pythons}, ["a note"])
-
-    monkeypatch.setattr(build, "fill_wheelhouse", fill)
-    monkeypatch.setattr(build, "prove_closure", lambda folder, requirements, images: {"3.12": "by a test"})
+    hollow_wheelhouse(monkeypatch)
 
 
 def changed(config: Config, **settings: object) -> Config:
@@ -58,7 +49,7 @@ def metadata_of(made: Path) -> dict[str, object]:
 @pytest.mark.usefixtures("wheels")
 @pytest.mark.parametrize("kernel", ["notebook", "script", "server"])
 def test_folder_is_complete_and_the_same_each_time(config: Config, bundle: Path, tmp_path: Path, kernel: str) -> None:
-    config = changed(config, kernel=kernel)
+    config = changed(config, kernel_type=kernel)
     made = package(config, [bundle], tmp_path / "a")
     files = sha256_tree(made)
     assert files == sha256_tree(package(config, [bundle], tmp_path / "b"))
@@ -89,7 +80,7 @@ def test_kernel_runs_a_models_code_only_if_package_was_told_to(
     for number, trust in enumerate((Trust(), Trust(remote_code=True))):
         grant(trust)
         try:
-            made = package(changed(config, kernel=kernel), [bundle], tmp_path / str(number))
+            made = package(changed(config, kernel_type=kernel), [bundle], tmp_path / str(number))
         finally:
             grant(Trust())
         cells = json.loads((made / "kernel" / read_build(made).code_file).read_text())["cells"]
@@ -104,16 +95,16 @@ def test_kernel_runs_a_models_code_only_if_package_was_told_to(
 def test_settings_of_a_strangers_bundle_choose_no_files_and_no_wheels(
     config: Config, tmp_path: Path, write_bundle: Write
 ) -> None:
-    hostile = changed(config, ensemble=tmp_path / "e.yaml", images=tmp_path, wheels=["evil"])
+    hostile = changed(config, ensemble=tmp_path / "e.yaml", image_freezes=tmp_path, extra_packages=["evil"])
     folder = write_bundle(tmp_path / "b", hostile.model_copy(update={"data": Data(test=Path("x.csv"))}), "fold0")
-    read, bundles, _ = _packaged([str(folder), "package.hours=3"], [])
+    read, bundles, _ = read_request([folder], ["package.time_limit_hours=3"])
     assert bundles == [folder]
-    assert (read.package.ensemble, read.package.images, read.package.wheels) == (None, None, [])
+    assert (read.package.ensemble, read.package.image_freezes, read.package.extra_packages) == (None, None, [])
     assert read.data.test is None
-    assert (read.package.hours, read.package.owner) == (3, config.package.owner)
+    assert (read.package.time_limit_hours, read.package.owner) == (3, config.package.owner)
     (folder / "config.yaml").write_text("extends: /etc/hostname\n")
-    with pytest.raises(BundleError, match="not as they were saved"):
-        _packaged([str(folder)], [])
+    with pytest.raises(BundleError, match="changed, added or removed"):
+        read_request([folder], [])
 
 
 @pytest.mark.usefixtures("wheels")
@@ -121,7 +112,7 @@ def test_identity_is_that_of_what_is_uploaded(
     config: Config, bundle: Path, tmp_path: Path, write_bundle: Write
 ) -> None:
     first = read_build(package(config, [bundle], tmp_path / "out"))
-    elsewhere = config.model_copy(update={"output": tmp_path / "runs" / "lmsys" / "x"})
+    elsewhere = config.model_copy(update={"output_dir": tmp_path / "runs" / "lmsys" / "x"})
     again = read_build(package(elsewhere, [bundle], tmp_path / "out"))
     assert again.identity == first.identity
     assert again.config == "lmsys/x"
@@ -227,7 +218,7 @@ def test_ensemble_keeps_its_weights_and_finds_its_members(config: Config, tmp_pa
         "- {bundle: runs/two, weight: 1, share: 0.3, temperature: 1.1}\ntemperature: 1.02\n"
     )
     with pytest.raises(PackagingError, match=r"members.1.share=0.3 .* in batches"):
-        package(changed(config, ensemble=given, kernel="server"), [], tmp_path / "out")
+        package(changed(config, ensemble=given, kernel_type="server"), [], tmp_path / "out")
     made = package(changed(config, ensemble=given), [], tmp_path / "out")
     (file,) = (made / "bundle").glob("ensemble-*.yaml")
     tree = yaml.safe_load(file.read_text())
@@ -249,24 +240,24 @@ def test_ensemble_keeps_its_weights_and_finds_its_members(config: Config, tmp_pa
 def test_package_is_proven_file_by_file(config: Config, bundle: Path, tmp_path: Path, bundles_as: str) -> None:
     made = package(changed(config, bundles_as=bundles_as), [bundle], tmp_path / "out")
     build = read_build(made)
-    prove(made, build)
+    verify_package(made, build)
     assert identity_of(made, build.code_file, build.parts) == build.identity
     (made / "rehearsal").mkdir()
-    prove(made, build)
+    verify_package(made, build)
     for path in [path for top in ("kernel", "bundle", "wheels") for path in (made / top).rglob("*") if path.is_file()]:
         content = path.read_bytes()
         flipped = bytes([content[0] ^ 1]) + content[1:]
         path.unlink()  # it may be a hard link to the bundle's own
         with pytest.raises(PackagingError, match=f"{path.name} "):
-            prove(made, build)
+            verify_package(made, build)
         path.write_bytes(flipped if path.suffix != ".json" else flipped.replace(b"}", b"]"))
         with pytest.raises(PackagingError, match=path.name):
-            prove(made, build)
+            verify_package(made, build)
         path.write_bytes(content)
-    prove(made, build)
+    verify_package(made, build)
     (made / "bundle" / "link").symlink_to(tmp_path)
     with pytest.raises(PairclfError, match="'link' is a link"):
-        prove(made, build)
+        verify_package(made, build)
 
 
 @pytest.mark.usefixtures("wheels")

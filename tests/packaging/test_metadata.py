@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from pairclf.config import Package, load_config
 from pairclf.errors import PackagingError
+from pairclf.hardware import MACHINES
 from pairclf.packaging.metadata import (
     LICENCES,
-    MACHINES,
+    PackagePart,
+    Payload,
     check_package,
     dataset_metadata,
     deadline_seconds,
@@ -19,16 +21,15 @@ from pairclf.packaging.metadata import (
     slugify,
     source_of,
 )
-from pairclf.packaging.record import Part, Payload
 
 GOOD = {"owner": "someone", "name": "a-notebook"}
 
 
-def parts_of(package: Package, bundles: int = 1) -> list[Part]:
+def parts_of(package: Package, bundles: int = 1) -> list[PackagePart]:
     as_model = package.bundles_as == "model"
     payloads: list[tuple[Payload, int]] = [*(("bundle", number + 1) for number in range(bundles)), ("wheels", 1)]
     return [
-        Part(
+        PackagePart(
             payload=payload,
             kind="model" if as_model and payload == "bundle" else "dataset",
             folder="",
@@ -59,13 +60,13 @@ def parts_of(package: Package, bundles: int = 1) -> list[Part]:
         ("machine_shape", "", "none of NvidiaTeslaT4"),
         ("machine_shape", "NvidiaTeslaT4x2", "the nearest is NvidiaTeslaT4"),
         ("machine_shape", "NvidiaTeslaP100", "retired"),
-        ("licence", " ", "none that Kaggle knows"),
-        ("licence", "Apache-2", "the nearest is apache-2.0"),
-        ("wheels", ["bitsandbytes==0.50"], "names of packages"),
-        ("wheels", ["Torch"], "leave out torch"),
+        ("license", " ", "none that Kaggle knows"),
+        ("license", "Apache-2", "the nearest is apache-2.0"),
+        ("extra_packages", ["bitsandbytes==0.50"], "names of packages"),
+        ("extra_packages", ["Torch"], "leave out torch"),
         ("deadline", "2026-01-31T18:00:00+00:00", "a duration"),
         ("deadline", "soon", "a duration"),
-        ("deadline", "8h56m", "5 minutes before hours=9"),
+        ("deadline", "8h56m", "5 minutes before time_limit_hours=9"),
     ],
 )
 def test_setting_is_refused_by_name_value_and_rule(setting: str, value: object, rule: str) -> None:
@@ -77,8 +78,8 @@ def test_setting_is_refused_by_name_value_and_rule(setting: str, value: object, 
 
 def test_all_broken_rules_are_told_at_once() -> None:
     with pytest.raises(PackagingError, match="Kaggle would refuse these settings") as caught:
-        kernel_metadata(Package(owner="?", name="a-notebook", competition="?", licence=""), "a.ipynb", [])
-    assert all(f"package.{name}" in str(caught.value) for name in ("owner", "competition", "licence"))
+        kernel_metadata(Package(owner="?", name="a-notebook", competition="?", license=""), "a.ipynb", [])
+    assert all(f"package.{name}" in str(caught.value) for name in ("owner", "competition", "license"))
 
 
 @pytest.mark.parametrize("owner", ["your-kaggle-name", "YOUR-KAGGLE-NAME"])
@@ -87,8 +88,25 @@ def test_placeholder_is_no_owner(owner: str) -> None:
         check_package(Package(owner=owner))
 
 
+@pytest.mark.parametrize(
+    ("settings", "limit", "due"),
+    [
+        ({}, 9.0, "8h30m"),
+        ({"competition": "another"}, 9.0, "8h30m"),
+        ({"competition": "llm-classification-finetuning"}, 9.0, "8h30m"),
+        ({"competition": "wsdm-cup-multilingual-chatbot-arena"}, 4.75, "4h16m"),
+        ({"competition": "wsdm-cup-multilingual-chatbot-arena", "time_limit_hours": 12}, 12.0, "11h30m"),
+        ({"time_limit_hours": 12, "deadline": "2h"}, 12.0, "2h"),
+    ],
+)
+def test_hours_and_deadline_follow_from_the_competition(settings: dict[str, object], limit: float, due: str) -> None:
+    package = Package.model_validate(GOOD | settings)
+    check_package(package)
+    assert (package.limit / 3600, package.due) == (limit, due)
+
+
 def test_deadline_just_in_time_is_kept() -> None:
-    check_package(Package.model_validate(GOOD | {"hours": 9, "deadline": "8h55m"}))
+    check_package(Package.model_validate(GOOD | {"time_limit_hours": 9, "deadline": "8h55m"}))
     assert deadline_seconds(Package(deadline="1h30m")) == 5400
 
 
@@ -96,7 +114,7 @@ def test_deadline_just_in_time_is_kept() -> None:
 def test_shipped_configs_need_an_owner_only(name: str) -> None:
     config = load_config(Path("configs", "kaggle", f"{name}.yaml"), ["package.owner=someone"])
     check_package(config.package)
-    assert config.output == Path("runs", name, "gemma2-9b-qlora")
+    assert config.output_dir == Path("runs", name, "gemma2-9b-qlora")
     assert config.task.name == name
 
 
@@ -135,11 +153,11 @@ def test_bundles_become_instances_of_one_model() -> None:
 
 @pytest.mark.parametrize("given_as", ["apache-2.0", "Apache 2.0", "APACHE 2.0"])
 def test_licence_is_known_in_the_words_of_datasets_and_of_models(given_as: str) -> None:
-    package = Package.model_validate(GOOD | {"licence": given_as})
+    package = Package.model_validate(GOOD | {"license": given_as})
     assert dataset_metadata(package, "bundle", "someone/x-bundle")["licenses"] == [{"name": "apache-2.0"}]
     assert LICENCES["apache-2.0"] == "Apache 2.0"
     with pytest.raises(PackagingError, match="none that a model may have"):
-        check_package(Package.model_validate(GOOD | {"licence": "other", "bundles_as": "model"}))
+        check_package(Package.model_validate(GOOD | {"license": "other", "bundles_as": "model"}))
 
 
 def test_machines_say_what_a_rehearsal_holds_them_to() -> None:

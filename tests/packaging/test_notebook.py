@@ -11,16 +11,22 @@ import time
 import types
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import polars as pl
 import pytest
+from support.packages import alike
+from support.runs import random_bundle, run_config
 
+from pairclf.demo.arena import generate, write_lmsys
 from pairclf.errors import PackagingError
+from pairclf.inference.predict import predict
 from pairclf.packaging.notebook import Value, make_notebook, make_script
 from pairclf.packaging.sources import shipped
+from pairclf.rehearsal.gateway import DefaultInferenceServer
 from pairclf.trust import Trust
 
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -45,6 +51,7 @@ VALUES: dict[str, Value] = {
     "gpus": 2,
     "deadline": 30600.0,
     "limit": 32400.0,
+    "rows": 25_000,
 }
 LMSYS = "id,winner_model_a,winner_model_b,winner_tie\n7,0.3,0.3,0.4\n3,0.3,0.3,0.4\n"
 TEMPLATE = shipped("kaggle/notebook.py").read_text(encoding="utf-8")
@@ -605,7 +612,7 @@ class Gateway:
 
 
 class Model:
-    """Stands for `pairclf.jobs.serve.Server`."""
+    """Stands for `pairclf.inference.serve.Server`."""
 
     made: list[Model] = []  # noqa: RUF012 - emptied for each test
 
@@ -633,7 +640,7 @@ def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Gateway]:
     for name, holds in (
         ("kaggle_evaluation", {}),
         ("kaggle_evaluation.default_inference_server", {"DefaultInferenceServer": Gateway}),
-        ("pairclf.jobs.serve", {"Server": Model}),
+        ("pairclf.inference.serve", {"Server": Model}),
     ):
         module = types.ModuleType(name)
         vars(module).update(holds)
@@ -699,7 +706,28 @@ def test_batch_that_fails_stops_a_saved_run_and_has_the_priors_in_the_rerun(
 def test_models_that_cannot_be_loaded_stop_a_saved_run_and_not_the_rerun(
     tmp_path: Path, gateway: type[Gateway], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(sys.modules["pairclf.jobs.serve"], "Server")
+    monkeypatch.delattr(sys.modules["pairclf.inference.serve"], "Server")
     with pytest.raises(ImportError):
         serve(tmp_path, rerun=False)
     assert serve(tmp_path, rerun=True)["priors"] == 2
+
+
+def test_serve_cell_gives_the_submission_of_predict(
+    tmp_path: Path, base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real models, asked by the gateway of rehearsals."""
+    write_lmsys(generate(24, seed=1), tmp_path, n_test=8)
+    bundle = random_bundle(tmp_path / "fold0-01234567", run_config(tmp_path, base_of("llama")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    server = types.ModuleType("kaggle_evaluation.default_inference_server")
+    vars(server)["DefaultInferenceServer"] = partial(DefaultInferenceServer, age=lambda: 0.0)
+    for module in (types.ModuleType("kaggle_evaluation"), server):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    later = Later(tmp_path, rerun=False)
+    later.names |= {"MEMBERS": [bundle.name], "sample": tmp_path / "sample_submission.csv", "SPEED": 1e-6}
+    later.cell("verify")
+    later.cell("serve")
+    predict([bundle], tmp_path / "test.csv", tmp_path / "here.csv", sample=tmp_path / "sample_submission.csv")
+    assert json.loads(Path("served.json").read_text())["both"] == 8
+    assert alike(Path("submission.csv"), tmp_path / "here.csv", tolerance=1e-5)

@@ -20,22 +20,9 @@ import pytest
 
 from pairclf.errors import PackagingError
 from pairclf.packaging import credentials, secrets, unpack
-from pairclf.packaging.credentials import FORMS as KNOWN
-from pairclf.packaging.credentials import VARIABLES, Words
+from pairclf.packaging.credentials import SECRET_FORMS as KNOWN
+from pairclf.packaging.credentials import VARIABLES, WordIndex
 from pairclf.packaging.secrets import refuse_secrets
-
-SOUGHT = "abcdefghijklmnopqrstuvwxyz0123456789ABCD"
-FORMS = {
-    "a Kaggle token": "KGAT_" + SOUGHT[:32],
-    "a Kaggle key": '{"username": "x", "key": "' + "0123456789abcdef" * 2 + '"}',
-    "a W&B key": 'os.environ["WANDB_API_KEY"] = "' + "0123456789" * 4 + '"',
-    "a Hugging Face token": "hf_" + SOUGHT[:34],
-    "an AWS key": "AKIA" + "ABCDEFGH01234567",
-    "a GitHub token": "ghp_" + SOUGHT[:36],
-    "an API key": "sk-" + "proj-" + SOUGHT,
-    "a private key": "-----BEGIN " + "RSA PRIVATE KEY-----",
-}
-
 
 PLACES = ("KAGGLE_CONFIG_DIR", "HF_HOME", "HF_TOKEN_PATH", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
 
@@ -176,19 +163,18 @@ SHAPES: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "text"), SHAPES.values(), ids=SHAPES)
-def test_shape_is_found_and_never_shown(folder: Path, kind: str, text: str) -> None:
-    said = told(folder, "bundle/fold0/notes-without-suffix", f"first line\nvalue: {text}\n")
-    assert f"notes-without-suffix, line 2: {kind}" in said or f"notes-without-suffix (escaped): {kind}" in said
-    assert MIXED[:8] not in said
-    assert HEX[:16] not in said
-    assert "peregrine" not in said.lower()
-
-
-@pytest.mark.parametrize("name", ["bundle/fold0/config.yaml", "kernel/a.ipynb"])
-def test_every_kind_is_found_in_every_file_that_was_made_here(folder: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["bundle/fold0/notes-without-suffix", "bundle/fold0/config.yaml", "kernel/a.ipynb"],
+    ids=["notes", "config", "notebook"],
+)
+def test_refuse_secrets_finds_every_shape_and_never_shows_it(folder: Path, name: str) -> None:
     for kind, text in SHAPES.values():
-        assert kind in told(folder, name, f"first line\nvalue: {text}\n"), text
+        said = told(folder, name, f"first line\nvalue: {text}\n")
+        assert f"{Path(name).name}, line 2: {kind}" in said or f"{Path(name).name} (escaped): {kind}" in said, text
+        assert MIXED[:8] not in said
+        assert HEX[:16] not in said
+        assert "peregrine" not in said.lower()
 
 
 def archive(content: bytes, name: str = "a.txt", kind: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -255,11 +241,11 @@ ENCODINGS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("encode", ENCODINGS.values(), ids=ENCODINGS)
-def test_what_is_behind_an_encoding_is_found(folder: Path, encode: Callable[[bytes], bytes]) -> None:
-    said = told(folder, "bundle/fold0/notes", encode(f'{{"token": "hf_{MIXED[:34]}"}}\n'.encode()))
-    assert "a Hugging Face token" in said
-    assert MIXED[:8] not in said
+def test_refuse_secrets_finds_a_token_behind_every_encoding(folder: Path) -> None:
+    for name, encode in ENCODINGS.items():
+        said = told(folder, "bundle/fold0/notes", encode(f'{{"token": "hf_{MIXED[:34]}"}}\n'.encode()))
+        assert "a Hugging Face token" in said, name
+        assert MIXED[:8] not in said, name
 
 
 def test_what_lies_over_the_end_of_a_piece_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +271,7 @@ def bomb() -> bytes:
 
 def nested() -> bytes:
     content = b"text"
-    for _ in range(unpack.DEEPEST + 1):
+    for _ in range(unpack.MAX_DEPTH + 1):
         content = gzip.compress(content)
     return content
 
@@ -304,9 +290,9 @@ UNSEARCHABLE: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize(("content", "why"), UNSEARCHABLE.values(), ids=UNSEARCHABLE)
-def test_what_can_not_be_looked_through_is_refused(folder: Path, content: Callable[[], bytes], why: str) -> None:
-    assert why in told(folder, "bundle/fold0/notes", content())
+def test_refuse_secrets_refuses_what_can_not_be_looked_through(folder: Path) -> None:
+    for name, (content, why) in UNSEARCHABLE.items():
+        assert why in told(folder, "bundle/fold0/notes", content()), name
 
 
 def test_metadata_of_weights_and_tables_are_looked_through(folder: Path) -> None:
@@ -341,9 +327,9 @@ PLAIN: dict[str, str | bytes] = {
 }
 
 
-@pytest.mark.parametrize("text", PLAIN.values(), ids=PLAIN)
-def test_what_is_no_secret_passes(folder: Path, text: str | bytes) -> None:
-    assert told(folder, "bundle/fold0/notes", text) == ""
+def test_refuse_secrets_passes_what_is_no_secret(folder: Path) -> None:
+    for name, text in PLAIN.items():
+        assert told(folder, "bundle/fold0/notes", text) == "", name
 
 
 def test_half_a_hash_is_no_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +362,7 @@ def test_our_own_sources_pass(folder: Path) -> None:
 
 def test_this_file_has_nothing_that_another_scanner_takes_for_real() -> None:
     content = Path(__file__).read_bytes()
-    words = Words(content.lower())
+    words = WordIndex(content.lower())
     assert [form.kind for form in KNOWN if form.anywhere and form.find(content, words) is not None] == []
 
 
@@ -385,46 +371,49 @@ def test_every_form_of_the_table_is_tried_here() -> None:
     unused = [
         form.pattern.pattern
         for form in KNOWN
-        if not any(form.find(one, Words(one.lower())) is not None for one in texts)
+        if not any(form.find(one, WordIndex(one.lower())) is not None for one in texts)
     ]
     assert unused == []
 
 
-@pytest.mark.parametrize("kind", FORMS)
-def test_credential_is_found_in_tokenizers_archives_and_binary_files(folder: Path, kind: str) -> None:
-    assert kind in told(folder, "bundle/fold0/tokenizer/tokenizer_config.json", f'{{"token": {FORMS[kind]}}}')
-    (folder / "bundle/fold0/tokenizer/tokenizer_config.json").unlink()
-    assert kind in told(folder, "bundle/fold0/optimizer.pt", b"\0\1\2" + FORMS[kind].encode())
-    (folder / "bundle/fold0/optimizer.pt").unlink()
-    wheel(folder, "other", "other/x.py", FORMS[kind])
-    assert (kind in told(folder, "kernel/a.py", "")) == (kind != "a private key")
+CARRIED = ("kaggle token", "kaggle.json", "wandb variable", "hugging face", "aws id", "github", "openai", "rsa")
+"""Shapes that are looked for in every kind of file."""
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_refuse_secrets_finds_credentials_in_tokenizers_archives_and_binary_files(folder: Path) -> None:
+    for kind, text in (SHAPES[name] for name in CARRIED):
+        assert kind in told(folder, "bundle/fold0/tokenizer/tokenizer_config.json", f'{{"token": {text}}}')
+        (folder / "bundle/fold0/tokenizer/tokenizer_config.json").unlink()
+        assert kind in told(folder, "bundle/fold0/optimizer.pt", b"\0\1\2" + text.encode())
+        (folder / "bundle/fold0/optimizer.pt").unlink()
+        wheel(folder, "other", "other/x.py", text)
+        assert (kind in told(folder, "kernel/a.py", "")) == (kind != "a private key")
+        next((folder / "wheels" / "wheels-0").iterdir()).unlink()
+
+
+def test_refuse_secrets_finds_kaggle_keys_as_people_write_them(folder: Path) -> None:
+    key = "0123456789abcdef" * 2
+    for text in (
         "export KAGGLE_KEY=%s",
         "kaggle_key: %s",
         "key: %s",
         "'key': '%s'",
         r'"{\"key\": \"%s\"}"',
         "username: x\nkey:  '%s'",
-    ],
-)
-def test_kaggle_key_is_found_as_people_write_it(folder: Path, text: str) -> None:
-    key = "0123456789abcdef" * 2
-    assert "a Kaggle key" in told(folder, "bundle/fold0/notes", text % key)
-    assert "a Kaggle key" not in told(folder, "bundle/fold0/notes", text % (key + "0"))  # a hash of another length
+    ):
+        assert "a Kaggle key" in told(folder, "bundle/fold0/notes", text % key), text
+        longer = text % (key + "0")  # a hash of another length
+        assert "a Kaggle key" not in told(folder, "bundle/fold0/notes", longer), text
 
 
 def test_archive_in_a_bundle_is_opened(folder: Path) -> None:
     with zipfile.ZipFile(folder / "bundle" / "notes.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.txt", 3 * (FORMS["an AWS key"] + "\n"))
+        archive.writestr("a.txt", 3 * (SHAPES["aws id"][1] + "\n"))
     assert "notes.zip: a.txt, line 1: an AWS key" in told(folder, "kernel/a.py", "")
 
 
 def test_record_in_a_bundle_is_looked_through(folder: Path) -> None:
-    assert "an AWS key" in told(folder, "bundle/fold0/build.json", FORMS["an AWS key"])
+    assert "an AWS key" in told(folder, "bundle/fold0/build.json", SHAPES["aws id"][1])
 
 
 @pytest.mark.parametrize(
@@ -463,9 +452,8 @@ def test_names_that_are_words_are_found_where_they_are_names(
 
 
 @pytest.mark.parametrize("kept", ["HF_TOKEN", "kaggle.json", "access_token", "token", ".netrc"])
-@pytest.mark.parametrize("name", ["bundle/fold0/bundle.json", "bundle/fold0/tokenizer/tokenizer.json", "bundle/x.bin"])
 def test_credentials_of_this_machine_are_found_everywhere(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, kept: str, name: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kept: str
 ) -> None:
     home, value = Path.home(), "a-plain-word-17"
     hub = home / ".cache" / "huggingface"
@@ -479,9 +467,10 @@ def test_credentials_of_this_machine_are_found_everywhere(
     else:
         (hub if kept == "token" else home / ".kaggle").joinpath(kept).write_text(value)
     content = json.dumps({"probes": [{"text": f"say {value}"}]})
-    said = told(folder, name, f"{content}\0" if name.endswith(".bin") else content)
-    assert name in said
-    assert value not in said
+    for name in ("bundle/fold0/bundle.json", "bundle/fold0/tokenizer/tokenizer.json", "bundle/x.bin"):
+        said = told(folder, name, f"{content}\0" if name.endswith(".bin") else content)
+        assert name in said
+        assert value not in said
 
 
 @pytest.mark.parametrize("where", ["home", "cwd", "name", "host"])
@@ -501,17 +490,17 @@ def test_name_of_a_file_tells_too(folder: Path) -> None:
 
 
 def test_own_wheel_is_looked_through_and_others_for_this_machine_alone(folder: Path) -> None:
-    wheel(folder, "other", "other/tests/key.py", f"{FORMS['a private key']} by marigold in /srv/.cargo")
+    wheel(folder, "other", "other/tests/key.py", f"{SHAPES['rsa'][1]} by marigold in /srv/.cargo")
     assert told(folder, "kernel/a.py", "") == ""
     wheel(folder, "other", "other/where.py", str(Path.cwd()))
     assert "other-1-py3-none-any.whl: other/where.py, line 1: a folder" in told(folder, "kernel/a.py", "")
     wheel(folder, "other", "other/fine.py", "")
-    wheel(folder, "pairclf", "pairclf/x.py", FORMS["a private key"])
+    wheel(folder, "pairclf", "pairclf/x.py", SHAPES["rsa"][1])
     assert "pairclf/x.py, line 1: a private key" in told(folder, "kernel/a.py", "")
 
 
 def test_prompts_and_vocabularies_may_say_what_they_like(folder: Path) -> None:
-    prompt = f"why does {FORMS['an API key']} not work in /srv/marigold, /home/x/tulip and {Path.home()}?"
+    prompt = f"why does {SHAPES['openai'][1]} not work in /srv/marigold, /home/x/tulip and {Path.home()}?"
     manifest = {"name": "fold0", "probes": [{"fields": {"prompt": [prompt]}}]}
     assert told(folder, "bundle/fold0/bundle.json", json.dumps(manifest)) == ""
     assert told(folder, "bundle/fold0/tokenizer/tokenizer.json", '["marigold", "tulip", "/srv/"]') == ""
@@ -538,5 +527,5 @@ def test_record_is_not_uploaded_and_may_name_folders(folder: Path) -> None:
 
 def test_many_findings_are_counted(folder: Path) -> None:
     for number in range(15):
-        (folder / "bundle" / f"{number}.txt").write_text(FORMS["an AWS key"])
+        (folder / "bundle" / f"{number}.txt").write_text(SHAPES["aws id"][1])
     assert "and 5 more" in told(folder, "kernel/a.py", "")

@@ -11,10 +11,10 @@ from pathlib import Path
 from fake_kaggle import USER
 
 from pairclf.config import Package
-from pairclf.packaging.metadata import kernel_metadata, part_metadata, source_of
+from pairclf.packaging.metadata import PackagePart, Payload, kernel_metadata, part_metadata, source_of
 from pairclf.packaging.payload import seal
-from pairclf.packaging.record import Build, PackedBundle, Part, Payload, identity_of, marker_name, write_build
-from pairclf.publish.client import Clock
+from pairclf.packaging.record import Build, PackedBundle, identity_of, marker_name, write_build
+from pairclf.publish.client import WaitClock
 from pairclf.task import LMSYS
 
 
@@ -30,8 +30,8 @@ class Ticks:
         self.time += seconds
 
     @property
-    def clock(self) -> Clock:
-        return Clock(self.sleep, lambda: self.time)
+    def clock(self) -> WaitClock:
+        return WaitClock(self.sleep, lambda: self.time)
 
 
 def small_package(
@@ -96,7 +96,7 @@ def small_package(
 
 def _part(
     folder: Path, package: Package, payload: Payload, files: dict[str, str], extra: dict[str, str] | None = None
-) -> Part:
+) -> PackagePart:
     where, source = folder / payload, source_of(package, payload, 1)
     _write(where, files)
     marker, digest = seal(where, payload, 1)
@@ -109,7 +109,7 @@ def _part(
         marker.write_text(text)
     metadata = part_metadata(package, payload, source)
     _write(where, {path: json.dumps(tree) for path, tree in metadata.items()})
-    return Part(
+    return PackagePart(
         payload=payload,
         kind="model" if "model-metadata.json" in metadata else "dataset",
         folder=payload,

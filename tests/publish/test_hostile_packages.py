@@ -13,7 +13,7 @@ from kaggle_support import Ticks, small_package
 
 from pairclf.errors import PackagingError, PairclfError
 from pairclf.packaging.record import identity_of, read_build
-from pairclf.publish.client import Clock, Kaggle, KaggleError
+from pairclf.publish.client import KaggleClient, KaggleError, WaitClock
 from pairclf.publish.push import push
 from pairclf.publish.submit import submit
 
@@ -93,7 +93,7 @@ def part(**fields: object) -> Change:
         (lambda build: build["bundles"][0].update(folder="../../victim"), "a bundle in"),
         (lambda build: build["package"].update(base_model_source="../.."), "base_model_source"),
         (lambda build: build["package"].update(competition="../.."), "competition"),
-        (lambda build: build["package"].update(pythons=["../3.12"]), "pythons"),
+        (lambda build: build["package"].update(python_versions=["../3.12"]), "python_versions"),
     ],
 )
 def test_names_that_package_does_not_give(
@@ -175,11 +175,11 @@ def test_version_that_the_package_names_is_not_submitted(package: Path, kaggle: 
     ],
 )
 def test_bytes_go_to_kaggles_stores_alone(kaggle: FakeKaggle, url: str, is_kaggles: bool) -> None:
-    client = Kaggle(Clock())
+    client = KaggleClient(WaitClock())
     if is_kaggles:
         client.check_store(url)
     else:
-        with pytest.raises(PackagingError, match="an upload would go to"):
+        with pytest.raises(PackagingError, match="upload address"):
             client.check_store(url)
 
 

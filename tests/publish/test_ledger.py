@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pairclf.errors import ConfigError, PackagingError
-from pairclf.publish.ledger import Row, plot, record, refresh, render, rows, update
+from pairclf.publish.ledger import LedgerRow, plot, record, refresh, render, rows, update
 
 BOARD = "lmsys-chatbot-arena"
 
@@ -20,8 +20,8 @@ def row(
     public: float | None = None,
     private: float | None = None,
     competition: str = BOARD,
-) -> Row:
-    return Row(
+) -> LedgerRow:
+    return LedgerRow(
         when="2026-01-02T03:04:05+00:00",
         build="b" * 64,
         config="demo/gemma2-tiny",

@@ -73,7 +73,7 @@ def test_what_the_ledger_knows_is_not_submitted_twice_where_kaggles_list_is_late
     pushed: Path, kaggle: FakeKaggle, ticks: Ticks, ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(pushed, "one", go=True, ledger=ledger, clock=ticks.clock)
-    monkeypatch.setattr("pairclf.publish.submit._made", lambda submissions, description: None)
+    monkeypatch.setattr("pairclf.publish.submit._submission_of", lambda submissions, description: None)
     submit(pushed, "one", go=True, ledger=ledger, clock=ticks.clock)
     assert len(kaggle.submissions) == 1
 

@@ -101,7 +101,7 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ):
         fake_wheel(tmp_path / "registry", name, version, needs)
     only_registry(tmp_path / "registry", monkeypatch)
-    monkeypatch.setattr(image, "_asked", lambda python: {"alone", "gone", "lacking"})
+    monkeypatch.setattr(image, "_required_projects", lambda python: {"alone", "gone", "lacking"})
     monkeypatch.setattr(image, "_RUNNER", ("runner",))
     path = tmp_path / "python.txt"
     path.write_text("alone==1.0+cu128\nbelow==1.0\ngone==1.0\nunrelated==1.0\n")
@@ -138,7 +138,7 @@ def test_environment_is_made_once(profile: Path, tmp_path: Path, monkeypatch: py
     assert image_environment(HERE, profile, cache) == first
     assert not (first.parents[1] / "debris").exists()
     made: list[Path] = []
-    monkeypatch.setattr(image, "_install", lambda folder, *_: made.append(folder))
+    monkeypatch.setattr(image, "_install_environment", lambda folder, *_: made.append(folder))
     assert image_environment(HERE, profile, cache) == first
     assert made == []
     profile.write_text(profile.read_text().replace("below==1.0", "below==2.0"))
@@ -171,6 +171,6 @@ def test_environment_that_can_not_be_had_is_told(profile: Path, tmp_path: Path) 
 
 
 def test_pairclf_asks_for_what_its_metadata_says() -> None:
-    asked = image._asked("3.12")
+    asked = image._required_projects("3.12")
     assert {"torch", "polars", "scikit-learn"} <= asked
     assert not {"kaggle", "pytest", "wandb"} & asked

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairclf.errors import PackagingError
-from pairclf.rehearsal.hidden import enlarge, read_raw, write_raw
-from pairclf.rehearsal.meter import Meter, descendants, held_by
+from pairclf.rehearsal.hidden_test import enlarge, read_raw, write_raw
 from pairclf.rehearsal.mounts import LAYOUTS, Mount, fill, lay_out
+from pairclf.rehearsal.resource_monitor import ResourceMonitor, descendants, memory_of
 from pairclf.task import LMSYS
 
 MOUNTS = [
@@ -60,7 +60,7 @@ def test_files_are_linked_or_copied(tmp_path: Path, copies: bool) -> None:
     assert target.samefile(source) is not copies, "a copy's permissions may be changed, a link's are the original's"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     ids=st.one_of(
         st.lists(st.integers(-5, 50), min_size=1, max_size=6, unique=True),
@@ -146,9 +146,9 @@ NESTED = HOLD.format(10_000_000, f"subprocess.Popen([sys.executable, '-c', {HOLD
 def test_meter_sees_children_and_kills_the_largest(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", NESTED]) as process:
         try:
-            with Meter(process.pid, 1, 120e6, tmp_path, 1e9, enforced=True) as meter:
+            with ResourceMonitor(process.pid, 1, 120e6, tmp_path, 1e9, enforced=True) as meter:
                 assert comes_true(lambda: meter.killed)
-            assert "the largest process, with 0.1" in meter.killed[0]
+            assert "killed the largest process, with 0.1" in meter.killed[0]
             assert meter.peak > 120e6
             assert process.poll() is None, "it is ours, and smaller"
         finally:
@@ -157,5 +157,5 @@ def test_meter_sees_children_and_kills_the_largest(tmp_path: Path) -> None:
 
 def test_meter_of_what_has_ended(tmp_path: Path) -> None:
     assert os.getpid() in descendants(os.getppid())
-    assert held_by(os.getpid()) > 10e6
-    assert held_by(2**22 + 1) == 0
+    assert memory_of(os.getpid()) > 10e6
+    assert memory_of(2**22 + 1) == 0

@@ -7,55 +7,29 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.kernels import make_build, make_report
 
-from pairclf.config import Package
 from pairclf.errors import PackagingError
-from pairclf.packaging.record import Build, PackedBundle, write_build
+from pairclf.packaging.record import write_build
 from pairclf.rehearsal.report import (
     Parity,
     Projection,
-    Report,
-    Reports,
-    Scored,
+    RehearsalReports,
+    ScoredRows,
     read_passed,
     read_report,
     rehearsal_path,
     write_report,
 )
-from pairclf.task import LMSYS
-
-
-def make_report(**changes: object) -> Report:
-    fields: dict[str, object] = {
-        "pairclf": "0.1.0", "build": "a" * 64, "kernel": "a-notebook.ipynb", "inputs": "b" * 64, "rows": 40,
-        "rerun": True, "image": "versions of this environment", "layouts": ["typed", "flat"], "speed": 1.0,
-        "hours": 9.0, "deadline": 30_600.0, "memory_limit": 29_000_000_000, "memory_peak": 2_900_000_000,
-        "disk_limit": 20_000_000_000,
-        "seconds": {"input": 1.0, "cell check": 4.0, "cell predict": 320.0},
-        "parity": [Parity(bundle="fold0-01234567", rows=4, difference=1e-7, tolerance=1e-5)],
-        "scored": Scored(both=39, one=1, prior=0), "passed": True,
-        "submission": {"rows": 40, "means": {"winner_model_a": 0.5, "winner_model_b": 0.25, "winner_tie": 0.25}},
-        "projections": [
-            Projection(machine="2 x Tesla T4", rows=25_000, predict=15_000.0, rest=300.0, source="", judged=True)
-        ],
-    }  # fmt: skip
-    return Report.model_validate(fields | changes)
 
 
 @pytest.fixture
 def build(tmp_path: Path) -> Path:
-    bundle = PackedBundle(folder="fold0-01234567", name="fold0", seal="0" * 64, fold=0, metrics={}, base="embedded:x")
-    record = Build(
-        pairclf="0.1.0", identity="a" * 64, package=Package(owner="someone", name="a-notebook"), task=LMSYS,
-        kernel="someone/a-notebook",
-        code_file="a-notebook.ipynb", parts=[], bundles=[bundle], requirements={}, config="demo", out_of_fold=None,
-        test=None, sample=None,
-    )  # fmt: skip
-    write_build(tmp_path, record)
+    write_build(tmp_path, make_build())
     return tmp_path
 
 
-def render(reports: Reports, width: int = 160) -> str:
+def render(reports: RehearsalReports, width: int = 160) -> str:
     console = Console(width=width)
     with console.capture() as captured:
         console.print(reports.render())
@@ -63,7 +37,7 @@ def render(reports: Reports, width: int = 160) -> str:
 
 
 def test_table_shows_limits_and_shares() -> None:
-    lines = {line.split("  ")[0]: line for line in render(Reports([make_report()])).splitlines()}
+    lines = {line.split("  ")[0]: line for line in render(RehearsalReports([make_report()])).splitlines()}
     assert "324.0 s of 9 h 00 min" in lines["the kernel"]
     assert lines["the kernel"].endswith("1%")
     assert "4 h 15 min of 8 h 30 min" in lines["25,000 rows on 2 x Tesla T4"]
@@ -80,28 +54,28 @@ def test_nothing_wraps_in_80_columns() -> None:
         input="no permission to write (Permission denied)", working="file system of its own",
         seconds={"input": 1.0, "image": 100.0, "forecast": 2.0, "cell predict": 12345.6},
         parity=[Parity(bundle="gemma2-tiny-01234567", rows=4, difference=1e-7, tolerance=1e-5)],
-        scored=Scored(both=25_000, one=0, prior=0),
+        scored=ScoredRows(both_orders=25_000, one_order=0, prior=0),
         projections=[
             Projection(machine=machine, rows=25_000, predict=15_000.0, rest=300.0, source="", judged=True, at_most=most)
             for machine, most in (("a machine like this", True), ("2 x Tesla T4", False))
         ],
     )  # fmt: skip
     struck = [
-        make_report(fault="missing-model", must="first cell fails", struck=["model.safetensors"], scored=full.scored,
-                    rows=25_000, submission={"rows": 25_000, "means": {}}, passed=True),
-        make_report(fault="kill", must="the same scores", struck=["worker", "predict"], passed=True),
+        make_report(fault="missing-model", expected="first cell fails", affected=["model.safetensors"],
+                    scored=full.scored, rows=25_000, submission={"rows": 25_000, "means": {}}, passed=True),
+        make_report(fault="kill", expected="the same scores", affected=["worker", "predict"], passed=True),
     ]  # fmt: skip
-    lines = render(Reports([full, *struck]), 80).splitlines()
+    lines = render(RehearsalReports([full, *struck]), 80).splitlines()
     assert sum(line.startswith(("missing-model", "kill", "nothing")) for line in lines) == 3
-    assert len(lines) == len(render(Reports([full, *struck]), 300).splitlines())
+    assert len(lines) == len(render(RehearsalReports([full, *struck]), 300).splitlines())
 
 
 def test_several_runs_have_a_line_each() -> None:
-    bad = make_report(fault="corrupt-bundle", must="the first cell fails", passed=False, problems=["it went on"])
-    shown = render(Reports([make_report(fault="kill", must="a valid submission"), bad]))
+    bad = make_report(fault="corrupt-bundle", expected="the first cell fails", passed=False, problems=["it went on"])
+    shown = render(RehearsalReports([make_report(fault="kill", expected="a valid submission"), bad]))
     assert shown.index("Rehearsal of a-notebook.ipynb: corrupt-bundle") < shown.index("Faults")
     assert "Rehearsal of a-notebook.ipynb: kill" not in shown, "of what passed a line is enough"
-    assert not Reports([make_report(), bad]).passed
+    assert not RehearsalReports([make_report(), bad]).passed
 
 
 def test_report_is_read_as_it_was_written(build: Path) -> None:
@@ -116,7 +90,7 @@ def test_report_is_read_as_it_was_written(build: Path) -> None:
     [
         ({"build": "c" * 64}, r"never rehearsed on this machine as it is now \(build aaaaaaaaaaaa\)"),
         ({"passed": False, "problems": ["no row was scored"]}, r"did not pass:\n  no row was scored"),
-        ({"scored": Scored(both=38, one=1, prior=1)}, "scored 39 of 40 rows"),
+        ({"scored": ScoredRows(both_orders=38, one_order=1, prior=1)}, "scored 39 of 40 rows"),
         ({"scored": None}, "scored 0 of 40 rows"),
         ({"submission": {"rows": 3, "means": {}}}, "of 40 rows"),
         ({"rows": 0}, "of 0 rows"),

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairclf.errors import DataError
-from pairclf.scores.calibration import RANGE, apply_temperature, fit_temperature
+from pairclf.scores.calibration import RANGE, fit_temperature
 from pairclf.scores.metrics import Floats, log_loss
+from pairclf.scores.probabilities import apply_temperature
 from pairclf.task import LMSYS, Task
 
 SEVERAL = Task(name="tags", fields=("text",), classes=("x", "y", "z"), multi_label=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,21 +10,24 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pairclf import config
-from pairclf.errors import DataError
+from pairclf.errors import ConfigError, DataError
 from pairclf.scores.metrics import (
     METRICS,
     Floats,
+    Metric,
     accuracy,
+    check_metric,
     class_prior,
     entropy,
     expected_calibration_error,
     likeliest,
     log_loss,
     measure,
+    metrics_of,
+    titled,
     way_to_best,
 )
-from pairclf.task import LMSYS, Task
+from pairclf.task import LMSYS, WSDM, Task
 
 SEVERAL = Task(name="tags", fields=("text",), classes=("x", "y", "z"), multi_label=True)
 
@@ -98,8 +101,8 @@ def test_way_to_best() -> None:
         ([[0.5, 0.5]], [[1, 0, 0]], None, "must be alike"),
         ([0.5, 0.5], [1, 0], None, "must be \\(rows, classes\\)"),
         (np.ones((0, 3)), np.ones((0, 3)), None, "with one of each"),
-        ([[np.nan, 0.5]], [[1, 0]], None, "probabilities of 1 rows are not finite"),
-        ([[0.5, 0.5]], [[np.inf, 0]], None, "targets of 1 rows are not finite"),
+        ([[np.nan, 0.5]], [[1, 0]], None, "probabilities of 1 row are not finite"),
+        ([[0.5, 0.5]], [[np.inf, 0]], None, "targets of 1 row are not finite"),
         ([[0.5, 0.5]], [[1, 0]], [1, 1], "weights"),
         ([[0.5, 0.5]], [[1, 0]], [-1], "weights"),
         ([[0.5, 0.5]], [[1, 0]], [0], "weights"),
@@ -166,12 +169,46 @@ def test_calibration_of_several_labels_is_each_labels_own() -> None:
 
 
 def test_every_metric_that_a_training_may_go_by_is_measured() -> None:
-    assert set(METRICS) == set(get_args(config.Metric))
     assert {name: metric.better for name, metric in METRICS.items()} == {
         "log_loss": -1, "accuracy": 1, "expected_calibration_error": -1,
     }  # fmt: skip
     values, targets, _ = random_scores(9, 3, 0)
-    assert set(measure(values, targets, LMSYS)) == set(METRICS)
+    assert list(measure(values, targets, LMSYS)) == list(METRICS)
+    assert next(iter(measure(values[:, :2], targets[:, :2], WSDM))) == WSDM.metric == "accuracy"
+
+
+def area_under_curve(values: Floats, targets: Floats, weights: Floats | None, *, multi_label: bool) -> float:
+    assert not multi_label
+    return float(sklearn.metrics.roc_auc_score(targets[:, 1], values[:, 1], sample_weight=weights))
+
+
+def test_a_metric_is_measured_where_it_applies_and_has_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Metric(area_under_curve, 1, "AUC", kinds=("binary",), by_row=False, needs="single_label")
+    monkeypatch.setitem(METRICS, "auc", record)
+    binary = WSDM.model_copy(update={"metric": "auc"})
+    values, targets, weights = random_scores(30, 2, 0)
+    expected = sklearn.metrics.roc_auc_score(targets[:, 1], values[:, 1], sample_weight=weights)
+    figures = measure(values, targets, binary, weights)
+    assert figures["auc"] == pytest.approx(expected)
+    assert list(titled(figures, binary)) == ["AUC", "log loss", "accuracy", "calibration error"]
+    assert "auc" not in measure(values, 0.9 * targets + 0.05, binary)
+    for task in (LMSYS, SEVERAL):
+        assert "auc" not in metrics_of(task)
+        with pytest.raises(ConfigError, match=f"train.metric_for_best_model='auc' is no metric of a {task.kind} task"):
+            check_metric("train.metric_for_best_model", "auc", task)
+
+
+def test_which_figure_is_better() -> None:
+    assert METRICS["log_loss"].is_better(0.9, 1.0)
+    assert METRICS["accuracy"].is_better(0.9, 0.8)
+    for metric in METRICS.values():
+        assert not any(metric.is_better(*pair) for pair in ((0.5, 0.5), (float("nan"), 0.5), (0.5, float("nan"))))
+
+
+def test_a_metric_that_nobody_knows_is_named() -> None:
+    with pytest.raises(ConfigError, match="acuracy' is no metric of a multiclass task") as caught:
+        metrics_of(LMSYS.model_copy(update={"metric": "acuracy"}))
+    assert "accuracy" in str(caught.value.remedy)
 
 
 @given(st.floats(-1.5e-7, 1.5e-7), st.sampled_from([0.1, 0.3, 0.4, 0.45]))

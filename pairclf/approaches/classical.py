@@ -1,0 +1,206 @@
+"""The approach `classical`, TF-IDF with logistic regression: its implementation of the protocol, without torch.
+
+A worker receives the row itself (`Item.ids`) and computes the features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pairclf.approaches import classical_model
+from pairclf.approaches.classical_model import ClassicalModel
+from pairclf.approaches.protocol import Assignment, Loaded, ModelCost, Prepared, Process
+from pairclf.bundles.bundle import Bundle, Saved
+from pairclf.bundles.contents import CONFIG, BundleFiles
+from pairclf.bundles.probes import probe_rows
+from pairclf.config import SECTIONS, Config, dump_config, flat_settings
+from pairclf.data.identity import fingerprint
+from pairclf.data.rows import targets_of, to_rows
+from pairclf.errors import ConfigError
+from pairclf.files import write_text
+from pairclf.inputs.cache import Frames
+from pairclf.inputs.plan import CHEAPEST
+from pairclf.inputs.sequences import Item, SequenceIndex
+from pairclf.run import Run, Split
+from pairclf.scores.metrics import Floats
+from pairclf.task import Row
+
+FREE = ("output_dir.", "data.", "folds.", "predict.swap.", "predict.tokens_per_batch.", "package.")
+"""Settings that move no weight and no score; the rows that files and folds lead to are compared themselves."""
+
+UNIT = 64
+"""Characters of a unit of length, so that a forward pass of a few thousand units is some dozens of rows."""
+
+SPEED = 5e6 / UNIT
+"""Units that a core scores in a second: 5.6 million characters a second were measured on 7,770 pairs of answers."""
+
+_PACKAGES = ("pairclf", "scikit-learn", "numpy", "scipy", "safetensors")
+
+
+LONGEST = 1024
+"""Units of a long row. Texts may be longer: nothing is allocated for the longest."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizedRow:
+    """A row with its length in units, for each of its orders: they are computed together."""
+
+    row: Row
+    units: int
+
+    def __len__(self) -> int:
+        return self.units
+
+    @property
+    def ids(self) -> SizedRow:
+        """What travels to a worker."""
+        return self
+
+
+class FittedClassical:
+    """A fitted model, and the config that it was fitted with."""
+
+    def __init__(self, model: ClassicalModel) -> None:
+        self._model = model
+
+    def logits(self, rows: pl.DataFrame) -> Floats:
+        return self._model.logits(to_rows(rows, self._model.task))
+
+    def save(self, folder: Path) -> Saved:
+        self._model.save(BundleFiles(folder).classical)
+        return Saved("classical", "none", "float64", _PACKAGES)
+
+
+class ClassicalTrainer:
+    """A run's rows; they are vectorised fold by fold, as the IDF is a fold's own."""
+
+    def __init__(self, run: Run) -> None:
+        self.config: Config = run.config
+
+    def identity(self, split: Split) -> dict[str, Any]:
+        settings = {
+            name: value for name, value in flat_settings(self.config).items() if not f"{name}.".startswith(FREE)
+        }
+        task, (training, held_out) = self.config.task, split
+        unseen = None if held_out is None else fingerprint(to_rows(held_out, task))
+        return {**settings, "rows": fingerprint(to_rows(training, task)), "held-out rows": unseen}
+
+    def fit(self, split: Split, folder: Path, *, resume: bool | None, trust_checkpoint: bool) -> FittedClassical:
+        config, rows = self.config, split.training
+        write_text(folder / CONFIG, dump_config(config))
+        model = classical_model.fit(
+            to_rows(rows, config.task),
+            targets_of(rows),
+            rows["weight"].to_numpy(),
+            config.task,
+            config.classical,
+            config.seed,
+        )
+        return FittedClassical(model)
+
+    def finish(self, folder: Path) -> None:
+        """Nothing was kept: a model is fitted in minutes, and begins anew."""
+
+
+class ClassicalScorer:
+    """Scores rows on the CPU, at once when they are launched."""
+
+    def __init__(self, model: ClassicalModel) -> None:
+        self._model = model
+
+    def launch(self, items: Sequence[Item]) -> Floats:
+        rows: dict[int, Row] = {item.row: item.ids.row for item in items}
+        places = {row: place for place, row in enumerate(rows)}
+        logits = self._model.logits(list(rows.values()))
+        return logits[[places[item.row] for item in items], [item.order for item in items]]
+
+    def collect(self, items: Sequence[Item], launched: Floats) -> tuple[Floats, int]:
+        launched[~np.isfinite(launched).all(axis=1)] = np.nan
+        return launched, 0
+
+    def recover(self) -> None:
+        """Nothing is held."""
+
+
+class ClassicalApproach:
+    """Hashed TF-IDF and lengths with logistic regression."""
+
+    sections = frozenset(SECTIONS["classical"])
+    module = __name__
+    uses_gpu = False
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def check(self, config: Config) -> None:
+        classical_model.check(config.classical, config.task)
+
+    def start(self, config: Config) -> Process:
+        if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise ConfigError(
+                f"approach=classical trains in one process, and {count} were started",
+                remedy="leave --processes and the launcher away",
+            )
+        return Process()
+
+    def trainer(self, run: Run, process: Process) -> ClassicalTrainer:
+        return ClassicalTrainer(run)
+
+    # --- prediction --------------------------------------------------------------------------------------------------
+
+    def recipe(self, bundle: Bundle) -> str:
+        return json.dumps(["classical", bundle.config.data.rules.model_dump(mode="json")])
+
+    def encode(self, bundle: Bundle, rows: Sequence[Row]) -> list[tuple[SizedRow, ...]]:
+        orders = 2 if bundle.config.task.swappable else 1
+        return [(SizedRow(row, units_of(row)),) * orders for row in rows]
+
+    def prepare(self, bundle: Bundle, frames: Frames, folder: Path) -> Prepared:
+        encoded = self.encode(bundle, [row for frame in frames() for row in to_rows(frame, bundle.config.task)])
+        return Prepared(encoded, self.index(encoded))
+
+    def longest(self, bundle: Bundle) -> int:
+        return LONGEST
+
+    def index(self, encoded: Sequence[tuple[SizedRow, ...]]) -> SequenceIndex:
+        lengths, duplicate_of = [], []
+        places: dict[bytes, int] = {}
+        for place, orders in enumerate(encoded):
+            sized, count = orders[0], len(orders)
+            lengths.append([sized.units] * count)
+            texts = json.dumps(sized.row.fields, sort_keys=True).encode()
+            first = places.setdefault(hashlib.blake2b(texts, digest_size=16).digest(), place)
+            duplicate_of.append([first * count + order for order in range(count)])
+        # Both orders are computed at once, whether or not both are asked for: all of a row is shared by them.
+        shared = [row[0] if len(row) > 1 else 0 for row in lengths]
+        return SequenceIndex(*(np.array(values, dtype=np.int64) for values in (lengths, shared, duplicate_of)))
+
+    def cost(self, bundle: Bundle, base: Path | None) -> ModelCost:
+        return ModelCost(1.0, 0.0, bundle.files.classical.stat().st_size, {"cpu": SPEED})
+
+    def identity(self, bundle: Bundle, devices: Sequence[str]) -> dict[str, object]:
+        return {package: version(package) for package in ("scikit-learn", "numpy", "scipy")}
+
+    def load(self, bundle: Bundle, assignment: Assignment) -> Loaded:
+        return Loaded(ClassicalScorer(self._model(bundle)), CHEAPEST, "cpu, float64: TF-IDF with logistic regression")
+
+    def score_probes(self, bundle: Bundle, base: Path | None) -> tuple[Floats, str]:
+        return self._model(bundle).logits(probe_rows(bundle)), "float64"
+
+    def _model(self, bundle: Bundle) -> ClassicalModel:
+        return classical_model.load(bundle.files.classical, bundle.config.task, bundle.config.classical)
+
+
+def units_of(row: Row) -> int:
+    """Length of a row in units, one at least."""
+    return max(1, math.ceil(classical_model.characters(row) / UNIT))

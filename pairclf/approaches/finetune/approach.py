@@ -1,0 +1,276 @@
+"""The approach `finetune`, as everything outside of this room sees it."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from pairclf.approaches.finetune.checkpoints import CHECKPOINTS, discard, identity_of
+from pairclf.approaches.finetune.distributed import check_settings, make_accelerator
+from pairclf.approaches.finetune.monitor import check_trackers
+from pairclf.approaches.finetune.step import Examples, HeldOut, make_examples
+from pairclf.approaches.finetune.train import train
+from pairclf.approaches.protocol import Assignment, Loaded, ModelCost, Prepared, Process
+from pairclf.bundles.bundle import Bundle, Saved
+from pairclf.bundles.probes import probe_rows
+from pairclf.config import SECTIONS, Config
+from pairclf.console import Advance, progress
+from pairclf.data.identity import fingerprint
+from pairclf.data.rows import targets_of, to_rows
+from pairclf.data.teachers import teachers_of
+from pairclf.hardware import SUSTAINED
+from pairclf.inputs.cache import EncodedRows, Frames, token_cache
+from pairclf.inputs.render import Encoded, InputBuilder
+from pairclf.inputs.sequences import Item, SequenceIndex, index_sequences
+from pairclf.model import vllm
+from pairclf.model.backbone import pick_device, pick_dtype
+from pairclf.model.cost import cost_of, model_bytes
+from pairclf.model.device_memory import free_memory
+from pairclf.model.engine import Classifier
+from pairclf.model.inputs import builder_of, encoded_rows, open_inputs
+from pairclf.model.memory import fitting_budget, footprint
+from pairclf.model.scoring import ClassifierScorer, by_order, dtype_of, items_of, keep_freed_memory, score
+from pairclf.model.weights import load_classifier, save_weights
+from pairclf.run import Run, Split
+from pairclf.scores.metrics import Floats
+from pairclf.task import Row
+
+DEQUANTISED = 2.2
+"""Bytes moved for each quantised weight in a forward pass: half a byte read, the rest written and read in 16 bits."""
+
+
+class FittedClassifier:
+    """A trained classifier, in the main process."""
+
+    def __init__(self, classifier: Classifier, config: Config, tokenizer: Any, encoded: EncodedRows) -> None:
+        self._classifier: Classifier | None = classifier
+        self._config = config
+        self._tokenizer = tokenizer
+        self._encoded = encoded
+
+    @property
+    def classifier(self) -> Classifier:
+        """The model; it is gone once it was saved, as there is no room for two of them."""
+        assert self._classifier is not None
+        return self._classifier
+
+    def logits(self, rows: pl.DataFrame) -> Floats:
+        items = items_of(self._encoded.of(rows["id"]), orders=2)
+        tokens = self._config.predict.tokens_per_batch
+        return by_order(items, score(self.classifier, items, tokens_per_batch=tokens, title="score"), len(rows))
+
+    def save(self, folder: Path) -> Saved:
+        saved = save_weights(folder, self.classifier, self._config, self._tokenizer)
+        self._classifier = None
+        free_memory()
+        return saved
+
+
+class FinetuneTrainer:
+    """A run's rows, tokenised once for all folds."""
+
+    def __init__(self, run: Run, accelerator: Accelerator) -> None:
+        self.config, self._tokenizer, builder = open_inputs(run.config)
+        self._accelerator = accelerator
+        self._encoded = encoded_rows(self.config, builder, run.frame)
+        self._examples: tuple[Split, Examples, HeldOut | None] | None = None
+
+    def identity(self, split: Split) -> dict[str, Any]:
+        return identity_of(self.config, *self._laid_out(split))
+
+    def fit(
+        self, split: Split, folder: Path, *, resume: bool | None, trust_checkpoint: bool
+    ) -> FittedClassifier | None:
+        examples, held_out = self._laid_out(split)
+        classifier = train(
+            self.config,
+            examples,
+            folder,
+            self._accelerator,
+            held_out=held_out,
+            resume=resume,
+            trust_checkpoint=trust_checkpoint,
+        )
+        self._examples = None
+        if not self._accelerator.is_main_process:
+            return None
+        return FittedClassifier(classifier, self.config, self._tokenizer, self._encoded)
+
+    def finish(self, folder: Path) -> None:
+        discard(folder / CHECKPOINTS)  # the bundle holds what they were kept for
+
+    def _laid_out(self, split: Split) -> tuple[Examples, HeldOut | None]:
+        if self._examples is None or self._examples[0] is not split:
+            training, held_out = split
+            rows, encoded = to_rows(training, self.config.task), self._encoded.of(training["id"])
+            examples = make_examples(rows, encoded, self.config, teachers_of(self.config, training))
+            self._examples = split, examples, None if held_out is None else self._held_out(held_out)
+        return self._examples[1:]
+
+    def _held_out(self, held_out: pl.DataFrame) -> HeldOut:
+        rows, weights = to_rows(held_out, self.config.task), held_out["weight"].to_numpy()
+        return HeldOut(self._encoded.of(held_out["id"]), targets_of(held_out), weights, fingerprint(rows))
+
+
+class DeviceScorer:
+    """A scorer on devices, which can fail.
+
+    Args:
+        scorer: the model's.
+        devices: that it computes on.
+    """
+
+    def __init__(self, scorer: ClassifierScorer | vllm.VllmScorer, devices: Sequence[torch.device]) -> None:
+        self._scorer = scorer
+        self._gpus = [device for device in devices if device.type == "cuda"]
+
+    def launch(self, items: Sequence[Item]) -> Tensor:
+        return self._scorer.launch(items)
+
+    def collect(self, items: Sequence[Item], launched: Tensor) -> tuple[Floats, int]:
+        return self._scorer.collect(items, launched)
+
+    def recover(self) -> str | None:
+        gc.collect()
+        try:
+            for device in self._gpus:
+                torch.cuda.synchronize(device)
+            if self._gpus:
+                torch.cuda.empty_cache()
+        except RuntimeError as broken:  # after an assertion or a wild access on a GPU, every call fails
+            return f"the GPU is lost to the process: {broken}"
+        return None
+
+
+class FinetuneApproach:
+    """A language model with a head, trained whole or through adapters."""
+
+    sections = frozenset(SECTIONS["finetune"])
+    module = __name__
+    uses_gpu = True
+
+    def __init__(self) -> None:
+        self._builders: dict[Path, InputBuilder] = {}
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def check(self, config: Config) -> None:
+        check_trackers(config)
+
+    def start(self, config: Config) -> Process:
+        accelerator = make_accelerator(config)
+        check_settings(config, accelerator)
+        return Process(accelerator.is_main_process, accelerator.main_process_first, accelerator)
+
+    def trainer(self, run: Run, process: Process) -> FinetuneTrainer:
+        return FinetuneTrainer(run, process.handle)
+
+    # --- prediction --------------------------------------------------------------------------------------------------
+
+    def recipe(self, bundle: Bundle) -> str:
+        inputs = bundle.config.inputs.model_dump(mode="json", exclude={"processes"})
+        rules = bundle.config.data.rules.model_dump(mode="json")
+        return json.dumps(["finetune", self._builder(bundle).tokenizer.fingerprint, inputs, rules])
+
+    def encode(self, bundle: Bundle, rows: Sequence[Row]) -> Sequence[tuple[Encoded, ...]]:
+        return self._builder(bundle).encode(rows)
+
+    def prepare(self, bundle: Bundle, frames: Frames, folder: Path) -> Prepared:
+        builder, config = self._builder(bundle), bundle.config
+        fields, processes = config.task.fields, config.inputs.num_proc
+        encoded = EncodedRows(token_cache(folder, frames, builder.tokenizer, fields, processes=processes), builder)
+        with progress("lengths", total=len(encoded)) as advance:
+            return Prepared(encoded, index_sequences(_watched(encoded, advance)))
+
+    def _builder(self, bundle: Bundle) -> InputBuilder:
+        """Made once: a tokenizer takes a while to load."""
+        if bundle.folder not in self._builders:
+            self._builders[bundle.folder] = builder_of(bundle)
+        return self._builders[bundle.folder]
+
+    def longest(self, bundle: Bundle) -> int:
+        return bundle.config.inputs.max_length
+
+    def index(self, encoded: Sequence[tuple[Encoded, ...]]) -> SequenceIndex:
+        return index_sequences(encoded)
+
+    def cost(self, bundle: Bundle, base: Path | None) -> ModelCost:
+        model = bundle.config.model.model_copy(update={"base": bundle.weights_source(base)})
+        cost = cost_of(bundle.config.model_copy(update={"model": model}))
+        moved = DEQUANTISED * cost.linear / 2 if model.quantization != "none" else 0.0
+        return ModelCost(cost.linear, cost.quadratic, model_bytes(bundle, base), SUSTAINED, moved)
+
+    def identity(self, bundle: Bundle, devices: Sequence[str]) -> dict[str, object]:
+        model, predict = bundle.config.model, bundle.config.predict
+        dtypes = {str(pick_dtype(model.dtype, torch.device(device))[0]).removeprefix("torch.") for device in devices}
+        return {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "dtype": sorted(dtypes),
+            "attention": model.attn_implementation,
+            "layout": predict.layout,
+            "backend": predict.backend,
+        }
+
+    def load(self, bundle: Bundle, assignment: Assignment) -> Loaded:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        if assignment.threads:
+            torch.set_num_threads(assignment.threads)
+        config, devices = bundle.config, [torch.device(device) for device in assignment.devices]
+        if config.predict.backend == "vllm":
+            served = vllm.VllmScorer(bundle, devices)
+            return Loaded(DeviceScorer(served, devices), served.layout, f"{_name(devices[0])}, {served.why}")
+        if devices[0].type == "cuda":  # pinned memory and peft go to the current device, which would else be the first
+            torch.cuda.set_device(devices[0])
+        classifier = load_classifier(bundle, devices[0], assignment.base, others=devices[1:])
+        if devices[0].type == "cpu":
+            keep_freed_memory()
+        scorer = ClassifierScorer(classifier, config.predict.layout)
+        names = " + ".join(_name(device) for device in devices)
+        memory, budget = ("", None) if devices[1:] else _memory(scorer, assignment)
+        what = f"{names}, {dtype_of(classifier)}; {scorer.why}{memory}"
+        return Loaded(DeviceScorer(scorer, devices), scorer.layout, what, budget)
+
+    def score_probes(self, bundle: Bundle, base: Path | None) -> tuple[Floats, str]:
+        rows = probe_rows(bundle)
+        free_memory()
+        classifier, settings = load_classifier(bundle, pick_device(), base), bundle.config.predict
+        items = items_of(self.encode(bundle, rows), orders=2)
+        logits = score(
+            classifier, items, tokens_per_batch=settings.tokens_per_batch, layout=settings.layout, title="probes"
+        )
+        return by_order(items, logits, len(rows)), dtype_of(classifier)
+
+
+def _watched(encoded: EncodedRows, advance: Advance) -> Iterator[tuple[Encoded, ...]]:
+    for row in encoded:
+        yield row
+        advance()
+
+
+def _memory(scorer: ClassifierScorer, assignment: Assignment) -> tuple[str, int | None]:
+    """What the largest pass will take, for people, and the budget that fits where that one does not."""
+    try:
+        expected = footprint(scorer, assignment.largest, processes=assignment.beside)
+        if expected.fits:
+            return f"; memory {expected}", None
+        fitting = fitting_budget(scorer, assignment.largest, processes=assignment.beside)
+    except Exception as error:  # noqa: BLE001
+        # Memory may run out in the short pass that it begins with, and it leans on torch's inner workings, which change
+        # from version to version: without a forecast the passes themselves will tell, and a model is not lost.
+        return f"; memory is not foretold ({type(error).__name__}: {error})", None
+    return f"; memory {expected}: passes of {fitting:,} tokens", fitting
+
+
+def _name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -1,0 +1,123 @@
+"""Optimizers, parameter groups, learning-rate schedule, and moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW, PagedAdamW8bit
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from transformers.optimization import Adafactor
+
+from pairclf.config import Train
+from pairclf.model.engine import Classifier
+
+Groups = list[dict[str, Any]]
+
+
+def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trained weights by name: the head, and the adapters or the whole backbone."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def parameter_groups(classifier: Classifier, train: Train) -> Groups:
+    """One group for each learning rate: head, LoRA A and LoRA B may differ. No weight decay for norms, biases and head.
+
+    The key is `lr`: torch silently ignores a group's `learning_rate`.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, weight in trained_weights(classifier).items():
+        head = name.startswith("head.")
+        own_rates = {
+            "head": train.head_learning_rate if head else None,
+            "A": train.lora_a_learning_rate if ".lora_A." in name else None,
+            "B": train.lora_b_learning_rate if ".lora_B." in name else None,
+        }
+        rate = next((rate for rate in own_rates.values() if rate is not None), train.learning_rate)
+        groups.setdefault((rate, 0.0 if head or weight.ndim <= 1 else train.weight_decay), []).append(weight)
+    return [{"params": weights, "lr": rate, "weight_decay": decay} for (rate, decay), weights in groups.items()]
+
+
+def _adafactor(groups: Groups, **_moments: Any) -> Optimizer:
+    """Adafactor with the schedule's rates, like Adam: its own schedule and scaling are off."""
+    optimizer: Optimizer = Adafactor(  # type: ignore[no-untyped-call]
+        groups, scale_parameter=False, relative_step=False, warmup_init=False
+    )
+    return optimizer
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw_torch": AdamW,
+    "adamw_8bit": AdamW8bit,
+    "paged_adamw_32bit": PagedAdamW,
+    "paged_adamw_8bit": PagedAdamW8bit,
+    "adafactor": _adafactor,
+}
+
+
+def make_optimizer(classifier: Classifier, train: Train) -> Optimizer:
+    """The optimizer that `train.optim` names, over `parameter_groups`."""
+    return OPTIMIZERS[train.optim](parameter_groups(classifier, train), betas=train.adam_betas, eps=train.adam_epsilon)
+
+
+def rate_factor(train: Train, step: int, steps: int) -> float:
+    """Factor of the peak rates at `step` (from 0) of `steps`: warm-up from 0, then the schedule to 0."""
+    warmup = math.ceil(train.warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    left = (steps - step) / max(1, steps - warmup)
+    factors = {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "constant_with_warmup": 1.0}
+    return factors[train.lr_scheduler_type]
+
+
+def set_rates(optimizer: Optimizer, peaks: Sequence[float], factor: float) -> None:
+    """Set each group's rate for the next step. It depends on the step's number only, so no state is saved."""
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * factor
+
+
+class MovingAverage:
+    """Exponential moving average of the trained weights, in float32.
+
+    The decay rises with the steps, `min(decay, (1 + step) / (10 + step))`: otherwise the average would contain the
+    random initial head for `1 / (1 - decay)` steps.
+    """
+
+    def __init__(self, weights: dict[str, nn.Parameter], decay: float) -> None:
+        self._weights = weights
+        self._decay = decay
+        self.averages: dict[str, Tensor] = {name: weight.detach().float().clone() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Update after optimizer step number `step`, from 1."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        for name, weight in self._weights.items():
+            self.averages[name].lerp_(weight.detach().float(), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, the model has the averaged weights."""
+        originals = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        copy_weights(self.averages, self._weights)
+        try:
+            yield
+        finally:
+            copy_weights(originals, self._weights)
+
+
+@torch.no_grad()
+def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy by name, in the target's dtype and onto its device.
+
+    Raises:
+        KeyError: the two do not hold the same names.
+    """
+    if missing := sorted(source.keys() ^ target.keys()):
+        raise KeyError(f"weights that exist on one side only: {missing[:5]}")
+    for name, tensor in target.items():
+        tensor.copy_(source[name].to(tensor.device))

@@ -1,0 +1,117 @@
+"""The commands `predict`, `forecast` and `verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pairclf.cli.options import BaseFolder, Group, LinkedFiles, Members, TrustRemoteCode, permit, split_overrides
+from pairclf.console import stdout
+
+GROUP = Group("Prediction")
+
+
+@GROUP.command(
+    "pairclf predict runs/lmsys/gemma2-9b-qlora/fold0/bundle --data test.csv --sample sample_submission.csv "
+    "--deadline 8h30m predict.swap=budget"
+)
+def predict(
+    members: Members,
+    data: Annotated[Path, typer.Option("--data", help="file of unlabelled rows to score")],
+    sample: Annotated[
+        Path | None, typer.Option("--sample", help="sample submission, which gives ids, order and columns")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="file for the submission")] = Path("submission.csv"),
+    scores: Annotated[Path | None, typer.Option("--scores", help="parquet file for the scores")] = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option(
+            help="when the command must end: 8h30m from now, or 2026-01-31T18:00:00+00:00; default: no deadline"
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="exit with code 3 if a row or a model could not be scored")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume", help="continue an interrupted run of the same command, or score all rows again"
+        ),
+    ] = True,
+    base: BaseFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
+    linked_files: LinkedFiles = False,
+) -> None:
+    """Score a test file with one or more bundles, and write the submission.
+
+    A valid submission exists within seconds, and improves while the command runs. If the command is killed, start it
+    again: it continues. See docs/prediction.md.
+    """
+    permit(trust_remote_code, linked_files, bundles_only=True)
+    from pairclf.inference.deadline import process_age
+    from pairclf.inference.predict import predict as workflow
+
+    paths, overrides = split_overrides(members)
+    workflow(
+        paths,
+        data,
+        out,
+        sample=sample,
+        scores=scores,
+        base=base,
+        overrides=overrides,
+        deadline=deadline,
+        strict=strict,
+        resume=resume,
+        spent=process_age(),
+    )
+
+
+@GROUP.command("pairclf forecast runs/lmsys/gemma2-9b-qlora/fold0/bundle --data test.csv --device t4x2 --rows 25000")
+def forecast(
+    members: Members,
+    data: Annotated[Path, typer.Option("--data", help="file of unlabelled rows like those of the hidden test")],
+    device: Annotated[
+        str,
+        typer.Option(help="t4, t4x2, l4x4, a100, h100 or h200; here: measure the speed of this machine on some rows"),
+    ] = "here",
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="number of rows of the hidden test; default: the rows of the file")
+    ] = None,
+    deadline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="deadline to simulate, e.g. 8h30m (repeat for more); default: 25%, 50% and 75% of the full time"
+        ),
+    ] = None,
+    base: BaseFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
+    linked_files: LinkedFiles = False,
+) -> None:
+    """Simulate a prediction: print the hours of each pass, and what can be scored before a deadline."""
+    permit(trust_remote_code, linked_files, bundles_only=True)
+    from pairclf.inference.forecast import forecast as workflow
+
+    paths, overrides = split_overrides(members)
+    tables = workflow(paths, data, device=device, rows=rows, deadlines=deadline or [], base=base, overrides=overrides)
+    for table in tables:
+        stdout.print(table, "")
+
+
+@GROUP.command("pairclf verify runs/lmsys/gemma2-9b-qlora/fold0/bundle")
+def verify(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="bundle folders")],
+    base: BaseFolder = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    linked_files: LinkedFiles = False,
+) -> None:
+    """Check that bundles are unchanged: compare the hash of each file, and score the probe rows again."""
+    permit(trust_remote_code, linked_files, bundles_only=True)
+    from pairclf.inference.verify import verify as workflow
+
+    for folder, result in workflow(bundles, base, out):
+        difference = result["largest_difference"]
+        stdout.print(f"verified {folder}: {result['rows']} probe rows, logits differ by {difference:.1g}")

@@ -1,0 +1,28 @@
+"""The settings: type, unit, default and help of each, in one class per section of the YAML file.
+
+YAML files, `key=value` overrides, `pairclf config` and the docs all derive from the sections below. Settings are called
+as in transformers' `TrainingArguments`, PEFT's `LoraConfig` or scikit-learn where these have them. Unknown keys are
+errors that name the nearest key, and all errors of a config are shown at once.
+"""
+
+from pairclf.config.classical import Classical
+from pairclf.config.data import Data, Folds, Rules, Source
+from pairclf.config.inputs import Inputs, Template, Truncation
+from pairclf.config.kaggle import Package
+from pairclf.config.load import describe_config, dump_config, flat_settings, load_config, override, resolve, run_folder
+from pairclf.config.model import Lora, Model
+from pairclf.config.parse import MAX_YAML, parse_yaml
+from pairclf.config.predict import Predict
+from pairclf.config.renamed import RENAMED
+from pairclf.config.section import Section, checked, settings
+from pairclf.config.train import Distill, Train
+from pairclf.config.tree import SECTIONS, Config
+from pairclf.config.wording import PLACE
+
+__all__ = [
+    "MAX_YAML", "PLACE", "RENAMED", "SECTIONS", "Classical", "Config", "Data", "Distill", "Folds", "Inputs", "Lora",
+    "Model", "Package", "Predict", "Rules", "Section", "Source", "Template", "Train", "Truncation",
+    "checked", "describe_config", "dump_config", "flat_settings",
+    "load_config", "override", "parse_yaml", "resolve", "run_folder",
+    "settings",
+]  # fmt: skip

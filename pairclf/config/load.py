@@ -1,0 +1,142 @@
+"""Load and write configs: YAML files and `key=value` overrides to a checked `Config`, and back to YAML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from pairclf.config.parse import MAX_YAML, parse_yaml
+from pairclf.config.section import checked, choices
+from pairclf.config.tree import Config
+from pairclf.errors import ConfigError, cut, quoted
+from pairclf.files import read_plain
+
+
+def resolve(tree: Mapping[str, Any], where: object = "config") -> Config:
+    """A checked config from a plain mapping.
+
+    Raises:
+        ConfigError: with every unknown key, wrong value and contradiction at once.
+    """
+    return checked(Config, tree, where, "`pairclf config FILE` prints every setting with its help")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides, check the result, and settle the run folder.
+
+    Raises:
+        ConfigError: the file can't be read, is not YAML, or holds settings that can't be used.
+    """
+    config = resolve(_overridden(_read(path), overrides), path)
+    config.output_dir = config.output_dir or run_folder(path)
+    return config
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `key=value` overrides, checked anew.
+
+    Raises:
+        ConfigError: an override is malformed, unknown or wrong.
+    """
+    return resolve(_overridden(_tree(config), overrides), f"overrides {' '.join(overrides)}")
+
+
+def run_folder(path: Path) -> Path:
+    """The run folder of a config file, which mirrors its path.
+
+    >>> run_folder(Path("configs/lmsys/a.yaml")).as_posix()
+    'runs/lmsys/a'
+    """
+    parts = path.with_suffix("").parts
+    below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts else parts[-1:]
+    return Path("runs", *below)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML, without sections that its approach does not read.
+
+    `resolve(parse_yaml(dump_config(config))) == config`.
+    """
+    return yaml.safe_dump(_tree(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def describe_config(config: Config) -> str:
+    """The resolved tree as YAML with each setting's help as a comment; reads back as the same config."""
+    return "\n".join(_described(config, "", config.unread())) + "\n"
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Every setting that the approach reads, by its dotted name, as JSON has it; lists stay as they are."""
+    return _flat(_tree(config), "")
+
+
+def _tree(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=set(config.unread()))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _described(section: BaseModel, indent: str, unread: Sequence[str] = ()) -> list[str]:
+    lines, values = [], section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        if name in unread:
+            continue
+        value = getattr(section, name)
+        text = "" if isinstance(value, BaseModel) else " " + json.dumps(values[name], ensure_ascii=False)
+        listed = " | ".join(map(str, choices(field.annotation)))
+        lines.append(f"{indent}{name}:{text}  # {field.description}{f' [{listed}]' * bool(listed)}")
+        if isinstance(value, BaseModel):
+            lines += _described(value, indent + "  ")
+    return lines
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, merged into that of the file that its `extends` names (relative to it)."""
+    try:
+        whole = path.resolve()
+        if whole in seen:
+            raise ConfigError(f"extends comes back to {path}", where=seen[0])
+        text = read_plain(path, MAX_YAML)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"config {cut(path)} can't be read: {cut(error)}", remedy="give the path of a YAML file"
+        ) from error
+    tree = parse_yaml(text, path)
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"a config is a mapping of sections, not a {type(tree).__name__}", where=path)
+    parent = tree.pop("extends", None)
+    return tree if parent is None else _merge(_read(path.parent / str(parent), (*seen, whole)), tree)
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for text in overrides:
+        key, equals, yaml_text = text.partition("=")
+        if not equals or not key:
+            remedy = "e.g. train.num_train_epochs=2"
+            raise ConfigError(f"override {quoted(text)} is not of the form key=value", remedy=remedy)
+        value = parse_yaml(yaml_text, f"override {quoted(text)}")
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = _merge(tree, value)
+    return tree
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` merged into `base`, section by section; lists and scalars are replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = _merge(dict(below), value) if both and below is not None else value
+    return merged

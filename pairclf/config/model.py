@@ -1,0 +1,72 @@
+"""`model`: the base model, its quantisation, its adapters and its classification head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pairclf.config.section import Section
+from pairclf.trust import REMOTE_CODE
+
+
+class Lora(Section):
+    """Named as in PEFT's `LoraConfig`."""
+
+    r: int = Field(16, ge=1, description="rank of the adapters")
+    lora_alpha: int = Field(32, ge=1, description="scale: the adapters' output is multiplied by lora_alpha / r")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout probability before the adapters")
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
+        "all-linear", description="names of the linear modules that get adapters; all-linear: all except the head"
+    )
+    first_layer: int = Field(0, ge=0, description="lowest layer with adapters, counted from 0")
+    use_dora: bool = Field(False, description="DoRA: train each weight's magnitude separately from its direction")
+    use_rslora: bool = Field(False, description="rsLoRA: scale by lora_alpha / sqrt(r) instead")
+
+
+class Model(Section):
+    base: str = Field(
+        "embedded:gemma2-tiny", description="base model: a folder, a hub id, or embedded:NAME (shipped with pairclf)"
+    )
+    quantization: Literal["none", "nf4", "int8"] = Field("nf4", description="storage of the frozen base weights")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of computation; auto: bfloat16 if the GPU has it, else float16; float32 on a CPU"
+    )
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="auto: pairclf's own, which supports padded and packed batches; others: as in transformers"
+    )
+    lora: Lora | None = Field(default_factory=Lora, description="LoRA adapters; null: train all weights")
+    head: Literal["linear", "two_layer"] = Field(
+        "linear", description="classification head: one linear layer, or two with a GELU between them"
+    )
+    pooling: Literal["last", "mean"] = Field(
+        "last", description="input of the head: the last token's hidden state, or the mean over the sequence"
+    )
+    label_words: dict[str, str] = Field(
+        {}, description="maps each class to a word; the linear head is initialised with the LM head's rows of the words"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trusts_nobody(cls, tree: Any) -> Any:
+        """Files of older versions say `trust_remote_code: false`, which is what holds now; none may say `true`."""
+        if not isinstance(tree, Mapping) or "trust_remote_code" not in tree:
+            return tree
+        if tree["trust_remote_code"] is not False:
+            raise ValueError(
+                "trust_remote_code is not a setting any more: remove this line, and give "
+                f"{REMOTE_CODE} on the command line if you trust the model's code"
+            )
+        return {name: value for name, value in tree.items() if name != "trust_remote_code"}
+
+    @model_validator(mode="after")
+    def _legal(self) -> Model:
+        if self.quantization != "none" and self.lora is None:
+            raise ValueError(
+                f"quantization={self.quantization} freezes the base weights, and lora=null trains no adapters: only "
+                "the head would be trained; set quantization=none or lora={}"
+            )
+        if self.label_words and self.head != "linear":
+            raise ValueError(f"label_words initialise a linear head, not head={self.head}; set head=linear")
+        return self

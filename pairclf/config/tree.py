@@ -1,0 +1,138 @@
+"""`Config`: all sections, and the rules between their settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pairclf.config.classical import Classical
+from pairclf.config.data import Data, Folds
+from pairclf.config.inputs import Inputs
+from pairclf.config.kaggle import Package
+from pairclf.config.model import Model
+from pairclf.config.predict import Predict
+from pairclf.config.renamed import RENAMED
+from pairclf.config.section import Section
+from pairclf.config.train import Train
+from pairclf.config.wording import complete_template
+from pairclf.errors import ConfigError
+from pairclf.task import LMSYS, TASKS, Task, as_task
+
+SECTIONS = {"finetune": ("inputs", "model", "train"), "classical": ("classical",)}
+"""Sections that an approach reads besides those that all of them do."""
+
+
+def _reader_of(section: str) -> str:
+    return next(approach for approach, names in SECTIONS.items() if section in names)
+
+
+class Config(Section):
+    """The whole tree. A run folder, a bundle and a Kaggle package each keep the resolved one."""
+
+    renamed = RENAMED
+
+    task: Annotated[Task, BeforeValidator(as_task)] = Field(
+        LMSYS, description=f"name of a task ({', '.join(TASKS)}), or a mapping that defines one"
+    )
+    approach: Literal["finetune", "classical"] = Field(
+        "finetune", description="kind of model: a fine-tuned language model, or TF-IDF with logistic regression"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="random seed of folds, row order, head initialisation and dropout")
+    output_dir: Path | None = Field(
+        None, description="run folder; null: the config's path below configs/, but below runs/ and without .yaml"
+    )
+    data: Data = Field(default_factory=Data, description="files")
+    folds: Folds = Field(default_factory=Folds, description="cross-validation")
+    inputs: Inputs = Field(default_factory=Inputs, description="from text to tokens")
+    model: Model = Field(default_factory=Model, description="base model, adapters and head")
+    train: Train = Field(default_factory=Train, description="fine-tuning")
+    classical: Classical = Field(default_factory=Classical, description="TF-IDF with logistic regression")
+    predict: Predict = Field(default_factory=Predict, description="inference")
+    package: Package = Field(default_factory=Package, description="the Kaggle notebook and what it attaches")
+
+    @model_validator(mode="after")
+    def _derive(self) -> Config:
+        self._refuse_unread()
+        complete_template(self.inputs.template, self.task)
+        self._complete_truncation()
+        self._check_training()
+        return self
+
+    def unread(self) -> list[str]:
+        """Sections that the approach does not read."""
+        return [name for names in SECTIONS.values() for name in names if name not in SECTIONS[self.approach]]
+
+    def _refuse_unread(self) -> None:
+        """A setting that changes nothing is a mistake; `pairclf config` prints those alone that are read."""
+        for name in self.unread():
+            section = getattr(self, name)
+            default = type(section)()
+            if changed := [key for key in type(section).model_fields if getattr(section, key) != getattr(default, key)]:
+                named = ", ".join(f"{name}.{key}" for key in changed)
+                raise ValueError(
+                    f"{named} {'changes' if len(changed) == 1 else 'change'} nothing: approach={self.approach} does "
+                    f"not read the section {name}; remove what is set there, or set approach={_reader_of(name)}"
+                )
+
+    def require(self, section: str, command: str) -> None:
+        """Raises `ConfigError` where a command is about a section that the approach does not read."""
+        if section in self.unread():
+            raise ConfigError(
+                f"pairclf {command} is about the section {section} ({type(self).model_fields[section].description}), "
+                f"which approach={self.approach} does not read",
+                where="approach",
+                remedy=f"give a config with approach={_reader_of(section)}",
+            )
+
+    def _complete_truncation(self) -> None:
+        inputs, task = self.inputs, self.task
+        inputs.budget_shares = inputs.budget_shares or dict.fromkeys(task.fields, round(1 / len(task.fields), 6))
+        inputs.min_tokens = inputs.min_tokens or dict.fromkeys(task.fields, 1)
+        inputs.truncation = inputs.truncation or dict.fromkeys(task.fields, "head_tail")
+        if not isinstance(inputs.head_ratio, dict):
+            inputs.head_ratio = dict.fromkeys(task.fields, inputs.head_ratio)
+        for key in ("budget_shares", "min_tokens", "truncation", "head_ratio"):
+            by_field = getattr(inputs, key)
+            if set(by_field) != set(task.fields):
+                raise ValueError(
+                    f"inputs.{key} names {sorted(by_field)}; it must name each of the task's fields {list(task.fields)}"
+                )
+            if task.swap_fields and by_field[task.swap_fields[0]] != by_field[task.swap_fields[1]]:
+                raise ValueError(
+                    f"inputs.{key} must give {' and '.join(task.swap_fields)} the same value, or the two orders would "
+                    "be truncated differently"
+                )
+        if min(inputs.budget_shares.values()) < 0.001 or sum(inputs.budget_shares.values()) > 1.001:
+            raise ValueError(f"inputs.budget_shares {inputs.budget_shares} must be at least 0.001 and sum to at most 1")
+        if min(inputs.min_tokens.values()) < 1:
+            raise ValueError(f"inputs.min_tokens {inputs.min_tokens} must be at least 1")
+        if not all(0 <= ratio <= 1 for ratio in inputs.head_ratio.values()):
+            raise ValueError(f"inputs.head_ratio {inputs.head_ratio} must be from 0 to 1")
+
+    def _check_training(self) -> None:
+        train, task, words = self.train, self.task, self.model.label_words
+        if not task.swappable and (train.swap == "random" or train.consistency_weight):
+            raise ValueError(
+                "train.swap=random and train.consistency_weight need a task with swap_fields; the task "
+                f"{task.name} has none"
+            )
+        if train.swap == "both" and not task.swappable:
+            train.swap = "none"
+        if train.layout == "packed" and self.model.attn_implementation in ("eager", "sdpa"):
+            raise ValueError(
+                f"model.attn_implementation={self.model.attn_implementation} would let packed rows attend to each "
+                "other; set train.layout=padded or model.attn_implementation=auto"
+            )
+        if words and set(words) != set(task.classes):
+            raise ValueError(f"model.label_words names {sorted(words)}; it must name each class: {list(task.classes)}")
+        if len(set(words.values())) < len(words):
+            raise ValueError(
+                f"model.label_words {words} gives two classes the same word, and so the same initial weights"
+            )
+        if train.distill.scores and task.multi_label:
+            raise ValueError(
+                "train.distill needs probabilities that sum to 1; the task is multi_label, with a probability for each "
+                "label"
+            )

@@ -1,0 +1,73 @@
+"""The preset templates `tagged` and `judge`, and the completion of a template from preset and task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from pairclf.config.inputs import Template
+from pairclf.task import Task
+
+PLACE = re.compile(r"\{([^\W\d]\w*)\}")
+"""What may be a placeholder in a template; other braces are text."""
+
+
+def complete_template(template: Template, task: Task) -> None:
+    """Fill in what a template leaves out, and check that it shows every field once.
+
+    Raises:
+        ValueError: a field is missing or stands twice, or `round` and `text` contradict each other.
+    """
+    judge = template.preset == "judge"
+    heading = "[{}]" if judge else "### {}"
+    fields = "".join(f"\n\n{heading.format(name.replace('_', ' ').capitalize())}\n{{{name}}}" for name in task.fields)
+    interleaved = template.turns == "interleaved"
+    if template.instruction is None:
+        template.instruction = _instruction(task) if judge and not template.text else ""
+    if template.apply_chat_template is None:
+        template.apply_chat_template = judge
+    if template.add_special_tokens is None:
+        template.add_special_tokens = not template.apply_chat_template
+    if not template.round and interleaved:
+        template.round = fields
+    if not template.text:
+        ending = f"\n\n[End]\n{_question(task)}" if judge else "\n\n### Verdict\n"
+        template.text = ("{rounds}" if interleaved else fields) + ending
+    if template.round and not interleaved:
+        raise ValueError("inputs.template.round needs inputs.template.turns=interleaved")
+    places = dict.fromkeys(task.fields, "round" if interleaved else "text")
+    places |= {"rounds": "text"} if interleaved else {}
+    for key in ("instruction", "text", "round"):
+        names = [name for name, place in places.items() if place == key]
+        _check_places(getattr(template, key), names, f"inputs.template.{key}")
+    if not template.apply_chat_template and template.text.endswith(tuple(f"{{{name}}}" for name in places)):
+        raise ValueError("inputs.template.text must not end with a field: the logits are read after its last words")
+
+
+def _check_places(text: str, names: Sequence[str], key: str) -> None:
+    """Do nothing if a text of the template has `{name}` once for each name, and no other.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    for name in names:
+        if text.count(f"{{{name}}}") != 1:
+            raise ValueError(f"{key} must contain {{{name}}} exactly once")
+    if unknown := sorted(set(PLACE.findall(text)) - set(names)):
+        listed = ", ".join(f"{{{name}}}" for name in unknown)
+        raise ValueError(f"{key} contains {listed}; allowed placeholders: {list(names) or 'none'}")
+
+
+def _instruction(task: Task) -> str:
+    if not task.swappable:
+        return "Read what follows and judge it."
+    return "Two assistants answered the same prompt. Judge which answer a person would prefer."
+
+
+def _question(task: Task) -> str:
+    """Asks for the classes by words that stand in the template: `response a, response b or tie`."""
+    words = [name.rsplit("_", 1)[-1] if task.swappable else name for name in task.classes]
+    for field, name in zip(task.swap_fields or (), task.swap_classes or (), strict=True):
+        words[task.classes.index(name)] = field
+    *first, last = (word.replace("_", " ") for word in words)
+    return f"Which is it: {', '.join(first)} or {last}?" if first else f"Is it {last}?"

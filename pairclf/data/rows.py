@@ -1,0 +1,417 @@
+"""The canonical table of rows: read it from files, write it, and turn it into `Row` objects and targets.
+
+The canonical table has one row a comparison, in file order:
+
+    id              String         exactly as in the file; `row 7` where the seventh row of a file has none
+    <each field>    List(String)   its turns; a null turn is kept apart from ""
+    target          List(Float64)  probabilities in the task's class order; null where unlabelled, or no label
+    weight          Float64        the source's, times the file's where it has a column of weights
+    train_only      Boolean        the source's: trained on in every fold and never held out
+    file            String         the file's name, as it was given
+    flaws           UInt32         bits of `formats.Flaw`: what was wrong with the row and can be seen no more
+
+Reading refuses files, not rows: what is done about rows that have flaws is for `audit` to say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pairclf.config import Source
+from pairclf.console import console
+from pairclf.data.formats import (
+    CHUNK,
+    Flaw,
+    as_ids,
+    as_text,
+    expand,
+    is_plain,
+    mark,
+    read_file,
+    read_turns,
+    refuse,
+    with_plain_texts,
+)
+from pairclf.errors import DataError
+from pairclf.files import atomic_file
+from pairclf.scores.metrics import Floats
+from pairclf.task import Row, Task
+
+LABEL_TOLERANCE = 1e-6  # labels are written by people: one, or thirds with all their digits
+_TRUTH = {"true": "1", "false": "0", "True": "1", "False": "0", "TRUE": "1", "FALSE": "0"}
+"""The spellings of booleans in JSON, parquet, Python and R, and their values as labels."""
+
+
+def read_rows(
+    sources: Sequence[Path | Source], task: Task, *, labelled: bool, max_rows: int | None = None
+) -> pl.DataFrame:
+    """Read files (.csv, .parquet or .jsonl), one after the other, into the canonical table.
+
+    Args:
+        sources: files or globs, and sources with other columns, read in this order.
+        task: names the fields, the classes and where the label stands.
+        labelled: training rows, whose unknown columns are refused. Otherwise test rows: labels and weights are not
+            read, unknown columns make a note, and broken UTF-8 is mended.
+        max_rows: read no more than the first so many rows of all files together.
+
+    Raises:
+        DataError: a file can't be read, its columns are not those that are needed, a weight is not above 0, or a
+            source contradicts the task.
+    """
+    return pl.concat(_tables(sources, task, labelled, max_rows, None))
+
+
+def scan_rows(
+    sources: Sequence[Path | Source], task: Task, *, labelled: bool, max_rows: int | None = None, size: int = CHUNK
+) -> Iterator[pl.DataFrame]:
+    """The rows of `read_rows` in canonical chunks of up to `size` rows, for files that don't fit into memory.
+
+    Raises:
+        DataError: as `read_rows`, when the chunk is asked for that shows it.
+    """
+    return _tables(sources, task, labelled, max_rows, size)
+
+
+def _tables(
+    sources: Sequence[Path | Source], task: Task, labelled: bool, max_rows: int | None, size: int | None
+) -> Iterator[pl.DataFrame]:
+    if not sources:
+        raise DataError("no file of rows is named", remedy="give at least one .csv, .parquet or .jsonl file")
+    left = max_rows
+    for entry in sources:
+        source = entry if isinstance(entry, Source) else Source(files=[entry])
+        layout = _layout(source, task, labelled)
+        before = 0  # rows of the source in files before this one
+        for path in expand(source.files):
+            number, columns = 0, None
+            for raw in read_file(path, rows=left, lossy=not labelled, size=size, escape=source.escape is not None):
+                if raw.columns != columns:
+                    columns = raw.columns
+                    file_layout = _found(layout, raw, task)
+                    _check_columns(columns, path, task, file_layout, labelled)
+                yield _canonical(raw, path, task, file_layout, number, before)
+                number += len(raw)
+            before += number
+            left = None if left is None else left - number
+            if left == 0:
+                return
+
+
+def in_memory(frame: Any) -> pl.DataFrame:
+    """A polars frame, or a pandas frame converted without its index, with categories as texts.
+
+    Raises:
+        DataError: it is neither, or a column mixes types.
+    """
+    try:
+        rows = frame if isinstance(frame, pl.DataFrame) else pl.from_pandas(frame)
+    except (TypeError, ValueError) as error:
+        what = f"rows can't be taken from a {type(frame).__name__}: {str(error).splitlines()[0]}"
+        raise DataError(what, remedy="hand over a polars or pandas DataFrame, one type a column") from error
+    return with_plain_texts(rows)
+
+
+def rows_in_memory(raw: pl.DataFrame, task: Task) -> pl.DataFrame:
+    """The canonical table of test rows without a file, with ids numbered from 1 instead of their own.
+
+    Raises:
+        DataError: a column of the task's fields is missing.
+    """
+    where = Path("batch")
+    layout = _layout(Source(files=[where], columns={"id": None}, ignore_columns="all"), task, labelled=False)
+    _check_columns(raw.columns, where, task, layout, labelled=False)
+    return _canonical(raw, where, task, layout, 0, 0)
+
+
+def to_rows(frame: pl.DataFrame, task: Task) -> list[Row]:
+    """The canonical table as `Row`s, in its order."""
+    rows = []
+    for row_id, target, weight, *fields in frame.select("id", "target", "weight", *task.fields).iter_rows():
+        turns = {name: tuple(cell) for name, cell in zip(task.fields, fields, strict=True)}
+        rows.append(Row(row_id, turns, None if target is None else tuple(target), weight))
+    return rows
+
+
+def write_rows(path: Path, frame: pl.DataFrame, task: Task) -> None:
+    """Write a canonical table in the task's own columns, atomically: .csv (lists of turns as JSON), .parquet or .jsonl.
+
+    Labels that are shared by several classes are written as a column a class under every task; weights where one of
+    them is not 1.
+
+    Raises:
+        DataError: the file type is another, or can't hold these rows; nothing is written.
+    """
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".parquet", ".jsonl"):
+        remedy = "name a .csv, .parquet or .jsonl file"
+        raise DataError(f"file type {path.suffix!r} can't be written", where=path, remedy=remedy)
+    weights = ["weight"] if (frame["weight"] != 1).any() else []
+    table = frame.select("id", *task.fields, *_label_cells(frame, task), *weights)
+    if kind == ".csv":
+        table = table.with_columns(_text_cells(path, frame, task))
+    with atomic_file(path) as temporary:
+        if kind == ".parquet":
+            table.write_parquet(temporary)
+        elif kind == ".csv":
+            table.write_csv(temporary)
+        else:
+            table.write_ndjson(temporary)
+
+
+def _label_cells(frame: pl.DataFrame, task: Task) -> list[pl.Expr]:
+    """The columns of labels; none for unlabelled rows."""
+    if frame["target"].null_count() == len(frame):
+        return []
+    if task.label_column is None or (frame["target"].list.max() != 1).any():
+        return [pl.col("target").list.get(place).alias(name) for place, name in enumerate(task.classes)]
+    named = pl.col("target").list.arg_max().replace_strict(range(len(task.classes)), task.classes, default=None)
+    return [named.alias(task.label_column)]
+
+
+def _text_cells(path: Path, frame: pl.DataFrame, task: Task) -> list[pl.Expr]:
+    """The fields as text cells."""
+    if task.multi_turn:
+        coded = {name: pl.struct(pl.col(name).alias("")).struct.json_encode() for name in task.fields}
+        return [cell.str.strip_prefix('{"":').str.strip_suffix("}").alias(name) for name, cell in coded.items()]
+    listed = frame.filter(pl.any_horizontal(pl.col(name).list.len() != 1 for name in task.fields))
+    if len(listed):
+        remedy = "write .parquet or .jsonl, which hold lists under every task"
+        what = f"the cells of task {task.name!r} are texts in a CSV; these rows have lists of turns"
+        raise DataError(what, where=path, rows=listed["id"].to_list(), remedy=remedy)
+    return [pl.col(name).list.first() for name in task.fields]
+
+
+# --- from a file's columns to the canonical ones ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The columns of a source.
+
+    Attributes:
+        source: as the user wrote it.
+        columns: our column (`id`, fields) -> the file's; None: rows are numbered.
+        labels: the file's columns of labels, none for test rows: one with a name of a class, or one a class.
+        named: the label is a name.
+        weight: the file's column of weights; None: it has none.
+    """
+
+    source: Source
+    columns: Mapping[str, str | None]
+    labels: tuple[str, ...]
+    named: bool
+    weight: str | None
+
+    @property
+    def wanted(self) -> list[str]:
+        return [name for name in (*self.columns.values(), *self.labels, self.weight) if name is not None]
+
+
+def _layout(source: Source, task: Task, labelled: bool) -> _Layout:
+    """Raises:
+    DataError: the source names columns or classes that the task has not.
+    """
+    ours = ("id", *task.fields, *_label_columns(task), "weight")
+    file_names = ", ".join(map(str, source.files))
+    problems = []
+    for name, column in source.columns.items():
+        if name not in ours:
+            near = difflib.get_close_matches(name, ours, n=1, cutoff=0.0)[0]
+            what = f"columns maps {name!r}, which task {task.name!r} has not; the nearest is {near!r}"
+            problems.append(DataError(what, remedy=f"our columns stand on the left: {', '.join(ours)}"))
+        elif column is None and name != "id":
+            remedy = "name the files' column; only id may be null, which numbers the rows"
+            problems.append(DataError(f"columns maps {name!r} to null", remedy=remedy))
+    if unknown := sorted(set(source.labels.values()) - set(task.classes)):
+        remedy = "the classes stand on the right: {label as the files have it: class}"
+        problems.append(DataError(f"labels maps to {unknown}; the classes are {list(task.classes)}", remedy=remedy))
+    columns = {name: source.columns.get(name, name) for name in ("id", *task.fields)}
+    if source.labels and not (source.label_column or task.label_column):
+        problems.append(DataError("labels needs label_column", remedy="name the files' column that names the class"))
+    refuse(problems, f"the source of {file_names}")
+    label_column = source.label_column or source.columns.get(task.label_column or "", task.label_column)
+    labels = (label_column,) if label_column else tuple(source.columns.get(name) or name for name in task.classes)
+    weight = source.columns.get("weight")
+    return _Layout(source, columns, labels if labelled else (), label_column is not None, weight if labelled else None)
+
+
+def _found(layout: _Layout, raw: pl.DataFrame, task: Task) -> _Layout:
+    """The layout of one file: probabilities if it has no label column, and weights if it has that column."""
+    ignored, labels = layout.source.ignore_columns, layout.labels
+    if labels and layout.named and layout.source.label_column is None and labels[0] not in raw.columns:
+        plain = [name for name in task.classes if name in raw.columns and is_plain(raw[name])]
+        # A column that is named as a class may hold other things: in the WSDM files, the names of models.
+        if len(plain) == len(task.classes) and np.isfinite(_numbers(raw, plain, _TRUTH)).any(axis=0).all():
+            layout = replace(layout, labels=task.classes, named=False)
+    if labels and layout.weight is None and "weight" in set(raw.columns) - set(layout.wanted):
+        layout = replace(layout, weight="weight" if ignored != "all" and "weight" not in ignored else None)
+    return layout
+
+
+def _label_columns(task: Task) -> tuple[str, ...]:
+    return (task.label_column,) if task.label_column else task.classes
+
+
+def _check_columns(columns: list[str], path: Path, task: Task, layout: _Layout, labelled: bool) -> None:
+    ignored = layout.source.ignore_columns
+    expected = {*layout.wanted, *_label_columns(task), *task.extra_columns, *(ignored if ignored != "all" else columns)}
+    if layout.columns["id"] is None:
+        expected.add("id")
+    missing = [name for name in layout.wanted if name not in columns]
+    unknown = [name for name in columns if name not in expected]
+    problems = []
+    if missing and (shape := _known_shape(columns)):
+        problems.append(shape)
+    elif missing:
+        problems.append(
+            DataError(
+                f"columns {missing} are missing; the file has {columns}",
+                remedy=f"task {task.name!r} needs the columns {layout.wanted}; give another task or map them "
+                "(columns of a source, docs/data.md); test files have no labels (`check --unlabelled`)",
+            )
+        )
+    if unknown and labelled and not (missing and _known_shape(columns)):
+        hint = " ('' is a column without a name: an index that was written along)" if "" in unknown else ""
+        problems.append(
+            DataError(
+                f"columns {unknown} are not known to task {task.name!r}{hint}",
+                remedy=f"remove them, or accept them unread with data.ignore_columns={json.dumps(unknown)}",
+            )
+        )
+    refuse(problems, path)
+    if unknown:
+        console.print(f"note: {path.name}: columns {unknown} are not read")
+
+
+def _known_shape(columns: Sequence[str]) -> DataError | None:
+    """The problem of a file with the columns of a public set that is not supported."""
+    if {"conversation_a", "conversation_b"} <= set(columns):
+        return DataError(
+            "the file holds whole conversations (`conversation_a`, `conversation_b`: lists of messages with role and "
+            "content, as LMSYS's releases of 33,000 and 140,000 conversations have them), which are not read",
+            remedy="write a file with the users' messages as `prompt`, the assistants' as `response_a` and "
+            "`response_b`, each a list of texts; `both_bad` and `tie (bothbad)` are ties: map them in `labels`",
+        )
+    if {"chosen", "rejected"} <= set(columns):
+        return DataError(
+            "the file holds a preferred and a rejected response (`chosen`, `rejected`, as UltraFeedback and most sets "
+            "for reward models have them), which are not read",
+            remedy="write a file that has `chosen` as `response_a` in half of the rows, drawn by id, and as "
+            "`response_b` in the others, with the label that follows; one side for all would teach the side",
+        )
+    return None
+
+
+def _canonical(raw: pl.DataFrame, path: Path, task: Task, layout: _Layout, number: int, before: int) -> pl.DataFrame:
+    """A chunk's canonical table.
+
+    Args:
+        number: rows of the file before this chunk.
+        before: rows of the source before this file.
+    """
+    picked = pl.DataFrame([raw[column].alias(name) for name, column in layout.columns.items() if column is not None])
+    turns, flaws = read_turns(picked, task.fields, task.multi_turn, path)
+    rows = pl.int_range(number + 1, number + len(raw) + 1, eager=True)
+    if layout.columns["id"] is None:
+        ids = (rows + before).cast(pl.String)
+    else:
+        ids, missing = _read_ids(picked["id"], rows, path)
+        mark(flaws, missing, Flaw.MISSING_ID)
+    if layout.labels:
+        read_targets = _named_targets if layout.named else _numeric_targets
+        targets = read_targets(raw.select(layout.labels), layout.source, task, path)
+        mark(flaws, targets.is_null(), Flaw.BAD_LABEL)
+    else:
+        targets = pl.repeat(None, len(raw), dtype=pl.List(pl.Float64), eager=True)
+    ids = (layout.source.id_prefix + ids).alias("id")
+    return pl.DataFrame([ids, *turns, targets.alias("target"), _weights(raw, path, layout, ids)]).with_columns(
+        train_only=pl.lit(layout.source.train_only), file=pl.lit(str(path)), flaws=pl.Series(flaws, dtype=pl.UInt32)
+    )
+
+
+def _weights(raw: pl.DataFrame, path: Path, layout: _Layout, ids: pl.Series) -> pl.Series:
+    """Weights of the rows: the source's, times the file's own.
+
+    Raises:
+        DataError: one is missing, no finite number, or not above 0.
+    """
+    weights = np.full(len(raw), layout.source.weight)
+    if layout.weight is not None:
+        weights = weights * _numbers(raw, [layout.weight])[:, 0]
+    wrong = ~(np.isfinite(weights) & (weights > 0))
+    if wrong.any():
+        raise DataError(
+            f"column {layout.weight!r} has {int(wrong.sum()):,} weights that are missing, no finite numbers, or not "
+            "above 0",
+            where=path,
+            rows=ids.filter(pl.Series(wrong)).to_list(),
+            remedy="mend them or take these rows out; or leave the column unread with data.ignore_columns=[weight]",
+        )
+    return pl.Series("weight", weights)
+
+
+def _read_ids(cells: pl.Series, rows: pl.Series, path: Path) -> tuple[pl.Series, pl.Series]:
+    """Ids as text, with `row N` for a missing one, and a mask of the missing."""
+    texts = as_ids(cells, path)
+    broken = texts.str.contains("\ufffd", literal=True).fill_null(value=False)
+    if broken.any():
+        what = f"{broken.sum():,} ids are not UTF-8, and could not be written back as they are"
+        raise DataError(what, where=path, rows=texts.filter(broken).to_list(), remedy="save the file as UTF-8")
+    missing = (texts.str.strip_chars() == "").fill_null(value=True)
+    return (texts.zip_with(~missing, "row " + rows.cast(pl.String)) if missing.any() else texts), missing
+
+
+def _named_targets(raw: pl.DataFrame, source: Source, task: Task, path: Path) -> pl.Series:
+    """One-hot targets from a column that names the class; null where it names none."""
+    labels = as_text(raw.to_series(), path)
+    names = labels.replace(_spellings([*source.labels, *task.classes])).replace(source.labels)
+    one_hot = pl.concat_list((pl.lit(names) == name).cast(pl.Float64) for name in task.classes)
+    return pl.select(pl.when(pl.lit(names).is_in(list(task.classes))).then(one_hot)).to_series()
+
+
+def _spellings(names: Sequence[str]) -> dict[str, str]:
+    """Map the spellings of true and false to the name that equals them up to case.
+
+    >>> _spellings(["True", "False"])["false"]
+    'False'
+    """
+    spellings = {}
+    for word in _TRUTH:
+        alike = {name for name in names if name.lower() == word.lower()}
+        if len(alike) == 1:
+            spellings[word] = alike.pop()
+    return spellings
+
+
+def _numeric_targets(raw: pl.DataFrame, source: Source, task: Task, path: Path) -> pl.Series:
+    """Targets from one column of probabilities or booleans per class; null if they are invalid."""
+    values = _numbers(raw, raw.columns, _TRUTH, path)
+    sound = np.isfinite(values).all(axis=1) & (values >= 0).all(axis=1)
+    sound &= (values <= 1).all(axis=1) if task.multi_label else np.abs(values.sum(axis=1) - 1) <= LABEL_TOLERANCE
+    targets = pl.Series(values, dtype=pl.Array(pl.Float64, values.shape[1])).cast(pl.List(pl.Float64))
+    return targets.zip_with(pl.Series(sound), pl.Series([None], dtype=targets.dtype))
+
+
+def _numbers(
+    frame: pl.DataFrame, columns: Sequence[str], words: Mapping[str, str] | None = None, path: Path | None = None
+) -> Floats:
+    """Columns as float64 `(N, C)`; NaN if a cell is not a number. `words` maps texts to numbers."""
+    cells = (as_text(frame[name], path).str.strip_chars() for name in columns)
+    numbers = [(cell.replace(words) if words else cell).cast(pl.Float64, strict=False) for cell in cells]
+    return np.stack([column.fill_null(np.nan).to_numpy() for column in numbers], axis=1).astype(np.float64)
+
+
+# --- targets ------------------------------------------------------------------------------------------
+
+
+def targets_of(frame: pl.DataFrame) -> Floats:
+    """The rows' targets, `(N, C)`."""
+    return np.array(frame["target"].to_list())

@@ -1,0 +1,1 @@
+"""`demo`: synthetic data, and all steps from rows to a rehearsed submission."""

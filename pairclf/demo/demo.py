@@ -1,0 +1,122 @@
+"""`demo`: generate rows, cross-validate the embedded model, evaluate, package and rehearse."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from rich.table import Table
+
+from pairclf.config import Config, Package, load_config
+from pairclf.console import console, number, stdout, table
+from pairclf.data.audit import audit
+from pairclf.data.audit import render as render_audit
+from pairclf.data.folds import report
+from pairclf.data.scores import class_matrix
+from pairclf.demo.arena import generate, write_lmsys
+from pairclf.files import write_json
+from pairclf.packaging.build import package
+from pairclf.packaging.sources import shipped
+from pairclf.rehearsal.kernel_run import SUBMISSION
+from pairclf.rehearsal.rehearse import Options, rehearse
+from pairclf.rehearsal.report import REHEARSAL
+from pairclf.run import folds_of, labelled_rows, output_of
+from pairclf.runs.cv import cross_validate
+from pairclf.runs.evaluate import Evaluation, evaluate, out_of_fold, render
+from pairclf.scores.metrics import measure, title, titled
+from pairclf.task import Task
+
+CONFIG = "configs/demo/gemma2-tiny.yaml"
+ROWS, TEST_ROWS = 4_400, 400
+RUN = "gemma2-tiny"
+
+
+def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
+    """Run every stage and print the summary; artefacts go to `folder`.
+
+    Returns:
+        The evaluation of the out-of-fold scores.
+    """
+    data, built = folder / "data", folder / "kaggle"
+    own = [f"data.folder={data}", f"output_dir={folder / RUN}"]
+    config = load_config(shipped(CONFIG), [*own, *overrides])
+    clock = Stages()
+    with clock.stage("rows: a synthetic arena, its audit, its folds"):
+        write_lmsys(generate(ROWS, seed=config.seed), data, n_test=TEST_ROWS)
+        _look(config)
+    with clock.stage("training: NF4 QLoRA, fold by fold, and out-of-fold scores"):
+        bundles = cross_validate(config, resume=False)
+    with clock.stage("evaluation"):
+        scores = out_of_fold(output_of(config), config.task, config.predict)
+        judged = evaluate(labelled_rows(config), scores, config.task, truth=data / "truth.parquet")
+        stdout.print(render(judged, config.task))
+    with clock.stage("packaging: notebook, bundles, wheels"):
+        kaggle = ["package.owner=somebody", f"package.python_versions=[{', '.join(pythons())}]"]
+        package(load_config(shipped(CONFIG), [*own, *kaggle, *overrides]), bundles, built)
+    with clock.stage("rehearsal: the notebook, offline, on an image like Kaggle's"):
+        stdout.print(rehearse(built, Options()).render())
+    submission = built / REHEARSAL / SUBMISSION
+    test_loss = expected_log_loss(submission, data / "truth.parquet", config.task)
+    stdout.print(_summary(judged, test_loss, config.task, clock, folder))
+    write_json(folder / "summary.json", judged.as_dict() | {"test_log_loss": test_loss, "seconds": clock.seconds})
+    return judged
+
+
+def pythons() -> list[str]:
+    """Kaggle's, and this one, which the rehearsal runs on; in quotes, for 3.10 is no number."""
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return [f"'{version}'" for version in sorted({running, *Package().python_versions})]
+
+
+class Stages:
+    """Seconds of each stage, in the order in which they ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        console.rule(title, align="left")
+        start = time.perf_counter()
+        yield
+        self.seconds[title.partition(":")[0]] = round(time.perf_counter() - start, 1)
+
+
+def expected_log_loss(submission: Path, truth: Path, task: Task) -> float:
+    """Log loss of a submission against the true probabilities: what drawn labels would give on average, in nats."""
+    predicted = pl.read_csv(submission, schema_overrides={"id": pl.String})
+    true = predicted.select("id").join(pl.read_parquet(truth), on="id", how="left", maintain_order="left")
+    return measure(class_matrix(predicted, task), class_matrix(true, task).astype(np.float64), task)["log_loss"]
+
+
+def _look(config: Config) -> None:
+    frame = labelled_rows(config)
+    stdout.print(render_audit(audit(frame, config.task, config.data.rules, labelled=True)))
+    stdout.print(report(folds_of(config, frame, renew=True), frame, config.task))
+
+
+def _summary(judged: Evaluation, test_loss: float, task: Task, clock: Stages, folder: Path) -> Table:
+    summary_table = table("pairclf demo", "", "")
+    summary_table.show_header = False
+    rows = [
+        (f"{title(task.metric, task)} of the class prior", f"{judged.prior[task.metric]:.4f}"),
+        *((f"{name}, out of fold", f"{value:.4f}") for name, value in titled(judged.model, task).items()),
+        ("log loss of the submission", number(test_loss)),
+        ("best possible log loss", number(judged.best)),
+        ("way from the prior to the best", "-" if judged.way is None else f"{judged.way:.0%}"),
+        ("gained by the swap", number(judged.swap_gain)),
+        *((f"seconds: {name}", f"{seconds:.1f}") for name, seconds in clock.seconds.items()),
+        ("seconds in all", f"{sum(clock.seconds.values()):.1f}"),
+        ("submission", f"{folder / 'kaggle' / REHEARSAL / SUBMISSION}"),
+        ("executed notebook and report", f"{folder / 'kaggle' / REHEARSAL}"),
+        ("package for Kaggle", f"{folder / 'kaggle'}"),
+        ("bundles, scores, metrics", f"{folder / RUN}"),
+    ]
+    for name, value in rows:
+        summary_table.add_row(name, value)
+    return summary_table

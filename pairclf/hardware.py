@@ -1,0 +1,132 @@
+"""Every figure about GPUs and Kaggle's machines, once, with its source; and what memory this machine has."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+GIB = 1 << 30
+
+HEADROOM = 0.1, 1.5 * GIB
+"""What a GPU must have beyond a model's weights: a share of its memory, and bytes for CUDA itself and a batch's states.
+A guess."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One kind of machine.
+
+    Attributes:
+        name: of its GPU.
+        count: of GPUs.
+        flops: 16-bit operations a second that each sustains in large matrix products.
+        bandwidth: bytes a second of each one's memory, which dequantising a model waits for.
+        memory: bytes of each.
+        read: bytes a second in which a model is loaded.
+        source: of the figures, for people.
+    """
+
+    name: str
+    count: int
+    flops: float
+    bandwidth: float
+    memory: int
+    read: float
+    source: str
+
+    @property
+    def tflops(self) -> float:
+        """10^12 operations a second of all its GPUs."""
+        return self.count * self.flops / 1e12
+
+
+_KAGGLE = "loading at 200 MB/s is a guess"
+_T4 = Profile("Tesla T4", 1, 24e12, 300e9, 15 * GIB, 2e8, f"24 TFLOP/s under its 70 W cap, measured; {_KAGGLE}")
+
+PROFILES = {
+    "t4": _T4,
+    "t4x2": replace(_T4, count=2),
+    "l4x4": Profile("NVIDIA L4", 4, 48e12, 300e9, 22 * GIB, 2e8, f"40% of the data sheet's peak; {_KAGGLE}"),
+    "a100": Profile("NVIDIA A100 80GB", 1, 200e12, 2.0e12, 79 * GIB, 1e9, "64% of the data sheet's peak"),
+    "h100": Profile("NVIDIA H100", 1, 500e12, 3.3e12, 79 * GIB, 1e9, "50% of the data sheet's peak"),
+    "h200": Profile("NVIDIA H200", 1, 500e12, 4.8e12, 139 * GIB, 1e9, "50% of the data sheet's peak"),
+}
+"""Profiles for `forecast --device`. On the machine itself, `--device here` gives a better forecast."""
+
+SUSTAINED = {"cuda": _T4.flops, "cpu": 3e10}
+"""Operations a second that a worker is taken to do before it made a pass: a T4's, and those of a CPU's core."""
+
+PEAK: dict[str, float] = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "P100": 18.7e12,
+}
+"""Peak FLOP/s at 16 bits, dense, accumulated in float32, by the words of a GPU's name; the first that is in it counts.
+
+From NVIDIA's data sheets (which state twice as much where "with sparsity" is written) and, for the RTX cards, the
+Ampere and Ada white papers. P100 has no tensor cores: its plain float16.
+"""
+
+
+def peak_of_name(name: str) -> float | None:
+    """The peak of the first GPU of `PEAK` whose words are all in a device's name.
+
+    >>> peak_of_name("NVIDIA L40S") == PEAK["L40S"], peak_of_name("NVIDIA L400")
+    (True, None)
+    """
+    words = name.replace("-", " ").split()
+    return next((peak for gpu, peak in PEAK.items() if set(gpu.split()) <= set(words)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One of Kaggle's: GB are 10^9 bytes, `disk_gb` is that of /kaggle/working, `profile` a key of `PROFILES`."""
+
+    what: str
+    gpus: int
+    cores: int
+    memory_gb: float
+    disk_gb: float
+    profile: str | None = None
+
+
+MACHINES = {
+    "NvidiaTeslaT4": Machine("two T4 with 16 GB each", 2, 4, 29, 20, "t4x2"),
+    "NvidiaL4": Machine("four L4 with 24 GB each, in some competitions", 4, 48, 192, 20, "l4x4"),
+    "NvidiaRtxPro6000": Machine("one RTX PRO 6000 with 96 GB, in some competitions", 1, 48, 180, 20),
+    "None": Machine("no accelerator", 0, 4, 29, 20),
+}
+"""`machine_shape`, in the client's words (`kernels push --accelerator`). TPUs are left out: nothing here runs on them.
+
+Cores and memory beside L4 and RTX PRO 6000 are those of the cloud's machines with these GPUs (g2-, g4-standard-48).
+"""
+
+
+RETIRED = {"NvidiaTeslaP100": "retired"}
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has now."""
+    resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return resident * os.sysconf("SC_PAGE_SIZE")
+
+
+def process_memory(processes: int) -> int:
+    """Bytes that each of `processes` processes can use: those of this process, and its share of the free memory."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return resident_memory() + free // processes

@@ -1,0 +1,266 @@
+"""What predicts: the bundles that were named, or an ensemble's file with weights and temperatures; and their blend.
+
+    members:
+      - bundle: runs/a/fold0/bundle      # relative to the file's folder
+        weight: 0.6
+      - bundle: runs/big/all/bundle
+        weight: 0.4
+        share: 0.3                       # the most uncertain 30% of the rows
+    temperature: 1.02
+
+`pairclf predict --help` names the command; `MemberFile` and `EnsembleFile` hold every key with its help.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from pairclf.bundles.bundle import Bundle, open_bundle
+from pairclf.bundles.manifest import Manifest
+from pairclf.config import MAX_YAML, Config, Section, checked, override, parse_yaml
+from pairclf.config.predict import Predict
+from pairclf.console import console
+from pairclf.errors import BundleError, ConfigError, cut, visible
+from pairclf.files import read_plain
+from pairclf.scores.metrics import ONE_ORDER, Floats
+from pairclf.scores.probabilities import blend
+from pairclf.task import Task
+
+RUN_SETTINGS = ("swap", "layout", "devices", "parallelism", "tokens_per_batch")
+"""Settings under `predict` of a run, and not of a member."""
+
+SETTABLE = ("predict.", "model.dtype=", "model.attn_implementation=")
+"""Settings that can be overridden without changing the model."""
+
+DEFAULT_SWAP_GAIN = 0.006
+"""Default gain of the second order, in nats a row, for bundles that have not measured it: LMSYS' winner had .882 with
+one order and .876 with two on the public leaderboard."""
+
+DEFAULT_MEMBER_GAINS = (0.15, 0.004, 0.002)
+"""Default gains of the first, the second and each later member over those before it, in nats a row.
+
+The first, over the prior: log 3 = 1.099 against .94 for a public Gemma-2-9b on LMSYS. Later ones: a team's second
+model took .893 to .891 there. These are guesses; set `gain` to the gain measured on out-of-fold scores.
+"""
+
+SUFFIXES = (".yaml", ".yml")
+
+
+class MemberFile(Section):
+    """An entry of `members`."""
+
+    bundle: Path = Field(description="folder of the bundle, relative to this file's")
+    weight: float = Field(1.0, gt=0, description="weight of its probabilities in the mean")
+    temperature: float | None = Field(
+        None, gt=0, description="its logits are divided by it; null: the bundle's predict.temperature"
+    )
+    base: Path | None = Field(
+        None, description="folder of its base model, relative to this file's; null: as --base says"
+    )
+    share: float = Field(
+        1.0, gt=0, le=1, description="part of the rows that it is for, the most uncertain; the first member takes all"
+    )
+    gain: float | None = Field(None, ge=0, description="nats a row that it brings; null: by its place in the list")
+
+
+class EnsembleFile(Section):
+    """The file: members in the order in which they run."""
+
+    members: list[MemberFile] = Field(min_length=1, description="the models, in the order in which they run")
+    temperature: float = Field(1.0, gt=0, description="of the blend; above 1: less sure")
+
+    @model_validator(mode="after")
+    def _first_takes_all(self) -> EnsembleFile:
+        if self.members[0].share != 1:
+            raise ValueError(
+                f"members.0.share={self.members[0].share}: the first member tells which rows are uncertain; set 1"
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class EnsembleMember:
+    """A model of the ensemble.
+
+    Attributes:
+        bundle: its config has the run's overrides.
+        base: folder of the base model on this machine; None: where `model.base` says.
+        weight: in the blend.
+        temperature: divides its logits.
+        share: fraction of the rows that it scores, the most uncertain ones.
+        gain_member: expected gain of its first order, in nats a row.
+        gain_swap: expected gain of its second order, in nats a row.
+    """
+
+    bundle: Bundle
+    base: Path | None
+    weight: float
+    temperature: float
+    share: float
+    gain_member: float
+    gain_swap: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ensemble:
+    """The models and how they are blended.
+
+    Attributes:
+        members: in the order in which they run.
+        temperature: of the blend.
+        task: of all members.
+        settings: `predict` of all members, as far as `RUN_SETTINGS` goes.
+        prior: `(C,)`, the weighted mean of the members' priors, for rows without scores.
+    """
+
+    members: tuple[EnsembleMember, ...]
+    temperature: float
+    task: Task
+    settings: Predict
+    prior: Floats
+
+    @property
+    def temperatures(self) -> list[float]:
+        """Temperature of each member."""
+        return [member.temperature for member in self.members]
+
+    def blend(self, per_member: Sequence[Floats]) -> Floats:
+        """Blend the members' probabilities, `(N, C)` each, as `probabilities.blend`."""
+        weights = [member.weight for member in self.members]
+        return blend(per_member, self.task, weights=weights, prior=self.prior, temperature=self.temperature)
+
+
+def open_ensemble(paths: Sequence[Path], base: Path | None, overrides: Sequence[str]) -> Ensemble:
+    """Read the manifests and configs of all members, quickly: no weights are read or hashed.
+
+    The caller verifies the bundles' files before they are loaded (`bundle.verify_files`).
+
+    Args:
+        paths: folders of bundles, or one ensemble's YAML file.
+        base: folder of the base model, for members that name none.
+        overrides: `key=value` for settings in `SETTABLE`, for all members.
+
+    Raises:
+        ConfigError: nothing or a file among folders is given, the file can't be used, an override is not settable or is
+            contradicted by the file, a bundle is given twice, or members differ in a setting of the run.
+        BundleError: a folder is no bundle, or one of another task.
+    """
+    if refused := [entry for entry in overrides if not entry.startswith(SETTABLE)]:
+        raise ConfigError(f"{refused} can't be set for a trained bundle", remedy=f"settable: {', '.join(SETTABLE)}")
+    file = read_ensemble(paths)
+    tempered = [entry.bundle for entry in file.members if entry.temperature is not None]
+    if tempered and (set_too := [entry for entry in overrides if entry.startswith("predict.temperature=")]):
+        raise ConfigError(
+            f"{set_too[0]} is set, and the ensemble's file gives {tempered[0]} a temperature",
+            where=paths[0],
+            remedy="leave one of the two away",
+        )
+    members = tuple(_open_member(entry, place, base, overrides) for place, entry in enumerate(file.members))
+    task = _common_task(members)
+    prior = np.average(
+        [entry.bundle.manifest.prior for entry in members], axis=0, weights=[entry.weight for entry in members]
+    )
+    return Ensemble(members, file.temperature, task, _common_settings(members), prior)
+
+
+def read_ensemble(paths: Sequence[Path]) -> EnsembleFile:
+    """The file, its paths made relative to the current folder; folders alone are members with defaults.
+
+    Raises:
+        ConfigError: nothing or a file among folders is given, or the file can't be used.
+    """
+    if not paths:
+        raise ConfigError("no bundle is given", remedy="pairclf predict BUNDLE [BUNDLE ...] --data test.csv")
+    files = [path for path in paths if path.suffix in SUFFIXES and not path.is_dir()]
+    if not files:
+        return EnsembleFile(members=[MemberFile(bundle=path) for path in paths])
+    if len(paths) > 1:
+        raise ConfigError(f"{files[0]} is an ensemble's file and must be given alone", remedy="name the bundles in it")
+    path = files[0]
+    try:
+        text = read_plain(path, MAX_YAML)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} can't be read: {cut(error)}", remedy="give bundle folders, or a YAML file"
+        ) from error
+    tree = parse_yaml(text, path)
+    if isinstance(tree, dict) and "members" not in tree and tree.keys() & Config.model_fields.keys():
+        raise ConfigError(
+            f"{path} is the config of a run, and not an ensemble's file: it has no `members`",
+            remedy="give bundles, such as RUN/fold0/bundle, or an ensemble's file (docs/export.md)",
+        )
+    file = checked(EnsembleFile, tree, path, "docs/export.md shows an ensemble's file")
+    for entry in file.members:
+        entry.bundle = _resolved_beside(path, entry.bundle)
+        entry.base = None if entry.base is None else _resolved_beside(path, entry.base)
+    return file
+
+
+def _resolved_beside(file: Path, named: Path) -> Path:
+    """A folder that an ensemble's file names. A folder outside the file's own is reported: it may be a mistake, or a
+    file from someone else that names your models."""
+    folder = file.parent / os.path.expanduser(named)  # Path.expanduser raises for an unknown user
+    if not folder.resolve().is_relative_to(file.parent.resolve()):
+        console.print(f"note: {file} names a folder outside of its own: {cut(visible(folder))}")
+    return folder
+
+
+def _open_member(entry: MemberFile, place: int, base: Path | None, overrides: Sequence[str]) -> EnsembleMember:
+    bundle = open_bundle(entry.bundle, verified=True)
+    config = override(bundle.config, overrides)
+    default_gain = DEFAULT_MEMBER_GAINS[min(place, len(DEFAULT_MEMBER_GAINS) - 1)]
+    return EnsembleMember(
+        bundle=replace(bundle, config=config),
+        base=base if entry.base is None else entry.base,
+        weight=entry.weight,
+        temperature=config.predict.temperature if entry.temperature is None else entry.temperature,
+        share=entry.share,
+        gain_member=default_gain if entry.gain is None else entry.gain,
+        gain_swap=_gain_swap(config, bundle.manifest)
+        * (0.5 if place else 1.0),  # the mean already includes other models
+    )
+
+
+def _gain_swap(config: Config, manifest: Manifest) -> float:
+    """Gain of the second order on held-out rows, if the bundle measured it; 0 if it made the loss worse."""
+    if not config.task.swappable:
+        return 0.0
+    one_order, both = (manifest.metrics.get(f"log_loss{suffix}") for suffix in (ONE_ORDER, ""))
+    return DEFAULT_SWAP_GAIN if one_order is None or both is None else max(0.0, one_order - both)
+
+
+def _common_task(members: Sequence[EnsembleMember]) -> Task:
+    if len({member.bundle.manifest.seal for member in members}) != len(members):
+        raise ConfigError("a bundle is given twice, and would count twice in the mean")
+    first = members[0]
+    for other in members[1:]:
+        if other.bundle.config.task != first.bundle.config.task:
+            raise BundleError(
+                f"bundles {first.bundle.name} and {other.bundle.name} were trained for different tasks",
+                remedy="give bundles of one task with the same classes in the same order",
+            )
+    return first.bundle.config.task
+
+
+def _common_settings(members: Sequence[EnsembleMember]) -> Predict:
+    """The settings of the run, which all members must share: one planner and one set of workers serve them.
+
+    Raises:
+        ConfigError: names a setting, two members and their values.
+    """
+    first, settings = members[0].bundle, members[0].bundle.config.predict
+    for other in (member.bundle for member in members[1:]):
+        for name in RUN_SETTINGS:
+            value, differing = getattr(settings, name), getattr(other.config.predict, name)
+            if value != differing:
+                raise ConfigError(
+                    f"predict.{name} is {value} in bundle {first.name} and {differing} in {other.name}",
+                    remedy=f"a run has one value for all members: predict.{name}=VALUE sets it",
+                )
+    return settings

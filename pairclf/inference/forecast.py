@@ -1,0 +1,359 @@
+"""Forecast the duration of a prediction, and what a deadline leaves out, without a GPU.
+
+The rows are tokenised as in `predict`, and the same event loop runs on a simulated clock: at the speed of a device
+profile, or at the speed measured on this machine for a sample of the rows.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from pairclf.approaches.protocol import Prepared
+from pairclf.console import console, counted, table
+from pairclf.errors import ConfigError
+from pairclf.hardware import PROFILES, Profile
+from pairclf.inference.deadline import format_duration, seconds_until
+from pairclf.inference.devices import Gpu, Placement, place
+from pairclf.inference.ensemble import Ensemble, open_ensemble
+from pairclf.inference.loop import NullJournal, NullSubmission, PredictionLoop, PredictionResult, ProgressReporter
+from pairclf.inference.pending import PendingSequences, Workload
+from pairclf.inference.planner import PlannedModel
+from pairclf.inference.pool import ProcessPool
+from pairclf.inference.prepare import costs_of, placement_of, planned_model_of, prepare, worker_model_of
+from pairclf.inference.simulate import SimulatedClock, SimulatedPool
+from pairclf.inference.state import ORDER_NAMES, orders_of
+from pairclf.inputs.plan import CHEAPEST, token_budget
+from pairclf.inputs.sequences import LargestPass, SequenceIndex
+
+THIS_MACHINE = "here"
+SAMPLE_ROWS = 64
+"""Rows that are scored to measure this machine."""
+
+MAX_SIMULATED_ROWS = 4000
+"""Rows that are simulated at most. With more rows, each simulated row stands for several, and takes as much longer."""
+
+DEADLINE_SHARES = (0.25, 0.5, 0.75)
+"""Default deadlines, as shares of the duration without a deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlineResult:
+    """A simulated run with a deadline.
+
+    Attributes:
+        seconds: the deadline; infinite: none.
+        used: duration of the run.
+        scored: share of rows scored, by pass (`fold0 BA`).
+        gain: expected gain over the first model in one order, in nats a row.
+    """
+
+    seconds: float
+    used: float
+    scored: dict[str, float]
+    gain: float
+
+
+def forecast(
+    paths: Sequence[Path],
+    data: Path,
+    *,
+    device: str,
+    rows: int | None = None,
+    deadlines: Sequence[str] = (),
+    base: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> list[Table]:
+    """Simulate a prediction without a deadline, and with some.
+
+    Args:
+        paths: bundles, or the YAML file of an ensemble.
+        data: unlabelled file with rows like the hidden ones.
+        device: a key of `PROFILES`, or `here`: this machine is measured on a sample of rows.
+        rows: number of rows to be scored; None: as many as in the file.
+        deadlines: in seconds; empty: shares of the duration without a deadline.
+        base: folder of the base model on this machine.
+        overrides: as for `predict`.
+
+    Raises:
+        ConfigError: there is no such profile, or a deadline is neither a duration nor a time.
+        ModelError: the model does not fit on the device.
+    """
+    if device not in (*PROFILES, THIS_MACHINE):
+        raise ConfigError(f"--device {device} is unknown", remedy=f"one of {', '.join((*PROFILES, THIS_MACHINE))}")
+    limits = sorted(seconds_until(text, datetime.now(UTC)) for text in deadlines)
+    ensemble = open_ensemble(paths, base, overrides)
+    with tempfile.TemporaryDirectory(prefix="pairclf-") as folder:
+        prepared = prepare(ensemble.members, data, Path(folder))
+        setup = (
+            _setup_of_this_machine(ensemble, prepared, overrides)
+            if device == THIS_MACHINE
+            else _setup_of_profile(ensemble, PROFILES[device])
+        )
+        inputs = [_resized_index(rows_of.inputs, rows or len(rows_of.inputs.shared)) for rows_of in prepared]
+    unlimited = _simulate(ensemble, setup, inputs, float("inf"))
+    limits = limits or [share * unlimited.used for share in DEADLINE_SHARES]
+    results = [_simulate(ensemble, setup, inputs, limit) for limit in limits]
+    console.print(setup.why)
+    return [_by_pass(ensemble, setup, inputs, unlimited), _by_deadline(unlimited, results)]
+
+
+def total_seconds(paths: Sequence[Path], data: Path, *, device: str, rows: int, base: Path | None = None) -> float:
+    """Seconds for all passes over `rows` rows like those of `data`, on a profile's device.
+
+    Raises:
+        ModelError: the model does not fit on the device.
+    """
+    ensemble = open_ensemble(paths, base, ())
+    with tempfile.TemporaryDirectory(prefix="pairclf-") as folder:
+        prepared = prepare(ensemble.members, data, Path(folder))
+        inputs = [_resized_index(rows_of.inputs, rows) for rows_of in prepared]
+    return _simulate(ensemble, _setup_of_profile(ensemble, PROFILES[device]), inputs, float("inf")).used
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationSetup:
+    """The simulated hardware and models.
+
+    Attributes:
+        placement: workers and their devices.
+        why: source of the figures, for messages.
+        seconds: seconds of a forward pass, by model and workload, of one worker.
+        load_seconds: seconds to load each model.
+        layout: batch layout of the workers.
+        budget: token budget of a forward pass.
+        models: the models; their inputs are replaced for each simulation.
+    """
+
+    placement: Placement
+    why: str
+    seconds: Callable[[int, Workload], float]
+    load_seconds: list[float]
+    layout: str
+    budget: int
+    models: list[PlannedModel]
+
+
+def _setup_of_profile(ensemble: Ensemble, profile: Profile) -> SimulationSetup:
+    members, settings = ensemble.members, ensemble.settings
+    costs = costs_of(members)
+    gpus = [Gpu(profile.name, profile.memory)] * profile.count
+    placement = place(settings.model_copy(update={"devices": []}), max(cost.bytes for cost in costs), gpus)
+    models = [
+        planned_model_of(member, _empty_index(), cost, placement) for member, cost in zip(members, costs, strict=True)
+    ]
+    # A worker on several devices runs as many batches at once.
+    flops = profile.flops * len(placement.groups[0])
+
+    def seconds(member: int, workload: Workload) -> float:
+        cost = costs[member]
+        operations = cost.linear * workload.tokens + cost.quadratic * workload.squares
+        speed = flops if "cuda" in cost.speed else cost.speed["cpu"]
+        return operations / speed + cost.moved * workload.passes / profile.bandwidth
+
+    return SimulationSetup(
+        placement=placement,
+        why=f"{profile.count} x {profile.name}: {profile.source}",
+        seconds=seconds,
+        load_seconds=[10.0 + cost.bytes / profile.read for cost in costs],
+        layout=CHEAPEST if settings.layout == "auto" else settings.layout,
+        budget=token_budget(settings.tokens_per_batch, gpu=True),
+        models=models,
+    )
+
+
+def _setup_of_this_machine(
+    ensemble: Ensemble, prepared: Sequence[Prepared], overrides: Sequence[str]
+) -> SimulationSetup:
+    """Measure each model on a sample of rows on this machine."""
+    members, settings = ensemble.members, ensemble.settings
+    costs = costs_of(members)
+    placement = placement_of(members, max(cost.bytes for cost in costs))
+    budget = token_budget(settings.tokens_per_batch, gpu=placement.gpu)
+    planned, worker_models = [], []
+    for member, file, cost in zip(members, prepared, costs, strict=True):
+        rows = np.linspace(0, len(file.encoded) - 1, min(SAMPLE_ROWS, len(file.encoded))).astype(int)
+        index = _rows_of_index(file.inputs, rows)
+        planned.append(planned_model_of(member, index, cost, placement))
+        encoded = [file.encoded[int(row)] for row in rows]
+        worker_models.append(worker_model_of(member, encoded, overrides, LargestPass.of(index, budget)))
+    reporter = ProgressReporter(console.print, lambda name, done, total: None)
+    with closing(ProcessPool(worker_models, placement.groups)) as pool:
+        loop = PredictionLoop(
+            [replace(model, share=1.0) for model in planned],
+            ensemble.task,
+            ensemble,
+            pool=pool,
+            clock=time.monotonic,
+            journal=NullJournal(),
+            submission=NullSubmission(),
+            reporter=reporter,
+            swap=settings.swap,
+            budget=budget,
+        )
+        loop.run(stop_signal=lambda: 0, tick=1.0)
+    planner = loop.planner
+    return SimulationSetup(
+        placement=placement,
+        why=f"{placement.why}; measured on {SAMPLE_ROWS} rows",
+        seconds=lambda member, workload: planner.throughput_by_model[member].seconds(workload),
+        load_seconds=planner.load_seconds,
+        layout=planner.pending_by_model[0].layout,
+        budget=planner.budget,
+        models=planned,
+    )
+
+
+def _empty_index() -> SequenceIndex:
+    empty = np.zeros((0, 2), dtype=np.int64)
+    return SequenceIndex(empty, empty[:, 0], empty)
+
+
+def _rows_of_index(inputs: SequenceIndex, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> SequenceIndex:
+    """Some of the rows, without duplicates."""
+    lengths = inputs.lengths[rows]
+    return SequenceIndex(lengths, inputs.shared[rows], np.arange(lengths.size).reshape(lengths.shape))
+
+
+def _resized_index(inputs: SequenceIndex, rows: int) -> tuple[SequenceIndex, float]:
+    """At most `MAX_SIMULATED_ROWS` rows, spread over the file, and how many of `rows` each stands for.
+
+    If the file has fewer rows, they are repeated. Repetitions don't count as duplicates, so that the share of
+    duplicates stays that of the file.
+    """
+    file_rows, count = len(inputs.shared), min(rows, MAX_SIMULATED_ROWS)
+    chosen = np.linspace(0, file_rows - 1, min(count, file_rows)).astype(np.int64)
+    picked = np.resize(chosen, count)
+    lengths, orders = inputs.lengths[picked], inputs.lengths.shape[1]
+    own_index = np.arange(lengths.size).reshape(lengths.shape)
+    original = inputs.duplicate_of[picked]
+    position_of = {int(row): position for position, row in enumerate(chosen)}
+    duplicate_of = own_index.copy()
+    for position in range(min(count, file_rows)):
+        for order in range(orders):
+            row, other = divmod(int(original[position, order]), orders)
+            if row in position_of and position_of[row] <= position:
+                duplicate_of[position, order] = position_of[row] * orders + other
+    return SequenceIndex(lengths, inputs.shared[picked], duplicate_of), rows / count
+
+
+class _ForecastPool(SimulatedPool):
+    """Workers whose passes take the setup's seconds, times the rows that each simulated row stands for."""
+
+    def __init__(
+        self,
+        setup: SimulationSetup,
+        repeats: float,
+        models: Sequence[PlannedModel],
+        clock: SimulatedClock,
+        classes: int,
+    ) -> None:
+        super().__init__(
+            models, clock, workers=len(setup.placement.groups), overhead=0.0, layout=setup.layout, classes=classes
+        )
+        self._setup = setup
+        self._repeats = repeats
+
+    def seconds(self, member: int, workload: Workload) -> float:
+        return self._repeats * self._setup.seconds(member, workload)
+
+
+def _simulate(
+    ensemble: Ensemble, setup: SimulationSetup, inputs: Sequence[tuple[SequenceIndex, float]], limit: float
+) -> DeadlineResult:
+    clock, repeats = SimulatedClock(), inputs[0][1]
+    models = [
+        replace(model, inputs=index, load_seconds=load_seconds, speed=model.speed / repeats)
+        for model, (index, _), load_seconds in zip(setup.models, inputs, setup.load_seconds, strict=True)
+    ]
+    pool = _ForecastPool(setup, repeats, models, clock, len(ensemble.task.classes))
+    swap = ensemble.settings.swap
+    loop = PredictionLoop(
+        models,
+        ensemble.task,
+        ensemble,
+        pool=pool,
+        clock=clock,
+        journal=NullJournal(),
+        submission=NullSubmission(),
+        reporter=ProgressReporter(lambda text: None, lambda name, done, total: None),
+        swap=swap,
+        budget=setup.budget,
+        stop=limit,
+    )
+    result = loop.run(stop_signal=lambda: 0, tick=600.0)
+    scored = _scored_shares(result, models, swap)
+    return DeadlineResult(limit, clock.now, scored, _gain(models, scored, swap))
+
+
+def _scored_shares(result: PredictionResult, models: Sequence[PlannedModel], swap: str) -> dict[str, float]:
+    """Share of rows scored, by pass."""
+    shares = {}
+    for member, model in enumerate(models):
+        is_scored = result.state.is_scored(member)
+        for order in orders_of(swap, member, model.inputs):
+            shares[f"{model.name} {ORDER_NAMES[order]}"] = float(is_scored[:, order].mean())
+    return shares
+
+
+def _gain(models: Sequence[PlannedModel], scored: dict[str, float], swap: str) -> float:
+    total = 0.0
+    for member, model in enumerate(models):
+        names = [f"{model.name} {ORDER_NAMES[order]}" for order in orders_of(swap, member, model.inputs)]
+        shares = [scored[name] for name in names if name in scored]
+        total += (model.gain * shares[0] if member else 0.0) + (model.gain_swap * shares[1] if len(shares) > 1 else 0.0)
+    return total
+
+
+def _by_pass(
+    ensemble: Ensemble, setup: SimulationSetup, inputs: Sequence[tuple[SequenceIndex, float]], unlimited: DeadlineResult
+) -> Table:
+    (index, repeats), swap = inputs[0], ensemble.settings.swap
+    rows, tokens = round(repeats * len(index.shared)), repeats * float(index.lengths.sum())
+    report = table(f"Forecast of {counted(rows, 'row')}, {tokens / 1e6:,.1f} M tokens in both orders", "", "")
+    report.add_row("devices", setup.placement.why)
+    report.add_row("forward passes of", f"{setup.budget:,} tokens, {setup.layout}")
+    for number, member in enumerate(ensemble.members):
+        name, orders = member.bundle.manifest.name, orders_of(swap, number, inputs[number][0])
+        report.add_row(f"loading {name}", format_duration(setup.load_seconds[number]))
+        pending = PendingSequences(inputs[number][0], orders)
+        pending.layout = setup.layout
+        first = member.share * _seconds(setup, number, pending, 1, repeats)
+        both = member.share * _seconds(setup, number, pending, None, repeats)
+        report.add_row(f"{name}, {ORDER_NAMES[orders[0]]}", format_duration(first))
+        if pending.rows_left(2).any():
+            report.add_row(f"{name}, {ORDER_NAMES[orders[1]]} together with it", format_duration(both - first))
+    report.add_row("total, without a deadline", format_duration(unlimited.used))
+    report.add_row("with 35% to spare, which a notebook should have", format_duration(1.35 * unlimited.used))
+    return report
+
+
+def _seconds(setup: SimulationSetup, member: int, pending: PendingSequences, rank: int | None, repeats: float) -> float:
+    """Seconds of all passes of a rank, or of both orders together, by all workers."""
+    return repeats * setup.seconds(member, pending.workload_left(setup.budget, rank)) / len(setup.placement.groups)
+
+
+def _by_deadline(unlimited: DeadlineResult, results: Sequence[DeadlineResult]) -> Table:
+    report = table("What a deadline buys", "deadline", "used", *unlimited.scored, "log loss lower by")
+    for result in (*results, unlimited):
+        limit = "none" if result.seconds == float("inf") else format_duration(result.seconds)
+        report.add_row(
+            limit,
+            format_duration(result.used),
+            *(f"{share:.0%}" for share in result.scored.values()),
+            f"{result.gain:.4f}",
+        )
+    report.caption = (
+        "rows that have each pass (AB: the order of the file, BA: sides exchanged); the log loss is a guess, over the "
+        "first model in one order, by what bundles measured or the ensemble's file says"
+    )
+    report.caption_justify = "left"
+    return report

@@ -1,0 +1,389 @@
+"""Predict: bundles and a test file in, a submission out. A submission of priors is written first, then improved.
+
+prior -> submission.csv                                  in the first seconds
+rows -> token caches -> sequence indices                 texts and ids stay on disk
+event loop, workers -> journal -> submission.csv         every half minute
+scores and a summary                                     at the end
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from rich.table import Table
+
+from pairclf import __version__
+from pairclf.approaches import approach_of
+from pairclf.approaches.protocol import Prepared
+from pairclf.bundles.bundle import Bundle, verify_files
+from pairclf.config import Config
+from pairclf.console import Advance, console, counted, progress, table
+from pairclf.data.audit import Finding, joined, note_changes
+from pairclf.data.formats import check_is_file
+from pairclf.data.identity import prompt_marks, row_hashes, seen_by
+from pairclf.data.scores import scores_frame, write_scores
+from pairclf.data.submission import check_ids
+from pairclf.errors import ConfigError, IncompleteError, StopError
+from pairclf.files import check_file_target, refuse_special_files, sha256_file
+from pairclf.inference.deadline import format_duration, seconds_until
+from pairclf.inference.ensemble import Ensemble, EnsembleMember, open_ensemble
+from pairclf.inference.journal import Journal
+from pairclf.inference.loop import PredictionLoop, PredictionResult, ProgressReporter
+from pairclf.inference.messages import Clock
+from pairclf.inference.pool import ProcessPool, warm_up
+from pairclf.inference.prepare import costs_of, devices_of, placement_of, planned_model_of, prepare, worker_model_of
+from pairclf.inference.state import ORDER_NAMES, PredictionState
+from pairclf.inference.submission import PREVIOUS_SUBMISSION, SubmissionWriter
+from pairclf.inputs.plan import token_budget
+from pairclf.inputs.sequences import LargestPass
+from pairclf.run import unlabelled
+from pairclf.signals import signals
+
+TICK = 1.0
+"""Seconds within which a signal is noticed."""
+
+RESERVED_SHARE = 0.2
+"""Largest share of the time until the deadline that is reserved for writing the results (`RESERVED_SECONDS`)."""
+
+RESERVED_SECONDS = 5.0
+
+JOURNAL, TOKEN_FOLDER = "journal.sqlite", "tokens"
+
+
+def predict(
+    paths: Sequence[Path],
+    data: Path,
+    out: Path,
+    *,
+    sample: Path | None = None,
+    scores: Path | None = None,
+    base: Path | None = None,
+    overrides: Sequence[str] = (),
+    deadline: str | None = None,
+    strict: bool = False,
+    resume: bool = True,
+    spent: float = 0.0,
+    clock: Clock = time.monotonic,
+) -> pl.DataFrame:
+    """Score `data` with every member, average, and write the submission.
+
+    While it runs, the folder `STEM.work` beside `out` holds the token cache and the journal, from which a killed run
+    resumes. It is removed when the run is complete.
+
+    Args:
+        paths: bundles, or the YAML file of an ensemble.
+        data: unlabelled file.
+        out: the submission to write.
+        sample: sample submission that gives the ids, order and columns of `out`.
+        scores: parquet file for the scores, with the models and orders behind each row.
+        base: folder of the base model on this machine.
+        overrides: `key=value` for settings under `predict`, `model.dtype` and `model.attn_implementation`.
+        deadline: when the submission must be complete, as `deadline.seconds_until` reads it; None: no deadline.
+        strict: raise at the end if a row has no score, or a row or model failed.
+        resume: resume an interrupted run of the same rows and models.
+        spent: seconds already used of a deadline that is a duration.
+        clock: seconds; must be picklable, as workers use it too.
+
+    Returns:
+        The scores.
+
+    Raises:
+        BundleError, DataError, ConfigError, ModelError: before scoring.
+        IncompleteError: with `strict`, after everything is written.
+        StopError: a signal arrived; the scores so far are written.
+    """
+    work = out.with_name(f"{out.stem}.work")
+    end = float("inf") if deadline is None else clock() + seconds_until(deadline, datetime.now(UTC), spent)
+    _check_paths(out, scores, data, sample, work)
+    ensemble = open_ensemble(paths, base, overrides)
+    with closing(_journal(work / JOURNAL, _identity(ensemble, data), resume=resume)) as journal:
+        submission = SubmissionWriter(out, ensemble.task, sample, None, clock=clock, journal=journal)
+        with submission.reporting_older(work):
+            at_once = sample is not None and not out.exists()
+            if at_once:
+                submission.write_prior(ensemble.prior)
+            rows = _read(ensemble.members[0].bundle.config, data, marked=scores is not None)
+            check_ids(rows.ids, ensemble.task, sample)
+            submission.ids = rows.ids
+            if not at_once:  # an existing file may be better than priors: check it when the ids are known
+                submission.begin(ensemble.prior)
+            bundles = _verify_files(ensemble.members)
+            # Before scoring: no time is reserved for it at the end.
+            trained_on = None if rows.marks is None else _trained_on_rows(bundles, rows.marks)
+            result = _score_rows(ensemble, data, work, overrides, journal, submission, end, clock)
+            table = _scores(ensemble, rows, result.state, trained_on)
+            submission.close(result.state.probabilities())
+        if scores is not None:
+            write_scores(scores, table)
+        _clean_up(work, journal, done=not (result.rows_left or result.lost_models or result.stop_signal))
+    console.print(_summary_table(ensemble, table, result))
+    _report_incomplete(result, table, out, strict)
+    return table
+
+
+# --- before --------------------------------------------------------------------------------------------------------
+
+
+def _check_paths(out: Path, scores: Path | None, data: Path, sample: Path | None, work: Path) -> None:
+    """Fail early, before hours of scoring."""
+    if out == work or work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise ConfigError(
+            f"{work} is needed as a folder for the journal, and is no folder", remedy="give another --out"
+        )
+    if work.exists():
+        refuse_special_files(work)  # a link there would be written through
+    for read in (data, sample):
+        if read is not None:
+            check_is_file(read)
+    written = [path for path in (out, scores) if path is not None]
+    named = [path.resolve() for path in (*written, data, sample) if path is not None]
+    if len(set(named)) != len(named):
+        raise ConfigError("two of the files to read and to write are the same", remedy="give each its own path")
+    for path in written:
+        check_file_target(path)
+
+
+def _journal(path: Path, identity: dict[str, object], *, resume: bool) -> Journal:
+    """The run's journal, locked against other processes; without `resume` an empty one."""
+    journal = Journal.open(path, identity)
+    if resume:
+        return journal
+    journal.remove()
+    return Journal.open(path, identity)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What is kept in memory of the rows; their tokens are on disk."""
+
+    ids: list[str]
+    hashes: pl.DataFrame
+    marks: pl.DataFrame | None
+
+
+def _read(config: Config, data: Path, *, marked: bool) -> _Rows:
+    """Read the file once: ids, row hashes, prompt marks if scores are to be written, and a report of repairs."""
+    ids: list[str] = []
+    hashes, marks, findings = list[pl.DataFrame](), list[pl.DataFrame](), list[Finding]()
+    for frame in unlabelled(config, data, findings.extend)():
+        ids += frame["id"].to_list()
+        hashes.append(row_hashes(frame, config.task))
+        if marked:
+            marks.append(prompt_marks(frame, config.task))
+    note_changes(joined(findings))
+    return _Rows(ids, pl.concat(hashes), pl.concat(marks) if marked else None)
+
+
+def _verify_files(members: Sequence[EnsembleMember]) -> list[Bundle]:
+    """The bundles, after comparing the hashes of all their files."""
+    console.print(f"comparing the hashes of {counted(len(members), 'bundle')}")
+    for member in members:
+        verify_files(member.bundle)
+    return [member.bundle for member in members]
+
+
+def _identity(ensemble: Ensemble, data: Path) -> dict[str, object]:
+    """Everything that determines the logits of a run."""
+    bundles = [member.bundle for member in ensemble.members]
+    devices = devices_of(ensemble.members)
+    return {
+        "pairclf": __version__,
+        "device": sorted({device.split(":")[0] for device in devices}),
+        "data": sha256_file(data),
+        "bundles": [bundle.manifest.seal for bundle in bundles],
+        "bases": [str(member.base) for member in ensemble.members],
+        "models": [approach_of(bundle.config).identity(bundle, devices) for bundle in bundles],
+    }
+
+
+# --- while ---------------------------------------------------------------------------------------------------------
+
+
+def _score_rows(
+    ensemble: Ensemble,
+    data: Path,
+    work: Path,
+    overrides: Sequence[str],
+    journal: Journal,
+    submission: SubmissionWriter,
+    end: float,
+    clock: Clock,
+) -> PredictionResult:
+    members, settings = ensemble.members, ensemble.settings
+    costs = costs_of(members)
+    placement = placement_of(members, max(cost.bytes for cost in costs))
+    if not placement.gpu:
+        warm_up({approach_of(member.bundle.config).module for member in members})
+    prepared = prepare(members, data, work / TOKEN_FOLDER)
+    models = [
+        planned_model_of(member, rows_of.inputs, cost, placement)
+        for member, rows_of, cost in zip(members, prepared, costs, strict=True)
+    ]
+    budget = token_budget(settings.tokens_per_batch, gpu=placement.gpu)
+    worker_models = [
+        worker_model_of(member, rows_of.encoded, overrides, LargestPass.of(rows_of.inputs, budget))
+        for member, rows_of in zip(members, prepared, strict=True)
+    ]
+    seconds_left = end - clock()
+    reserve = min(RESERVED_SHARE * max(seconds_left, 0.0), RESERVED_SECONDS + 4 * submission.seconds)
+    with (
+        closing(ProcessPool(worker_models, placement.groups, clock=clock)) as pool,
+        signals() as caught,
+        _Bars() as bars,
+    ):
+        loop = PredictionLoop(
+            models,
+            ensemble.task,
+            ensemble,
+            pool=pool,
+            clock=clock,
+            journal=journal,
+            submission=submission,
+            reporter=ProgressReporter(console.print, bars),
+            swap=settings.swap,
+            budget=budget,
+            stop=end - reserve,
+        )
+        if count := loop.resume():
+            console.print(f"{count:,} sequences are taken from the journal (--no-resume scores them again)")
+        console.print(
+            placement.why
+            + ("" if seconds_left == float("inf") else f"; {format_duration(max(0, seconds_left))} to the deadline")
+        )
+        console.print(_describe_sequences(prepared))
+        return loop.run(stop_signal=lambda: caught.received or 0, tick=TICK)
+
+
+def _describe_sequences(prepared: Sequence[Prepared]) -> str:
+    """The number of sequences, and of duplicates among them."""
+    inputs = prepared[0].inputs
+    rows, orders = inputs.lengths.shape
+    equal = inputs.duplicate_of.size - int(inputs.is_first.sum())
+    texts = f"{counted(rows, 'row')} in {counted(orders, 'order')} for {counted(len(prepared), 'model')}"
+    return texts + (f"; {equal:,} of {rows * orders:,} inputs are duplicates, and scored once" if equal else "")
+
+
+class _Bars(ExitStack):
+    """A progress bar for the current model: `bars(name, done, total)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._name = ""
+        self._done = 0
+        self._advance: Advance | None = None
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if self._advance is None or name != self._name:
+            self.close()
+            self._name, self._done = name, done
+            self._advance = self.enter_context(progress(name, total=total, done=done))
+        self._advance(done - self._done)
+        self._done = done
+
+
+# --- after ---------------------------------------------------------------------------------------------------------
+
+
+def _scores(ensemble: Ensemble, rows: _Rows, state: PredictionState, seen: Sequence[pl.Series] | None) -> pl.DataFrame:
+    """The blend, with the models and orders behind each row; a row with the prior alone has none."""
+    names = [member.bundle.manifest.name for member in ensemble.members]
+    is_scored = np.stack([state.is_scored(member).any(axis=1) for member in range(len(names))])  # (M, N)
+    names_behind = [
+        [name for name, has_scored in zip(names, column, strict=True) if has_scored] for column in is_scored.T
+    ]
+    return scores_frame(
+        rows.ids,
+        state.probabilities(),
+        ensemble.task,
+        orders=state.num_orders().tolist(),
+        models=pl.Series("models", names_behind, dtype=pl.List(pl.String)),
+        seen=None if seen is None else _models_that_saw(seen, is_scored),
+        hashes=rows.hashes,
+    )
+
+
+def _trained_on_rows(bundles: Sequence[Bundle], marks: pl.DataFrame) -> list[pl.Series]:
+    """For each bundle, whether it was trained on the row's prompt or a near duplicate; null: unknown."""
+    return seen_by(
+        marks,
+        [bundle.trained_on() for bundle in bundles],
+        [bundle.config.folds.near_duplicate_threshold for bundle in bundles],
+    )
+
+
+def _models_that_saw(seen: Sequence[pl.Series], behind: np.ndarray[tuple[int, int], np.dtype[np.bool_]]) -> pl.Series:
+    """Number of models behind each row that were trained on its prompt; null if unknown for one of them."""
+    none = pl.repeat(0, behind.shape[1], dtype=pl.UInt16, eager=True)
+    total = none
+    for was_seen, has_scored in zip(seen, behind, strict=True):
+        total = total + was_seen.cast(pl.UInt16).zip_with(pl.Series(has_scored), none)
+    return total
+
+
+def _summary_table(ensemble: Ensemble, rows: pl.DataFrame, result: PredictionResult) -> Table:
+    """Numbers of rows by the models and orders that scored them."""
+    summary = table(
+        f"Prediction of {counted(len(rows), 'row')} in {format_duration(result.seconds)}", "scored by", "rows"
+    )
+    scored = [result.state.is_scored(member) for member in range(len(ensemble.members))]
+    names = [
+        f"{member.bundle.manifest.name} {ORDER_NAMES[order]}"
+        for member, by_order in zip(ensemble.members, scored, strict=True)
+        for order in range(by_order.shape[1])
+    ]
+    ways, counts = np.unique(np.concatenate(scored, axis=1), axis=0, return_counts=True)
+    for way in np.argsort(-counts, kind="stable").tolist():
+        models = ", ".join(name for name, has_scored in zip(names, ways[way], strict=True) if has_scored)
+        summary.add_row(models or "none: the prior alone", f"{counts[way]:,}")
+    for pass_name, count in result.rows_left.items():
+        summary.add_row(f"(not scored for lack of time: {pass_name})", f"{count:,}")
+    if result.rescored:
+        summary.add_row("(in float32, as float16 overflowed)", f"{result.rescored:,}")
+    summary.caption, summary.caption_justify = "AB: the order of the file; BA: sides exchanged", "left"
+    return summary
+
+
+def _clean_up(work: Path, journal: Journal, *, done: bool) -> None:
+    """Remove the tokens, and the journal if the run is complete; other files in the folder stay."""
+    shutil.rmtree(work / TOKEN_FOLDER, ignore_errors=True)
+    if done:
+        journal.remove()
+        (work / PREVIOUS_SUBMISSION).unlink(missing_ok=True)
+        if work.is_dir() and not any(work.iterdir()):
+            work.rmdir()
+
+
+def _report_incomplete(result: PredictionResult, table: pl.DataFrame, out: Path, strict: bool) -> None:
+    """Report failed rows and models; raise if the run was stopped or is incomplete under `strict`."""
+    ids = table["id"].to_list()
+    failed = {ids[row]: why for failures in result.state.failed for (row, _), why in failures.items()}
+    for row, why in list(failed.items())[:5]:
+        console.print(f"row {row} could not be scored: {why}")
+    if len(failed) > 5:
+        console.print(f"and {counted(len(failed) - 5, 'more row')}")
+    console.print(f"wrote {out}: {counted(len(table), 'row')}")
+    prior_only = table.filter(pl.col("orders") == 0)["id"].to_list()
+    if prior_only:
+        console.print(f"WARNING: {len(prior_only):,} of {len(table):,} rows have only the prior")
+    if result.stop_signal:
+        raise StopError(
+            f"stopped by a signal; {out} holds the scores so far",
+            signal=result.stop_signal,
+            remedy="run the same command again to resume",
+        )
+    lost = [f"{name} ({why})" for name, why in result.lost_models.items()]
+    if strict and (failed or lost or prior_only):
+        raise IncompleteError(
+            "the prediction is incomplete" + (f": without {', '.join(lost)}" if lost else ""),
+            where=out,
+            rows=list(dict.fromkeys([*failed, *prior_only])),
+            remedy="the submission has the other order, other models or the prior in their place",
+        )

@@ -1,0 +1,102 @@
+"""An index of a file's sequences without their ids: lengths, shared starts, duplicates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pairclf.inputs.render import Encoded
+
+Ints = NDArray[np.int64]
+
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceIndex:
+    """A model's sequences without their ids. A task that can't swap has one order, O = 1.
+
+    Attributes:
+        lengths: `(N, O)`, tokens of each row in each order.
+        shared: `(N,)`, tokens that both orders of a row begin with; 0 with one order.
+        duplicate_of: `(N, O)`, flat index `row * O + order` of the first sequence with the same ids; a sequence's own
+            index if it is the first. A row with A == B has one sequence.
+    """
+
+    lengths: Ints
+    shared: Ints
+    duplicate_of: Ints
+
+    @property
+    def is_first(self) -> Bools:
+        """`(N, O)`: the sequences to be scored; the others are duplicates, and get the logits of the first."""
+        flat: Bools = self.duplicate_of == np.arange(self.duplicate_of.size).reshape(self.duplicate_of.shape)
+        return flat
+
+
+def index_sequences(encoded: Iterable[tuple[Encoded, ...]]) -> SequenceIndex:
+    """Index a model's rows in one pass."""
+    lengths, shared, duplicate_of = [], [], []
+    # Digests, as the ids of a whole file may not fit into memory; 16 bytes make a collision practically impossible.
+    first_index: dict[bytes, int] = {}
+    for row, orders in enumerate(encoded):
+        lengths.append([len(sequence.ids) for sequence in orders])
+        shared.append(_shared_start(orders[0].ids, orders[1].ids) if len(orders) > 1 else 0)
+        digests = [hashlib.blake2b(sequence.ids.tobytes(), digest_size=16).digest() for sequence in orders]
+        indices = [first_index.setdefault(digest, row * len(orders) + order) for order, digest in enumerate(digests)]
+        duplicate_of.append(indices)
+    return SequenceIndex(*(np.array(values, dtype=np.int64) for values in (lengths, shared, duplicate_of)))
+
+
+def _shared_start(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:
+    """Tokens that both begin with, less than either length: the last token is read, so it is never shared."""
+    size = min(len(left), len(right)) - 1
+    differing = np.flatnonzero(left[:size] != right[:size])
+    return int(differing[0]) if len(differing) else size
+
+
+class Item(NamedTuple):
+    """One sequence to be scored: the row's index in its table, its order, and what the approach makes of it.
+
+    `ids` are token ids `(T,)` int32 for a language model, and the row for a classical one; their `len` is its length.
+    """
+
+    row: int
+    order: int
+    ids: Any
+
+
+class LargestPass(NamedTuple):
+    """The largest forward pass of a prediction.
+
+    Attributes:
+        longest: tokens of the longest sequence.
+        tokens_per_batch: the token budget.
+        orders: orders of a row that are scored together; a row over the budget forms a batch of its own.
+    """
+
+    longest: int
+    tokens_per_batch: int
+    orders: int
+
+    @classmethod
+    def of(cls, inputs: SequenceIndex, budget: int) -> LargestPass:
+        """The largest pass over these inputs with this budget."""
+        lengths = inputs.lengths
+        return cls(int(lengths.max()), min(budget, int(lengths.sum())), lengths.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens that it computes."""
+        return max(self.tokens_per_batch, self.orders * self.longest)
+
+    def scaled(self, factor: float) -> LargestPass:
+        """A smaller pass with the same proportions."""
+        longest, tokens = max(2, round(factor * self.longest)), max(2, round(factor * self.tokens_per_batch))
+        return LargestPass(longest, tokens, self.orders)

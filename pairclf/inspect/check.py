@@ -1,0 +1,109 @@
+"""`check`: list the problems in data files and what `data.rules` does about each; write the cleaned rows."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from pairclf.config import Config, Source, load_config, override, resolve
+from pairclf.data.audit import Finding, audit, clean, exclude_overlap, write_audit
+from pairclf.data.formats import expand
+from pairclf.data.rows import read_rows, write_rows
+from pairclf.errors import ConfigError
+from pairclf.files import check_file_target
+from pairclf.task import TASKS
+
+
+def config_of(task: str, overrides: Sequence[str]) -> Config:
+    """The settings of a check: a preset's defaults or those of a config file, with overrides.
+
+    Raises:
+        ConfigError: `task` is neither, or a setting can't be used.
+    """
+    if task in TASKS:
+        return override(resolve({"task": task}), overrides)
+    if not Path(task).is_file():
+        remedy = f"one of {', '.join(TASKS)}, or the path of a config"
+        raise ConfigError(f"--task {task} is no preset and no file", remedy=remedy)
+    return load_config(Path(task), overrides)
+
+
+def check(
+    files: Sequence[Path],
+    config: Config,
+    out: Path,
+    *,
+    labelled: bool,
+    ignore: Sequence[str] = (),
+    unseen: Sequence[Path] = (),
+    write: Path | None = None,
+) -> list[Finding]:
+    """Audit files and write the findings as JSON.
+
+    Args:
+        files: names or globs. A file of one of the config's sources is read as that source says.
+        config: its `task`, `data` and `folds.near_duplicate_threshold` are used.
+        out: the JSON file.
+        labelled: they are training files.
+        ignore: further columns to accept and not read.
+        unseen: files that must stay unseen; rows with a prompt (nearly) equal to one of theirs go.
+        write: where to write the rows that stay, if no rule with the action `error` met a row.
+
+    Returns:
+        What was excluded, if anything was to be, and a finding a rule.
+    """
+    named = expand(files)
+    written = [out, *([write] if write else [])]
+    for path in written:
+        check_file_target(path)
+    paths = [path.resolve() for path in (*named, *expand(unseen), *written)]
+    if overwritten := [path for path in written if paths.count(path.resolve()) > 1]:
+        raise ConfigError(f"{overwritten[0]} would be overwritten", remedy="give --out and --write other names")
+    sources = _sources(named, config, ignore, unseen)
+    read = read_rows(sources, config.task, labelled=labelled)
+    frame, excluded = exclude_overlap(
+        read, sources, config.task, config.folds.near_duplicate_threshold, labelled=labelled
+    )
+    findings = [*excluded, *audit(frame, config.task, config.data.rules, labelled=labelled)]
+    write_audit(out, read, config.task, findings)
+    if write is not None and not any(refuses(finding) for finding in findings):
+        write_rows(write, clean(frame, config.task, config.data.rules, labelled=labelled)[0], config.task)
+    return findings
+
+
+def refuses(finding: Finding) -> bool:
+    """Whether this finding stops a training."""
+    return finding.action == "error" and finding.count > 0
+
+
+def refusal(findings: Sequence[Finding], write: Path | None) -> str | None:
+    """The reason why a training on these rows would stop, or None."""
+    rules = [f"data.rules.{finding.rule}" for finding in findings if refuses(finding)]
+    if not rules:
+        return None
+    unwritten = f"; {write} was not written" if write else ""
+    return f"refused by {', '.join(rules)}: training on these rows would stop{unwritten}"
+
+
+def _sources(paths: Sequence[Path], config: Config, ignore: Sequence[str], unseen: Sequence[Path]) -> list[Source]:
+    """The sources of the files: the config's own if it names the file, otherwise one with the task's columns."""
+    plain = Source(files=[Path()], ignore_columns=config.data.ignore_columns)
+    files_by_source = [(source, {path.resolve() for path in _existing(source.files)}) for source in config.data.sources]
+
+    def source_of(path: Path) -> Source:
+        return next((source for source, files in files_by_source if path.resolve() in files), plain)
+
+    sources = []
+    for source, group in groupby(paths, source_of):
+        ignored = source.ignore_columns if source.ignore_columns == "all" else [*source.ignore_columns, *ignore]
+        excluded = [*source.exclude_overlap, *unseen]
+        changes = {"files": list(group), "ignore_columns": ignored, "exclude_overlap": excluded}
+        sources.append(source.model_copy(update=changes))
+    return sources
+
+
+def _existing(names: Sequence[Path]) -> list[Path]:
+    """The existing files of a source's names; a name without a file is skipped."""
+    return [path for name in names if name.exists() or glob.glob(str(name), recursive=True) for path in expand([name])]

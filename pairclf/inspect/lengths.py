@@ -1,0 +1,283 @@
+"""`lengths`: compare values of `inputs.max_length`: truncated rows, lost tokens, padding, hours; tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from pairclf.config import Config
+from pairclf.console import counted, progress, table
+from pairclf.errors import ConfigError
+from pairclf.files import atomic_file, write_json
+from pairclf.inputs.cache import EncodedRows, TokenCache
+from pairclf.inputs.plan import PLAIN, by_token_budget, micro_batches, random_steps, token_budget
+from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
+from pairclf.model.cost import Cost, cost_of
+from pairclf.model.inputs import open_inputs, run_cache
+from pairclf.run import chunks_of, output_of
+from pairclf.task import AB, Task
+
+Lengths = NDArray[np.int64]
+UNCUT = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The effect of one `max_length`. Tokens and operations are those of one order.
+
+    Attributes:
+        max_length: the budget in tokens.
+        rows: number of rows.
+        rows_cut: number of truncated rows.
+        lost: truncated tokens, by field.
+        lost_part: the same, as a fraction of the field's tokens.
+        made_identical: number of rows whose sides differ, but are equal after truncation.
+        tokens: of all rows, after truncation.
+        padding: padding as a fraction of the computed tokens, by the way of batching.
+        operations: floating-point operations of a forward pass, without padding.
+    """
+
+    max_length: int
+    rows: int
+    rows_cut: int
+    lost: dict[str, int]
+    lost_part: dict[str, float]
+    made_identical: int
+    tokens: int
+    padding: dict[str, float]
+    operations: float
+
+
+def compare(
+    config: Config, *, at: str | None, data: Path | None, rows: int | None, tflops: float, out: Path | None
+) -> tuple[list[Table], tuple[Path, Path]]:
+    """Measure budgets and write the report.
+
+    Args:
+        config: as for `measure`.
+        at: the budgets, as `lengths_of` reads them.
+        data: as for `measure`.
+        rows: number of rows that costs are computed for; None: as many as were measured.
+        tflops: speed that hours are computed for.
+        out: folder of the report; None: the run folder.
+
+    Returns:
+        The tables, and the files of the report.
+    """
+    config.require("inputs", "lengths")
+    budgets, uncut = measure(config, lengths_of(at, config), data)
+    scale = Scale(rows or len(uncut), 2 if config.task.swappable else 1, tflops)
+    title = f"pairclf lengths: {data or ', '.join(map(str, config.data.names))}, {config.model.base}"
+    return render(budgets, scale), write_report(out or output_of(config), budgets, uncut, scale, title)
+
+
+def lengths_of(text: str | None, config: Config) -> list[int]:
+    """`1024,2048` as numbers; None: seven values up to twice the config's.
+
+    Raises:
+        ConfigError: they are no numbers.
+    """
+    if text is None:
+        return [round(config.inputs.max_length * part) for part in (0.25, 0.375, 0.5, 0.75, 1, 1.5, 2)]
+    lengths = [int(number) if number.strip().isdecimal() else 0 for number in text.split(",")]
+    if not all(0 < length < UNCUT for length in lengths):
+        raise ConfigError(f"--at {text} is no list of whole numbers", remedy="e.g. --at 1024,1536,2048")
+    return lengths
+
+
+def measure(config: Config, max_lengths: Sequence[int], data: Path | None) -> tuple[list[Budget], Lengths]:
+    """Each budget, and the rows' uncut lengths `(N,)`.
+
+    Args:
+        config: names the rows, the recipe, the base and how rows are batched.
+        max_lengths: the budgets.
+        data: an unlabelled file to measure instead of `data.train`.
+
+    Raises:
+        ConfigError: a budget is too small for the template.
+        DataError: the rows can't be read.
+    """
+    largest = config.inputs.model_copy(update={"max_length": UNCUT})  # the config's own may be too small
+    _, _, builder = open_inputs(config.model_copy(update={"inputs": largest}))
+    builders = [builder.within(length) for length in sorted(set(max_lengths))]
+    cache, cost = run_cache(config, builder, chunks_of(config, data)), cost_of(config)
+    whole = EncodedRows(cache, builder)
+    fields = cache.lengths.sum(axis=0)
+    with progress("lengths", total=len(cache) * (1 + len(builders))) as advance:
+        uncut = np.empty(len(cache), dtype=np.int64)
+        for row, encoded in enumerate(whole):
+            uncut[row] = len(encoded[AB].ids)
+            advance()
+        budgets = [_budget(config, cache, budget_builder, uncut, fields, cost, advance) for budget_builder in builders]
+    return budgets, uncut
+
+
+def _budget(
+    config: Config,
+    cache: TokenCache,
+    builder: InputBuilder,
+    uncut: Lengths,
+    fields: Lengths,
+    cost: Cost,
+    advance: Callable[[float], None],
+) -> Budget:
+    lengths, task = uncut.copy(), config.task
+    lost, identical = dict.fromkeys(task.fields, 0), 0
+    cut = np.flatnonzero(uncut > builder.max_length).tolist()
+    for row in cut:
+        tokens = cache[row]
+        encoded = builder.assemble(tokens)[AB]
+        lengths[row] = len(encoded.ids)
+        for name, count in encoded.dropped.items():
+            lost[name] += count
+        identical += _made_identical(task, tokens, encoded)
+        advance(1)
+    advance(len(uncut) - len(cut))
+    return Budget(
+        max_length=builder.max_length,
+        rows=len(lengths),
+        rows_cut=len(cut),
+        lost=lost,
+        lost_part={name: lost[name] / max(1, int(whole)) for name, whole in zip(task.fields, fields, strict=True)},
+        made_identical=identical,
+        tokens=int(lengths.sum()),
+        padding={name: _padding(batches, lengths) for name, batches in batchings(config, lengths).items()},
+        operations=cost.of(lengths),
+    )
+
+
+def _made_identical(task: Task, tokens: TokenisedRow, encoded: Encoded) -> bool:
+    """Whether A and B differ, were both truncated, and are equal after truncation."""
+    if task.swap_fields is None or not all(encoded.dropped[name] for name in task.swap_fields):
+        return False
+    whole = [[turn.tolist() for turn in tokens[name]] for name in task.swap_fields]
+    a, b = (
+        [encoded.ids[start:stop].tolist() for place, start, stop in encoded.spans if place == name]
+        for name in task.swap_fields
+    )
+    return whole[0] != whole[1] and len(a) == len(b) and all(map(_agree, a, b))
+
+
+def _agree(ids: list[int], other: list[int]) -> bool:
+    """Whether the lists are equal, up to one or two extra tokens at either end."""
+    least = min(len(ids), len(other))
+    tails = ids[len(ids) - least :] == other[len(other) - least :]
+    return abs(len(ids) - len(other)) <= 2 and (ids[:least] == other[:least] or tails)
+
+
+def batchings(config: Config, lengths: Lengths) -> dict[str, Iterator[Sequence[int]]]:
+    """Batches of row indices, by the name of the way of batching."""
+    train, listed = config.train, lengths.tolist()
+    size, step_size, rows = train.per_device_train_batch_size, train.global_batch_size, len(lengths)
+    ordered = sorted(range(rows), key=lambda row: -listed[row])
+    steps = random_steps(rows, step_size, seed=config.seed, epoch=0)
+    in_steps = (micro_batches(step, listed, size, process=0, processes=1) for step in steps)
+    budget = token_budget(config.predict.tokens_per_batch, gpu=True)
+    return {
+        f"random {size}": (batch.tolist() for batch in random_steps(rows, size, seed=config.seed, epoch=0)),
+        f"in steps of {step_size}": chain.from_iterable(in_steps),
+        f"sorted {size}": iter([ordered[start : start + size] for start in range(0, rows, size)]),
+        f"{budget:,} tokens": iter(by_token_budget(listed, budget)),
+        PLAIN: iter([[row] for row in range(rows)]),
+    }
+
+
+def _padding(batches: Iterator[Sequence[int]], lengths: Lengths) -> float:
+    """Padding as a fraction of `rows x longest row`, over all batches."""
+    real = computed = 0
+    for rows in batches:
+        batch_lengths = lengths[np.asarray(rows)]
+        real += int(batch_lengths.sum())
+        computed += int(batch_lengths.max()) * len(rows)
+    return 1 - real / computed
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The scale of the printed costs: `rows` rows in `orders` orders, at `tflops` 10^12 operations per second."""
+
+    rows: int
+    orders: int
+    tflops: float
+
+    def hours(self, budget: Budget) -> float:
+        return budget.operations * self.rows / budget.rows * self.orders / self.tflops / 1e12 / 3600
+
+
+def render(budgets: Sequence[Budget], scale: Scale) -> list[Table]:
+    """Two tables: truncation and costs."""
+    first = budgets[0]
+    cuts = table("What is cut", "max_length", "rows cut", *(f"{name} lost" for name in first.lost), "made identical")
+    size = f"{counted(scale.rows, 'row')} in {counted(scale.orders, 'order')}"
+    scaled = f"{size} at {scale.tflops:g} TFLOP/s; padding by batching"
+    costs_hint = "random N, sorted N: batches of N rows; in steps: as `train` batches; tokens: as `predict` does"
+    costs = table(f"What it costs: {scaled}", "max_length", "tokens", "hours", *first.padding)
+    costs.caption, costs.caption_justify = costs_hint, "left"
+    for budget in budgets:
+        parts = (f"{part:.2%}" for part in budget.lost_part.values())
+        cuts.add_row(
+            f"{budget.max_length:,}",
+            f"{budget.rows_cut:,} ({budget.rows_cut / budget.rows:.1%})",
+            *parts,
+            f"{budget.made_identical:,}",
+        )
+        tokens = budget.tokens * scale.rows / budget.rows * scale.orders
+        wastes = (f"{part:.1%}" for part in budget.padding.values())
+        costs.add_row(f"{budget.max_length:,}", f"{tokens / 1e6:,.1f} M", f"{scale.hours(budget):,.3g}", *wastes)
+    return [cuts, costs]
+
+
+def write_report(
+    folder: Path, budgets: Sequence[Budget], uncut: Lengths, scale: Scale, title: str
+) -> tuple[Path, Path]:
+    """Write `lengths.json` (the figures) and `lengths.html` (the plots, which need no network), each atomically."""
+    figures, page = folder / "lengths.json", folder / "lengths.html"
+    hours = [scale.hours(budget) for budget in budgets]
+    write_json(figures, {"scale": asdict(scale), "hours": hours, "budgets": [asdict(budget) for budget in budgets]})
+    with atomic_file(page) as temporary:
+        temporary.write_text(_plots(budgets, uncut, hours, title), encoding="utf-8")
+    return figures, page
+
+
+def _plots(budgets: Sequence[Budget], uncut: Lengths, hours: Sequence[float], title: str) -> str:
+    """A page with four plots over `max_length`."""
+    from plotly.subplots import make_subplots
+
+    titles = ("Rows by their uncut length", "Rows cut and tokens lost, %", "Padding, % of computed tokens", "Hours")
+    figure = make_subplots(rows=2, cols=2, subplot_titles=titles, vertical_spacing=0.12)
+    lengths = [budget.max_length for budget in budgets]
+
+    def curves(title: str, row: int, col: int, named: dict[str, list[float]]) -> None:
+        for name, values in named.items():
+            group = {"legendgroup": title, "legendgrouptitle_text": title}
+            figure.add_scatter(x=lengths, y=values, name=name, row=row, col=col, showlegend=len(named) > 1, **group)
+        figure.update_xaxes(title_text="max_length", row=row, col=col)
+
+    edges = np.geomspace(max(1, uncut.min()), uncut.max() + 1, 60)
+    counts, _ = np.histogram(uncut, edges)
+    figure.add_bar(x=edges[:-1], y=counts, width=np.diff(edges), offset=0, name="rows", showlegend=False, row=1, col=1)
+    for length in lengths:
+        figure.add_vline(x=length, line_dash="dot", line_width=1, row=1, col=1)
+    lost = {name: [100 * budget.lost_part[name] for budget in budgets] for name in budgets[0].lost_part}
+    rows = {
+        "rows cut": [100 * budget.rows_cut / budget.rows for budget in budgets],
+        "made identical": [100 * budget.made_identical / budget.rows for budget in budgets],
+    }
+    curves(titles[1], 1, 2, {**rows, **lost})
+    padding = {name: [100 * budget.padding[name] for budget in budgets] for name in budgets[0].padding}
+    curves(titles[2], 2, 1, padding)
+    curves(titles[3], 2, 2, {"hours": list(hours)})
+    figure.update_xaxes(title_text="tokens (dotted: the budgets)", type="log", row=1, col=1)
+    figure.update_yaxes(title_text="rows", row=1, col=1)
+    figure.update_layout(template="plotly_white", height=850, title=title)
+    page: str = figure.to_html(include_plotlyjs=True, full_html=True)
+    return page

@@ -1,1 +1,0 @@
-"""Jobs: what a command does, from its arguments to its artefacts."""

@@ -1,0 +1,120 @@
+"""Operations of a model per token and per pair of tokens, counted from its modules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+from safetensors import safe_open
+from torch import nn
+
+from pairclf.bundles.base import resolve_base
+from pairclf.bundles.bundle import Bundle
+from pairclf.config import Config, Model
+from pairclf.model.backbone import empty_model, read_settings, weight_files
+from pairclf.model.families import family_of
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Floating-point operations of a forward pass over a sequence of `T` tokens: `linear * T + quadratic * T**2`.
+
+    Attributes:
+        linear: two for each weight of a linear layer, adapters included.
+        quadratic: attention's, the half under the causal mask.
+        trained: the part of `linear` whose weights are trained.
+        reached: the part of the layers, from 0 to 1, that a backward pass goes through: it ends at the first trained
+            weight, so that layers below the first adapter need none.
+    """
+
+    linear: float
+    quadratic: float
+    trained: float
+    reached: float
+
+    def of(self, lengths: ArrayLike) -> float:
+        """Operations of a forward pass over sequences of these lengths."""
+        tokens = np.asarray(lengths, dtype=np.float64)
+        return float(self.linear * tokens.sum() + self.quadratic * (tokens**2).sum())
+
+
+def cost_of(config: Config) -> Cost:
+    """The cost of the base model, all of it trained, from its config alone: no weights are read."""
+    return cost_of_model(empty_model(read_settings(resolve_base(config.model.base))))
+
+
+def cost_of_model(backbone: nn.Module) -> Cost:
+    """The cost of a backbone as it stands, quantised or not, with adapters or without.
+
+    A weight of a linear layer takes two operations a token. Attention takes, in each layer, four operations for each
+    pair of positions, head and dimension of a head (keys that several heads share save memory, not operations); under a
+    causal mask half of the pairs count. Sliding windows, norms, activations and the head are left out.
+    """
+    text = backbone.config.get_text_config()  # type: ignore[union-attr, operator]
+    heads, layers = text.num_attention_heads, text.num_hidden_layers
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    pairs = 0.5 if family_of(backbone.config).causal else 1.0  # type: ignore[arg-type]
+    linears = _linears(backbone)
+    trained = [name for name, layer in backbone.named_parameters() if layer.requires_grad]
+    first = min((max(0, _layer_number(name)) for name in trained), default=layers)
+    return Cost(
+        linear=2.0 * sum(map(_weights, linears)),
+        quadratic=4.0 * pairs * layers * width,
+        trained=2.0 * sum(_weights(layer) for layer in linears if layer.weight.requires_grad),
+        reached=1 - first / layers,
+    )
+
+
+def _linears(backbone: nn.Module) -> list[nn.Linear]:
+    return [module for module in backbone.modules() if isinstance(module, nn.Linear)]
+
+
+def _weights(linear: nn.Linear) -> int:
+    return linear.in_features * linear.out_features  # a quantised weight is packed: numel() would be half of it
+
+
+def _layer_number(name: str) -> int:
+    """`layers.7.mlp.up_proj.weight` -> 7; what stands outside the layers counts as below them all."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+
+
+_STORED = {"nf4": 0.5 + (1 + 4 / 256) / 64, "int8": 1.0}
+"""Bytes a quantised weight. NF4: half a byte, a scale of one byte a block of 64, and 4 bytes for 256 of these."""
+
+
+_CAST = {"F64", "F32", "BF16", "F16"}
+"""safetensors' names of what is cast to the dtype computed in; all else, packed weights, stays as it is."""
+
+
+_WIDTHS = {"I64": 8, "I32": 4, "I16": 2}
+"""Bytes of what is not cast, where it is not one."""
+
+
+def model_bytes(bundle: Bundle, base: Path | None = None) -> int:
+    """Bytes of a bundle's weights on a GPU, from its files' headers; nothing is loaded.
+
+    Raises:
+        ModelError: the base is not there.
+    """
+    adapter = sum(path.stat().st_size for path in bundle.files.adapter.glob("*.safetensors"))
+    files = weight_files(bundle.weights_source(base))
+    return sum(_file_bytes(path, bundle.config.model) for path in files) + adapter
+
+
+def _file_bytes(path: Path, model: Model) -> int:
+    """Bytes of the backbone's weights in a file; the LM head is not loaded."""
+    width = 4 if model.dtype == "float32" else 2  # auto: a 16-bit dtype on every GPU
+    total = 0.0
+    with safe_open(path, framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118 - it is no dict
+            if "lm_head." in name:
+                continue
+            tensor = weights.get_slice(name)
+            shape, stored = tensor.get_shape(), tensor.get_dtype()
+            linear = len(shape) == 2 and "embed" not in name and name.endswith(".weight")
+            cast = _STORED.get(model.quantization, width) if linear else width
+            total += math.prod(shape) * (cast if stored in _CAST else _WIDTHS.get(stored, 1))
+    return math.ceil(total)

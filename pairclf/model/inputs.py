@@ -1,0 +1,53 @@
+"""From a config to what the model sees of its rows: tokenizer, recipe, token cache."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from pairclf.bundles.base import resolve_base
+from pairclf.bundles.bundle import Bundle
+from pairclf.config import Config
+from pairclf.inputs.cache import EncodedRows, Frames, TokenCache, token_cache
+from pairclf.inputs.render import InputBuilder
+from pairclf.inputs.tokenise import settle_template
+from pairclf.model.backbone import load_tokenizer
+from pairclf.run import output_of
+
+
+class Opened(NamedTuple):
+    """`config` with the chat template written out, the base's tokenizer, and the builder that both make."""
+
+    config: Config
+    tokenizer: Any
+    builder: InputBuilder
+
+
+def open_inputs(config: Config) -> Opened:
+    """Load the base's tokenizer and settle the wording, once for all that is done with it.
+
+    Raises:
+        ModelError: the tokenizer can't be loaded, or is not a fast one.
+        ConfigError: the wording does not fit the tokenizer or the budget.
+    """
+    tokenizer = load_tokenizer(resolve_base(config.model.base))
+    template = settle_template(config.inputs.template, tokenizer)
+    settled = config.model_copy(update={"inputs": config.inputs.model_copy(update={"template": template})})
+    return Opened(settled, tokenizer, InputBuilder(tokenizer, settled.task, settled.inputs))
+
+
+def run_cache(config: Config, builder: InputBuilder, frames: Frames) -> TokenCache:
+    """The token cache of a canonical table, in the run's folder or where `data.cache_dir` says."""
+    folder = config.data.cache_dir or output_of(config) / "tokens"
+    return token_cache(folder, frames, builder.tokenizer, config.task.fields, processes=config.inputs.num_proc)
+
+
+def encoded_rows(config: Config, builder: InputBuilder, frame: pl.DataFrame) -> EncodedRows:
+    """A canonical table as the builder shows it, from the run's token cache."""
+    return EncodedRows(run_cache(config, builder, frame.iter_slices), builder)
+
+
+def builder_of(bundle: Bundle) -> InputBuilder:
+    """The input builder with the bundle's own tokenizer and recipe."""
+    return InputBuilder(load_tokenizer(str(bundle.files.tokenizer)), bundle.config.task, bundle.config.inputs)

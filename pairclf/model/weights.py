@@ -1,0 +1,155 @@
+"""The weights of a fine-tuned model in a bundle: written once, and read strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pairclf.bundles.bundle import Bundle, Saved, base_fingerprint, portable
+from pairclf.bundles.contents import CONFIG, MANIFEST, BundleFiles
+from pairclf.bundles.model_files import ADAPTER_CONFIG, read_json
+from pairclf.config import Config
+from pairclf.errors import BundleError, ModelError, cut, quoted
+from pairclf.files import write_json
+from pairclf.model.backbone import add_adapters
+from pairclf.model.engine import Classifier, build_frozen
+
+_UNLIKE = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
+"""What may differ between adapter_config.json and the adapter that config.yaml describes: nothing hangs on it."""
+
+_PACKAGES = ("pairclf", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
+
+
+def save_weights(
+    new: Path, classifier: Classifier, config: Config, tokenizer: Any, *, fingerprint: str | None = None
+) -> Saved:
+    """Write adapter or backbone, head and tokenizer into the folder `new` of a bundle.
+
+    A backbone that stands there already, as a quantiser wrote it, is left as it is; only the head is the classifier's
+    then.
+
+    Args:
+        fingerprint: of the base, where it need not be at hand.
+    """
+    files, base = BundleFiles(new), portable(config).model.base
+    has_adapter = config.model.lora is not None
+    part = files.adapter if has_adapter else files.backbone
+    # The embedding is never trained; without the word peft would look for the base on a hub to find out.
+    options = {"save_embedding_layers": False} if has_adapter else {}
+    if not part.exists():
+        classifier.backbone.save_pretrained(part, **options)  # type: ignore[operator]
+    (part / "README.md").unlink(missing_ok=True)  # peft's empty model card names this machine's path
+    _forget_path(part / ADAPTER_CONFIG, base)
+    head = {name: tensor.detach().float().cpu().contiguous() for name, tensor in classifier.head.named_parameters()}
+    save_file(head, files.head)
+    tokenizer.save_pretrained(files.tokenizer)
+    return Saved(
+        "finetune",
+        "adapter" if has_adapter else "whole",
+        str(classifier.dtype).removeprefix("torch."),
+        _PACKAGES,
+        base_fingerprint(config) if fingerprint is None else fingerprint,
+    )
+
+
+def load_classifier(
+    bundle: Bundle, device: torch.device, base: Path | None = None, *, others: Sequence[torch.device] = ()
+) -> Classifier:
+    """The classifier on `device`, in evaluation mode, every weight of it read from the bundle or the base.
+
+    Args:
+        bundle: of the approach `finetune`.
+        device: where it is to run; `model.dtype=auto` is decided for this device.
+        base: folder of the base model on this machine, if it is not where `model.base` says.
+        others: GPUs that the layers are laid over besides `device`, where one does not hold them all.
+
+    Raises:
+        BundleError: the base is another model, or a weight of the adapter or the head is missing.
+        ModelError: the base can't be loaded.
+    """
+    classifier = _with_weights(bundle, device, base, others)
+    _load_head(classifier, bundle.files.head)
+    return classifier.eval()
+
+
+def _forget_path(adapter_config: Path, base: str) -> None:
+    """Let the adapter name its base as the config does, not by a folder of the machine that trained it."""
+    if adapter_config.is_file():
+        write_json(adapter_config, read_json(adapter_config) | {"base_model_name_or_path": base})
+
+
+def _with_weights(
+    bundle: Bundle, device: torch.device, base: Path | None, others: Sequence[torch.device]
+) -> Classifier:
+    config, lora = bundle.config, bundle.config.model.lora
+    if (bundle.manifest.weights == "adapter") != (lora is not None):
+        raise BundleError(
+            f"{MANIFEST} says weights: {bundle.manifest.weights}, and {CONFIG} says model.lora: {lora}",
+            where=bundle.folder,
+        )
+    if lora is None:
+        return build_frozen(config, device, bundle.files.backbone, training=False, others=others)
+    actual, trained = base_fingerprint(config, base), str(bundle.manifest.base_fingerprint)
+    if actual != trained and not trained.startswith("hub:"):
+        raise BundleError(
+            f"the base model {base or config.model.base} is not the one that the bundle was trained on",
+            where=f"fingerprint {actual[:16]}…, trained on {trained[:16]}…",
+            remedy=f"attach {config.model.base} in the same version, or give its folder with --base",
+        )
+    classifier = build_frozen(config, device, base, training=False, others=others)
+    # peft's own `from_pretrained` would let adapter_config.json say what is adapted: a regex that never ends, for one.
+    classifier.backbone = add_adapters(classifier.backbone, lora).requires_grad_(False)
+    _compare_adapter_config(bundle.files.adapter / ADAPTER_CONFIG, classifier.backbone)
+    _fill_adapter(classifier.backbone, bundle.files.adapter_weights)
+    return classifier
+
+
+def _compare_adapter_config(path: Path, backbone: Any) -> None:
+    """Raises `BundleError` unless peft, reading the file, would make the adapter that config.yaml describes."""
+    try:
+        saved_config = read_json(path)
+    except ModelError as error:
+        raise BundleError(error.what, where=path) from error
+    expected = json.loads(json.dumps(backbone.peft_config["default"].to_dict(), default=list))
+    for name, value in expected.items() if isinstance(saved_config, dict) else ():
+        saved, value_made = (sorted(x) if isinstance(x, list) else x for x in (saved_config.get(name, value), value))
+        if name not in _UNLIKE and saved != value_made:
+            raise BundleError(
+                f"{ADAPTER_CONFIG} says {name}: {quoted(saved)}, and {CONFIG} makes it {quoted(value_made)}", where=path
+            )
+
+
+def _fill_adapter(backbone: Any, path: Path) -> None:
+    """peft only warns when an adapter's weights do not fit (it then runs at random): compare them all."""
+    try:
+        saved = load_file(path)
+        set_peft_model_state_dict(backbone, dict(saved))
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
+        raise BundleError(f"the adapter can't be loaded: {cut(' '.join(str(error).split()))}", where=path) from error
+    loaded = get_peft_model_state_dict(backbone, save_embedding_layers=False)
+    wrong = sorted(
+        name
+        for name in saved.keys() | loaded.keys()
+        if name not in saved or name not in loaded or not torch.equal(saved[name], loaded[name].cpu().to(saved[name]))
+    )
+    if wrong:
+        raise BundleError(
+            f"{len(wrong)} adapter weights did not arrive in the model, {wrong[0]} first",
+            where=path,
+            remedy="use the versions of peft and transformers in bundle.json, and the base it was trained on",
+        )
+
+
+def _load_head(classifier: Classifier, path: Path) -> None:
+    try:
+        classifier.head.load_state_dict(load_file(path), strict=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise BundleError(f"the head can't be loaded: {cut(' '.join(str(error).split()))}", where=path) from error

@@ -1,0 +1,1 @@
+"""The workflows of a run: train a fold, cross-validate, evaluate, pseudo-label, and start several processes."""

@@ -1,0 +1,128 @@
+"""Cross-validation: train the folds one after the other, and join their out-of-fold scores into one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.table import Table
+
+from pairclf.config import Config
+from pairclf.console import console, counted, number, table
+from pairclf.data.identity import refuse_other_rows
+from pairclf.data.scores import class_matrix, read_logits, read_scores, write_scores
+from pairclf.errors import ConfigError, DataError
+from pairclf.run import OOF, OOF_AB, OOF_LOGITS, Paths, Run, Split, output_of
+from pairclf.runs.fit import Session, fit_fold, open_session, trained_as
+from pairclf.scores.metrics import measure, metrics_of, title
+from pairclf.task import Task
+
+
+def cross_validate(config: Config, *, resume: bool | None = None, trust_checkpoint: bool = False) -> list[Path]:
+    """Train the folds in `folds.run` (all, if it is null) and join their held-out scores.
+
+    Writes `oof.parquet`, `oof-ab.parquet` and `oof-logits.parquet` into the run folder, including folds that were
+    trained before with the same settings.
+
+    Returns:
+        The bundles' folders, in the order of the folds.
+
+    Raises:
+        ConfigError: `folds.run` names a fold twice, or an unknown one.
+        DataError: a fold that was trained before with the same settings used other rows.
+    """
+    chosen = config.folds.run if config.folds.run is not None else list(range(config.folds.n_splits))
+    if len(set(chosen)) != len(chosen):
+        raise ConfigError(f"folds.run={chosen} names a fold twice")
+    if unknown := [fold for fold in chosen if not 0 <= fold < config.folds.n_splits]:
+        raise ConfigError(
+            f"folds.run names {unknown}; folds are counted from 0 and folds.n_splits={config.folds.n_splits}"
+        )
+    session, bundles = open_session(Run(config), chosen), []
+    for place, fold in enumerate(chosen, start=1):
+        console.rule(f"fold {fold} ({place} of {len(chosen)})", align="left")
+        bundles.append(fit_fold(session, fold, resume=resume, trust_checkpoint=trust_checkpoint))
+    if session.process.is_main:
+        console.print(_join(session, chosen))
+    return bundles
+
+
+def _join(session: Session, chosen: list[int]) -> Table:
+    """Write the scores of all folds that were trained with these settings, and measure them fold by fold.
+
+    Raises:
+        DataError: a fold was trained on other rows than the current ones, or its scores belong to other rows.
+    """
+    run = session.run
+    config, output, task = run.config, output_of(run.config), run.config.task
+    # Compare with the settings in a trained fold's folder, where the chat template is written out.
+    settings = _settings(Paths(output, chosen[0]))
+    folds = [fold for fold in range(config.folds.n_splits) if _settings(Paths(output, fold)) == settings]
+    split = {fold: run.sides(fold) for fold in folds}
+    # `fit_fold` has just compared the rows of the chosen ones.
+    _refuse_other_data(session, {fold: Split(*split[fold]) for fold in folds if fold not in chosen})
+    names = [OOF, OOF_AB]
+    if all((Paths(output, fold).folder / OOF_LOGITS).is_file() for fold in folds):
+        names.append(OOF_LOGITS)
+    else:  # an older pairclf wrote no logits, and those of the other folds would not cover all rows
+        (output / OOF_LOGITS).unlink(missing_ok=True)
+    for name in names:
+        read = read_logits if name == OOF_LOGITS else read_scores
+        parts = {fold: read(Paths(output, fold).folder / name, task) for fold in folds}
+        for fold, part in parts.items():
+            _check_rows(part, split[fold][1], task, Paths(output, fold).folder / name)
+        write_scores(output / name, pl.concat(parts.values()))
+    return _measured(config, read_scores(output / OOF, task), {fold: split[fold][1] for fold in folds})
+
+
+def _refuse_other_data(session: Session, splits: dict[int, Split]) -> None:
+    """Do nothing if these folds were trained on the rows, and held those out, that they have now."""
+    differing, output = [], output_of(session.run.config)
+    for fold, split in splits.items():
+        trained, now = trained_as(Paths(output, fold)), session.trainer.identity(split)
+        words = {"rows": "the rows trained on (or their teachers)", "held-out rows": "the rows held out"}
+        if other := [words[name] for name in words if trained.get(name) != now[name]]:
+            differing.append((fold, f"fold {fold} ({' and '.join(other)})"))
+    if differing:
+        raise DataError(
+            "folds were trained with the same settings on other data than data.train and folds.csv have now: "
+            + ", ".join(shown for _, shown in differing),
+            where=output,
+            remedy=f"train them again with folds.run={[fold for fold, _ in differing]}, or move their folders away; "
+            "the other folds are up to date",
+        )
+
+
+def _check_rows(scores: pl.DataFrame, held_out: pl.DataFrame, task: Task, where: Path) -> None:
+    """Refuse scores that are not those of the held-out rows, each once."""
+    odd = set(scores["id"]) ^ set(held_out["id"])
+    if odd or len(scores) != len(held_out):
+        raise DataError(
+            f"{counted(len(scores), 'row has a score', 'rows have scores')} and the fold held out {len(held_out):,}; "
+            "ids are missing, unknown or stand twice",
+            where=where,
+            rows=sorted(odd) or scores["id"].filter(scores["id"].is_duplicated()).to_list(),
+            remedy="train the fold again with --no-resume",
+        )
+    refuse_other_rows(scores, held_out, task, where)
+
+
+def _measured(config: Config, scores: pl.DataFrame, held_out: dict[int, pl.DataFrame]) -> Table:
+    """A table with the metrics of each fold, and of all rows."""
+    task, n = config.task, config.folds.n_splits
+    names = metrics_of(task)
+    oof_table = table(
+        f"Out of fold: {len(held_out)} of {n} folds", "fold", "rows", *(title(name, task) for name in names)
+    )
+    for label, rows in [*held_out.items(), ("all", pl.concat(held_out.values()))]:
+        joined = rows.select("id", "target", "weight").join(scores, on="id", how="left", maintain_order="left")
+        figures = measure(class_matrix(joined, task), joined["target"].to_list(), task, joined["weight"])
+        style = "bold" if label == "all" else None
+        oof_table.add_row(str(label), f"{len(rows):,}", *(number(figures.get(name)) for name in names), style=style)
+    return oof_table
+
+
+def _settings(paths: Paths) -> dict[str, Any]:
+    """The settings of a finished fold; empty if the fold is not finished."""
+    return {name: value for name, value in trained_as(paths).items() if name not in ("rows", "held-out rows")}

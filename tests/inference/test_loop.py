@@ -1,0 +1,450 @@
+"""The conductor under a simulated clock: in time whatever happens, with every row as well known as the time allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from pairclf.errors import ModelError
+from pairclf.inference.loop import PredictionLoop, PredictionResult, ProgressReporter
+from pairclf.inference.messages import BatchScored, Event, Job, WorkerFailure
+from pairclf.inference.pending import Workload
+from pairclf.inference.planner import PlannedModel, Planner
+from pairclf.inference.simulate import SimulatedClock, SimulatedPool
+from pairclf.inference.state import PredictionState
+from pairclf.inputs.sequences import SequenceIndex
+from pairclf.scores.metrics import Floats
+from pairclf.task import LMSYS
+
+LINEAR, QUADRATIC = 2.0e10, 6.0e5  # about a 9B model's
+
+
+@dataclass(frozen=True)
+class Shape:
+    linear: float = LINEAR
+    quadratic: float = QUADRATIC
+
+
+@dataclass
+class Judge:
+    """The mean of the members that know a row, else the prior."""
+
+    temperatures: Sequence[float]
+
+    def blend(self, per_member: Sequence[Floats]) -> Floats:
+        known = np.stack(per_member)
+        there = np.asarray(np.isfinite(known).all(axis=2))
+        mean = np.where(there[..., None], known, 0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)[:, None]
+        return np.where(there.any(axis=0)[:, None], mean, [0.4, 0.35, 0.25])
+
+
+@dataclass
+class Memory:
+    """A journal in memory, which outlives a killed run."""
+
+    kept: dict[tuple[int, int, int], Floats] = field(default_factory=dict)
+    lost_models: dict[tuple[int, int, int], str] = field(default_factory=dict)
+
+    def add(self, member: int, sequences: Sequence[tuple[int, int]], logits: Floats) -> None:
+        for (row, order), values in zip(sequences, logits, strict=True):
+            assert (member, row, order) not in self.kept, "scored twice"
+            self.kept[member, row, order] = values.copy()
+
+    def fail(self, member: int, row: int, order: int, what: str) -> None:
+        self.lost_models[member, row, order] = what
+
+    def scored(self) -> Any:
+        return [(*key, values) for key, values in self.kept.items()]
+
+    def failed(self) -> Any:
+        return [(*key, what) for key, what in self.lost_models.items()]
+
+
+@dataclass
+class Written:
+    """Keeps when it was written to, and looks at every table."""
+
+    clock: SimulatedClock
+    every: float = 30.0
+    times: list[float] = field(default_factory=list)
+    last: Floats | None = None
+
+    def due(self, now: float) -> bool:
+        return not self.times or now - self.times[-1] >= self.every
+
+    def write(self, probabilities: Floats) -> None:
+        assert np.isfinite(probabilities).all()
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-9)
+        self.times.append(self.clock())
+        self.last = probabilities
+
+
+def inputs(rows: int, seed: int = 0, *, twins: float = 0.02) -> SequenceIndex:
+    """Lengths of LMSYS's kind; some rows the same as earlier ones, some with equal sides."""
+    random = np.random.default_rng(seed)
+    prompt = 40 + random.lognormal(np.log(22), 1.56, rows)
+    sides = random.lognormal(np.log(225), 0.8, (rows, 2)).sum(axis=1)
+    lengths = np.minimum(2048, prompt + sides).astype(np.int64)
+    twin = np.arange(2 * rows).reshape(rows, 2)
+    for row in np.flatnonzero(random.random(rows) < twins):
+        twin[row] = twin[row, 0] if row % 2 else twin[int(random.integers(0, row + 1))]
+        lengths[row] = lengths[twin[row, 0] // 2]
+    return SequenceIndex(np.stack([lengths, lengths], axis=1), np.minimum(prompt, lengths - 1).astype(np.int64), twin)
+
+
+def part(name: str = "a", rows: int = 400, **changes: Any) -> PlannedModel:
+    plain = {"speed": 24e12, "load_seconds": 60.0, "gain": 0.01, "gain_swap": 0.006}
+    return PlannedModel(name, changes.pop("inputs", None) or inputs(rows), Shape(), **{**plain, **changes})
+
+
+class Crew(SimulatedPool):
+    """Workers whose speed may drift, that stall, run out of memory, die, and meet rows that nobody can score."""
+
+    def __init__(self, *args: Any, **faults: Any) -> None:
+        self.slow: Callable[[float], float] = faults.pop("slow", lambda now: 1.0)
+        self.stall: float = faults.pop("stall", 0.0)
+        self.cold: float = faults.pop("cold", 1.0)
+        self.memory: float = faults.pop("memory", float("inf"))
+        self.dying: float = faults.pop("dying", 0.0)
+        self.poisoned: set[int] = faults.pop("poisoned", set())
+        self.silent: set[int] = faults.pop("silent", set())
+        self.end: float = faults.pop("end", float("inf"))
+        self.seen: set[int] = set()
+        self.done: list[tuple[int, int, int]] = []
+        self.useful = 0.0
+        """Seconds of workers that brought something: loads, and passes that came back."""
+        super().__init__(*args, **{"workers": 2, "overhead": 0.2, "layout": "shared", "classes": 3, **faults})
+
+    def do(self, worker: int, work: Job) -> tuple[float, Event]:
+        seconds, event = super().do(worker, work)
+        seconds *= self.slow(self.clock()) * float(self.random.lognormal(0, 0.05))
+        seconds += self.cold * 10 if worker not in self.seen else 0.0
+        if self.random.random() < self.stall:
+            seconds += 300
+        self.seen.add(worker)
+        rows = {piece.row for piece in work.row_orders}
+        if self.pending[work.member].workload_of(work.row_orders).tokens > self.memory:
+            return seconds / 2, WorkerFailure(worker, work, "memory", "out of memory")
+        if self.random.random() < self.dying or rows & self.poisoned:
+            return seconds / 2, WorkerFailure(worker, work, "died", "SIGKILL")
+        assert isinstance(event, BatchScored)
+        logits = event.logits
+        for place, (row, order) in enumerate(work.sequences):
+            # A row's logits do not depend on when it is scored.
+            logits[place] = np.random.default_rng((work.member, row, order)).normal(size=3)
+            logits[place] += np.nan if row in self.silent else 0.0
+            self.done.append((work.member, row, order))
+        if self.clock() + seconds <= self.end:
+            self.useful += seconds
+        return seconds, BatchScored(worker, work, logits, 0, seconds)
+
+    def seconds_to_load(self) -> float:
+        self.useful += super().seconds_to_load()
+        return super().seconds_to_load()
+
+    def lives_on(self, event: Event) -> bool:
+        return not (isinstance(event, WorkerFailure) and event.kind == "died")
+
+
+@dataclass
+class Run:
+    outcome: PredictionResult
+    crew: Crew
+    sink: Written
+    said: list[str]
+    clock: SimulatedClock
+
+
+def conduct(
+    parts: Sequence[PlannedModel],
+    *,
+    stop: float = float("inf"),
+    swap: str = "full",
+    budget: int = 16_384,
+    journal: Memory | None = None,
+    asked: Callable[[SimulatedClock], int] = lambda clock: 0,
+    guess: float = 1.0,
+    **faults: Any,
+) -> Run:
+    """A run; `guess` is what the conductor believes of the speed, in parts of what it is."""
+    clock = SimulatedClock()
+    crew = Crew(parts, clock, end=stop, **faults)
+    said: list[str] = []
+    sink = Written(clock)
+    believed = [PlannedModel(**{**{n: getattr(p, n) for n in p.__slots__}, "speed": guess * p.speed}) for p in parts]
+    conductor = PredictionLoop(
+        believed,
+        LMSYS,
+        Judge([1.0] * len(parts)),
+        pool=crew,
+        clock=clock,
+        journal=journal or Memory(),
+        submission=sink,
+        reporter=ProgressReporter(said.append, lambda name, done, total: None),
+        swap=swap,
+        budget=budget,
+        stop=stop,
+    )
+    conductor.resume()
+    outcome = conductor.run(stop_signal=lambda: asked(clock), tick=60.0)
+    sink.write(outcome.state.probabilities())
+    return Run(outcome, crew, sink, said, clock)
+
+
+def test_without_a_deadline_all_is_scored_once() -> None:
+    run = conduct([part("a"), part("b")])
+    one = inputs(400)
+    assert sorted(run.crew.done) == sorted((m, r, o) for m in (0, 1) for r, o in np.argwhere(one.is_first).tolist())
+    assert all(run.outcome.state.is_scored(member).all() for member in (0, 1))
+    assert run.outcome.rows_left == {}
+
+
+@pytest.mark.parametrize(("swap", "orders"), [("off", [{0}, {0}]), ("split", [{0}, {1}]), ("budget", [{0, 1}, {0, 1}])])
+def test_swap_says_which_member_sees_which_order(swap: str, orders: list[set[int]]) -> None:
+    plain = inputs(100, twins=0.0)
+    run = conduct([part("a", inputs=plain), part("b", inputs=plain)], swap=swap)
+    assert [{order for m, _, order in run.crew.done if m == member} for member in (0, 1)] == orders
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same() -> None:
+    parts = [part("a", 150), part("b", 150, share=0.3)]
+    whole = conduct(parts)
+    for moment in np.linspace(0, whole.clock.now, 12).tolist():
+        journal = Memory()
+        conduct(parts, journal=journal, asked=lambda clock, at=moment: 9 if clock.now >= at else 0)  # type: ignore[misc]
+        again = conduct(parts, journal=journal)
+        assert whole.sink.last is not None
+        np.testing.assert_array_equal(again.sink.last, whole.sink.last)
+
+
+def test_the_same_passes_are_made_after_a_kill() -> None:
+    """Bits of a score depend on the company in its pass: it must be the same company."""
+    passes: list[list[Any]] = [[], []]
+    journal = Memory()
+    for number, (kept, end) in enumerate([(Memory(), None), (journal, 130.0), (journal, None)]):
+
+        class Watching(Crew):
+            def do(self, worker: int, work: Job) -> tuple[float, Event]:
+                passes[min(number, 1)].append(work.row_orders)  # noqa: B023
+                return super().do(worker, work)
+
+        clock = SimulatedClock()
+        crew = Watching([part(rows=200)], clock)
+        conductor = PredictionLoop(
+            [part(rows=200)], LMSYS, Judge([1.0]), pool=crew, clock=clock, journal=kept, submission=Written(clock),
+            reporter=ProgressReporter(lambda text: None, lambda name, done, total: None), swap="full", budget=4096,
+        )  # fmt: skip
+        conductor.resume()
+        conductor.run(stop_signal=lambda: int(end is not None and clock.now > end), tick=60.0)  # noqa: B023
+    assert set(passes[1]) == set(passes[0])
+
+
+def test_first_orders_come_before_second_ones_when_time_is_short() -> None:
+    full = conduct([part(rows=1500)]).outcome.seconds
+    run = conduct([part(rows=1500)], stop=0.62 * full)
+    known = run.outcome.state.is_scored(0)
+    assert known.any(axis=1).all()
+    assert 0.02 < known.all(axis=1).mean() < 0.6
+    assert run.outcome.rows_left == {"a BA": run.outcome.rows_left["a BA"]}
+    assert any("plan for the" in line and "a BA" in line for line in run.said)
+
+
+def test_the_most_uncertain_rows_get_their_second_order() -> None:
+    full = conduct([part(rows=1500)], swap="budget").outcome.seconds
+    run = conduct([part(rows=1500)], swap="budget", stop=0.8 * full)
+    known = run.outcome.state.is_scored(0).all(axis=1)
+    first = np.random.default_rng
+    logits = np.stack([first((0, row, 0)).normal(size=3) for row in range(1500)])
+    chance = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    doubt = -(chance * np.log(chance)).sum(axis=1)
+    own = (inputs(1500).duplicate_of == np.arange(3000).reshape(-1, 2)).all(axis=1)
+    assert doubt[known & own].mean() > doubt[~known & own].mean() + 0.1
+
+
+def test_a_member_that_gains_more_a_second_goes_before_a_second_order() -> None:
+    full = conduct([part("a", 800), part("b", 800)]).outcome.seconds
+    strong = conduct([part("a", 800), part("b", 800, gain=0.2)], stop=0.55 * full)
+    weak = conduct([part("a", 800, gain_swap=0.2), part("b", 800)], stop=0.55 * full)
+    assert strong.outcome.state.is_scored(1).any(axis=1).mean() > 0.7
+    assert strong.outcome.state.is_scored(0).all(axis=1).mean() < 0.3
+    assert weak.outcome.state.is_scored(1).any(axis=1).mean() < 0.3
+
+
+def test_a_cascade_asks_its_member_for_the_uncertain_rows_alone() -> None:
+    run = conduct([part("a", 300), part("b", 300, share=0.25)])
+    asked = run.outcome.state.is_scored(1).any(axis=1)
+    assert 0.25 <= asked.mean() < 0.3  # twins of them are known, too
+    doubt = run.outcome.state.uncertainty(1)
+    assert doubt[asked].min() >= np.quantile(doubt, 0.7) or doubt[asked].mean() > doubt[~asked].mean()
+
+
+def test_memory_that_runs_out_halves_the_passes_and_loses_nothing() -> None:
+    run = conduct([part(rows=300)], memory=3000)
+    assert run.outcome.state.is_scored(0).all()
+    assert any("out of memory" in line for line in run.said)
+    assert run.outcome.rows_left == {}
+    assert run.outcome.state.failed[0] == {}
+
+
+def test_a_row_that_memory_never_suffices_for_has_the_other_order_or_the_prior_and_is_listed() -> None:
+    one = inputs(50, twins=0.0)
+    longest = int(one.lengths.max())
+    run = conduct([part(inputs=one)], memory=longest - 1)
+    rows = set(np.flatnonzero(one.lengths[:, 0] == longest).tolist())
+    assert {row for row, _ in run.outcome.state.failed[0]} == rows
+    assert run.sink.last is not None
+    np.testing.assert_allclose(run.sink.last[list(rows)], [[0.4, 0.35, 0.25]] * len(rows))
+
+
+def test_a_row_that_kills_its_worker_is_found_and_listed() -> None:
+    one = inputs(60, twins=0.0)
+    run = conduct([part(inputs=one)], poisoned={7})
+    assert set(run.outcome.state.failed[0]) == {(7, 0), (7, 1)}
+    known = run.outcome.state.is_scored(0)
+    assert known[np.arange(60) != 7].all()
+    assert not known[7].any()
+
+
+def test_a_row_without_finite_logits_is_listed() -> None:
+    run = conduct([part(inputs=inputs(40, twins=0.0))], silent={3, 4})
+    assert {row for row, _ in run.outcome.state.failed[0]} == {3, 4}
+
+
+def test_a_model_without_finite_logits_leaves_the_prior() -> None:
+    run = conduct([part(rows=30)], silent=set(range(30)))
+    assert run.sink.last is not None
+    np.testing.assert_allclose(run.sink.last, [[0.4, 0.35, 0.25]] * 30)
+
+
+def test_what_a_worker_keeps_for_too_long_is_done_by_another() -> None:
+    class Hanging(Crew):
+        """The worker that is given the second pass never comes back from it."""
+
+        hung: int | None = None
+
+        def do(self, worker: int, work: Job) -> tuple[float, Event]:
+            seconds, event = super().do(worker, work)
+            hangs = self.hung is None and work.number == 1
+            self.hung = worker if hangs else self.hung
+            return (1e9 if hangs else seconds), event
+
+    clock, one = SimulatedClock(), part(inputs=inputs(60, twins=0.0))
+    crew, journal = Hanging([one], clock), Memory()  # the journal refuses what is scored twice
+    conductor = PredictionLoop(
+        [one], LMSYS, Judge([1.0]), pool=crew, clock=clock, journal=journal, submission=Written(clock), swap="full",
+        reporter=ProgressReporter(lambda text: None, lambda name, done, total: None), budget=8192,
+    )  # fmt: skip
+    outcome = conductor.run(stop_signal=lambda: 0, tick=1.0)
+    assert outcome.state.is_scored(0).all()
+    assert crew.hung is not None
+    assert clock.now < 3600
+
+
+def test_a_model_that_never_loads_is_an_error() -> None:
+    class Dead(Crew):
+        def _start(self) -> int:
+            self._numbers += 1
+            self._push(1.0, WorkerFailure(self._numbers, None, "died", "SIGKILL"))
+            return self._numbers
+
+    clock = SimulatedClock()
+    conductor = PredictionLoop(
+        [part()], LMSYS, Judge([1.0]), pool=Dead([part()], clock), clock=clock, journal=Memory(),
+        submission=Written(clock),
+        reporter=ProgressReporter(lambda text: None, lambda name, done, total: None), swap="full", budget=8192,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="SIGKILL"):
+        conductor.run(stop_signal=lambda: 0, tick=1.0)
+
+
+def test_the_submission_is_never_older_than_a_minute() -> None:
+    run = conduct([part(rows=600)], stop=2000.0)
+    assert np.diff([0.0, *run.sink.times]).max() <= 60 + 30
+
+
+def test_nothing_is_begun_after_the_time_is_over() -> None:
+    run = conduct([part()], stop=0.0)
+    assert run.crew.done == []
+    assert run.sink.last is not None
+
+
+def drifting(random: np.random.Generator, total: float) -> Callable[[float], float]:
+    """Speed that wanders between 1 and a third of itself."""
+    phase, waves = random.uniform(0, 6.28), random.uniform(0.5, 4)
+    step = random.uniform(0.2, 0.8) * total
+    jump = float(random.choice([1.0, 1.0, 1.7, 3.0]))
+    calm = float(random.choice([0.0, 1.0]))
+    return lambda now: (2 + calm * np.sin(phase + waves * 6.28 * now / total)) / 2 * (jump if now > step else 1.0)
+
+
+def notebook(seed: int) -> tuple[Run, float, float]:
+    """A notebook of any kind: its run, the time that it had, and the time that all of its work takes."""
+    random = np.random.default_rng(seed)
+    rows = int(random.integers(80, 300))
+    members = int(random.choice([1, 1, 2, 3]))
+    one = inputs(rows, seed)
+    parts = [
+        part(
+            f"m{number}",
+            inputs=one,
+            load_seconds=float(random.uniform(20, 120)),
+            speed=float(random.uniform(1e12, 4e12)),
+        )
+        for number in range(members)
+    ]
+    workers = int(random.choice([1, 2, 2, 4]))
+    work = sum(float(LINEAR * one.lengths.sum()) / one_part.speed / workers for one_part in parts)
+    stop = float(random.uniform(0.3, 1.6)) * work  # a late start is a short time
+    faults: dict[str, Any] = {
+        "slow": drifting(random, stop),
+        "stall": float(random.choice([0.0, 0.0, 0.003])),
+        "cold": float(random.choice([0.1, 1.0, 6.0])),
+        "memory": float(random.choice([np.inf, np.inf, 6000, 2500])),
+        "dying": float(random.choice([0.0, 0.0, 0.002])),
+        "workers": workers,
+        "layout": str(random.choice(["shared", "packed"])),
+        "seed": seed,
+    }
+    swap = str(random.choice(["full", "full", "budget", "off"]))
+    guess = float(random.choice([0.1, 1.0, 3.0]))
+    return conduct(parts, stop=stop, swap=swap, guess=guess, budget=8192, **faults), stop, work
+
+
+def judged(seeds: range) -> tuple[list[float], list[float]]:
+    """Over notebooks: the part of the time used, of those with work left; and the part of rows scored, of all."""
+    used, scored = [], []
+    for seed in seeds:
+        run, stop, _ = notebook(seed)
+        assert run.clock.now <= stop + 1e-6, f"notebook {seed} was late"
+        assert run.sink.last is not None
+        assert len(run.sink.last) == len(run.outcome.state.is_scored(0))
+        scored.append(float(run.outcome.state.is_scored(0).any(axis=1).mean()))
+        if run.outcome.rows_left:
+            used.append(run.crew.useful / run.crew.count / stop)
+    return used, scored
+
+
+def test_simulated_notebooks_end_in_time_and_use_it(pytestconfig: pytest.Config) -> None:
+    """Also by the thousand: `pytest tests/inference/test_loop.py --notebooks 1000`."""
+    count = pytestconfig.getoption("--notebooks")
+    used, _ = judged(range(count))
+    assert len(used) > 0.3 * count
+    assert np.mean(used) >= 0.85
+
+
+@pytest.mark.parametrize(("approach", "load", "speed"), [("finetune", 5.0, 1e3), ("classical", 60.0, 24e12)])
+def test_a_member_tells_of_those_of_its_own_approach_alone(approach: str, load: float, speed: float) -> None:
+    """TF-IDF counts other operations than a transformer, and loads nothing onto a GPU."""
+    parts = [part("first", 50, approach=approach, speed=1e3), part("second", 50)]
+    agenda = Planner(parts, cast(PredictionState, None), lambda: 0.0, swap="full", budget=2048, stop=float("inf"))
+    agenda.start_model(0)
+    agenda.observe_load(5.0)
+    pass_of = Workload(1000.0, 0.0)
+    agenda.throughput.observe(pass_of, agenda.throughput.seconds(pass_of))
+    agenda.plan()
+    assert agenda.load_seconds == [5.0, load]
+    assert agenda.throughput_by_model[1].speed == pytest.approx(speed)

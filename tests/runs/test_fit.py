@@ -1,0 +1,123 @@
+"""What is finished stays: a bundle is made anew only if it is of other settings or rows, damaged, or asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+from tests_support import make_rows, write_csv
+
+from pairclf.bundles.bundle import open_bundle
+from pairclf.config import Config, override, resolve
+from pairclf.errors import CheckpointError, ConfigError
+from pairclf.runs import fit as module
+from pairclf.runs.cv import cross_validate
+from pairclf.runs.fit import fit
+
+pytestmark = pytest.mark.usefixtures("without_forecast")
+
+
+@pytest.fixture
+def config(base_of: Callable[[str], Path], tmp_path: Path) -> Config:
+    write_csv(tmp_path / "train.csv", make_rows(24))
+    return resolve(
+        {
+            "output_dir": str(tmp_path / "run"),
+            "data": {"folder": str(tmp_path), "train": "train.csv"},
+            "folds": {"n_splits": 3},
+            "inputs": {"max_length": 160, "num_proc": 1},
+            "model": {"base": str(base_of("llama")), "quantization": "none", "lora": {"r": 2, "lora_dropout": 0.0}},
+            "train": {"max_steps": 2, "global_batch_size": 8, "learning_rate": 1e-3},
+        }
+    )
+
+
+def seal(config: Config, fold: int) -> tuple[str, int]:
+    bundle = (config.output_dir or Path()) / f"fold{fold}" / "bundle"
+    return open_bundle(bundle).manifest.seal, (bundle / "bundle.json").stat().st_ino
+
+
+def test_fit_leaves_a_finished_fold_until_something_changes(config: Config, tmp_path: Path) -> None:
+    fit(config, 0)
+    first = seal(config, 0)
+    for resume in (None, True):
+        fit(override(config, ["train.logging_steps=1"]), 0, resume=resume)  # moves no weight
+        assert seal(config, 0) == first
+    fit(config, 0, resume=False)
+    assert seal(config, 0)[1] != first[1]
+    fit(override(config, ["train.learning_rate=2e-3"]), 0, resume=True)
+    changed = seal(config, 0)
+    assert changed[0] != first[0]
+    write_csv(tmp_path / "train.csv", make_rows(21))  # other rows, the same settings
+    (tmp_path / "run" / "folds.csv").unlink()
+    fit(override(config, ["train.learning_rate=2e-3"]), 0, resume=True)
+    assert seal(config, 0)[0] != changed[0]
+
+
+@pytest.mark.parametrize("broken", ["bundle/head.safetensors", "oof.parquet", "trained.json"])
+def test_fit_makes_anew_what_is_damaged(config: Config, broken: str) -> None:
+    fit(config, 0)
+    first = seal(config, 0)
+    path = (config.output_dir or Path()) / "fold0" / broken
+    path.write_bytes(path.read_bytes()[:40]) if broken != "oof.parquet" else path.unlink()
+    fit(config, 0, resume=True)
+    assert seal(config, 0)[0] == first[0]
+    assert pl.read_parquet(path).height if broken == "oof.parquet" else path.stat().st_size > 40
+
+
+def test_fit_goes_on_with_a_stopped_training_beside_an_old_bundle(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(config, 0)
+    old = seal(config, 0)
+    new = override(config, ["train.learning_rate=2e-3", "train.save_steps=1"])
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(new, 0)
+    assert seal(config, 0) == old
+    with pytest.raises(CheckpointError, match="unfinished training"):
+        fit(new, 0)
+    fit(new, 0, resume=True)
+    assert seal(config, 0)[0] != old[0]
+
+
+def test_cross_validate_joins_and_shows_the_folds_of_these_settings(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows() -> int:
+        return pl.read_parquet((config.output_dir or Path()) / "oof.parquet").height
+
+    one = {fold: override(config, [f"folds.run=[{fold}]"]) for fold in range(3)}
+    cross_validate(one[0])
+    few = rows()
+    assert 0 < few < 24
+    cross_validate(one[2])
+    assert few < rows() < 24
+    capsys.readouterr()
+    cross_validate(override(config, ["folds.run=null"]))
+    assert rows() == 24
+    text = capsys.readouterr().err
+    assert text.count("exists for these settings and rows") == 2
+    assert "Out of fold: 3 of 3 folds" in text
+    assert "is of another training" not in text
+    cross_validate(override(one[1], ["train.learning_rate=2e-3"]))
+    assert rows() < 24  # the other folds are of other settings
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is of another training (different: train.learning_rate); the new bundle replaces it" in said
+
+
+def test_fit_refuses_evaluations_without_held_out_rows(config: Config) -> None:
+    with pytest.raises(ConfigError, match="held-out rows") as caught:
+        fit(override(config, ["train.eval_steps=1"]), None)
+    assert "train.eval_steps=null" in str(caught.value)
+
+
+def test_fit_writes_settings_by_dotted_names(config: Config) -> None:
+    fit(config, None)
+    trained = json.loads(((config.output_dir or Path()) / "all" / "trained.json").read_text())
+    assert trained["train.learning_rate"] == 1e-3
+    assert "train.logging_steps" not in trained

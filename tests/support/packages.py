@@ -1,0 +1,107 @@
+"""Packages whose kernels really score: bundles with a random head on the embedded base, which needs no other file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+import pytest
+from wheels_support import freeze_here
+
+from pairclf.config import Config, resolve
+from pairclf.data.rows import read_rows, to_rows
+from pairclf.demo.arena import generate, write_lmsys
+from pairclf.inference.predict import predict
+from pairclf.packaging import build
+from pairclf.packaging.build import package
+from pairclf.packaging.wheelhouse import Wheel, Wheelhouse
+from pairclf.rehearsal.report import RehearsalReport
+from pairclf.runs.fit import fit
+from support.runs import random_bundle
+
+RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
+TEST_ROWS = 24
+_WHEEL = "pairclf-0.1.0-py3-none-any.whl"
+
+
+def hollow_wheelhouse(patch: pytest.MonkeyPatch) -> None:
+    """Have `package` fill its wheelhouse at no cost, with a wheel that is none."""
+
+    def fill(folder: Path, pythons: list[str], images: Path | None, extra: list[str]) -> Wheelhouse:
+        folder.mkdir(parents=True)
+        (folder / _WHEEL).write_text("a wheel")
+        requirements = {python: ["pairclf==0.1.0"] for python in pythons}
+        return Wheelhouse([Wheel.parse(_WHEEL)], requirements, ["a note"])
+
+    patch.setattr(build, "fill_wheelhouse", fill)
+    patch.setattr(build, "check_wheels_suffice", lambda folder, requirements, images: {"3.12": "by a test"})
+
+
+def random_package(folder: Path, folds: Sequence[int] = (0,), **settings: object) -> Path:
+    """Package bundles that were never trained; `settings` are those of the config's section `package`."""
+    config = _package_config(folder, settings, inputs={"max_length": 128})
+    rows = to_rows(read_rows([folder / "data" / "train.csv"], config.task, labelled=True), config.task)
+    bundles = [
+        random_bundle(folder / "run" / f"fold{fold}" / "bundle", config, seed=fold, fold=fold, rows=rows[:8])
+        for fold in folds
+    ]
+    return package(config, bundles, folder / "package")
+
+
+def classical_package(folder: Path, **settings: object) -> Path:
+    """Package a classical bundle; `settings` as in `random_package`."""
+    sections = {"approach": "classical", "classical": {"n_features": 1024}, "folds": {"n_splits": 2}}
+    config = _package_config(folder, settings, **sections)
+    return package(config, [fit(config, 0)], folder / "package")
+
+
+def _package_config(folder: Path, settings: dict[str, object], **sections: object) -> Config:
+    data = folder / "data"
+    if not data.exists():
+        write_lmsys(generate(48, seed=1), data, n_test=TEST_ROWS)
+    tree = {
+        "output_dir": str(folder / "run"),
+        "data": {"folder": str(data), "train": ["train.csv"], "test": str(data / "test.csv")},
+        "predict": {"tokens_per_batch": 512},
+        "package": {
+            "owner": "someone",
+            "name": "a-notebook",
+            "python_versions": [RUNNING],
+            "image_freezes": str(freeze_here(folder / "images", [RUNNING], without=())),
+            **settings,
+        },
+    }
+    return resolve({**tree, **sections})
+
+
+def files_of(folder: Path) -> tuple[Path, Path]:
+    """Its test file and sample submission."""
+    return folder / "data" / "test.csv", folder / "data" / "sample_submission.csv"
+
+
+def alike(first: Path, second: Path, tolerance: float = 1e-6) -> bool:
+    """Whether two submissions have the same rows, and probabilities within the tolerance."""
+    left, right = pl.read_csv(first), pl.read_csv(second)
+    if left["id"].to_list() != right["id"].to_list():
+        return False
+    differences = [(left[name] - right[name]).abs().max() for name in left.columns[1:]]
+    return all(float(largest) <= tolerance for largest in differences)  # type: ignore[arg-type]
+
+
+def predicted(package: Path, out: Path, folds: Sequence[int]) -> Path:
+    """The submission of `predict` in this process, written into the folder `out`."""
+    test, sample = files_of(package.parent)
+    bundles = [package.parent / "run" / f"fold{fold}" / "bundle" for fold in folds]
+    predict(bundles, test, out / "here.csv", sample=sample)
+    return out / "here.csv"
+
+
+def assert_scores_as_here(package: Path, report: RehearsalReport, out: Path, folds: Sequence[int] = (0,)) -> None:
+    """The rehearsal passed, and its submission is that of `predict` in this process."""
+    assert report.passed
+    assert len(report.parity) == len(folds)
+    assert alike(predicted(package, out, folds), package / "rehearsal" / "submission.csv", tolerance=1e-4)
+    assert report.scored is not None
+    assert report.scored.both_orders == TEST_ROWS

@@ -1,0 +1,158 @@
+"""Real kernels: what `package` built scores in the rehearsal what `predict` scores here, whatever happens to it.
+
+The other faults meet cheaper kernels: tests/rehearsal has the real first cell, and cells that only write files;
+tests/packaging/test_notebook.py the cells in one process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+import pytest
+from support.kernels import use_light_image
+from support.packages import (
+    TEST_ROWS,
+    alike,
+    assert_scores_as_here,
+    classical_package,
+    files_of,
+    predicted,
+    random_package,
+)
+
+from pairclf.files import sha256_tree
+from pairclf.rehearsal.rehearse import Options, rehearse
+from pairclf.rehearsal.report import RehearsalReport, read_passed
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def top(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder that holds all that rehearsals leave on this machine."""
+    folder = tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        use_light_image(patch)
+        for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+            patch.setenv(name, str(folder / "machine" / name))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def package(top: Path) -> Path:
+    """A package with a notebook, rehearsed without faults."""
+    made = random_package(top / "notebook")
+    before = sha256_tree(made)
+    test, sample = files_of(made.parent)
+    rehearse(made, Options(test=test, sample=sample, layouts=("flat",)))
+    assert before.items() <= sha256_tree(made).items(), "a package is not changed by its rehearsal"
+    return made
+
+
+def run(package: Path, name: str) -> RehearsalReport:
+    """The report of a rehearsal with that fault."""
+    test, sample = files_of(package.parent)
+    (report,) = rehearse(package, Options(test=test, sample=sample, layouts=("flat",), late=0.2, inject=(name,))).runs
+    assert report.fault == name
+    assert report.passed
+    assert json.loads((package / "rehearsal" / f"report-{name}.json").read_text())["passed"]
+    return report
+
+
+def submission(package: Path, name: str | None = None) -> Path:
+    return package / "rehearsal" / ("submission.csv" if name is None else f"submission-{name}.csv")
+
+
+def test_notebook_gives_the_submission_of_predict(package: Path, tmp_path: Path) -> None:
+    """Its batches follow another pace, under its deadline."""
+    assert alike(predicted(package, tmp_path, [0]), submission(package), tolerance=1e-5)
+    report = read_passed(package)
+    assert len(report.parity) == 1
+    assert report.scored is not None
+    assert report.scored.both_orders == report.rows == TEST_ROWS
+    assert {"cell check", "cell install", "cell verify", "cell predict"} <= report.seconds.keys()
+    assert report.memory_peak > 200e6
+    here, there = report.projections
+    assert there.judged
+    assert there.machine == "2 x Tesla T4"
+    assert there.rows == 25_000
+    assert 0 < there.predict < 3600, "a model of a million parameters"
+    assert here.predict > report.seconds["cell predict"]
+
+
+def test_notebook_goes_on_after_kills(package: Path) -> None:
+    report = run(package, "kill")
+    assert report.scored is not None
+    assert report.scored.both_orders == TEST_ROWS
+    assert "predict was killed" in (package / "rehearsal" / "executed-kill.ipynb").read_text()
+    assert alike(submission(package), submission(package, "kill"), tolerance=1e-5)
+
+
+@pytest.fixture(scope="module")
+def classical(top: Path) -> Path:
+    """A package of a bundle without a language model, for a machine without a GPU."""
+    return classical_package(top / "classical", machine_shape="None")
+
+
+def test_notebook_of_a_classical_bundle_gives_the_submission_of_predict(classical: Path, tmp_path: Path) -> None:
+    test, sample = files_of(classical.parent)
+    (report,) = rehearse(classical, Options(test=test, sample=sample, layouts=("flat",))).runs
+    assert_scores_as_here(classical, report, tmp_path)
+
+
+# --- what cheaper kernels show too -----------------------------------------------------------------
+
+
+@pytest.mark.thorough
+def test_server_gives_the_submission_of_predict(top: Path, tmp_path: Path) -> None:
+    package = random_package(top / "server", kernel_type="server")
+    test, sample = files_of(package.parent)
+    (report,) = rehearse(package, Options(test=test, sample=sample, layouts=("flat",))).runs
+    assert_scores_as_here(package, report, tmp_path)
+
+
+@pytest.mark.thorough
+def test_notebook_scores_what_fits_in_memory(package: Path) -> None:
+    report = run(package, "oom")
+    assert report.scored is not None
+    assert report.scored.both_orders + report.scored.one_order > TEST_ROWS / 2, "what fits is scored"
+
+
+@pytest.mark.thorough
+def test_notebook_ends_in_time_with_passes_that_are_too_slow(package: Path) -> None:
+    report = run(package, "slow")
+    assert report.speed == 1, "the machine's own slowness uses up nothing of the time"
+    assert report.deadline / 2 < report.notebook < 3600 * report.hours, "the passes used it up, and the end was in time"
+    assert report.scored is not None
+    assert report.scored.prior > 0, "there was no time for all"
+    scores = pl.read_parquet(package / "rehearsal" / "scores-slow.parquet")
+    prior = pl.read_csv(submission(package, "slow")).filter(pl.Series(scores["orders"] == 0))
+    assert prior.drop("id").unique().height == 1
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["null-rows", "extra-columns"])
+def test_notebook_scores_strange_test_files(package: Path, name: str) -> None:
+    report = run(package, name)
+    assert report.scored is not None
+    assert report.scored.both_orders == TEST_ROWS
+    assert alike(submission(package), submission(package, name)) is (name == "extra-columns")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["kill", "oom"])
+def test_notebook_of_a_classical_bundle_goes_on(classical: Path, name: str) -> None:
+    report = run(classical, name)
+    assert report.scored is not None
+    assert report.scored.both_orders + report.scored.one_order > TEST_ROWS / 2
+
+
+@pytest.mark.thorough
+def test_server_of_a_classical_bundle_gives_the_submission_of_predict(top: Path, tmp_path: Path) -> None:
+    package = classical_package(top / "classical-server", kernel_type="server", machine_shape="None")
+    test, sample = files_of(package.parent)
+    (report,) = rehearse(package, Options(test=test, sample=sample, layouts=("flat",))).runs
+    assert_scores_as_here(package, report, tmp_path)
