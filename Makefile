@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/pairclf demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +27,7 @@ import polars as pl
 from pairclf.config import Rules
 from pairclf.data.audit import audit
 from pairclf.data.rows import read_rows
-from pairclf.demo.arena import corpus
+from pairclf.demo.arena import generate
 from pairclf.task import LMSYS
 
 WORDS_PER_TOKEN = 0.75
@@ -40,7 +39,8 @@ WORDS_A_LINE = 17  # ten line breaks in 1,000 characters, as answers in chats ha
 def make(path: Path, rows: int, seed: int = 0) -> None:
     """Write the file."""
     random = np.random.default_rng(seed)
-    words = np.array(" ".join(islice(corpus(4_000, seed), 4_000)).split(), dtype=np.object_)
+    texts = (turn for row in generate(4_000, seed=seed).rows for turn in (*row.prompt, *row.response_a))
+    words = np.array(" ".join(map(str, texts)).split(), dtype=np.object_)
     words[::WORDS_A_LINE] += "\n"
     first = random.normal(size=rows)
     second = 0.65 * first + np.sqrt(1 - 0.65**2) * random.normal(size=rows)

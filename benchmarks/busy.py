@@ -1,6 +1,6 @@
 """Training on a CPU that other processes use too: what OpenMP's settings cost when it is free, and when it is not.
 
-    python benchmarks/busy.py [--steps 1] [--repetitions 5] [--loops 3] [--patience 60] [--quick]
+    python benchmarks/busy.py [--steps 1] [--repetitions 5] [--loops 3] [--patience 60] [--quick] [--idle | --start]
 
 Each arm is an environment in which a process trains the embedded Gemma-2 on the synthetic arena, NF4 QLoRA as
 `configs/demo/gemma2-tiny.yaml` has it. In every repetition each arm takes its steps once beside nothing and once beside
@@ -13,8 +13,15 @@ share if it takes `(t + n) / c` times as long as beside nothing (or as long, if 
 Other processes of the machine disturb the figures: before each turn up to `--patience` seconds are waited for a moment
 in which they leave the machine alone, and `others` is how many cores they used during the turns. `best_wall` compares
 the least disturbed turns beside nothing: with `--rows-per-step 1` and many repetitions some are short enough to be
-disturbed by nobody. The other ratios are medians over repetitions of ratios within one. The last line is one JSON
-object.
+disturbed by nobody. The other ratios are medians over repetitions of ratios within one, with their quartiles. The last
+line is one JSON object.
+
+`--idle` takes turns beside nothing alone, so that more repetitions fit into the time: a setting costs something where
+the quartiles of its `free` ratios lie above those of `default_again`.
+
+`--start` measures how a worker of a prediction starts, without a model: in a new interpreter (`spawn`, as with CUDA);
+from the fork server right after it was started, which imports meanwhile (`first`); and from one that has imported
+(`later`), as `predict` starts it before it hashes and tokenises.
 """
 
 from __future__ import annotations
@@ -25,18 +32,21 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 from pairclf.config import load_config
-from pairclf.packaging.sources import shipped
+from pairclf.packaging.own_files import shipped
 
 CPU, WALL = 0, 1  # of a turn
 CONFIG = "configs/demo/gemma2-tiny.yaml"
 ROWS = 512
+APPROACH = "pairclf.approaches.finetune.approach"
+STARTS = ("spawn", "first", "later")
 ARMS: dict[str, dict[str, str]] = {
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "passive"},
@@ -66,13 +76,20 @@ def work(pipe: Connection, rows_per_step: int) -> None:
     from pairclf.approaches.finetune.distributed import make_accelerator
     from pairclf.approaches.finetune.step import accumulate, make_examples, optimizer_step
     from pairclf.approaches.finetune.train import construct
-    from pairclf.data.rows import to_rows
     from pairclf.demo.arena import generate
     from pairclf.model.engine import build
     from pairclf.model.inputs import open_inputs
+    from pairclf.task import LMSYS, Row
 
-    config, _, builder = open_inputs(load_config(shipped(CONFIG), [f"train.global_batch_size={rows_per_step}"]))
-    rows = to_rows(generate(ROWS, seed=config.seed).frame, config.task)
+    config, _, builder, _ = open_inputs(load_config(shipped(CONFIG), [f"train.global_batch_size={rows_per_step}"]))
+    rows = [
+        Row(
+            row.id,
+            {name: getattr(row, name) for name in LMSYS.fields},
+            tuple(float(place == row.label) for place in range(3)),
+        )
+        for row in generate(ROWS, seed=config.seed).rows
+    ]
     accelerator = make_accelerator(config)
     classifier = build(config, accelerator.device)
     learner = construct(config, make_examples(rows, builder.encode(rows), config), classifier, accelerator)
@@ -85,7 +102,7 @@ def work(pipe: Connection, rows_per_step: int) -> None:
             step += 1
             outcome = accumulate(learner, members, step)
             assert outcome is not None
-            optimizer_step(learner, config.train.clip, outcome.loss)
+            optimizer_step(learner, config.train.max_grad_norm, outcome.loss)
         pipe.send(Taken(time.process_time() - start.cpu, time.perf_counter() - start.wall))
 
 
@@ -193,12 +210,13 @@ def measure(options: argparse.Namespace) -> Figures:
         assert ours.recv() == "ready"
         ours.send(1)  # warms up
         ours.recv()
-    figures: Figures = {name: {"free": [], "busy": []} for name in ARMS}
+    states = {"free": 0} if options.idle else {"free": 0, "busy": options.loops}
+    figures: Figures = {name: {state: [] for state in states} for name in ARMS}
     names = list(ARMS)
     for repetition in range(options.repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            for state, count in (("free", 0), ("busy", options.loops)):
+            for state, count in states.items():
                 taken = turn(workers[name][1], options, count)
                 figures[name][state].append(taken)
                 print(
@@ -212,8 +230,81 @@ def measure(options: argparse.Namespace) -> Figures:
     return figures
 
 
-def ratio(one: Sequence[Taken], other: Sequence[Taken], clock: int) -> float:
-    return round(median(x[clock] / y[clock] for x, y in zip(one, other, strict=True)), 3)
+def ratio(one: Sequence[Taken], other: Sequence[Taken], clock: int) -> list[float]:
+    """First quartile, median and third quartile of the ratios within a repetition."""
+    ratios = [x[clock] / y[clock] for x, y in zip(one, other, strict=True)]
+    return [round(value, 3) for value in (quantiles(ratios, n=4, method="inclusive") if ratios[1:] else ratios)]
+
+
+# --- how workers start -----------------------------------------------------------------------------------------------
+
+
+def load_nothing(assignment: Any) -> Any:
+    """Stands in for `load_bundle`: what is measured is all that comes before it, imports among it."""
+    from pairclf.approaches.protocol import Loaded
+
+    import_module(APPROACH)
+    return Loaded(None, "padded", "nothing")  # type: ignore[arg-type]
+
+
+def started(method: str) -> Taken:
+    """What it takes until a worker could load its model; the CPU seconds are those of all processes below this one."""
+    from pairclf.inference import pool as pools
+    from pairclf.inputs.sequences import LargestPass
+
+    before, start = children_seconds(), time.perf_counter()
+    if method == "spawn":
+        pools.warm_up = lambda modules: False
+    model = pools.WorkerModel(APPROACH, Path(), None, (), [], LargestPass(1, 1, 1))
+    pool = pools.ProcessPool([model], [("cpu",)], load=load_nothing)
+    if method == "later":
+        pool.load(0)
+        while not pool.wait(60):
+            pass  # the fork server has imported all
+        before, start = children_seconds(), time.perf_counter()
+    pool.load(0)
+    while not pool.wait(60):
+        pass
+    taken = Taken(children_seconds() - before, time.perf_counter() - start)
+    pool.close()
+    return taken
+
+
+def children_seconds() -> float:
+    """CPU seconds of the processes below this one that run now."""
+    table = {int(path.name): path for path in Path("/proc").iterdir() if path.name.isdecimal()}
+    parents = {}
+    for number, path in table.items():
+        with suppress(OSError):  # it has ended
+            parents[number] = int((path / "stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
+    below, found = {os.getpid()}, -1
+    while found != len(below):
+        found = len(below)
+        below |= {number for number, parent in parents.items() if parent in below}
+    return sum(seconds_of([number]) for number in below - {os.getpid()} if table[number].exists())
+
+
+def answer_started(pipe: Connection, method: str) -> None:
+    pipe.send(started(method))
+
+
+def measure_starts(options: argparse.Namespace) -> dict[str, Any]:
+    """Median CPU and wall seconds of each way to start a worker, in turns, each in a process of its own."""
+    figures: dict[str, list[Taken]] = {method: [] for method in STARTS}
+    context = multiprocessing.get_context("spawn")
+    for _ in range(options.repetitions):
+        for method in STARTS:
+            wait_for_peace(options.patience)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=answer_started, args=(theirs, method))
+            process.start()
+            figures[method].append(ours.recv())
+            process.join()
+            print(f"{method:13s} {figures[method][-1].cpu:6.2f} CPU-s {figures[method][-1].wall:6.2f} s", flush=True)
+    return {
+        method: {"cpu": median(turn.cpu for turn in turns), "wall": round(median(turn.wall for turn in turns), 2)}
+        for method, turns in figures.items()
+    }
 
 
 def least(turns: Sequence[Taken]) -> float:
@@ -228,13 +319,19 @@ def main() -> None:
     parser.add_argument("--loops", type=int, default=3, help="processes beside which it is busy")
     parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a quiet moment before a turn")
     parser.add_argument("--quick", action="store_true", help="small steps, once: does it run?")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--idle", action="store_true", help="turns beside nothing alone")
+    only.add_argument("--start", action="store_true", help="how workers start")
     options = parser.parse_args()
     if options.quick:
         options.steps, options.rows_per_step, options.repetitions, options.loops, options.patience = 1, 4, 1, 1, 0
+    if options.start:
+        print(json.dumps(measure_starts(options)))
+        return
     figures = measure(options)
     cores = len(os.sched_getaffinity(0))
     result: dict[str, Any] = {"cores": cores, "loops": options.loops}
-    for state in ("free", "busy"):
+    for state in figures["default"]:
         result[f"others_{state}"] = round(median(taken.others for arm in figures.values() for taken in arm[state]), 2)
     default = figures["default"]
     for name, arm in figures.items():
@@ -243,11 +340,14 @@ def main() -> None:
             "best_wall": round(least(arm["free"]) / least(default["free"]), 3),
             "free_wall": ratio(arm["free"], default["free"], WALL),
             "free_cpu": ratio(arm["free"], default["free"], CPU),
-            "busy_wall": ratio(arm["busy"], default["busy"], WALL),
-            "busy_cpu": ratio(arm["busy"], default["busy"], CPU),
-            "slower_busy": ratio(arm["busy"], arm["free"], WALL),
-            "fair": max(1.0, round((threads + options.loops) / cores, 2)),
         }
+        if not options.idle:
+            result[name] |= {
+                "busy_wall": ratio(arm["busy"], default["busy"], WALL),
+                "busy_cpu": ratio(arm["busy"], default["busy"], CPU),
+                "slower_busy": ratio(arm["busy"], arm["free"], WALL),
+                "fair": max(1.0, round((threads + options.loops) / cores, 2)),
+            }
         print(f"{name:13s} " + ", ".join(f"{title} {value}" for title, value in result[name].items()))
     print(json.dumps(result))
 

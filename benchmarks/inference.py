@@ -465,7 +465,7 @@ def remember(folder: Path, options: argparse.Namespace, layout: str, budget: int
     """A process that foretells its peak, scores 4 rows, then 16; answers the three peaks in bytes."""
     from pairclf.inputs.sequences import LargestPass
     from pairclf.model.device_memory import peak_memory
-    from pairclf.model.memory import footprint
+    from pairclf.model.prediction_memory import footprint
 
     torch.set_num_threads(1)
     quiet()

@@ -200,7 +200,7 @@ def pairclf_arm(layout: str) -> Callable[[Path, Rows, argparse.Namespace], Arm]:
                 budget = config.train.tokens_per_batch
                 outcome = accumulate(learner, np.array(step), number, budget)
                 assert outcome is not None
-                optimizer_step(learner, config.train.clip, outcome.loss)
+                optimizer_step(learner, config.train.max_grad_norm, outcome.loss)
                 losses.append(outcome.loss)
             return losses
 

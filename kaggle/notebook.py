@@ -51,6 +51,7 @@ MEMBERS = "{{members}}"  # what predicts: these, or an ensemble's file
 STANDALONE = "{{standalone}}"  # bundles that need no base model
 BASE = "{{base}}"  # owner/model/framework/instance/version, or owner/slug of a dataset; empty: in the bundles
 PRIOR = "{{prior}}"  # by column of the submission
+SETTINGS = "{{settings}}"  # of the test's and the submission's columns
 TRUST = "{{trust}}"  # flags that `pairclf package` was given, and that the commands below are given
 GPUS = "{{gpus}}"
 DEADLINE = "{{deadline}}"  # seconds from now on
@@ -329,7 +330,7 @@ until = STARTED + DEADLINE / SPEED
 RESTARTS = 5
 last = (DEADLINE + max(DEADLINE, LIMIT)) / 2  # seconds; whoever has not ended by then hangs
 if not lacking:
-    members = [bundles / name for name in MEMBERS]
+    members = [*(bundles / name for name in MEMBERS), *SETTINGS]
     end = datetime.fromtimestamp(until, UTC).isoformat()
     options = ["--data", test, "--sample", sample, "--out", "submission.csv", "--scores", "scores.parquet"]
     for _ in range(1 + RESTARTS):
@@ -419,9 +420,8 @@ if not lacking:
 
         members, left = [bundles / name for name in MEMBERS], STARTED + DEADLINE / SPEED - time.time()
         trust = Trust(remote_code=bool(TRUST), linked_files=True)
-        server = Server(
-            members, base=base, seconds=left, rows=ROWS, batch_seconds=300 / SPEED, strict=not RERUN, trust=trust
-        )
+        limits = {"seconds": left, "rows": ROWS, "batch_seconds": 300 / SPEED}
+        server = Server(members, base=base, overrides=SETTINGS, strict=not RERUN, trust=trust, **limits)
     except Exception as error:
         if not RERUN:
             raise

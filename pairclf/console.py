@@ -8,19 +8,45 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import IO, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Task as ProgressTask
 from rich.table import Column, Table
 
+
+class CopiedConsole(Console):
+    """A console whose lines can go to a file too.
+
+    Attributes:
+        copy: the file's console; None: there is no file.
+    """
+
+    copy: Console | None = None
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **options)
+        if self.copy is not None:
+            self.copy.print(*objects, **options)
+
+
 # Ids, paths and class names come from users and may hold brackets, so markup is off.
-console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+console = CopiedConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
 stdout = Console(highlight=False, markup=False, soft_wrap=True)
 
 LOG_SECONDS = 60.0
 """Seconds between two progress lines if the output is not a terminal: the log of a notebook, a file."""
+
+
+@contextmanager
+def copied_to(file: IO[str]) -> Iterator[None]:
+    """Write to the file what goes to `console`."""
+    console.copy = Console(file=file, width=120, highlight=False, markup=False, soft_wrap=True)
+    try:
+        yield
+    finally:
+        console.copy = None
 
 
 class Advance(Protocol):

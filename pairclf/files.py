@@ -22,7 +22,8 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -335,20 +336,34 @@ def parsed(text: str | bytes) -> Any:
         raise ValueError("its lists and objects lie too deep in each other") from error
 
 
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in chunks of 1 MiB."""
+def sha256_file(path: Path, between: Callable[[], object] = lambda: None) -> str:
+    """Hex SHA-256 of a file's bytes, read in chunks of 1 MiB; `between` is called before each, and may raise."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
+            between()
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def sha256_tree(folder: Path, *, without: frozenset[str] = frozenset()) -> dict[str, str]:
+def sha256_tree(
+    folder: Path, *, without: frozenset[str] = frozenset(), between: Callable[[], object] = lambda: None
+) -> dict[str, str]:
     """`{relative posix path: hex SHA-256}` of every file under `folder`, sorted, less the paths in `without`."""
     files = (entry for entry in sorted(folder.rglob("*")) if entry.is_file())
     names = ((entry, entry.relative_to(folder).as_posix()) for entry in files)
-    return {name: sha256_file(entry) for entry, name in names if name not in without}
+    return {name: sha256_file(entry, between) for entry, name in names if name not in without}
+
+
+ZIP_EPOCH = 1_580_601_600
+"""2020-02-02 in seconds since 1970: the date in archives, so that the same files give the same bytes."""
+
+
+def zip_member(name: str) -> zipfile.ZipInfo:
+    """An archive's member with a fixed date and fixed permissions."""
+    member = zipfile.ZipInfo(name, date_time=(2020, 2, 2, 0, 0, 0))
+    member.external_attr = 0o644 << 16
+    return member
 
 
 # --- what another person wrote ---------------------------------------------------------------------------------------

@@ -41,22 +41,6 @@ class Profile:
         return self.count * self.flops / 1e12
 
 
-_KAGGLE = "loading at 200 MB/s is a guess"
-_T4 = Profile("Tesla T4", 1, 24e12, 300e9, 15 * GIB, 2e8, f"24 TFLOP/s under its 70 W cap, measured; {_KAGGLE}")
-
-PROFILES = {
-    "t4": _T4,
-    "t4x2": replace(_T4, count=2),
-    "l4x4": Profile("NVIDIA L4", 4, 48e12, 300e9, 22 * GIB, 2e8, f"40% of the data sheet's peak; {_KAGGLE}"),
-    "a100": Profile("NVIDIA A100 80GB", 1, 200e12, 2.0e12, 79 * GIB, 1e9, "64% of the data sheet's peak"),
-    "h100": Profile("NVIDIA H100", 1, 500e12, 3.3e12, 79 * GIB, 1e9, "50% of the data sheet's peak"),
-    "h200": Profile("NVIDIA H200", 1, 500e12, 4.8e12, 139 * GIB, 1e9, "50% of the data sheet's peak"),
-}
-"""Profiles for `forecast --device`. On the machine itself, `--device here` gives a better forecast."""
-
-SUSTAINED = {"cuda": _T4.flops, "cpu": 3e10}
-"""Operations a second that a worker is taken to do before it made a pass: a T4's, and those of a CPU's core."""
-
 PEAK: dict[str, float] = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -68,6 +52,8 @@ PEAK: dict[str, float] = {
     "A100": 312e12,
     "A10G": 70e12,
     "A10": 125e12,
+    "RTX PRO 6000": 480e12,
+    "RTX 5090": 209.5e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "L4": 121e12,
@@ -78,8 +64,37 @@ PEAK: dict[str, float] = {
 """Peak FLOP/s at 16 bits, dense, accumulated in float32, by the words of a GPU's name; the first that is in it counts.
 
 From NVIDIA's data sheets (which state twice as much where "with sparsity" is written) and, for the RTX cards, the
-Ampere and Ada white papers. P100 has no tensor cores: its plain float16.
+Ampere, Ada and Blackwell white papers; RTX PRO 6000 is the Server Edition, as Kaggle has it (Workstation Edition:
+504e12). P100 has no tensor cores: its plain float16.
 """
+
+
+_KAGGLE = "loading at 200 MB/s is a guess"
+_T4 = Profile("Tesla T4", 1, 24e12, 300e9, 15 * GIB, 2e8, f"24 TFLOP/s under its 70 W cap, measured; {_KAGGLE}")
+
+
+def _of_data_sheet(gpu: str, bandwidth: float, gib: int) -> Profile:
+    """A GPU that nobody has measured here: half of its peak, and its data sheet's bandwidth and memory."""
+    source = "data sheet: half of its peak, its bandwidth and memory; loading at 1 GB/s is a guess"
+    return Profile(f"NVIDIA {gpu}", 1, PEAK[gpu] / 2, bandwidth, gib * GIB, 1e9, source)
+
+
+PROFILES = {
+    "t4": _T4,
+    "t4x2": replace(_T4, count=2),
+    "l4x4": Profile("NVIDIA L4", 4, 48e12, 300e9, 22 * GIB, 2e8, f"40% of the data sheet's peak; {_KAGGLE}"),
+    "a100": Profile("NVIDIA A100 80GB", 1, 200e12, 2.0e12, 79 * GIB, 1e9, "64% of the data sheet's peak"),
+    "h100": Profile("NVIDIA H100", 1, 500e12, 3.3e12, 79 * GIB, 1e9, "50% of the data sheet's peak"),
+    "h200": Profile("NVIDIA H200", 1, 500e12, 4.8e12, 139 * GIB, 1e9, "50% of the data sheet's peak"),
+    "3090": _of_data_sheet("RTX 3090", 936e9, 23),
+    "4090": _of_data_sheet("RTX 4090", 1008e9, 23),
+    "5090": _of_data_sheet("RTX 5090", 1792e9, 31),
+    "rtxpro6000": _of_data_sheet("RTX PRO 6000", 1597e9, 94),
+}
+"""Profiles for `forecast --device`. On the machine itself, `--device here` gives a better forecast."""
+
+SUSTAINED = {"cuda": _T4.flops, "cpu": 3e10}
+"""Operations a second that a worker is taken to do before it made a pass: a T4's, and those of a CPU's core."""
 
 
 def peak_of_name(name: str) -> float | None:
@@ -107,7 +122,7 @@ class Machine:
 MACHINES = {
     "NvidiaTeslaT4": Machine("two T4 with 16 GB each", 2, 4, 29, 20, "t4x2"),
     "NvidiaL4": Machine("four L4 with 24 GB each, in some competitions", 4, 48, 192, 20, "l4x4"),
-    "NvidiaRtxPro6000": Machine("one RTX PRO 6000 with 96 GB, in some competitions", 1, 48, 180, 20),
+    "NvidiaRtxPro6000": Machine("one RTX PRO 6000 with 96 GB, in some competitions", 1, 48, 180, 20, "rtxpro6000"),
     "None": Machine("no accelerator", 0, 4, 29, 20),
 }
 """`machine_shape`, in the client's words (`kernels push --accelerator`). TPUs are left out: nothing here runs on them.

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
 from rich.console import Group
 
-from pairclf.config import Config
+from pairclf.bundles.bundle import Bundle
+from pairclf.config import Config, deciding_settings, setting_changes
 from pairclf.console import console
 from pairclf.data.audit import ACROSS_ROWS, Finding, clean, exclude_overlap, note_changes
-from pairclf.data.folds import assert_apart, assert_no_leak, make_folds, read_folds, report, write_folds
+from pairclf.data.folds import assert_apart, assert_no_leak, draw_rows, make_folds, read_folds, report, write_folds
+from pairclf.data.formats import check_is_file, expand
 from pairclf.data.rows import read_rows, scan_rows
 from pairclf.errors import ConfigError, DataError
-from pairclf.files import locked
+from pairclf.files import MAX_JSON, locked, parsed, read_plain
 from pairclf.inputs.cache import Frames
+from pairclf.scores.metrics import METRICS
 
 FOLDS, OOF, OOF_AB, OOF_LOGITS = "folds.csv", "oof.parquet", "oof-ab.parquet", "oof-logits.parquet"
 BUNDLE = "bundle"
+TRAINED, LOG = "trained.json", "log.txt"
+TRAINING = "training"
+"""Key of `trained.json`: what is known of the training besides its identity, such as its duration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,42 +61,146 @@ def output_of(config: Config) -> Path:
     return config.output_dir
 
 
-def bundles_of(config: Config) -> list[Path]:
-    """The bundles of the run's folds, in order; without folds, the bundle that was trained on all rows.
+def check_folds(config: Config, folds: Sequence[int]) -> None:
+    """Raises `ConfigError` if a fold is named twice, or does not exist."""
+    if len(set(folds)) < len(folds):
+        raise ConfigError(f"folds {list(folds)} names a fold twice")
+    if unknown := [fold for fold in folds if not 0 <= fold < config.folds.n_splits]:
+        raise ConfigError(
+            f"fold {unknown[0]} does not exist: folds are counted from 0 and folds.n_splits={config.folds.n_splits}"
+        )
+
+
+def variant_name(settings: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The name of a run folder for a variant of a run, from the settings that differ.
+
+    >>> variant_name({"train.learning_rate": 5e-4, "seed": 1}, ["train.learning_rate", "seed"])
+    'learning_rate-0.0005_seed-1'
+    """
+    text = "_".join(f"{name.rpartition('.')[2]}-{settings[name]}" for name in names)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:80].strip("-._")
+
+
+def bundles_of(config: Config, folds: Sequence[int] = ()) -> list[Path]:
+    """The bundles of these folds; without any, of all folds of the run that have one, or the one trained on all rows.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or as `check_folds`.
     """
+    check_folds(config, folds)
     output = output_of(config)
-    folds = [path for fold in range(config.folds.n_splits) if (path := Paths(output, fold).bundle).is_dir()]
-    bundles = folds or [path for path in [Paths(output, None).bundle] if path.is_dir()]
+    if missing := [fold for fold in folds if not Paths(output, fold).bundle.is_dir()]:
+        raise ConfigError(
+            f"{Paths(output, missing[0]).bundle} does not exist",
+            remedy=f"run `pairclf train CONFIG --fold {missing[0]}` first",
+        )
+    if folds:
+        return [Paths(output, fold).bundle for fold in folds]
+    trained = [path for fold in range(config.folds.n_splits) if (path := Paths(output, fold).bundle).is_dir()]
+    bundles = trained or [path for path in [Paths(output, None).bundle] if path.is_dir()]
     if not bundles:
         raise ConfigError(f"{output} holds no bundle", remedy="run `pairclf cv CONFIG` or `pairclf train CONFIG` first")
     return bundles
 
 
-def labelled_rows(config: Config) -> pl.DataFrame:
-    """The canonical table of `data.train`, without `exclude_overlap` rows, cleaned by `data.rules`.
+def trained_as(paths: Paths) -> dict[str, Any]:
+    """What `trained.json` says of a finished training: its identity (`Trainer.identity`), and `TRAINING`.
+
+    Empty if there is no finished training, or the file is damaged.
+    """
+    try:
+        read: Any = parsed(read_plain(paths.folder / TRAINED, MAX_JSON))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def refuse_mixed_folds(run: Path, settings: Mapping[int, Mapping[str, Any]]) -> None:
+    """Refuse folds of one run that were trained with different settings, by their number.
+
+    Raises:
+        ConfigError: it names two folds and the settings that differ.
+    """
+    first = next(iter(settings), 0)
+    for fold in settings:
+        if differing := setting_changes(settings[fold], settings[first]):
+            raise ConfigError(
+                f"folds {first} and {fold} of one run were trained with different settings: fold {fold} with "
+                f"{', '.join(differing.values())}",
+                where=run,
+                remedy="train them with the same settings (--no-resume replaces a fold), each kind in a run folder of "
+                "its own: output_dir=FOLDER",
+            )
+
+
+def refuse_mixed_bundles(bundles: Sequence[Bundle]) -> None:
+    """`refuse_mixed_folds` for the bundles that lie in their run folder; those of different runs may differ."""
+    runs: dict[Path, dict[int, Mapping[str, Any]]] = {}
+    for bundle in bundles:
+        paths = Paths(bundle.folder.parent.parent, bundle.manifest.fold)
+        if paths.fold is not None and bundle.folder == paths.bundle:
+            runs.setdefault(paths.output.resolve(), {})[paths.fold] = deciding_settings(bundle.config)
+    for run, settings in runs.items():
+        refuse_mixed_folds(run, settings)
+
+
+def out_of_fold_metric(bundles: Sequence[Bundle], metric: str) -> float | None:
+    """The metric over the rows of all folds, by their weights, where each bundle held out a fold of its own.
+
+    None: it is not known, or no mean over rows.
+    """
+    if metric not in METRICS or not METRICS[metric].by_row:
+        return None
+    folds = [bundle.manifest.fold for bundle in bundles]
+    figures = [bundle.manifest.metrics for bundle in bundles]
+    if (
+        None in folds
+        or len(set(folds)) < len(folds)
+        or not all({"weight", metric} <= fold_figures.keys() for fold_figures in figures)
+    ):
+        return None
+    return float(
+        np.average(
+            [fold_figures[metric] for fold_figures in figures],
+            weights=[fold_figures["weight"] for fold_figures in figures],
+        )
+    )
+
+
+def check_files(config: Config, data: Path | None = None) -> None:
+    """Whether the files of `data.train` are there, or another one, before anything that takes time.
 
     Raises:
         ConfigError: `data.train` is empty.
-        DataError: as `read_rows` and `clean`; or no row is left.
+        DataError: a file is missing, or a glob matches none.
+    """
+    if not config.data.train and data is None:
+        raise ConfigError("data.train names no file", remedy="e.g. data.train=[train.csv]")
+    names = [data] if data else [name for source in config.data.sources for name in source.files]
+    for path in expand(names):
+        check_is_file(path)
+
+
+def labelled_rows(config: Config) -> pl.DataFrame:
+    """The canonical table of `data.train`, without `exclude_overlap` rows, cleaned by `data.rules`; or a sample of it.
+
+    Raises:
+        ConfigError, DataError: as `check_files`, `read_rows` and `clean`; or no row is left.
     """
     data, task = config.data, config.task
-    if not data.train:
-        raise ConfigError("data.train names no file", remedy="e.g. data.train=[train.csv]")
-    frame = read_rows(data.sources, task, labelled=True, max_rows=data.max_rows)
-    if (
-        len(frame) == data.max_rows
-        and any(source.train_only for source in data.train)
-        and not frame["train_only"].any()
-    ):
+    check_files(config)
+    head = data.max_rows if data.sampling == "head" else None
+    frame = read_rows(data.sources, task, labelled=True, max_rows=head, group=config.folds.group)
+    if len(frame) == head and any(source.train_only for source in data.train) and not frame["train_only"].any():
         console.print(f"note: data.max_rows={data.max_rows} leaves no room for train_only rows, which are read last")
-    frame, excluded = exclude_overlap(frame, data.sources, task, config.folds.near_duplicate_threshold)
+    near, columns = config.folds.near_duplicate_threshold, data.test.columns
+    frame, excluded = exclude_overlap(frame, data.sources, task, near, columns=columns)
     frame, findings = clean(frame, task, data.rules, labelled=True)
     note_changes([*excluded, *findings])
     if frame.is_empty():
         raise DataError("no row of data.train is left", remedy="look at data.rules and at exclude_overlap")
+    if data.max_rows is not None and len(frame) > data.max_rows:
+        frame = draw_rows(frame, task, data.max_rows, config.seed)
     return frame
 
 
@@ -121,6 +233,12 @@ def remake_folds(config: Config) -> Group:
     """Replace the run's folds, and report on the new ones."""
     frame = labelled_rows(config)
     return report(folds_of(config, frame, renew=True), frame, config.task)
+
+
+def check_rows(config: Config, folds: Sequence[int]) -> None:
+    """`check_folds` and `check_files`: what is mistyped shows at once, and not after slow imports."""
+    check_folds(config, folds)
+    check_files(config)
 
 
 class Split(NamedTuple):
@@ -161,10 +279,7 @@ class Run:
             LeakError: a prompt is on both sides, exactly or nearly; train_only rows are compared with all folds.
         """
         settings, task = self.config.folds, self.config.task
-        if unknown := [fold for fold in folds if not 0 <= fold < settings.n_splits]:
-            raise ConfigError(
-                f"fold {unknown[0]} does not exist: folds are counted from 0 and folds.n_splits={settings.n_splits}"
-            )
+        check_folds(self.config, folds)
         if self._proven.issuperset(folds):
             return
         assert_no_leak(self.frame, self.folds, folds, task, settings.near_duplicate_threshold)
@@ -203,28 +318,42 @@ def sides(frame: pl.DataFrame, folds: pl.DataFrame, fold: int) -> tuple[pl.DataF
 def chunks_of(config: Config, data: Path | None) -> Frames:
     """The rows of `data.train` as `train` reads them, or of an unlabelled file as `predict` reads them, in chunks.
 
-    Only one chunk is in memory, unless a rule or `exclude_overlap` compares rows.
+    Only one chunk is in memory, unless a rule or `exclude_overlap` compares rows, or a sample of them is drawn.
     """
+    check_files(config, data)
     if data:
         return unlabelled(config, data)
-    task, rules = config.task, config.data.rules
+    task, rules, settings = config.task, config.data.rules, config.data
     together = any(getattr(rules, rule) in ("fix", "drop") for rule in ACROSS_ROWS)
-    if together or any(source.exclude_overlap for source in config.data.sources):
+    drawn = settings.max_rows is not None and settings.sampling == "stratified"
+    if together or drawn or any(source.exclude_overlap for source in settings.sources):
         return labelled_rows(config).iter_slices
-    return lambda: (
-        clean(chunk, task, rules, labelled=True)[0]
-        for chunk in scan_rows(config.data.sources, task, labelled=True, max_rows=config.data.max_rows)
-    )
+    scan = partial(scan_rows, labelled=True, max_rows=settings.max_rows, group=config.folds.group)
+    return lambda: (clean(chunk, task, rules, labelled=True)[0] for chunk in scan(settings.sources, task))
 
 
-def unlabelled(config: Config, data: Path, note: Callable[[list[Finding]], None] = lambda findings: None) -> Frames:
-    """The rows of a test file, repaired by `data.rules`, in chunks; `note` receives the findings of each chunk."""
-    task, rules = config.task, config.data.rules
+def unlabelled(
+    config: Config,
+    data: Path,
+    note: Callable[[list[Finding]], object] = lambda findings: None,
+    original: Callable[[pl.DataFrame], object] = lambda chunk: None,
+) -> Frames:
+    """The rows of a test file, repaired by `data.rules`, in chunks.
+
+    Args:
+        config: `task` and `data.rules`.
+        data: the file.
+        note: receives the findings of each chunk.
+        original: receives each chunk before it is repaired.
+    """
+    task, rules, source = config.task, config.data.rules, config.data.unlabelled(data)
     # Repeated ids can only be fixed with the whole file in memory; without `fix`, later checks find them.
     whole = rules.duplicate_id == "fix"
 
     def frames() -> Iterator[pl.DataFrame]:
-        for chunk in [read_rows([data], task, labelled=False)] if whole else scan_rows([data], task, labelled=False):
+        chunks = [read_rows([source], task, labelled=False)] if whole else scan_rows([source], task, labelled=False)
+        for chunk in chunks:
+            original(chunk)
             frame, findings = clean(chunk, task, rules, labelled=False)
             note(findings)
             yield frame

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask a process to end. A terminal, or a queue of jobs, sends them to all processes of a command."""
+
 Handler = Callable[[int, FrameType | None], object]
 
 
@@ -64,5 +67,11 @@ def signals(clock: Callable[[], float] = time.monotonic) -> Iterator[Signals]:
             raise KeyboardInterrupt
         caught.received, first = number, min(first, clock())
 
-    with answering((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), note):
+    with answering(ENDING, note):
         yield caught
+
+
+def leave_to_parent() -> None:
+    """Ignore them in a process that works for another, which handles them and ends it."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pairclf.errors import quoted
 
@@ -23,6 +23,19 @@ _BESIDE_CLASSES = {"orders", "models", "seen", "prompt", "row_hash"}  # columns 
 Kind = Literal["binary", "multiclass", "multilabel"]
 """The kind of a task: one of two classes, one of several, or any number of labels. A metric applies to some kinds."""
 
+
+def _as_label(value: Any) -> Any:
+    """A number or boolean of a YAML file as the text that files have: `0`, `true`; whole floats lose their `.0`."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, int | float) else value
+
+
+Label = Annotated[str, BeforeValidator(_as_label)]
+"""A class or a label of a file, which YAML may hold as a number or a boolean."""
+
 Turns = tuple[str | None, ...]
 """The turns of one field; `None` (the file had a null) is kept apart from `""`."""
 
@@ -32,14 +45,13 @@ class Row:
     """One comparison, or one text, as read from the tables.
 
     `target` holds a probability per class, in the task's class order, or is `None` without a label.
-    `weight` is the row's weight in the loss; `group` names the rows that must stay in one fold.
+    `weight` is the row's weight in the loss.
     """
 
     id: str
     fields: Mapping[str, Turns]
     target: tuple[float, ...] | None = None
     weight: float = 1.0
-    group: str | None = None
 
 
 class Task(BaseModel):
@@ -55,7 +67,7 @@ class Task(BaseModel):
     fields: tuple[str, ...] = Field(
         min_length=1, description="text columns, in the order in which the model reads them"
     )
-    classes: tuple[str, ...] = Field(min_length=1, description="class names; the order of every score column")
+    classes: tuple[Label, ...] = Field(min_length=1, description="class names; the order of every score column")
     label_column: str | None = Field(
         default=None, description="column with the class name; null: a column with the probability of each class"
     )
@@ -64,15 +76,18 @@ class Task(BaseModel):
         default=False, description="a row can have several classes (sigmoid, no softmax, no swap)"
     )
     metric: str = Field(default="log_loss", description="metric of the leaderboard: one of docs/training.md")
-    swap_fields: tuple[str, str] | None = Field(default=None, description="the two fields that a swap exchanges")
-    swap_classes: tuple[str, str] | None = Field(default=None, description="the two classes that a swap exchanges")
+    swap_fields: tuple[str, str] | None = Field(
+        default=None, description="the two fields that a swap exchanges; null: the task has no two sides"
+    )
+    swap_classes: tuple[Label, Label] | None = Field(default=None, description="the two classes that a swap exchanges")
     extra_columns: tuple[str, ...] = Field(
         default=(), description="further columns of the competition's files; they are not read"
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Task:
-        for name, values in (("fields", self.fields), ("classes", self.classes)):
+        for name in ("fields", "classes", "swap_fields", "swap_classes"):
+            values = getattr(self, name) or ()
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} {list(values)} name one thing twice")
         if taken := (_OWN_WORDS & {*self.fields, *self.classes}) | (_BESIDE_CLASSES & {*self.classes}):
@@ -85,6 +100,19 @@ class Task(BaseModel):
             raise ValueError(f"swap_classes {list(self.swap_classes)} must be among classes {list(self.classes)}")
         if self.multi_label and (self.label_column or self.swap_fields):
             raise ValueError("multi_label needs one column a class, and knows no swap")
+        if len(self.classes) == 1 and not self.multi_label:
+            raise ValueError(
+                f"classes {list(self.classes)} name one class, which every row would have; for a label with yes and no "
+                "name two classes (such as classes: [no, yes]) and the label_column; or, for one column of 0 and 1 "
+                "with the name of the label, set multi_label: true"
+            )
+        if len(self.fields) > 1 and not self.multi_label and "swap_fields" not in self.model_fields_set:
+            raise ValueError(
+                f"fields {list(self.fields)} are several, and swap_fields is not set. If two of them are the sides of "
+                "a comparison, name these and the classes of their victories (such as swap_fields: [answer_1, "
+                "answer_2], swap_classes: [first, second]); otherwise set swap_fields: null: rows then share a fold "
+                "where all fields are nearly equal, or where the column folds.group is equal (docs/tasks.md)"
+            )
         return self
 
     @property

@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from pretraining_corpus import HEADINGS, VERDICT, corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import (
@@ -28,7 +29,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pairclf.demo.arena import HEADINGS, VERDICT, corpus
 from pairclf.files import atomic_folder, write_json
 
 CORPUS_SEED = 20_240_501  # of no arena that the demo or a test draws; a corpus stream has its own seeds besides

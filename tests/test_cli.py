@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests_support import make_rows, write_csv
 from typer.main import get_command
 
 from pairclf import __version__
@@ -89,12 +90,7 @@ WITH_CONFIG = {
 @pytest.mark.parametrize(("command", "arguments"), [*WITH_PATHS.items(), *WITH_CONFIG.items()])
 @pytest.mark.parametrize(
     ("option", "form"),
-    [
-        (["--set", "seed=1"], "KEY=VALUE"),
-        (["--set=seed=1"], "KEY=VALUE"),
-        (["--train.batch-size", "2"], "train.batch_size=VALUE"),
-        (["--owner", "me"], "package.owner=VALUE"),
-    ],
+    [(["--train.batch-size", "2"], "train.batch_size=VALUE"), (["--owner", "me"], "package.owner=VALUE")],
 )
 def test_settings_given_as_options_are_refused_with_the_right_form(
     cli: Callable[..., tuple[int, str]], command: str, arguments: list[str], option: list[str], form: str
@@ -145,6 +141,77 @@ def test_check_names_every_preset(cli: Callable[..., tuple[int, str]]) -> None:
 
 def test_version_is_printed(cli: Callable[..., tuple[int, str]]) -> None:
     assert cli("--version") == (0, f"pairclf {__version__}")
+
+
+TYPOS: dict[str, list[str]] = {
+    "verify nosuch": ["no bundle"],
+    "predict run --data rows.csv": ["below it: run/fold0/bundle"],
+    "predict nosuch --data rows.csv": ["no bundle"],
+    "predict nosuch --data nosuch.csv": ["no such file"],
+    "forecast nosuch --data rows.csv": ["no bundle"],
+    "package nosuch": ["can't be read"],
+    "runs nosuch": ["no finished training"],
+    "train c.yaml --fold 9": ["fold 9 does not exist"],
+    "train c.yaml --fold 0 --fold 1": ["takes one fold", "pairclf cv CONFIG --fold 0 --fold 1"],
+    "train c.yaml data.train=[nosuch.csv]": ["no such file"],
+    "cv c.yaml --fold 0 --fold 9": ["fold 9 does not exist"],
+    "cv c.yaml --fold 1 --fold 1": ["a fold twice"],
+    "evaluate c.yaml": ["holds no out-of-fold scores", "run `pairclf cv CONFIG` first"],
+    "evaluate c.yaml --fold 9": ["fold 9 does not exist"],
+    "evaluate c.yaml --fold 0": ["holds no out-of-fold scores", "run `pairclf cv CONFIG` first"],
+    "evaluate c.yaml --fold 0 --scores x": ["give only one"],
+    "merge c.yaml --out x --fold 1": ["run/fold1/bundle does not exist", "--fold 1` first"],
+    "merge c.yaml --out x --average slerp": ["'slerp' is not one of 'exact', 'factors'"],
+    "export c.yaml --out x --to int4": ["'int4' is not one of"],
+    "export c.yaml --out x --to int8 --fold 9": ["fold 9 does not exist"],
+    "export c.yaml --out x --to int8 --bundle nosuch": ["no bundle"],
+    "show c.yaml --row nosuch": ["no row has this id"],
+    "lengths c.yaml --at many": ["no list of whole numbers"],
+    "lengths c.yaml --data nosuch.csv": ["no such file"],
+    "pseudo c.yaml --data nosuch --scores nosuch": ["no such file"],
+}
+"""Mistyped commands, and what their errors say."""
+
+MISTYPED = """
+import sys
+from pairclf.cli import main
+
+for command in sys.argv[1:]:
+    print("COMMAND", command, flush=True)
+    sys.argv = ["pairclf", *command.split()]
+    try:
+        main()
+    except SystemExit as end:
+        print("EXIT", end.code, flush=True)
+print("LOADED", [name for name in ("torch", "transformers", "datasets", "scipy", "sklearn") if name in sys.modules])
+"""
+
+
+def test_typing_errors_are_found_before_slow_imports(tmp_path: Path) -> None:
+    write_csv(tmp_path / "rows.csv", make_rows(6))
+    (tmp_path / "c.yaml").write_text("output_dir: run\ndata: {train: rows.csv}\n")
+    (tmp_path / "run/fold0/bundle").mkdir(parents=True)
+    (tmp_path / "run/fold0/bundle/bundle.json").write_text("{}")
+    ended = subprocess.run(
+        [sys.executable, "-c", MISTYPED, *TYPOS],
+        cwd=tmp_path, env=os.environ | {"COLUMNS": "200"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        check=True,
+    )  # fmt: skip
+    *outputs, last = re.split(r"COMMAND |(?=LOADED)", ended.stdout)[1:]
+    assert last.strip() == "LOADED []"
+    for (command, words), said in zip(TYPOS.items(), outputs, strict=True):
+        assert said.startswith(command)
+        assert "EXIT 2" in said, said
+        assert [part for part in words if part not in " ".join(said.split())] == [], said
+
+
+def test_settings_are_set_with_an_option_too(tmp_path: Path, cli: Callable[..., tuple[int, str]]) -> None:
+    (tmp_path / "a.yaml").write_text("task: wsdm\n")
+    code, text = cli("config", "--set", "seed=41", tmp_path / "a.yaml", "--set=train.max_steps=7", "train.swap=none")
+    assert code == 0
+    assert [part for part in ("seed: 41 ", "max_steps: 7 ", 'swap: "none" ') if part not in text] == []
+    code, text = cli("config", tmp_path / "a.yaml", "--set", "seed")
+    assert (code, "--set seed is no setting" in text) == (2, True)
 
 
 WAITING = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from pairclf.config import (
     run_folder,
     settings,
 )
+from pairclf.config.renamed import ELSEWHERE
 from pairclf.errors import ConfigError
 from pairclf.inference.ensemble import read_ensemble
 
@@ -79,6 +81,31 @@ def test_a_former_key_is_refused_and_the_error_names_todays(former: str, new: st
 def test_a_misspelt_former_key_leads_to_todays() -> None:
     with pytest.raises(ConfigError, match=r"train\.epoch: no such setting; the nearest is train\.num_train_epochs"):
         override(Config(), ["train.epoch=2"])
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("train.lr", "pairclf calls it train.learning_rate"),
+        ("lr", "pairclf calls it train.learning_rate"),
+        ("train.gradient_accumulation_steps", "pairclf calls it train.global_batch_size"),
+        ("model.name", "pairclf calls it model.base"),
+        ("learning_rate", "its whole name is train.learning_rate"),
+        ("train.r", "its whole name is model.lora.r"),
+        ("epochs", "its whole name is train.num_train_epochs"),
+        ("train.temperature", "its whole name is predict.temperature or train.distill.temperature"),
+        ("train.learnin_rate", "the nearest is train.learning_rate"),
+    ],
+)
+def test_a_name_of_another_library_or_section_leads_to_ours(key: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"\n  {re.escape(key)}: no such setting; {re.escape(meant)}\n"):
+        override(Config(), [f"{key}=1"])
+
+
+def test_names_of_other_libraries_lead_to_settings_and_are_none_themselves() -> None:
+    known = {key for key, _ in settings(Config)}
+    assert set(ELSEWHERE.values()) <= known
+    assert not ELSEWHERE.keys() & {*known, *(key.rpartition(".")[2] for key in known)}
 
 
 def test_every_renamed_key_leads_to_a_setting_and_is_none_itself() -> None:
@@ -286,3 +313,36 @@ def test_characters_that_no_path_can_have_are_refused(text: str, escape: str) ->
     """Whatever opens such a path raises no error of a file."""
     with pytest.raises(ConfigError, match=r"not valid YAML: .*has the character U\+(0000|D800)"):
         parse_yaml(text.format(escape), "a.yaml")
+
+
+def test_missing_setting_is_explained_by_a_remedy_that_works(
+    tmp_path: Path, cli: Callable[..., tuple[int, str]]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("task: {fields: [text], classes: [0, 1], label_column: y}")
+    code, text = cli("config", path)
+    assert code == 2
+    assert "task.name is missing: add `name` below `task` (name of the task)" in text
+    command = re.findall(r"remedy: `pairclf (\w+)` prints every setting", text)
+    code, text = cli(*command)
+    assert code == 0
+    assert "swap_fields:" in text
+    assert resolve(parse_yaml(describe_config(resolve({})), "printed")) == resolve({})
+
+
+def test_labels_and_words_of_a_config_may_be_numbers() -> None:
+    task = {"name": "t", "fields": ["text"], "classes": [0, 1], "label_column": "y"}
+    data = {"train": {"files": "a.csv", "label_column": "y", "labels": {0: 1, True: 0}}}
+    config = resolve({"task": task, "data": data, "model": {"label_words": {0: "no", 1: "yes"}}})
+    assert config.data.train[0].labels == {"0": "1", "true": "0"}
+    assert config.model.label_words == {"0": "no", "1": "yes"}
+
+
+def test_test_file_is_a_name_or_a_mapping() -> None:
+    for value, file in (("t.csv", Path("data/t.csv")), ({"file": "t.csv"}, Path("data/t.csv")), (None, None)):
+        assert resolve({"data": {"folder": "data", "test": value}}).data.test_file == file
+    data = resolve({"data": {"test": {"file": "t.csv", "columns": {"id": "row", "prompt": "q"}}}}).data
+    assert data.submission.id == "row"
+    assert data.of_bundle.test.columns == {"id": "row", "prompt": "q"}
+    assert data.of_bundle.test_file is None
+    assert override(resolve({}), data.naming).data.of_bundle == data.of_bundle

@@ -157,7 +157,7 @@ NOT_FOR_IMPORT = NOT_FOR_HELP | {"rich", "typer", "pairclf.errors"}
         (["rehearse", "--help"], NOT_FOR_HELP),
         (["predikt"], NOT_FOR_HELP),
         (["train"], NOT_FOR_ERRORS),
-        (["train", "x.yaml", "--set", "train.num_train_epochs=2"], NOT_FOR_ERRORS),
+        (["train", "x.yaml", "--set", "train.num_train_epochs"], NOT_FOR_ERRORS),
         (["config", "x.yaml"], NOT_FOR_ERRORS),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

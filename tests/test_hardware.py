@@ -36,7 +36,7 @@ def tflops_defaults(source: str) -> list[float]:
 def test_no_other_module_holds_the_speed_of_a_gpu() -> None:
     sources = {path.relative_to(PACKAGE): path.read_text(encoding="utf-8") for path in OTHERS}
     found = {path: [*speeds(source), *tflops_defaults(source)] for path, source in sources.items()}
-    measured = Path("approaches/finetune/estimate.py")  # operations of a pass that is timed: no speed
+    measured = Path("approaches/finetune/resource_forecast.py")  # operations of a pass that is timed: no speed
     assert found.pop(measured) == [5e13]
     assert {path for path, numbers in found.items() if numbers} == set()
 
@@ -49,7 +49,11 @@ def test_the_speed_of_a_gpu_is_found_elsewhere() -> None:
 
 def test_a_machine_has_the_gpus_of_its_profile() -> None:
     counts = {name: PROFILES[one.profile].count for name, one in MACHINES.items() if one.profile is not None}
-    assert counts == {name: MACHINES[name].gpus for name in counts} == {"NvidiaTeslaT4": 2, "NvidiaL4": 4}
+    assert (
+        counts
+        == {name: MACHINES[name].gpus for name in counts}
+        == {"NvidiaTeslaT4": 2, "NvidiaL4": 4, "NvidiaRtxPro6000": 1}
+    )
 
 
 @pytest.mark.parametrize("name", list(PROFILES))
@@ -57,6 +61,20 @@ def test_no_profile_sustains_more_than_the_peak(name: str) -> None:
     peak = peak_of_name(PROFILES[name].name)
     assert peak is not None
     assert 0.3 <= PROFILES[name].flops / peak <= 0.7
+
+
+def test_profiles_of_data_sheets_are_marked_so_and_named_as_the_driver_names_the_gpu() -> None:
+    unmeasured = {name for name, profile in PROFILES.items() if profile.source.startswith("data sheet: ")}
+    assert unmeasured == {"3090", "4090", "5090", "rtxpro6000"}
+    drivers = {
+        "3090": "NVIDIA GeForce RTX 3090 Ti",
+        "4090": "NVIDIA GeForce RTX 4090",
+        "5090": "NVIDIA GeForce RTX 5090",
+        "rtxpro6000": "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+    }
+    assert {name: peak_of_name(driver) for name, driver in drivers.items()} == {
+        name: 2 * PROFILES[name].flops for name in drivers
+    }
 
 
 def test_figures_are_derived_from_one_t4() -> None:

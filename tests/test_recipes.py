@@ -108,7 +108,7 @@ def start(data: Path, tmp_path: Path) -> Start:
     """What the training of a recipe starts from, fold 0 held out."""
 
     def construct(recipe: str, *more: str) -> Run:
-        config, _, builder = open_inputs(small(recipe, data, tmp_path / recipe, *more))
+        config, _, builder, _ = open_inputs(small(recipe, data, tmp_path / recipe, *more))
         training, _ = TrainedRun(config).split(0)
         rows = to_rows(training, config.task)
         classifier = build(config, torch.device("cpu"))

@@ -14,7 +14,7 @@ TURNS = st.lists(st.one_of(st.none(), st.text(max_size=5)), max_size=3).map(tupl
 
 @given(st.tuples(TURNS, TURNS, TURNS), st.lists(st.floats(0, 1), min_size=3, max_size=3))
 def test_swapping_twice_changes_nothing(texts: tuple[tuple[str | None, ...], ...], target: list[float]) -> None:
-    row = Row("7", dict(zip(LMSYS.fields, texts, strict=True)), tuple(target), weight=2.0, group="g")
+    row = Row("7", dict(zip(LMSYS.fields, texts, strict=True)), tuple(target), weight=2.0)
     swapped = LMSYS.swap_row(row)
     assert LMSYS.swap_row(swapped) == row
     assert swapped.fields["prompt"] == row.fields["prompt"]
@@ -69,8 +69,23 @@ def test_a_task_of_single_texts_does_not_swap() -> None:
         ({"swap_fields": ("a", "x"), "swap_classes": ("u", "v")}, "must be among fields"),
         ({"swap_fields": ("a", "b"), "swap_classes": ("u", "x")}, "must be among classes"),
         ({"multi_label": True, "label_column": "l"}, "multi_label"),
+        ({}, "swap_fields is not set"),
+        ({"swap_fields": ("a", "a"), "swap_classes": ("u", "v")}, r"swap_fields \['a', 'a'\] name one thing twice"),
+        ({"fields": ("a",), "classes": ("u",)}, "name one class"),
     ],
 )
 def test_an_inconsistent_task_is_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Task.model_validate({"name": "t", "fields": ("a", "b"), "classes": ("u", "v"), **wrong})
+
+
+@pytest.mark.parametrize("answer", [{"swap_fields": None}, {"multi_label": True}])
+def test_several_fields_need_an_answer_about_the_swap(answer: dict[str, object]) -> None:
+    task = Task.model_validate({"name": "t", "fields": ("a", "b"), "classes": ("u", "v"), **answer})
+    assert not task.swappable
+    assert Task.model_validate(task.model_dump(mode="json")) == task  # as a bundle keeps it
+
+
+def test_classes_may_be_numbers_and_booleans_of_yaml() -> None:
+    task = Task.model_validate({"name": "t", "fields": ["a"], "classes": [0, 1.0, True, "x", 0.5]})
+    assert task.classes == ("0", "1", "true", "x", "0.5")

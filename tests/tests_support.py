@@ -10,8 +10,9 @@ from pathlib import Path
 
 import polars as pl
 
-from pairclf.config import Config, dump_config
-from pairclf.files import sha256_tree
+from pairclf.config import Config, deciding_settings, dump_config
+from pairclf.files import sha256_tree, write_json
+from pairclf.run import TRAINED, TRAINING
 from pairclf.task import LMSYS, Row
 
 STRANGE = [*'a"\\\n\t\x00\x07\x7fé😀', "שלום", "\u202e", "\ufffd", "[", "]", ",", " "]
@@ -72,8 +73,25 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     pl.DataFrame(cells).write_csv(path)
 
 
+def hollow_run(folder: Path, *configs: Config, metrics: Sequence[Mapping[str, float]] = (), **record: object) -> Path:
+    """A run of hollow bundles, a fold for each config, and what `trained.json` records of their trainings."""
+    for fold, config in enumerate(configs):
+        figures = metrics[fold] if metrics else None
+        hollow_bundle(
+            folder / f"fold{fold}" / "bundle", config, f"{folder.name}-fold{fold}", fold=fold, metrics=figures
+        )
+        write_json(folder / f"fold{fold}" / TRAINED, deciding_settings(config) | {TRAINING: record})
+    return folder
+
+
 def hollow_bundle(
-    folder: Path, config: Config, name: str, *, metrics: Mapping[str, float] | None = None, prior: Sequence[float] = ()
+    folder: Path,
+    config: Config,
+    name: str,
+    *,
+    fold: int = 0,
+    metrics: Mapping[str, float] | None = None,
+    prior: Sequence[float] = (),
 ) -> Path:
     """A folder that `open_bundle` accepts; its weights are no weights."""
     from pairclf.bundles.bundle import Saved, write_bundle
@@ -89,7 +107,7 @@ def hollow_bundle(
         config,
         Saved("finetune", "adapter" if config.model.lora else "whole", "float32", (), "f" * 64),
         name=name,
-        fold=0,
+        fold=fold,
         metrics={"log_loss": 1.01} if metrics is None else dict(metrics),
         prior=list(prior) or [1 / classes] * classes,
         probes=[],

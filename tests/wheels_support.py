@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Collection, Iterable, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 
+from pairclf.packaging.image_profiles import write_wheel
 from pairclf.packaging.wheelhouse import repack
 
 LINUX = "manylinux_2_17_x86_64.manylinux2014_x86_64"
@@ -23,15 +23,13 @@ def fake_wheel(
     stem = f"{name.replace('-', '_')}-{version}"
     path = folder / f"{stem}-{tags}.whl"
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needs)]
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{stem}.dist-info/METADATA", "\n".join(lines) + "\n")
-        archive.writestr(f"{stem}.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: {tags}\n")
-        archive.writestr(f"{name.replace('-', '_')}.py", "")
-        if claims:
-            archive.writestr(f"{stem}.dist-info/top_level.txt", claims)
-        record = [f"{entry},,\n" for entry in (*archive.namelist(), f"{stem}.dist-info/RECORD")]
-        archive.writestr(f"{stem}.dist-info/RECORD", "".join(record))
-    return path
+    files = {
+        f"{stem}.dist-info/METADATA": "\n".join(lines) + "\n",
+        f"{stem}.dist-info/WHEEL": f"Wheel-Version: 1.0\nTag: {tags}\n",
+        f"{name.replace('-', '_')}.py": "",
+        **({f"{stem}.dist-info/top_level.txt": claims} if claims else {}),
+    }
+    return write_wheel(path, {place: text.encode() for place, text in files.items()})
 
 
 def only_registry(folder: Path, patch: pytest.MonkeyPatch) -> None:

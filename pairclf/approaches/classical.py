@@ -9,9 +9,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,17 @@ from pairclf.approaches.protocol import Assignment, Loaded, ModelCost, Prepared,
 from pairclf.bundles.bundle import Bundle, Saved
 from pairclf.bundles.contents import CONFIG, BundleFiles
 from pairclf.bundles.probes import probe_rows
-from pairclf.config import SECTIONS, Config, dump_config, flat_settings
+from pairclf.config import SECTIONS, Config, deciding_settings, dump_config
 from pairclf.data.identity import fingerprint
 from pairclf.data.rows import targets_of, to_rows
 from pairclf.errors import ConfigError
 from pairclf.files import write_text
-from pairclf.inputs.cache import Frames
+from pairclf.inputs.cache import RowSource
 from pairclf.inputs.plan import CHEAPEST
 from pairclf.inputs.sequences import Item, SequenceIndex
 from pairclf.run import Run, Split
 from pairclf.scores.metrics import Floats
 from pairclf.task import Row
-
-FREE = ("output_dir.", "data.", "folds.", "predict.swap.", "predict.tokens_per_batch.", "package.")
-"""Settings that move no weight and no score; the rows that files and folds lead to are compared themselves."""
 
 UNIT = 64
 """Characters of a unit of length, so that a forward pass of a few thousand units is some dozens of rows."""
@@ -71,8 +70,9 @@ class SizedRow:
 class FittedClassical:
     """A fitted model, and the config that it was fitted with."""
 
-    def __init__(self, model: ClassicalModel) -> None:
+    def __init__(self, model: ClassicalModel, seconds: float) -> None:
         self._model = model
+        self.record: Mapping[str, float] = {"seconds": seconds}
 
     def logits(self, rows: pl.DataFrame) -> Floats:
         return self._model.logits(to_rows(rows, self._model.task))
@@ -89,15 +89,12 @@ class ClassicalTrainer:
         self.config: Config = run.config
 
     def identity(self, split: Split) -> dict[str, Any]:
-        settings = {
-            name: value for name, value in flat_settings(self.config).items() if not f"{name}.".startswith(FREE)
-        }
         task, (training, held_out) = self.config.task, split
         unseen = None if held_out is None else fingerprint(to_rows(held_out, task))
-        return {**settings, "rows": fingerprint(to_rows(training, task)), "held-out rows": unseen}
+        return {**deciding_settings(self.config), "rows": fingerprint(to_rows(training, task)), "held-out rows": unseen}
 
     def fit(self, split: Split, folder: Path, *, resume: bool | None, trust_checkpoint: bool) -> FittedClassical:
-        config, rows = self.config, split.training
+        config, rows, start = self.config, split.training, time.perf_counter()
         write_text(folder / CONFIG, dump_config(config))
         model = classical_model.fit(
             to_rows(rows, config.task),
@@ -107,7 +104,7 @@ class ClassicalTrainer:
             config.classical,
             config.seed,
         )
-        return FittedClassical(model)
+        return FittedClassical(model, time.perf_counter() - start)
 
     def finish(self, folder: Path) -> None:
         """Nothing was kept: a model is fitted in minutes, and begins anew."""
@@ -139,6 +136,7 @@ class ClassicalApproach:
     sections = frozenset(SECTIONS["classical"])
     module = __name__
     uses_gpu = False
+    unit = f"units of {UNIT} characters"
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -159,14 +157,16 @@ class ClassicalApproach:
     # --- prediction --------------------------------------------------------------------------------------------------
 
     def recipe(self, bundle: Bundle) -> str:
-        return json.dumps(["classical", bundle.config.data.rules.model_dump(mode="json")])
+        return json.dumps(["classical", bundle.config.data.of_bundle.model_dump(mode="json")])
 
     def encode(self, bundle: Bundle, rows: Sequence[Row]) -> list[tuple[SizedRow, ...]]:
         orders = 2 if bundle.config.task.swappable else 1
         return [(SizedRow(row, units_of(row)),) * orders for row in rows]
 
-    def prepare(self, bundle: Bundle, frames: Frames, folder: Path) -> Prepared:
-        encoded = self.encode(bundle, [row for frame in frames() for row in to_rows(frame, bundle.config.task)])
+    def prepare(self, bundle: Bundle, source: RowSource, folder: Path) -> Prepared:
+        is_over = source.step()
+        frames = takewhile(lambda frame: not is_over(), source.frames())
+        encoded = self.encode(bundle, [row for frame in frames for row in to_rows(frame, bundle.config.task)])
         return Prepared(encoded, self.index(encoded))
 
     def longest(self, bundle: Bundle) -> int:

@@ -105,14 +105,8 @@ def check(settings: Classical, task: Task) -> None:
     """Refuse what can't go together.
 
     Raises:
-        ConfigError: the task has one class, or the model would be too large.
+        ConfigError: the model would be too large.
     """
-    if len(task.classes) < 2 and not task.multi_label:
-        raise ConfigError(
-            f"task {task.name} has one class, {task.classes[0]}, so there is nothing to learn",
-            where="task.classes",
-            remedy="name a second class, or set task.multi_label=true",
-        )
     parameters = sum(math.prod(shape) for shape in _shapes(task, settings).values())
     if parameters > MAX_PARAMETERS:
         raise ConfigError(

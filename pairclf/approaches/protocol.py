@@ -5,7 +5,7 @@
     fitted = trainer.fit(split, folder)                   # once per fold
     saved = fitted.save(new_bundle)
 
-    prepared = approach.prepare(bundle, frames, folder)   # a test file: encoded rows, and their lengths
+    prepared = approach.prepare(bundle, source, folder)   # a test file: encoded rows, and their lengths
     loaded = approach.load(bundle, assignment)            # in a worker: launch, collect
 
 Nothing here imports torch: an approach imports its libraries inside its functions.
@@ -23,7 +23,7 @@ import polars as pl
 
 from pairclf.bundles.bundle import Bundle, Saved
 from pairclf.config import Config
-from pairclf.inputs.cache import Frames
+from pairclf.inputs.cache import RowSource
 from pairclf.inputs.sequences import Item, LargestPass, SequenceIndex
 from pairclf.run import Run, Split
 from pairclf.scores.metrics import Floats
@@ -47,8 +47,18 @@ class Process(NamedTuple):
     handle: Any = None
 
 
+KEPT_STEP = "kept_step"
+"""In `Fitted.record` and a bundle's metrics: the step whose weights were kept, where it was chosen by evaluations."""
+
+
 class Fitted(Protocol):
-    """A trained model."""
+    """A trained model.
+
+    Attributes:
+        record: figures of the training: `seconds` (over all interruptions), `steps`, `KEPT_STEP`, as far as there are.
+    """
+
+    record: Mapping[str, float]
 
     def logits(self, rows: pl.DataFrame) -> Floats:
         """Logits `(N, O, C)` of rows of the run, each order in its own columns; a task that can't swap has O = 1."""
@@ -186,11 +196,13 @@ class Approach(Protocol):
         sections: sections of the config that it reads besides those that all do (`config.COMMON`).
         module: what a worker imports for it; workers on CPUs are forked from a process that has imported it.
         uses_gpu: whether its workers compute on a GPU where there is one.
+        unit: what a row's length counts, in the plural.
     """
 
     sections: frozenset[str]
     module: str
     uses_gpu: bool
+    unit: str
 
     def check(self, config: Config) -> None:
         """Raises `ConfigError` for settings that can't go together, before a row is read."""
@@ -207,8 +219,8 @@ class Approach(Protocol):
     def encode(self, bundle: Bundle, rows: Sequence[Row]) -> Sequence[tuple[Any, ...]]:
         """Some rows as the model sees them, by row, then order."""
 
-    def prepare(self, bundle: Bundle, frames: Frames, folder: Path) -> Prepared:
-        """A file's rows as the model sees them, kept in the folder; with progress."""
+    def prepare(self, bundle: Bundle, source: RowSource, folder: Path) -> Prepared:
+        """A file's rows as the model sees them, kept in the folder; the first rows, if `source.step` ends it."""
 
     def longest(self, bundle: Bundle) -> int:
         """The largest length of a row that there can be."""

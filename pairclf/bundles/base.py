@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 from pairclf.bundles.model_files import check_model_folder
+from pairclf.config import Config
 from pairclf.errors import ModelError
 
 EMBEDDED = "embedded:"
@@ -49,6 +51,41 @@ def resolve_base(base: str, override: Path | None = None) -> str:
     raise ModelError(f"model.base={base} is no folder here", remedy="give an existing folder, or a hub id owner/name")
 
 
+@cache
+def ask_hub(model: str) -> None:
+    """Ask the hub once whether it gives this user the model, where transformers would ask it a dozen times.
+
+    Where `HF_HUB_OFFLINE` is set, the cache is asked instead.
+
+    Raises:
+        ModelError: the model is gated, private or unknown, is not in the cache, or the hub can't be reached.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError  # type: ignore[attr-defined]
+
+    page, token = f"https://huggingface.co/{model}", "set HF_TOKEN to a token of your account (or run `hf auth login`)"
+    if constants.HF_HUB_OFFLINE:
+        if not isinstance(try_to_load_from_cache(model, "config.json"), str):
+            raise ModelError(
+                f"the model {model} is no folder and not in the cache of the hub, which is not asked (HF_HUB_OFFLINE)",
+                remedy=f"run `hf download {model}` before, or give the folder of the model",
+            )
+        return
+    try:
+        HfApi().auth_check(model)
+    except GatedRepoError as error:
+        raise ModelError(f"the model {model} is gated", remedy=f"accept its terms on {page}, and {token}") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the hub has no public model {model}", remedy=f"check {page}; if it is private, {token}"
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise ModelError(
+            f"the hub can't be reached for the model {model}: {error}",
+            remedy="connect this machine; or, if the model was fetched before, set HF_HUB_OFFLINE=1",
+        ) from error
+
+
 def fingerprint(folder: Path) -> str:
     """Hex SHA-256 that tells one base model from another.
 
@@ -65,3 +102,9 @@ def fingerprint(folder: Path) -> str:
                 stream.seek(start)
                 digest.update(stream.read(_BLOCK))
     return digest.hexdigest()
+
+
+def base_fingerprint(config: Config, base: Path | None = None) -> str:
+    """Fingerprint of the base model where its files are at hand; a hub id stands for itself."""
+    source = resolve_base(config.model.base, base)
+    return fingerprint(Path(source)) if Path(source).is_dir() else f"hub:{source}"

@@ -9,7 +9,7 @@ written by the bundle's approach; nothing here imports torch.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +19,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pairclf.bundles.base import EMBEDDED, fingerprint, resolve_base
+from pairclf.bundles.base import EMBEDDED, resolve_base
 from pairclf.bundles.contents import CONFIG, MANIFEST, BundleFiles, remove_unknown
 from pairclf.bundles.manifest import FORMAT, Manifest, Probe, Weights, read_manifest
 from pairclf.bundles.model_files import check_model_folder
-from pairclf.config import MAX_YAML, Config, Data, dump_config, parse_yaml, resolve
+from pairclf.config import MAX_YAML, Config, dump_config, parse_yaml, resolve
 from pairclf.console import counted
 from pairclf.errors import BundleError, ConfigError, ModelError, cut, quoted
 from pairclf.files import home_folder, read_plain, sha256_file, sha256_tree
@@ -116,12 +116,6 @@ def _values(path: Path) -> int:
     return sum(group.column(number).num_values for group in groups for number in range(group.num_columns))
 
 
-def base_fingerprint(config: Config, base: Path | None = None) -> str:
-    """Fingerprint of the base model where its files are at hand; a hub id stands for itself."""
-    source = resolve_base(config.model.base, base)
-    return fingerprint(Path(source)) if Path(source).is_dir() else f"hub:{source}"
-
-
 def write_bundle(
     new: Path,
     config: Config,
@@ -177,7 +171,7 @@ def portable(config: Config) -> Config:
     home, base = home_folder(), config.model.base
     base = "~" + base[len(str(home)) :] if home is not None and base.startswith(f"{home}/") else base
     model = config.model.model_copy(update={"base": base})
-    data = Data(rules=config.data.rules)  # what is repaired in a training row is repaired in a test row
+    data = config.data.of_bundle  # what is repaired in a training row is repaired in a test row
     return config.model_copy(update={"output_dir": None, "data": data, "model": model})
 
 
@@ -211,13 +205,18 @@ def open_bundle(folder: Path, *, verified: bool = False) -> Bundle:
     return Bundle(folder, manifest, config)
 
 
-def verify_files(bundle: Bundle) -> None:
+def verify_files(bundle: Bundle, between: Callable[[], object] = lambda: None) -> None:
     """Compare the hash of every file of a bundle, for bundles opened with `verified`. Takes minutes for 18 GB.
+
+    Args:
+        bundle: the bundle.
+        between: is called for each MiB; what it raises ends the comparison.
 
     Raises:
         BundleError: names the files that differ.
     """
-    _compare_hashes(bundle.folder, bundle.manifest.files, sha256_tree(bundle.folder, without=frozenset({MANIFEST})))
+    hashes = sha256_tree(bundle.folder, without=frozenset({MANIFEST}), between=between)
+    _compare_hashes(bundle.folder, bundle.manifest.files, hashes)
 
 
 def _contradiction(manifest: Manifest, config: Config) -> str | None:

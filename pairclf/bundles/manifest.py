@@ -126,7 +126,11 @@ def read_manifest(folder: Path) -> Manifest:
         BundleError: there is none, it was changed, its format is another, or the folder holds other things too.
     """
     path = folder / MANIFEST
-    remedy = "give a bundle's folder, such as RUN/fold0/bundle, copied whole"
+    below = [
+        str(found.parent) for found in sorted(folder.glob(f"*/*/{MANIFEST}")) or sorted(folder.glob(f"*/{MANIFEST}"))
+    ]
+    named = f"of those below it: {' '.join(below[:5])}" if below else "such as RUN/fold0/bundle, copied whole"
+    remedy = f"give a bundle's folder, {named}"
     if not path.is_file():
         raise BundleError(f"{folder} is no bundle: it holds no {MANIFEST}", remedy=remedy)
     refuse_unknown(folder)

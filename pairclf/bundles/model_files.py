@@ -19,7 +19,7 @@ from pairclf.files import parsed, read_plain
 from pairclf.trust import REMOTE_CODE, granted
 
 CONFIG, TOKENIZER_CONFIG, ADAPTER_CONFIG = "config.json", "tokenizer_config.json", "adapter_config.json"
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON, MAX_INDEX = 4 << 20, 64 << 20
 """Bytes of a settings file, and of the index of a sharded model."""
 
@@ -83,15 +83,27 @@ def check_model_folder(folder: Path) -> None:
         if entry.suffix == ".py" and not granted().remote_code:
             raise _code(entry, f"{entry.name} is code")
     if (folder / ADAPTER_CONFIG).exists():
-        raise ModelError(
-            f"{ADAPTER_CONFIG} in a model's folder makes transformers load another model",
-            where=folder / ADAPTER_CONFIG,
-            remedy="give the folder of the base model itself; merge an adapter into it first",
-        )
+        raise adapter_beside(folder / ADAPTER_CONFIG)
     for path in sorted(folder.glob("*config.json")):
         _check_settings(path)
     if (folder / INDEX).exists():
-        weight_map(folder / INDEX)
+        parts = set(weight_map(folder / INDEX).values())
+        if (folder / WEIGHTS).exists() and parts != {WEIGHTS}:
+            raise ModelError(
+                f"there are both {WEIGHTS}, which transformers would load, and {INDEX}, which names other files",
+                where=folder,
+                remedy="remove the one that was left from an earlier model",
+            )
+
+
+def adapter_beside(path: Path) -> ModelError:
+    """The error about an adapter that transformers would load together with the model beside it."""
+    return ModelError(
+        f"{ADAPTER_CONFIG} beside a model makes transformers load another model, or this one with an adapter",
+        where=path,
+        remedy=f"remove {ADAPTER_CONFIG} and adapter_model.safetensors if they were left there by mistake; otherwise "
+        "merge the adapter into the model, and give the folder of the merged model",
+    )
 
 
 def _check_settings(path: Path) -> None:

@@ -167,8 +167,14 @@ def lengths(
 
 
 @GROUP.command("pairclf config configs/demo/gemma2-tiny.yaml train.num_train_epochs=2")
-def config(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print all settings of a config as YAML, with their help."""
-    from pairclf.config import describe_config
+def config(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file; default: no file, all settings as they are")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print all settings of a config, or the defaults, as YAML, with their help."""
+    from pairclf.config import describe_config, resolve
 
-    stdout.out(describe_config(load(config, overrides)), end="", highlight=False)
+    settings = resolve({}) if config is None else load(config, overrides)
+    stdout.out(describe_config(settings), end="", highlight=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pairclf.cli.options import BaseFolder, Group, LinkedFiles, TrustRemoteCode, permit, split_overrides
+from pairclf.cli.options import BaseFolder, Folds, Group, LinkedFiles, TrustRemoteCode, permit, split_overrides
 from pairclf.console import console, stdout
 
 GROUP = Group("Kaggle")
@@ -28,6 +28,7 @@ def package(
             "package.competition=SLUG",
         ),
     ],
+    fold: Folds = None,
     out: Annotated[
         Path | None,
         typer.Option(help="folder to write; default: kaggle/build/NAME, by the config's file name or package.name"),
@@ -37,13 +38,13 @@ def package(
 ) -> None:
     """Build the folder to push to Kaggle: kernel, bundles, wheels and metadata. See docs/kaggle.md."""
     permit(trust_remote_code, linked_files)
-    from pairclf.packaging.extra import require_extra
+    from pairclf.packaging.kaggle_extra import require_extra
 
     require_extra()
     from pairclf.packaging.build import package as workflow
-    from pairclf.packaging.request import read_request
+    from pairclf.packaging.package_inputs import read_package_inputs
 
-    request = read_request(*split_overrides(arguments))
+    request = read_package_inputs(*split_overrides(arguments), fold or [])
     stdout.print(workflow(request.config, request.bundles, out or Path("kaggle", "build", request.name)))
 
 
@@ -84,7 +85,7 @@ def rehearse(
     ] = False,
 ) -> None:
     """Run the package offline, with the mounts, limits and clock of Kaggle's hidden rerun, and check the result."""
-    from pairclf.packaging.extra import require_extra
+    from pairclf.packaging.kaggle_extra import require_extra
 
     require_extra()
     from pairclf.rehearsal.rehearse import Options
@@ -104,7 +105,7 @@ def push(folder: PackageFolder, go: Go = False) -> None:
     The package must have passed `pairclf rehearse` on this machine. If the command fails, start it again: uploads that
     are complete are not repeated.
     """
-    from pairclf.packaging.extra import require_extra
+    from pairclf.packaging.kaggle_extra import require_extra
 
     require_extra()
     from pairclf.publish.push import push as workflow
@@ -121,7 +122,7 @@ def submit(
     ledger: LedgerFile = LEDGER,
 ) -> None:
     """Submit the pushed kernel, wait for its score, and write the score into the ledger."""
-    from pairclf.packaging.extra import require_extra
+    from pairclf.packaging.kaggle_extra import require_extra
 
     require_extra()
     from pairclf.publish.submit import submit as workflow
@@ -144,5 +145,5 @@ def show_ledger(
         table.refresh(ledger)
     stdout.print(table.render(ledger))
     if plot is not None:
-        table.plot(ledger, plot)
-        console.print(f"wrote {plot}")
+        points = table.plot(ledger, plot)
+        console.print(f"wrote {plot}" if points else f"nothing to plot in {plot}: {table.NOTHING_TO_PLOT}")

@@ -25,6 +25,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="settings to override, e.g. train.num_train_epochs=2 predict.swap=off"),
 ]
+Folds = Annotated[
+    list[int] | None, typer.Option("--fold", help="a fold, counted from 0 (repeat for more); default: all of the run")
+]
+OneFold = Annotated[
+    list[int] | None, typer.Option("--fold", help="the fold to hold out, counted from 0; default: none")
+]
 Members = Annotated[
     list[str],
     typer.Argument(
@@ -77,17 +83,50 @@ class Group:
 
 
 class Command(TyperCommand):
-    """A command that explains `KEY=VALUE` to whoever gives a setting as an option."""
+    """A command whose settings are `KEY=VALUE` or `--set KEY=VALUE`, and that explains so if they have another form."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if any("KEY=VALUE" in str(param.metavar) for param in self.params):
+            args = without_set(args)
             options = {name for param in self.params for name in (*param.opts, *param.secondary_opts)}
             refuse_settings_as_options(args, {*options, *ctx.help_option_names})
         return super().parse_args(ctx, args)
 
 
+def without_set(arguments: Sequence[str]) -> list[str]:
+    """The arguments with each `--set KEY=VALUE` as `KEY=VALUE` behind all others.
+
+    >>> without_set(["--set", "seed=1", "a.yaml", "--set=seed=2"])
+    ['a.yaml', 'seed=1', 'seed=2']
+
+    Raises:
+        ConfigError: what follows `--set` is no setting.
+    """
+    others, overrides, rest = list[str](), list[str](), iter(arguments)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name != "--set":
+            others.append(argument)
+            continue
+        overrides.append(value or next(rest, ""))
+        if not is_override(overrides[-1]):
+            raise ConfigError(f"--set {overrides[-1]} is no setting", remedy="--set KEY=VALUE, or KEY=VALUE alone")
+    return others + overrides
+
+
+def one_fold(folds: Sequence[int] | None, instead: str) -> int | None:
+    """The fold that is given; None without one.
+
+    Raises:
+        ConfigError: there are several; `instead` is for these.
+    """
+    if folds and len(folds) > 1:
+        raise ConfigError(f"--fold is given {len(folds)} times, and this command takes one fold", remedy=instead)
+    return folds[0] if folds else None
+
+
 def refuse_settings_as_options(arguments: Sequence[str], options: Iterable[str]) -> None:
-    """Refuse `--set KEY=VALUE`, `--train.max_steps 2` and `--max-steps 2`: the only form is `train.max_steps=2`.
+    """Refuse `--train.max_steps 2` and `--max-steps 2`: the form is `train.max_steps=2`.
 
     Raises:
         ConfigError: an argument before `--` is none of the command's options and means a setting.
@@ -104,8 +143,6 @@ def refuse_settings_as_options(arguments: Sequence[str], options: Iterable[str])
 
 def _keys_like(name: str) -> list[str]:
     """Keys of the settings that an option's name can mean."""
-    if name == "set":
-        return ["KEY"]
     if "." in name:
         return [name]
     from pairclf.config import Config, settings

@@ -9,6 +9,7 @@ import typer
 
 from pairclf.cli.options import BaseFolder, Group, LinkedFiles, Members, TrustRemoteCode, permit, split_overrides
 from pairclf.console import stdout
+from pairclf.hardware import PROFILES
 
 GROUP = Group("Prediction")
 
@@ -23,7 +24,10 @@ def predict(
     sample: Annotated[
         Path | None, typer.Option("--sample", help="sample submission, which gives ids, order and columns")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="file for the submission")] = Path("submission.csv"),
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="file for the submission; default: submission.csv, or none where --scores is given"),
+    ] = None,
     scores: Annotated[Path | None, typer.Option("--scores", help="parquet file for the scores")] = None,
     deadline: Annotated[
         str | None,
@@ -57,7 +61,7 @@ def predict(
     workflow(
         paths,
         data,
-        out,
+        out if out or scores else Path("submission.csv"),
         sample=sample,
         scores=scores,
         base=base,
@@ -74,8 +78,7 @@ def forecast(
     members: Members,
     data: Annotated[Path, typer.Option("--data", help="file of unlabelled rows like those of the hidden test")],
     device: Annotated[
-        str,
-        typer.Option(help="t4, t4x2, l4x4, a100, h100 or h200; here: measure the speed of this machine on some rows"),
+        str, typer.Option(help=f"{', '.join(PROFILES)}; here: measure the speed of this machine on some rows")
     ] = "here",
     rows: Annotated[
         int | None, typer.Option(min=1, help="number of rows of the hidden test; default: the rows of the file")

@@ -1,25 +1,31 @@
-"""The commands `demo`, `doctor`, `train`, `cv`, `evaluate`, `merge`, `export` and `pseudo`."""
+"""The commands `demo`, `doctor`, `train`, `cv`, `runs`, `evaluate`, `merge`, `export` and `pseudo`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pairclf.cli.options import (
     BaseFolder,
     ConfigPath,
+    Folds,
     Group,
     LinkedFiles,
     MaxShift,
+    OneFold,
     Overrides,
     TrustRemoteCode,
     load,
+    one_fold,
     permit,
 )
-from pairclf.console import stdout
+from pairclf.console import console, stdout
+
+if TYPE_CHECKING:
+    from pairclf.config import Config
 
 START, GROUP = Group("Start here"), Group("Training")
 
@@ -56,6 +62,24 @@ def _run_processes(processes: int | None) -> None:
         raise typer.Exit(exit_code)
 
 
+def _check_rows(config: Config, folds: list[int] | None) -> None:
+    """Find what is mistyped before torch is imported, which takes seconds."""
+    from pairclf.run import check_rows
+
+    check_rows(config, folds or [])
+
+
+def _check_bundles(config: Config, command: str, folds: list[int] | None, bundle: Path | None = None) -> None:
+    """As `_check_rows`, for commands that read language models of a run, or one that is named."""
+    from pairclf.bundles.manifest import read_manifest
+    from pairclf.run import bundles_of
+
+    config.require("model", command)
+    _check_rows(config, folds)
+    for folder in [bundle] if bundle else bundles_of(config, folds or []):
+        read_manifest(folder)
+
+
 def _print_once(*lines: object) -> None:
     """Print in the first process alone."""
     from pairclf.runs.processes import is_first
@@ -89,26 +113,28 @@ def doctor() -> None:
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    fold: Annotated[int | None, typer.Option(help="fold to hold out and score; default: train on all rows")] = None,
+    fold: OneFold = None,
     processes: Processes = None,
     resume: Resume = None,
     trust_checkpoint: TrustCheckpoint = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train one classifier and write its bundle."""
+    """Train one classifier and write its bundle: without `--fold` on all rows, else without that fold's."""
     permit(trust_remote_code)
 
-    settings = load(config, overrides)
+    settings, held_out = load(config, overrides), one_fold(fold, "pairclf cv CONFIG --fold 0 --fold 1")
     _run_processes(processes)
+    _check_rows(settings, fold)
     from pairclf.runs.fit import fit
 
-    _print_once(fit(settings, fold, resume=resume, trust_checkpoint=trust_checkpoint))
+    _print_once(fit(settings, held_out, resume=resume, trust_checkpoint=trust_checkpoint, config_file=config))
 
 
-@GROUP.command("pairclf cv configs/lmsys/gemma2-9b-qlora.yaml folds.run=[0,1]")
+@GROUP.command("pairclf cv configs/lmsys/gemma2-9b-qlora.yaml --fold 0 --fold 1")
 def cv(
     config: ConfigPath,
     overrides: Overrides = None,
+    fold: Folds = None,
     processes: Processes = None,
     resume: Resume = None,
     trust_checkpoint: TrustCheckpoint = False,
@@ -117,11 +143,22 @@ def cv(
     """Cross-validate: train one classifier per fold, and write out-of-fold scores."""
     permit(trust_remote_code)
 
-    settings = load(config, overrides)
+    settings = load(config, [*(overrides or []), *([f"folds.run={fold}"] if fold else [])])
     _run_processes(processes)
+    _check_rows(settings, settings.folds.run)
     from pairclf.runs.cv import cross_validate
 
-    _print_once(*cross_validate(settings, resume=resume, trust_checkpoint=trust_checkpoint))
+    _print_once(*cross_validate(settings, resume=resume, trust_checkpoint=trust_checkpoint, config_file=config))
+
+
+@GROUP.command("pairclf runs runs/lmsys")
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder with run folders below it")] = Path("runs"),
+) -> None:
+    """List the runs below a folder: folds, out-of-fold metric, hours, and the settings that differ from the config."""
+    from pairclf.runs.listing import list_runs
+
+    stdout.print(list_runs(folder))
 
 
 @GROUP.command("pairclf evaluate configs/demo/gemma2-tiny.yaml --truth runs/demo/data/truth.parquet")
@@ -131,13 +168,24 @@ def evaluate(
     scores: Annotated[
         Path | None, typer.Option(help="file of scores to evaluate; default: the run's out-of-fold scores")
     ] = None,
+    fold: Folds = None,
     truth: Annotated[Path | None, typer.Option(help="file of true probabilities, as the demo writes it")] = None,
+    in_sample: Annotated[
+        bool, typer.Option("--in-sample", help="exit with 0 although the models were trained on some of these rows")
+    ] = False,
 ) -> None:
-    """Compare scores with labels and with the class prior: log loss, accuracy, calibration, gain of both orders."""
+    """Compare scores with labels and with the class prior: log loss, accuracy, calibration, gain of both orders.
+
+    Exit code 1: the models were trained on some of the rows, and `--in-sample` is not given.
+    """
     from pairclf.runs.evaluate import evaluate_run, render
 
     settings = load(config, overrides)
-    stdout.print(render(evaluate_run(settings, scores, truth=truth), settings.task))
+    evaluation = evaluate_run(settings, scores, folds=fold or [], truth=truth)
+    stdout.print(render(evaluation, settings.task))
+    if evaluation.seen and not in_sample:
+        console.print("these figures do not hold for new rows (in sample); --in-sample accepts them")
+        raise typer.Exit(1)
 
 
 @GROUP.command("pairclf merge configs/lmsys/gemma2-9b-qlora.yaml --out runs/lmsys/merged --into bfloat16")
@@ -145,17 +193,14 @@ def merge(
     config: ConfigPath,
     out: Annotated[Path, typer.Option("--out", help="folder for the new bundle")],
     overrides: Overrides = None,
-    fold: Annotated[
-        list[int] | None, typer.Option(help="fold whose bundle to merge (repeat for more); default: all of the run")
-    ] = None,
+    fold: Folds = None,
     average: Annotated[
-        str, typer.Option(help="how to average adapters: exact (the products BA) or factors (A and B separately)")
+        Literal["exact", "factors"],
+        typer.Option(help="how to average adapters: exact (the products BA) or factors (A and B separately)"),
     ] = "exact",
     into: Annotated[
-        str | None,
-        typer.Option(
-            help="merge the adapter into the base's weights, as bfloat16, float16 or float32; default: write an adapter"
-        ),
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="merge the adapter into the base's weights, in this dtype; default: write an adapter"),
     ] = None,
     max_shift: MaxShift = 0.002,
     rows: Annotated[int | None, typer.Option(min=1, help="number of out-of-fold rows to score; default: all")] = None,
@@ -168,9 +213,10 @@ def merge(
     The new bundle is written only if its scores are those of the old ones, within `--max-shift`. See docs/merge.md.
     """
     permit(trust_remote_code, linked_files)
+    settings = load(config, overrides)
+    _check_bundles(settings, "merge", fold)
     from pairclf.approaches.finetune.merge import merge as workflow
 
-    settings = load(config, overrides)
     folder = workflow(
         settings, out, folds=fold or [], average=average, into=into, max_shift=max_shift, rows=rows, base=base
     )
@@ -181,11 +227,12 @@ def merge(
 def export(
     config: ConfigPath,
     to: Annotated[
-        str, typer.Option("--to", help="type of the weights: bfloat16, float16, float32, int8, gptq (8 bits), awq (4)")
+        Literal["bfloat16", "float16", "float32", "int8", "gptq", "awq"],
+        typer.Option("--to", help="type of the weights; gptq has 8 bits, awq 4"),
     ],
     out: Annotated[Path, typer.Option("--out", help="folder for the new bundle")],
     overrides: Overrides = None,
-    fold: Annotated[int | None, typer.Option(help="fold whose bundle to export; default: the run's only one")] = None,
+    fold: OneFold = None,
     bundle: Annotated[
         Path | None, typer.Option(help="bundle to export in place of a fold's, e.g. a merged one")
     ] = None,
@@ -200,10 +247,11 @@ def export(
     The new bundle is written only if its scores are those of the old one, within `--max-shift`. See docs/export.md.
     """
     permit(trust_remote_code, linked_files)
+    settings, source = load(config, overrides), one_fold(fold, "pairclf merge CONFIG, or one export per fold")
+    _check_bundles(settings, "export", fold, bundle)
     from pairclf.approaches.finetune.export import export as workflow
 
-    settings = load(config, overrides)
-    stdout.print(workflow(settings, out, to=to, fold=fold, bundle=bundle, max_shift=max_shift, rows=rows, base=base))
+    stdout.print(workflow(settings, out, to=to, fold=source, bundle=bundle, max_shift=max_shift, rows=rows, base=base))
 
 
 @GROUP.command("pairclf pseudo configs/lmsys/gemma2-9b-qlora.yaml --data extra.parquet --scores scores.parquet")

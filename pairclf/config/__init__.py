@@ -6,10 +6,11 @@ errors that name the nearest key, and all errors of a config are shown at once.
 """
 
 from pairclf.config.classical import Classical
-from pairclf.config.data import Data, Folds, Rules, Source
+from pairclf.config.data import Data, Folds, Rules, Source, Submission, Unlabelled
+from pairclf.config.dump import deciding_settings, describe_config, dump_config, flat_settings, setting_changes
 from pairclf.config.inputs import Inputs, Template, Truncation
 from pairclf.config.kaggle import Package
-from pairclf.config.load import describe_config, dump_config, flat_settings, load_config, override, resolve, run_folder
+from pairclf.config.load import load_config, override, resolve, run_folder
 from pairclf.config.model import Lora, Model
 from pairclf.config.parse import MAX_YAML, parse_yaml
 from pairclf.config.predict import Predict
@@ -21,8 +22,9 @@ from pairclf.config.wording import PLACE
 
 __all__ = [
     "MAX_YAML", "PLACE", "RENAMED", "SECTIONS", "Classical", "Config", "Data", "Distill", "Folds", "Inputs", "Lora",
-    "Model", "Package", "Predict", "Rules", "Section", "Source", "Template", "Train", "Truncation",
-    "checked", "describe_config", "dump_config", "flat_settings",
+    "Model", "Package", "Predict", "Rules", "Section", "Source", "Submission", "Template", "Train", "Truncation",
+    "Unlabelled",
+    "checked", "deciding_settings", "describe_config", "dump_config", "flat_settings",
     "load_config", "override", "parse_yaml", "resolve", "run_folder",
-    "settings",
+    "setting_changes", "settings",
 ]  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from pairclf.config.section import Section, as_list
+from pairclf.task import Label
 
 
 class Source(Section):
@@ -20,7 +22,7 @@ class Source(Section):
     label_column: str | None = Field(
         None, description="column of the files that holds the class name; null: the task's label_column"
     )
-    labels: dict[str, str] = Field({}, description="maps the files' labels to classes, e.g. {A: winner_model_a}")
+    labels: dict[Label, Label] = Field({}, description="maps the files' labels to classes, e.g. {A: winner_model_a}")
     id_prefix: str = Field("", description="prefix for every id, which keeps ids of several data sets distinct")
     weight: float = Field(1.0, gt=0, description="weight of these rows in the loss and in metrics")
     ignore_columns: list[str] | Literal["all"] = Field(
@@ -40,6 +42,38 @@ class Source(Section):
 def as_source(value: Any) -> Any:
     """A file's name as a source; anything else is left to pydantic."""
     return {"files": [value]} if isinstance(value, str | Path) else value
+
+
+class Unlabelled(Section):
+    """`data.test`: the test file, and what test files call their columns."""
+
+    file: Path | None = Field(None, description="unlabelled file to predict")
+    columns: dict[str, str | None] = Field(
+        {},
+        description="maps our columns to the test files', e.g. {id: row_id, text: comment}; id: null: the files have "
+        "none, and their rows are those of the sample submission in its order",
+    )
+
+
+def as_unlabelled(value: Any) -> Any:
+    """A file's name, or null, as `Unlabelled`; anything else is left to pydantic."""
+    return {"file": value} if value is None or isinstance(value, str | Path) else value
+
+
+class Submission(Section):
+    """`data.submission`: what the columns of a submission are called, and what they hold."""
+
+    id: str | None = Field(None, description="column of the ids in the sample submission; null: data.test.columns.id")
+    columns: dict[Label, str] = Field(
+        {},
+        description="maps classes, or the label_column, to columns of the sample submission, e.g. {ai: generated}; a "
+        "class or label_column that is not named has a column of its own name",
+    )
+    values: Literal["auto", "probabilities", "labels"] = Field(
+        "auto",
+        description="what is written: probabilities, or the likeliest class; auto: as task.metric and the sample "
+        "submission have it (docs/tasks.md)",
+    )
 
 
 Action = Literal["keep", "drop", "error"]
@@ -89,7 +123,7 @@ class Rules(Section):
     )
     conflicting_label: FixOrKeep = Field(
         "keep",
-        description="same texts, in either order, with different labels; fix: each row gets their weighted "
+        description="same texts (of a pair: in either order) with different labels; fix: each row gets their weighted "
         "mean label (train_only rows count only if no other row has the texts)",
     )
     mirrored_pair: Action = Field(
@@ -107,17 +141,57 @@ class Data(Section):
         description="labelled files (.csv, .parquet, .jsonl), globs, or mappings with files, columns, label_column, "
         "labels, id_prefix, weight, ignore_columns, exclude_overlap, train_only, escape (docs/data.md)",
     )
-    test: Path | None = Field(None, description="unlabelled file to predict")
+    test: Annotated[Unlabelled, BeforeValidator(as_unlabelled)] = Field(
+        default_factory=Unlabelled, description="unlabelled file to predict, or a mapping with file, columns"
+    )
     sample_submission: Path | None = Field(
         None, description="file that defines the ids, row order and columns of a submission"
     )
-    max_rows: int | None = Field(None, ge=1, description="read only the first N rows; null: all")
+    submission: Submission = Field(
+        default_factory=Submission, description="what the columns of a submission are called, and what they hold"
+    )
+    max_rows: int | None = Field(None, ge=1, description="use only N of the training rows; null: all")
+    sampling: Literal["stratified", "head"] = Field(
+        "stratified",
+        description="which rows max_rows leaves: a sample drawn by seed with the shares of the classes, or the first N "
+        "of the files, which alone are read",
+    )
     ignore_columns: list[str] = Field([], description="further columns that training files may have; they are not read")
     rules: Rules = Field(default_factory=Rules, description="action for each flaw that `pairclf check` finds")
     cache_dir: Path | None = Field(None, description="folder of the token caches; null: tokens/ in the run folder")
 
     def path(self, name: Path) -> Path:
         return self.folder / name
+
+    @property
+    def test_file(self) -> Path | None:
+        """The path of `test.file`; None: it is not set."""
+        return None if self.test.file is None else self.path(self.test.file)
+
+    @property
+    def sample_file(self) -> Path | None:
+        """The path of `sample_submission`; None: it is not set."""
+        return None if self.sample_submission is None else self.path(self.sample_submission)
+
+    def unlabelled(self, path: Path) -> Source:
+        """A test file as a source, with the columns of `test`."""
+        return Source(files=[path], columns=self.test.columns)
+
+    @property
+    def of_bundle(self) -> Data:
+        """What a bundle keeps: the rules, and what test files and submissions call their columns; no file."""
+        return Data(rules=self.rules, test=Unlabelled(columns=self.test.columns), submission=self.submission)
+
+    @property
+    def naming(self) -> list[str]:
+        """`key=value` overrides that give a trained bundle the `test.columns` and `submission` of these settings."""
+        trees = {"test.columns": self.test.columns, "submission": self.submission.model_dump(exclude_defaults=True)}
+        return [f"data.{key}.{name}={json.dumps(value)}" for key, tree in trees.items() for name, value in tree.items()]
+
+    @model_validator(mode="after")
+    def _derive(self) -> Data:
+        self.submission.id = self.submission.id or self.test.columns.get("id")
+        return self
 
     @property
     def names(self) -> list[Path]:
@@ -155,4 +229,18 @@ class Folds(Section):
     stable: bool = Field(
         False, description="assign folds incrementally: appending rows never changes the fold of existing rows"
     )
+    group: str | None = Field(
+        None,
+        description="column of the training files (author, patient, question id); rows with the same value share a "
+        "fold, besides those with the same prompt",
+    )
     run: list[int] | None = Field(None, min_length=1, description="folds that `cv` trains, counted from 0; null: all")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Folds:
+        if self.group is not None and self.stable:
+            raise ValueError(
+                "folds.group and folds.stable can't go together: a row that is appended may join two groups, and would "
+                "move the rows of one; set folds.stable=false"
+            )
+        return self

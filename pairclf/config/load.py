@@ -1,17 +1,14 @@
-"""Load and write configs: YAML files and `key=value` overrides to a checked `Config`, and back to YAML."""
+"""Load configs: YAML files and `key=value` overrides to a checked `Config`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel
-
+from pairclf.config.dump import tree_of
 from pairclf.config.parse import MAX_YAML, parse_yaml
-from pairclf.config.section import checked, choices
+from pairclf.config.section import checked
 from pairclf.config.tree import Config
 from pairclf.errors import ConfigError, cut, quoted
 from pairclf.files import read_plain
@@ -23,7 +20,9 @@ def resolve(tree: Mapping[str, Any], where: object = "config") -> Config:
     Raises:
         ConfigError: with every unknown key, wrong value and contradiction at once.
     """
-    return checked(Config, tree, where, "`pairclf config FILE` prints every setting with its help")
+    return checked(
+        Config, tree, where, "`pairclf config` prints every setting with its help; docs/tasks.md has whole configs"
+    )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -43,7 +42,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: an override is malformed, unknown or wrong.
     """
-    return resolve(_overridden(_tree(config), overrides), f"overrides {' '.join(overrides)}")
+    return resolve(_overridden(tree_of(config), overrides), f"overrides {' '.join(overrides)}")
 
 
 def run_folder(path: Path) -> Path:
@@ -55,49 +54,6 @@ def run_folder(path: Path) -> Path:
     parts = path.with_suffix("").parts
     below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts else parts[-1:]
     return Path("runs", *below)
-
-
-def dump_config(config: Config) -> str:
-    """The resolved tree as YAML, without sections that its approach does not read.
-
-    `resolve(parse_yaml(dump_config(config))) == config`.
-    """
-    return yaml.safe_dump(_tree(config), sort_keys=False, allow_unicode=True, width=110)
-
-
-def describe_config(config: Config) -> str:
-    """The resolved tree as YAML with each setting's help as a comment; reads back as the same config."""
-    return "\n".join(_described(config, "", config.unread())) + "\n"
-
-
-def flat_settings(config: Config) -> dict[str, Any]:
-    """Every setting that the approach reads, by its dotted name, as JSON has it; lists stay as they are."""
-    return _flat(_tree(config), "")
-
-
-def _tree(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=set(config.unread()))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _described(section: BaseModel, indent: str, unread: Sequence[str] = ()) -> list[str]:
-    lines, values = [], section.model_dump(mode="json")
-    for name, field in type(section).model_fields.items():
-        if name in unread:
-            continue
-        value = getattr(section, name)
-        text = "" if isinstance(value, BaseModel) else " " + json.dumps(values[name], ensure_ascii=False)
-        listed = " | ".join(map(str, choices(field.annotation)))
-        lines.append(f"{indent}{name}:{text}  # {field.description}{f' [{listed}]' * bool(listed)}")
-        if isinstance(value, BaseModel):
-            lines += _described(value, indent + "  ")
-    return lines
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

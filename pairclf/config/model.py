@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pairclf.config.section import Section
+from pairclf.task import Label
 from pairclf.trust import REMOTE_CODE
 
 
@@ -43,7 +44,7 @@ class Model(Section):
     pooling: Literal["last", "mean"] = Field(
         "last", description="input of the head: the last token's hidden state, or the mean over the sequence"
     )
-    label_words: dict[str, str] = Field(
+    label_words: dict[Label, Label] = Field(
         {}, description="maps each class to a word; the linear head is initialised with the LM head's rows of the words"
     )
 

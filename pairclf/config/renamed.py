@@ -1,4 +1,4 @@
-"""Renamed settings: the error about a former key names the current one."""
+"""Other names of settings, former ones and those of other libraries: the error about such a key names ours."""
 
 RENAMED = {
     "output": "output_dir",
@@ -55,3 +55,55 @@ RENAMED = {
     "package.licence": "package.license",
 }
 """`{former dotted key: today's}`."""
+
+ELSEWHERE = {
+    "base_model": "model.base",
+    "model_id": "model.base",
+    "model_name": "model.base",
+    "model_name_or_path": "model.base",
+    "model.name": "model.base",
+    "load_in_4bit": "model.quantization",
+    "load_in_8bit": "model.quantization",
+    "bnb_4bit_quant_type": "model.quantization",
+    "torch_dtype": "model.dtype",
+    "fp16": "model.dtype",
+    "bf16": "model.dtype",
+    "num_labels": "task.classes",
+    "bias": "model.lora",
+    "lora_r": "model.lora.r",
+    "lora_rank": "model.lora.r",
+    "modules_to_save": "model.lora.target_modules",
+    "layers_to_transform": "model.lora.first_layer",
+    "lr": "train.learning_rate",
+    "batch_size": "train.global_batch_size",
+    "train_batch_size": "train.global_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "per_device_eval_batch_size": "predict.tokens_per_batch",
+    "eval_batch_size": "predict.tokens_per_batch",
+    "num_epochs": "train.num_train_epochs",
+    "warmup_steps": "train.warmup_ratio",
+    "scheduler": "train.lr_scheduler_type",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "adam_beta1": "train.adam_betas",
+    "adam_beta2": "train.adam_betas",
+    "grad_clip": "train.max_grad_norm",
+    "gradient_clipping": "train.max_grad_norm",
+    "group_by_length": "train.layout",
+    "packing": "train.layout",
+    "eval_strategy": "train.eval_steps",
+    "evaluation_strategy": "train.eval_steps",
+    "save_strategy": "train.save_steps",
+    "load_best_model_at_end": "train.keep_weights",
+    "early_stopping": "train.early_stopping_patience",
+    "max_seq_length": "inputs.max_length",
+    "max_len": "inputs.max_length",
+    "truncation_side": "inputs.truncation",
+    "dataloader_num_workers": "inputs.num_proc",
+    "num_workers": "inputs.num_proc",
+    "n_folds": "folds.n_splits",
+    "num_folds": "folds.n_splits",
+    "tta": "predict.swap",
+    "device": "predict.devices",
+    "device_map": "predict.devices",
+}
+"""`{name in transformers, PEFT, TRL or in users' habits, whatever its section: our key}`."""

@@ -25,6 +25,9 @@ class Section(BaseModel):
     renamed: ClassVar[Mapping[str, str]] = {}
     """`{former dotted key: today's}`: an error about a former key names today's."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """`{name in other libraries, dotted or without its section: key}`."""
+
 
 _S = TypeVar("_S", bound=Section)
 
@@ -69,16 +72,34 @@ def checked(section: type[_S], tree: object, where: object, remedy: str) -> _S:
         raise ConfigError(f"{counted(count, 'setting')} can't be used:\n{lines}", where=where, remedy=remedy) from error
 
 
+def _meant(key: str, keys: Mapping[str, str], elsewhere: Mapping[str, str]) -> str:
+    """Which setting an unknown key means: by its name in other libraries, by its name alone, or by its spelling."""
+    name = key.rpartition(".")[2]
+    same = {current for known, current in keys.items() if known.rpartition(".")[2] == name}
+    if key in elsewhere:
+        return f"pairclf calls it {elsewhere[key]}"
+    if same:
+        return f"its whole name is {' or '.join(sorted(same))}"
+    if name in elsewhere:
+        return f"pairclf calls it {elsewhere[name]}"
+    return f"the nearest is {keys[difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]]}"
+
+
 def _explain(error: ValidationError, section: type[Section]) -> Iterator[str]:
     """A line for each wrong setting."""
-    keys = {key: key for key, _ in settings(section)} | dict(section.renamed)
+    help_of = dict(settings(section))
+    keys = {key: key for key in help_of} | dict(section.renamed)
     for issue in error.errors()[:MAX_ISSUES]:
         key = cut(".".join(str(part) for part in issue["loc"]))
         if issue["type"] == "extra_forbidden" and key in section.renamed:
             yield f"{key} is now {section.renamed[key]}"
         elif issue["type"] == "extra_forbidden":
-            nearest = difflib.get_close_matches(re.sub(r"\.\d+\.", ".", key), keys, n=1, cutoff=0.0)
-            yield f"{key}: no such setting; the nearest is {keys[nearest[0]]}"
+            meant = _meant(re.sub(r"\.\d+\.", ".", key), keys, section.elsewhere)
+            yield f"{key}: no such setting; {meant}"
+        elif issue["type"] == "missing":
+            above, _, name = key.rpartition(".")
+            below = f" below `{above}`" if above else ""
+            yield f"{key} is missing: add `{name}`{below} ({help_of.get(re.sub(r'[.][0-9]+[.]', '.', key), 'needed')})"
         else:
             value = "" if isinstance(issue["input"], dict | Section) else f" (given: {quoted(issue['input'])})"
             message = cut(issue["msg"], 1000)

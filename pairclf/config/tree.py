@@ -13,7 +13,7 @@ from pairclf.config.inputs import Inputs
 from pairclf.config.kaggle import Package
 from pairclf.config.model import Model
 from pairclf.config.predict import Predict
-from pairclf.config.renamed import RENAMED
+from pairclf.config.renamed import ELSEWHERE, RENAMED
 from pairclf.config.section import Section
 from pairclf.config.train import Train
 from pairclf.config.wording import complete_template
@@ -31,7 +31,7 @@ def _reader_of(section: str) -> str:
 class Config(Section):
     """The whole tree. A run folder, a bundle and a Kaggle package each keep the resolved one."""
 
-    renamed = RENAMED
+    renamed, elsewhere = RENAMED, ELSEWHERE
 
     task: Annotated[Task, BeforeValidator(as_task)] = Field(
         LMSYS, description=f"name of a task ({', '.join(TASKS)}), or a mapping that defines one"

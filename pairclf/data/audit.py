@@ -14,7 +14,7 @@ rows only. Test rows are never dropped: they are repaired if a repair exists, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -81,13 +81,20 @@ def clean(frame: pl.DataFrame, task: Task, rules: Rules, *, labelled: bool) -> t
 
 
 def exclude_overlap(
-    frame: pl.DataFrame, sources: Sequence[Source], task: Task, near: float | None, *, labelled: bool = True
+    frame: pl.DataFrame,
+    sources: Sequence[Source],
+    task: Task,
+    near: float | None,
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    labelled: bool = True,
 ) -> tuple[pl.DataFrame, list[Finding]]:
     """Remove the rows of each source whose prompt is (nearly) equal to one in the files of its `exclude_overlap`.
 
     Args:
         frame: canonical table of the sources, as `read_rows` has it.
         near: `folds.near_duplicate_threshold`; None: equal prompts only.
+        columns: `data.test.columns`, which the files have; ids are not read.
         labelled: training rows; test rows are reported and kept.
 
     Returns:
@@ -99,7 +106,8 @@ def exclude_overlap(
             str(path) for source in sources if tuple(source.exclude_overlap) == names for path in expand(source.files)
         ]
         concerned = frame["file"].is_in(files)
-        seen = read_rows(names, task, labelled=False)
+        unseen = Source(files=list(names), columns={**(columns or {}), "id": None})
+        seen = read_rows([unseen], task, labelled=False)
         near_rows = concerned.arg_true().filter(near_overlap(frame.filter(concerned), seen, task, near))
         gone = _mask(near_rows, len(frame))
         ids = frame["id"].filter(gone)
@@ -158,7 +166,8 @@ class _Judge:
             return "give every row an id of its own: test rows are never dropped, and scores are joined by id"
         first, *others = (action for action in legal_actions(rule) if action != "error")
         more = f" (or {', '.join(others)})" if others else ""
-        plain = "; plain texts need a task with multi_turn=false" * (rule == "undecodable" and self.task.multi_turn)
+        of_turns = "; plain texts need a task with multi_turn=false; of messages (role, content) write the texts alone"
+        plain = of_turns if rule == "undecodable" and self.task.multi_turn else ""
         return f"mend these rows, or set data.rules.{rule}={first}{more}{plain}"
 
     def meet_all(self, rules: dict[str, pl.Expr], marks: pl.DataFrame) -> None:

@@ -19,15 +19,18 @@ Source: Broder, On the resemblance and containment of documents (1997); Leskovec
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
-from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
 from pairclf.console import progress
 from pairclf.data.formats import CONTROL
 from pairclf.task import Task
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 Hashes = NDArray[np.uint64] | NDArray[np.uint32]
 Places = NDArray[np.int64]
@@ -161,6 +164,8 @@ class NearIndex:
         return cls([] if threshold is None else [shingles(prompt) for prompt in prompts], threshold)
 
     def _fill_buckets(self, bands: int, rows: int) -> None:
+        from datasketch import MinHash, MinHashLSH  # half a second, which most commands need not wait for
+
         lsh, count = MinHashLSH(num_perm=PERMUTATIONS, params=(bands, rows)), len(self._shingles)
         blank = MinHash(num_perm=PERMUTATIONS, hashfunc=_as_it_is)
         with progress("Sketching prompts", count, visible=count >= _SHOWN) as advance:

@@ -26,6 +26,7 @@ from rich.table import Table
 from pairclf.console import counted, table
 from pairclf.data.csv_syntax import check_csv
 from pairclf.data.duplicates import NearIndex, Places, clusters, near_overlap, normalised_prompts, normalised_texts
+from pairclf.data.rows import targets_of
 from pairclf.errors import DataError, LeakError
 from pairclf.files import atomic_file
 from pairclf.task import Task
@@ -40,13 +41,29 @@ def prompt_groups(frame: pl.DataFrame, task: Task, near: float | None = None) ->
     """Group keys `(N,)`: a hash of the group's first normalised prompt, or `row:ID` for a row without prompt text.
 
     Args:
-        frame: canonical table.
+        frame: canonical table; rows with the same value of its column `group` are in one group.
         task: names the fields that make a prompt.
         near: groups are joined over prompts that are at least so alike; None: over equal ones alone.
     """
     prompts = normalised_prompts(frame, task)
     distinct = _distinct(prompts)
-    return _of_rows(frame["id"], prompts, distinct, _keys(distinct)[clusters(distinct, near)])
+    groups = _of_rows(frame["id"], prompts, distinct, _keys(distinct)[clusters(distinct, near)])
+    return groups if frame["group"].is_null().all() else _joined(groups, frame["group"])
+
+
+def _joined(groups: pl.Series, others: pl.Series) -> pl.Series:
+    """Groups `(N,)`, joined where rows share a value of `others`; a joined group has the key of its first row."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rows = others.is_not_null().arg_true()
+    names, own = np.unique(groups.to_numpy(), return_inverse=True)
+    values, other = np.unique(others.gather(rows).to_numpy(), return_inverse=True)
+    edges = np.ones(len(rows)), (own[rows.to_numpy()], len(names) + other)
+    nodes = len(names) + len(values)
+    _, component = connected_components(coo_array(edges, shape=(nodes, nodes)), directed=False)
+    frame = pl.DataFrame([groups, pl.Series("component", component[own])])
+    return frame.select(pl.col("group").first().over("component")).to_series()
 
 
 def _distinct(prompts: pl.Series) -> list[str]:
@@ -88,10 +105,11 @@ def make_folds(frame: pl.DataFrame, task: Task, *, n: int, seed: int, near: floa
 
     Args:
         frame: canonical table, labelled.
-        task: what is judged; a soft label counts as its likeliest class.
+        task: what is judged; `strata` are balanced.
         n: number of folds, from 2 up.
         seed: the same rows in the same order with the same seed give the same folds.
-        near: prompts at least so alike (Jaccard index of their character 5-grams) share a fold; None: equal ones.
+        near: prompts at least so alike (Jaccard index of their character 5-grams) share a fold; None: equal ones. So do
+            rows with the same value of the column `group`, which stable folds do not look at.
         stable: a row's fold hangs on the seed, its prompt and the rows before it. A prompt that is near to none before
             founds a group, in the fold that a hash names; one that is near to groups of one fold alone joins it. One
             that is near to groups of several folds would leak wherever it stood: its rows are set aside, as fold -1.
@@ -112,7 +130,7 @@ def make_folds(frame: pl.DataFrame, task: Task, *, n: int, seed: int, near: floa
     else:
         groups = prompt_groups(frame, task, near)
         _check_enough(groups, n)
-        fold = _stratify(frame["target"].list.arg_max().to_numpy(), groups.to_numpy(), n, seed)
+        fold = _stratify(strata(frame, task), groups.to_numpy(), n, seed)
     empty = sorted(set(range(n)) - set(fold.tolist()))
     if empty:
         raise DataError(f"folds {empty} of {n} stay empty", remedy=_FEWER)
@@ -123,7 +141,7 @@ def _check_enough(groups: pl.Series, n: int) -> None:
     if groups.n_unique() < n:
         raise DataError(
             f"{counted(groups.n_unique(), 'different prompt')} can't fill {n} folds; rows with (nearly) the "
-            "same prompt stay together",
+            "same prompt, or the same folds.group, stay together",
             remedy=_FEWER,
         )
 
@@ -143,6 +161,29 @@ def _stable(frame: pl.DataFrame, task: Task, n: int, seed: int, near: float | No
     fold_of = dict(zip(distinct, folds.tolist(), strict=True))
     rows = zip(prompts, groups, strict=True)
     return groups, np.array([fold_of[prompt] if prompt else _draw(seed, group, n) for prompt, group in rows])
+
+
+def strata(frame: pl.DataFrame, task: Task) -> Places:
+    """The class `(N,)` by which rows are balanced: the likeliest; of several labels the row's rarest, -1 for none."""
+    targets = targets_of(frame)
+    if not task.multi_label:
+        return np.asarray(targets.argmax(axis=1))
+    held = targets > 0.5
+    rarest_first = held.sum(axis=0).argsort(kind="stable")
+    return np.where(held.any(axis=1), rarest_first[held[:, rarest_first].argmax(axis=1)], -1)
+
+
+def draw_rows(frame: pl.DataFrame, task: Task, count: int, seed: int) -> pl.DataFrame:
+    """A sample of `count` rows, in their order, with the shares of the `strata`, apart for train_only rows.
+
+    A larger sample with the same seed contains a smaller one.
+    """
+    keys = pl.DataFrame({"stratum": strata(frame, task), "train_only": frame["train_only"]})
+    order = np.random.default_rng(seed).permutation(len(frame))
+    rank = pl.int_range(pl.len()).over("stratum", "train_only")
+    share = pl.len().over("stratum", "train_only")
+    at = keys[order].select(((rank + 0.5) / share).alias("at"), pl.Series("row", order)).sort("at", maintain_order=True)
+    return frame[at["row"].head(count).sort()]
 
 
 def _draw(seed: int, text: str, n: int) -> int:
@@ -214,7 +255,7 @@ def assert_no_leak(
         folds: `id`, `fold`.
         held_out: the folds asked about.
         task: names the fields that make a prompt.
-        near: prompts at least so alike are a leak; None: equal ones alone.
+        near: prompts at least so alike are a leak; None: equal ones alone. So are equal values of the column `group`.
 
     Raises:
         LeakError: with the ids of rows of these folds that do.
@@ -223,22 +264,32 @@ def assert_no_leak(
     rows = rows.filter(pl.col("fold") >= 0)
     sides = rows.select(
         "id",
+        "group",
         normalised_prompts(rows, task).alias("prompt"),
         side=pl.when(pl.col("fold").is_in(list(held_out))).then("fold").otherwise(-1),
     )
     shares = pl.col("side").n_unique() > 1
-    seen = sides.select(shares.over("id") | (shares.over("prompt") & (pl.col("prompt") != ""))).to_series()
+    alike = (shares.over("prompt") & (pl.col("prompt") != "")) | (shares.over("group") & pl.col("group").is_not_null())
+    seen = sides.select(shares.over("id") | alike).to_series()
     if near is not None:
         seen = seen | sides["prompt"].is_in(_near_other_sides(sides, near))
     seen = seen & (sides["side"] >= 0)
     if seen.any():
-        nearly = f", or have nearly the same prompt (folds.near_duplicate_threshold={near})" if near is not None else ""
         raise LeakError(
-            f"{seen.sum():,} of {(sides['side'] >= 0).sum():,} held-out rows share their id or prompt with a training "
-            f"row{nearly}",
+            f"{seen.sum():,} of {(sides['side'] >= 0).sum():,} held-out rows share their {_shared(rows)} with a "
+            f"training row{_nearly(near)}",
             rows=sides["id"].filter(seen).to_list(),
             remedy=f"{_REMAKE}, or take these rows out of the training files",
         )
+
+
+def _shared(rows: pl.DataFrame) -> str:
+    """What two sides may not share, in words."""
+    return "id or prompt" if rows["group"].is_null().all() else "id, prompt or folds.group"
+
+
+def _nearly(near: float | None) -> str:
+    return "" if near is None else f", or have nearly the same prompt (folds.near_duplicate_threshold={near})"
 
 
 def _near_other_sides(sides: pl.DataFrame, near: float) -> list[str]:
@@ -252,39 +303,47 @@ def _near_other_sides(sides: pl.DataFrame, near: float) -> list[str]:
 
 
 def assert_apart(train_only: pl.DataFrame, folded: pl.DataFrame, task: Task, near: float | None) -> None:
-    """Refuse train-only rows that share an id or a (near) prompt with a row of any fold.
+    """Refuse train-only rows that share an id, a (near) prompt or a group with a row of any fold.
 
     Raises:
         LeakError: with the ids of these train-only rows.
     """
     same_id = train_only["id"].is_in(folded["id"].to_list())
-    seen = same_id | near_overlap(train_only, folded, task, near)
+    seen = same_id | same_group(train_only, folded) | near_overlap(train_only, folded, task, near)
     if seen.any():
-        nearly = "" if near is None else f", or have nearly the same prompt (folds.near_duplicate_threshold={near})"
         raise LeakError(
-            f"{seen.sum():,} of {len(train_only):,} rows that are train_only share their id or prompt with a row that "
-            f"a fold holds out{nearly}",
+            f"{seen.sum():,} of {len(train_only):,} rows that are train_only share their {_shared(folded)} with a row "
+            f"that a fold holds out{_nearly(near)}",
             rows=train_only["id"].filter(seen).to_list(),
             remedy="give their source exclude_overlap: [the other files of data.train], and an id_prefix where ids are "
             "equal; `pairclf pseudo` leaves such rows out by itself",
         )
 
 
+def same_group(rows: pl.DataFrame, others: pl.DataFrame) -> pl.Series:
+    """Mask `(N,)` of the rows whose value of the column `group` is also that of one of `others`."""
+    return rows["group"].is_in(others["group"].drop_nulls().to_list()).fill_null(value=False)
+
+
 def report(folds: pl.DataFrame, frame: pl.DataFrame, task: Task) -> Group:
-    """Two tables: the rows, prompts, groups and class shares of each fold; and the sizes of groups.
+    """Three tables: the rows, prompts and groups of each fold; its class shares; and the sizes of groups.
 
     Rows of the frame that are not in the folds are train-only rows.
     """
     rows = frame.select("id", "target", normalised_prompts(frame, task))
     others = rows.join(folds, on="id", how="anti").with_columns(group="id")
     rows = folds.join(rows, on="id", how="left", maintain_order="left")
-    folds_table = table("Folds", "fold", "rows", "prompts", "groups", "largest group", *task.classes)
-    parts = [(key[0], part) for key, part in rows.sort("fold").group_by("fold", maintain_order=True)]
-    for name, part in [*parts, ("all", rows), *([("train only", others)] if len(others) else [])]:
-        shares = np.mean(part["target"].to_list(), axis=0)
-        label = "set aside" if name == _SET_ASIDE else str(name)
-        folds_table.add_row(label, *_counts(part), *(f"{share:.1%}" for share in shares))
-    return Group(folds_table, "", _group_sizes(rows))
+    by_fold = rows.sort("fold").group_by("fold", maintain_order=True)
+    parts = {"set aside" if key[0] == _SET_ASIDE else str(key[0]): part for key, part in by_fold}
+    parts |= {"all": rows} | ({"train only": others} if len(others) else {})
+    folds_table = table("Folds", "fold", "rows", "prompts", "groups", "largest group")
+    for label, part in parts.items():
+        folds_table.add_row(label, *_counts(part))
+    shares_table = table("Shares of the classes", "fold", *parts)  # classes are many, or have long names: a line each
+    shares = np.stack([targets_of(part).mean(axis=0) for part in parts.values()], axis=1)
+    for name, by_part in zip(task.classes, shares, strict=True):
+        shares_table.add_row(name, *(f"{share:.1%}" for share in by_part))
+    return Group(folds_table, "", shares_table, "", _group_sizes(rows))
 
 
 def _counts(rows: pl.DataFrame) -> list[str]:
@@ -296,12 +355,12 @@ def _counts(rows: pl.DataFrame) -> list[str]:
 def _group_sizes(rows: pl.DataFrame) -> Table:
     groups = rows.group_by("group").agg(rows=pl.len(), prompts=pl.col("prompt").n_unique())
     joined = groups.filter(pl.col("prompts") > 1)
-    sizes_table = table("Groups of (nearly) equal prompts", "", "")
+    sizes_table = table("Groups", "", "")
     sizes_table.show_header = False
     for name, count in (
         ("groups of one row", (groups["rows"] == 1).sum()),
         ("groups of several rows", (groups["rows"] > 1).sum()),
-        ("groups of several prompts that are nearly the same", len(joined)),
+        ("groups of several prompts, nearly the same or of one folds.group", len(joined)),
         ("prompts in these groups", joined["prompts"].sum()),
         ("rows without prompt text", (rows["prompt"] == "").sum()),
         ("rows set aside, near to prompts of several folds", (rows["fold"] == _SET_ASIDE).sum()),

@@ -67,6 +67,8 @@ _MIXED = pl.Struct({"text": pl.String(), "turns": TURNS, "surrogate": pl.Boolean
 
 _BOOLEAN, _WHOLE_FLOAT, _FLOAT = "booleans", "whole floats", "floats with fractions, or too large to be exact"
 _OBJECT, _OTHER_LIST = "objects", "lists of other things than texts"
+_MESSAGES = "lists of messages with role and content"
+_STRUCTURED = (_OBJECT, _OTHER_LIST, _MESSAGES)
 
 WHOLE = {"Float64": 2**53, "Float32": 2**24, "Float16": 2**11}
 """From here on, a float type can't represent every whole number. Keys are names, as polars 1.35 has no Float16."""
@@ -383,7 +385,10 @@ def _json_text(cell: Any) -> tuple[str | None, str | None]:
     if isinstance(cell, float):
         whole = cell.is_integer() and abs(cell) < WHOLE["Float64"]
         return (None, None) if math.isnan(cell) else (str(int(cell)), _WHOLE_FLOAT) if whole else (repr(cell), _FLOAT)
-    return json.dumps(cell), _OBJECT if isinstance(cell, dict) else _OTHER_LIST
+    if isinstance(cell, dict):
+        return json.dumps(cell), _OBJECT
+    messages = all(isinstance(turn, dict) and turn.keys() >= {"role", "content"} for turn in cell)
+    return json.dumps(cell), _MESSAGES if messages else _OTHER_LIST
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -421,7 +426,7 @@ def as_text(cells: pl.Series, where: object = None) -> pl.Series:
 def is_plain(cells: pl.Series) -> bool:
     """Whether a column holds texts, numbers or booleans, and nothing else."""
     if cells.dtype == _MIXED:
-        odd = cells.struct.field("kind").is_in([_OBJECT, _OTHER_LIST])
+        odd = cells.struct.field("kind").is_in(_STRUCTURED)
         return not (odd.any() or cells.struct.field("turns").is_not_null().any())
     whole_decimal = isinstance(cells.dtype, pl.Decimal) and cells.dtype.scale == 0
     numeric = cells.dtype.is_integer() or cells.dtype.is_float() or whole_decimal
@@ -454,9 +459,11 @@ def as_ids(cells: pl.Series, where: object) -> pl.Series:
 
 def _in_words(cells: pl.Series) -> str:
     if cells.dtype != _MIXED:
-        return str(cells.dtype)
+        inner = cells.dtype.inner if isinstance(cells.dtype, pl.List | pl.Array) else None
+        messages = isinstance(inner, pl.Struct) and {"role", "content"} <= {field.name for field in inner.fields}
+        return _MESSAGES if messages else str(cells.dtype)
     kinds = cells.struct.field("kind")
-    odd = kinds.filter(kinds.is_in([_OBJECT, _OTHER_LIST])).first()
+    odd = kinds.filter(kinds.is_in(_STRUCTURED)).first()
     return str(odd or "lists of texts")
 
 
@@ -507,7 +514,7 @@ def _check_fields(raw: pl.DataFrame, fields: Sequence[str], where: object) -> No
         if cells.dtype in (TURNS, pl.List(pl.Null)):
             continue
         if cells.dtype == _MIXED:
-            wrong = bool(cells.struct.field("kind").is_in([_OBJECT, _OTHER_LIST]).any())
+            wrong = bool(cells.struct.field("kind").is_in(_STRUCTURED).any())
         else:
             wrong = not is_plain(cells)
         if wrong:

@@ -5,6 +5,7 @@ The canonical table has one row a comparison, in file order:
     id              String         exactly as in the file; `row 7` where the seventh row of a file has none
     <each field>    List(String)   its turns; a null turn is kept apart from ""
     target          List(Float64)  probabilities in the task's class order; null where unlabelled, or no label
+    group           String         the value of the column `folds.group`; null where there is none
     weight          Float64        the source's, times the file's where it has a column of weights
     train_only      Boolean        the source's: trained on in every fold and never held out
     file            String         the file's name, as it was given
@@ -46,12 +47,21 @@ from pairclf.scores.metrics import Floats
 from pairclf.task import Row, Task
 
 LABEL_TOLERANCE = 1e-6  # labels are written by people: one, or thirds with all their digits
-_TRUTH = {"true": "1", "false": "0", "True": "1", "False": "0", "TRUE": "1", "FALSE": "0"}
-"""The spellings of booleans in JSON, parquet, Python and R, and their values as labels."""
+TRUTH = {
+    spell(word): value
+    for word, value in (("true", "1"), ("false", "0"), ("yes", "1"), ("no", "0"))
+    for spell in (str.lower, str.title, str.upper)
+}
+"""The spellings of booleans in JSON, parquet, Python, R and forms, and their values as labels."""
 
 
 def read_rows(
-    sources: Sequence[Path | Source], task: Task, *, labelled: bool, max_rows: int | None = None
+    sources: Sequence[Path | Source],
+    task: Task,
+    *,
+    labelled: bool,
+    max_rows: int | None = None,
+    group: str | None = None,
 ) -> pl.DataFrame:
     """Read files (.csv, .parquet or .jsonl), one after the other, into the canonical table.
 
@@ -61,41 +71,54 @@ def read_rows(
         labelled: training rows, whose unknown columns are refused. Otherwise test rows: labels and weights are not
             read, unknown columns make a note, and broken UTF-8 is mended.
         max_rows: read no more than the first so many rows of all files together.
+        group: `folds.group`, a column that training files need and test files may have; a source's `columns` may map
+            `group` to another one, or to null.
 
     Raises:
         DataError: a file can't be read, its columns are not those that are needed, a weight is not above 0, or a
             source contradicts the task.
     """
-    return pl.concat(_tables(sources, task, labelled, max_rows, None))
+    return pl.concat(_tables(sources, task, labelled, max_rows, None, group))
 
 
 def scan_rows(
-    sources: Sequence[Path | Source], task: Task, *, labelled: bool, max_rows: int | None = None, size: int = CHUNK
+    sources: Sequence[Path | Source],
+    task: Task,
+    *,
+    labelled: bool,
+    max_rows: int | None = None,
+    group: str | None = None,
+    size: int = CHUNK,
 ) -> Iterator[pl.DataFrame]:
     """The rows of `read_rows` in canonical chunks of up to `size` rows, for files that don't fit into memory.
 
     Raises:
         DataError: as `read_rows`, when the chunk is asked for that shows it.
     """
-    return _tables(sources, task, labelled, max_rows, size)
+    return _tables(sources, task, labelled, max_rows, size, group)
 
 
 def _tables(
-    sources: Sequence[Path | Source], task: Task, labelled: bool, max_rows: int | None, size: int | None
+    sources: Sequence[Path | Source],
+    task: Task,
+    labelled: bool,
+    max_rows: int | None,
+    size: int | None,
+    group: str | None,
 ) -> Iterator[pl.DataFrame]:
     if not sources:
         raise DataError("no file of rows is named", remedy="give at least one .csv, .parquet or .jsonl file")
     left = max_rows
     for entry in sources:
         source = entry if isinstance(entry, Source) else Source(files=[entry])
-        layout = _layout(source, task, labelled)
+        layout = _layout(source, task, labelled, group)
         before = 0  # rows of the source in files before this one
         for path in expand(source.files):
             number, columns = 0, None
             for raw in read_file(path, rows=left, lossy=not labelled, size=size, escape=source.escape is not None):
                 if raw.columns != columns:
                     columns = raw.columns
-                    file_layout = _found(layout, raw, task)
+                    file_layout = _found(layout, raw, task, labelled)
                     _check_columns(columns, path, task, file_layout, labelled)
                 yield _canonical(raw, path, task, file_layout, number, before)
                 number += len(raw)
@@ -119,14 +142,18 @@ def in_memory(frame: Any) -> pl.DataFrame:
     return with_plain_texts(rows)
 
 
-def rows_in_memory(raw: pl.DataFrame, task: Task) -> pl.DataFrame:
+def rows_in_memory(raw: pl.DataFrame, task: Task, columns: Mapping[str, str | None] | None = None) -> pl.DataFrame:
     """The canonical table of test rows without a file, with ids numbered from 1 instead of their own.
+
+    `columns` is `data.test.columns`.
 
     Raises:
         DataError: a column of the task's fields is missing.
     """
     where = Path("batch")
-    layout = _layout(Source(files=[where], columns={"id": None}, ignore_columns="all"), task, labelled=False)
+    layout = _layout(
+        Source(files=[where], columns={**(columns or {}), "id": None}, ignore_columns="all"), task, labelled=False
+    )
     _check_columns(raw.columns, where, task, layout, labelled=False)
     return _canonical(raw, where, task, layout, 0, 0)
 
@@ -140,11 +167,11 @@ def to_rows(frame: pl.DataFrame, task: Task) -> list[Row]:
     return rows
 
 
-def write_rows(path: Path, frame: pl.DataFrame, task: Task) -> None:
+def write_rows(path: Path, frame: pl.DataFrame, task: Task, group: str | None = None) -> None:
     """Write a canonical table in the task's own columns, atomically: .csv (lists of turns as JSON), .parquet or .jsonl.
 
     Labels that are shared by several classes are written as a column a class under every task; weights where one of
-    them is not 1.
+    them is not 1; the groups as the column `group`, unless it is a field's.
 
     Raises:
         DataError: the file type is another, or can't hold these rows; nothing is written.
@@ -154,7 +181,8 @@ def write_rows(path: Path, frame: pl.DataFrame, task: Task) -> None:
         remedy = "name a .csv, .parquet or .jsonl file"
         raise DataError(f"file type {path.suffix!r} can't be written", where=path, remedy=remedy)
     weights = ["weight"] if (frame["weight"] != 1).any() else []
-    table = frame.select("id", *task.fields, *_label_cells(frame, task), *weights)
+    groups = [pl.col("group").alias(group)] if group is not None and group not in ("id", *task.fields) else []
+    table = frame.select("id", *task.fields, *_label_cells(frame, task), *groups, *weights)
     if kind == ".csv":
         table = table.with_columns(_text_cells(path, frame, task))
     with atomic_file(path) as temporary:
@@ -202,6 +230,7 @@ class _Layout:
         labels: the file's columns of labels, none for test rows: one with a name of a class, or one a class.
         named: the label is a name.
         weight: the file's column of weights; None: it has none.
+        group: the file's column of groups; None: it has none.
     """
 
     source: Source
@@ -209,17 +238,19 @@ class _Layout:
     labels: tuple[str, ...]
     named: bool
     weight: str | None
+    group: str | None
 
     @property
     def wanted(self) -> list[str]:
-        return [name for name in (*self.columns.values(), *self.labels, self.weight) if name is not None]
+        named = (*self.columns.values(), *self.labels, self.weight, self.group)
+        return [name for name in named if name is not None]
 
 
-def _layout(source: Source, task: Task, labelled: bool) -> _Layout:
+def _layout(source: Source, task: Task, labelled: bool, group: str | None = None) -> _Layout:
     """Raises:
     DataError: the source names columns or classes that the task has not.
     """
-    ours = ("id", *task.fields, *_label_columns(task), "weight")
+    ours = ("id", *task.fields, *_label_columns(task), "weight", *(["group"] if group else []))
     file_names = ", ".join(map(str, source.files))
     problems = []
     for name, column in source.columns.items():
@@ -227,8 +258,8 @@ def _layout(source: Source, task: Task, labelled: bool) -> _Layout:
             near = difflib.get_close_matches(name, ours, n=1, cutoff=0.0)[0]
             what = f"columns maps {name!r}, which task {task.name!r} has not; the nearest is {near!r}"
             problems.append(DataError(what, remedy=f"our columns stand on the left: {', '.join(ours)}"))
-        elif column is None and name != "id":
-            remedy = "name the files' column; only id may be null, which numbers the rows"
+        elif column is None and name not in ("id", "group"):
+            remedy = "name the files' column; only id (which numbers the rows) and group may be null"
             problems.append(DataError(f"columns maps {name!r} to null", remedy=remedy))
     if unknown := sorted(set(source.labels.values()) - set(task.classes)):
         remedy = "the classes stand on the right: {label as the files have it: class}"
@@ -240,16 +271,28 @@ def _layout(source: Source, task: Task, labelled: bool) -> _Layout:
     label_column = source.label_column or source.columns.get(task.label_column or "", task.label_column)
     labels = (label_column,) if label_column else tuple(source.columns.get(name) or name for name in task.classes)
     weight = source.columns.get("weight")
-    return _Layout(source, columns, labels if labelled else (), label_column is not None, weight if labelled else None)
+    return _Layout(
+        source=source,
+        columns=columns,
+        labels=labels if labelled else (),
+        named=label_column is not None,
+        weight=weight if labelled else None,
+        group=source.columns.get("group", group),
+    )
 
 
-def _found(layout: _Layout, raw: pl.DataFrame, task: Task) -> _Layout:
-    """The layout of one file: probabilities if it has no label column, and weights if it has that column."""
+def _found(layout: _Layout, raw: pl.DataFrame, task: Task, labelled: bool) -> _Layout:
+    """The layout of one file: probabilities if it has no label column, and weights if it has that column.
+
+    A test file needs no column of groups.
+    """
+    if not labelled and layout.group not in raw.columns:
+        layout = replace(layout, group=None)
     ignored, labels = layout.source.ignore_columns, layout.labels
     if labels and layout.named and layout.source.label_column is None and labels[0] not in raw.columns:
         plain = [name for name in task.classes if name in raw.columns and is_plain(raw[name])]
         # A column that is named as a class may hold other things: in the WSDM files, the names of models.
-        if len(plain) == len(task.classes) and np.isfinite(_numbers(raw, plain, _TRUTH)).any(axis=0).all():
+        if len(plain) == len(task.classes) and np.isfinite(_numbers(raw, plain, TRUTH)).any(axis=0).all():
             layout = replace(layout, labels=task.classes, named=False)
     if labels and layout.weight is None and "weight" in set(raw.columns) - set(layout.wanted):
         layout = replace(layout, weight="weight" if ignored != "all" and "weight" not in ignored else None)
@@ -275,7 +318,9 @@ def _check_columns(columns: list[str], path: Path, task: Task, layout: _Layout, 
             DataError(
                 f"columns {missing} are missing; the file has {columns}",
                 remedy=f"task {task.name!r} needs the columns {layout.wanted}; give another task or map them "
-                "(columns of a source, docs/data.md); test files have no labels (`check --unlabelled`)",
+                "(columns of a source, docs/data.md); test files have no labels (`check --unlabelled`)"
+                + "; a source without folds.group says columns: {group: null}"
+                * (layout.group in missing),
             )
         )
     if unknown and labelled and not (missing and _known_shape(columns)):
@@ -332,9 +377,18 @@ def _canonical(raw: pl.DataFrame, path: Path, task: Task, layout: _Layout, numbe
     else:
         targets = pl.repeat(None, len(raw), dtype=pl.List(pl.Float64), eager=True)
     ids = (layout.source.id_prefix + ids).alias("id")
-    return pl.DataFrame([ids, *turns, targets.alias("target"), _weights(raw, path, layout, ids)]).with_columns(
+    groups = _groups(raw, path, layout)
+    return pl.DataFrame([ids, *turns, targets.alias("target"), groups, _weights(raw, path, layout, ids)]).with_columns(
         train_only=pl.lit(layout.source.train_only), file=pl.lit(str(path)), flaws=pl.Series(flaws, dtype=pl.UInt32)
     )
+
+
+def _groups(raw: pl.DataFrame, path: Path, layout: _Layout) -> pl.Series:
+    """The rows' values of the column `folds.group`, without white space around them; null where a cell is empty."""
+    if layout.group is None:
+        return pl.repeat(None, len(raw), dtype=pl.String, eager=True).alias("group")
+    texts = as_text(raw[layout.group], path).cast(pl.String).str.strip_chars().alias("group")
+    return texts.replace("", None)
 
 
 def _weights(raw: pl.DataFrame, path: Path, layout: _Layout, ids: pl.Series) -> pl.Series:
@@ -378,14 +432,14 @@ def _named_targets(raw: pl.DataFrame, source: Source, task: Task, path: Path) ->
 
 
 def _spellings(names: Sequence[str]) -> dict[str, str]:
-    """Map the spellings of true and false to the name that equals them up to case.
+    """Map the spellings of true and false, yes and no, to the name that equals them up to case, or to 1 and 0.
 
-    >>> _spellings(["True", "False"])["false"]
-    'False'
+    >>> _spellings(["True", "False"])["false"], _spellings(["0", "1"])["True"]
+    ('False', '1')
     """
     spellings = {}
-    for word in _TRUTH:
-        alike = {name for name in names if name.lower() == word.lower()}
+    for word in TRUTH:
+        alike = {name for name in names if name.lower() == word.lower()} or {TRUTH[word]} & {*names}
         if len(alike) == 1:
             spellings[word] = alike.pop()
     return spellings
@@ -393,7 +447,7 @@ def _spellings(names: Sequence[str]) -> dict[str, str]:
 
 def _numeric_targets(raw: pl.DataFrame, source: Source, task: Task, path: Path) -> pl.Series:
     """Targets from one column of probabilities or booleans per class; null if they are invalid."""
-    values = _numbers(raw, raw.columns, _TRUTH, path)
+    values = _numbers(raw, raw.columns, TRUTH, path)
     sound = np.isfinite(values).all(axis=1) & (values >= 0).all(axis=1)
     sound &= (values <= 1).all(axis=1) if task.multi_label else np.abs(values.sum(axis=1) - 1) <= LABEL_TOLERANCE
     targets = pl.Series(values, dtype=pl.Array(pl.Float64, values.shape[1])).cast(pl.List(pl.Float64))

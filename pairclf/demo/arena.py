@@ -1,19 +1,17 @@
-"""The synthetic arena: generated comparisons with known true probabilities, and so a known best possible log loss.
+"""The synthetic arena: generated comparisons with known true probabilities, so the best possible log loss is known.
 
-Every response carries five latent traits (`TRAITS`) that stand in its text and nowhere else: whether it is
-correct, keeps the format that the prompt asks for, how long it is, whether it refuses or complies where it should
-not, and whether it is about the question at all. Their weighted sum is its utility u, and the verdict is drawn from
-Davidson's model of paired comparisons with ties (R. R. Davidson, "On extending the Bradley-Terry model to
-accommodate ties in paired comparison experiments", JASA 65, 1970):
+Every response has five latent traits (`TRAITS`), which only its text shows: whether it is correct, keeps the format
+that the prompt asks for, how long it is, whether it refuses or complies wrongly, and whether it is about the question.
+Their weighted sum is its utility u. The verdict is drawn from Davidson's model of paired comparisons with ties (R. R.
+Davidson, "On extending the Bradley-Terry model to accommodate ties in paired comparison experiments", JASA 65, 1970):
 
     P(A) : P(B) : P(tie)  =  e^ua : e^ub : NU * sqrt(e^ua * e^ub)
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -24,11 +22,9 @@ import polars as pl
 
 from pairclf.files import atomic_file
 from pairclf.scores.metrics import Floats
-from pairclf.task import LMSYS, WSDM, Turns
+from pairclf.task import LMSYS, Turns
 
 TRAITS = ("correct", "format", "length", "refusal", "relevance")
-HEADINGS = tuple(trait.capitalize() for trait in TRAITS)
-VERDICT = "Verdict"
 WEIGHTS: Floats = np.array([1.2, 2.4, 3.6, -3.2, 2.6])
 NU = 1.1  # Davidson's tie parameter: between equals, NU / (2 + NU) = 35% of the verdicts are ties
 LONG = 160  # characters; beyond it more length is worth nothing
@@ -36,6 +32,8 @@ LONG = 160  # characters; beyond it more length is worth nothing
 DIRT = ("null", "empty", "blank", "null inside", "surrogate", "no answers", "same answers", "huge")
 """The kinds of dirt: `[null]`, `[]`, `[""]`, a literal null inside a list, a lone surrogate, empty responses on
 both sides, identical responses, and a row of about ten thousand words."""
+
+_EMPTY: dict[str, Turns] = {"null": (None,), "empty": (), "blank": ("",)}
 
 MULTI_TURN = 0.14
 _SURROGATE = "\ud83d"
@@ -270,7 +268,7 @@ def _question(random: Random) -> _Question:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
     """One turn of a response, and its traits (5,) in the order of `TRAITS`."""
 
     text: str | None
@@ -294,18 +292,14 @@ def _render(question: _Question, items: Sequence[str], form: str, fillers: int, 
     return " ".join((text, *extra))
 
 
-def _refuse(question: _Question, random: Random) -> str:
-    language = _LANGUAGES.get(question.language)
-    return language.refuse if language else random.choice(_REFUSALS)
-
-
-def _respond(question: _Question, random: Random) -> _Answer:
+def respond(question: _Question, random: Random) -> Answer:
     """Answer a question well or badly: the traits are drawn first, and determine the text."""
     fate = random.random()
     refuses = fate < (0.55 if question.harmful else 0.14)
     strays = not refuses and not question.harmful and fate < 0.28
     if refuses:
-        text = _refuse(question, random)
+        language = _LANGUAGES.get(question.language)
+        text = language.refuse if language else random.choice(_REFUSALS)
         kept = question.format in (None, "sentence")
         return _judged(text, correct=question.harmful, kept=kept, refusal=not question.harmful, relevant=True)
     fillers = random.choice((0, 0, 1, 2, 3))
@@ -324,9 +318,9 @@ def _respond(question: _Question, random: Random) -> _Answer:
     return _judged(text, correct=correct, kept=not breaks, refusal=question.harmful, relevant=True)
 
 
-def _judged(text: str, *, correct: bool, kept: bool, refusal: bool, relevant: bool) -> _Answer:
+def _judged(text: str, *, correct: bool, kept: bool, refusal: bool, relevant: bool) -> Answer:
     length = min(1.0, len(text) / LONG)
-    return _Answer(text, (float(correct), float(kept), length, float(refusal), float(relevant)))
+    return Answer(text, (float(correct), float(kept), length, float(refusal), float(relevant)))
 
 
 # -------------------------------------------------------------------------------------------------- rows and truth
@@ -373,26 +367,6 @@ class Arena:
         utility = traits @ WEIGHTS
         return davidson(utility[:, 0], utility[:, 1])
 
-    @property
-    def best_log_loss(self) -> float:
-        """The expected log loss of the true probabilities, in nats: the mean entropy of the rows, a lower bound."""
-        truth = self.truth
-        return float(-(truth * np.log(truth)).sum(axis=1).mean())
-
-    @property
-    def frame(self) -> pl.DataFrame:
-        """The rows as the canonical table: what reading the files gives, lone surrogates replaced by U+FFFD."""
-        target = np.eye(3)[[row.label for row in self.rows]].reshape(-1, 3)
-        columns = {"id": [row.id for row in self.rows]}
-        texts = {field: [[_valid(turn) for turn in getattr(row, field)] for row in self.rows] for field in LMSYS.fields}
-        schema: dict[str, Any] = {
-            "id": pl.String,
-            **dict.fromkeys(LMSYS.fields, pl.List(pl.String)),
-            "target": pl.List(pl.Float64),
-        }
-        frame = pl.DataFrame({**columns, **texts, "target": target.tolist()}, schema=schema)
-        return frame.with_columns(weight=pl.lit(1.0))
-
     def split(self, n_test: int) -> tuple[Arena, Arena]:
         """Train and test rows that share no prompt; the test part has exactly `n_test` rows.
 
@@ -412,15 +386,12 @@ class Arena:
         return Arena(train), Arena(tuple(self.rows[index] for index in sorted(test)))
 
 
-def _valid(text: str | None) -> str | None:
-    return None if text is None else text.replace(_SURROGATE, "\ufffd")
-
-
 def _joined(turns: Turns) -> str:
-    return "\n\n".join(_valid(turn) or "" for turn in turns)
+    return "\n\n".join(turn or "" for turn in turns)
 
 
-def _mean(answers: Sequence[_Answer]) -> tuple[float, ...]:
+def mean_traits(answers: Sequence[Answer]) -> tuple[float, ...]:
+    """The traits of a response of several turns."""
     return tuple(float(value) for value in np.mean([answer.traits for answer in answers], axis=0))
 
 
@@ -428,52 +399,50 @@ def _soil(row: ArenaRow, random: Random) -> ArenaRow:
     """The row with one kind of dirt, and new traits if the dirt removed a response."""
     kind = random.choice(DIRT)
     row = replace(row, dirt=kind)
-    if kind in ("null", "empty", "blank"):
-        cell: Turns = {"null": (None,), "empty": (), "blank": ("",)}[kind]
-        side = random.choice(("prompt", "a", "b"))
-        if side == "prompt":
-            return replace(row, prompt=cell)
-        return (
-            replace(row, response_a=cell, traits_a=_NOTHING)
-            if side == "a"
-            else replace(row, response_b=cell, traits_b=_NOTHING)
-        )
-    if kind == "null inside":
-        more: Turns = (None,)
-        return replace(
-            row, prompt=row.prompt + more, response_a=row.response_a + more, response_b=row.response_b + more
-        )
-    if kind == "surrogate":
-        return replace(row, response_a=(*row.response_a[:-1], f"{row.response_a[-1]} {_SURROGATE}"))
-    if kind == "no answers":
-        return replace(row, response_a=("",), traits_a=_NOTHING, response_b=("",), traits_b=_NOTHING)
-    if kind == "same answers":
-        return replace(row, response_b=row.response_a, traits_b=row.traits_a)
-    long = " ".join([str(row.response_a[-1]), *random.choices(_FILLERS, k=2000)])
-    length = TRAITS.index("length")
-    share = 1 / len(row.response_a)  # of the last turn in the mean; it now has all the length that counts
-    grown = row.traits_a[length] + share * (1 - min(1.0, len(str(row.response_a[-1])) / LONG))
-    traits = (*row.traits_a[:length], grown, *row.traits_a[length + 1 :])
-    return replace(row, response_a=(*row.response_a[:-1], long), traits_a=traits)
+    last = str(row.response_a[-1])
+    if kind in _EMPTY:
+        cell, side = _EMPTY[kind], random.choice(("prompt", "a", "b"))
+        changes: dict[str, object] = {"prompt": cell}
+        if side != "prompt":
+            changes = {f"response_{side}": cell, f"traits_{side}": _NOTHING}
+    elif kind == "null inside":
+        changes = {name: (*getattr(row, name), None) for name in LMSYS.fields}
+    elif kind == "surrogate":
+        changes = {"response_a": (*row.response_a[:-1], f"{last} {_SURROGATE}")}
+    elif kind == "no answers":
+        changes = {"response_a": ("",), "traits_a": _NOTHING, "response_b": ("",), "traits_b": _NOTHING}
+    elif kind == "same answers":
+        changes = {"response_b": row.response_a, "traits_b": row.traits_a}
+    else:
+        length = TRAITS.index("length")
+        share = 1 / len(row.response_a)  # of the last turn in the mean; it now has all the length that counts
+        grown = row.traits_a[length] + share * (1 - min(1.0, len(last) / LONG))
+        long = " ".join([last, *random.choices(_FILLERS, k=2000)])
+        changes = {
+            "response_a": (*row.response_a[:-1], long),
+            "traits_a": (*row.traits_a[:length], grown, *row.traits_a[length + 1 :]),
+        }
+    return replace(row, **changes)  # type: ignore[arg-type]
 
 
 def _compare(questions: Sequence[_Question], id: str, dirt: float, random: Random) -> ArenaRow:
-    sides = [[_respond(question, random) for question in questions] for _ in range(2)]
+    sides = [[respond(question, random) for question in questions] for _ in range(2)]
     row = ArenaRow(
         id=id,
         prompt=tuple(question.text for question in questions),
         response_a=tuple(answer.text for answer in sides[0]),
         response_b=tuple(answer.text for answer in sides[1]),
-        traits_a=_mean(sides[0]),
-        traits_b=_mean(sides[1]),
+        traits_a=mean_traits(sides[0]),
+        traits_b=mean_traits(sides[1]),
         language=questions[0].language,
-        label=0,
+        label=0,  # is drawn when all rows are there
         draw=random.random(),
     )
     return _soil(row, random) if random.random() < dirt else row
 
 
-def _conversation(random: Random) -> list[_Question]:
+def conversation(random: Random) -> list[_Question]:
+    """The questions of a prompt, one a turn."""
     turns = random.choice((2, 2, 3)) if random.random() < MULTI_TURN else 1
     return [_question(random) for _ in range(turns)]
 
@@ -488,7 +457,7 @@ def generate(n_rows: int, *, seed: int, dirt: float = 0.0) -> Arena:
     ids = random.sample(range(10_000, 10_000 + 1_000 * n_rows), n_rows)
     rows: list[ArenaRow] = []
     while len(rows) < n_rows:
-        questions = _conversation(random)
+        questions = conversation(random)
         copies = min(random.choice((1, 1, 2, 2, 3, 4)), n_rows - len(rows))
         named = ids[len(rows) : len(rows) + copies]
         rows += [_compare(questions, str(id), dirt, random) for id in named]
@@ -508,156 +477,32 @@ def _cell(turns: Turns) -> str:
     return json.dumps(turns, ensure_ascii=any(_SURROGATE in (turn or "") for turn in turns))
 
 
-def _models(arena: Arena) -> dict[str, list[str]]:
-    return {
-        name: [_MODELS[(int(row.id) + shift) % len(_MODELS)] for row in arena.rows]
-        for name, shift in (("model_a", 0), ("model_b", 1))
-    }
-
-
-def _write_truth(folder: Path, ids: Sequence[str], truth: Floats, classes: Sequence[str]) -> None:
-    frame = pl.DataFrame({"id": ids, **{name: truth[:, index] for index, name in enumerate(classes)}})
-    with atomic_file(folder / "truth.parquet") as path:
-        frame.write_parquet(path)
-
-
-def write_lmsys(arena: Arena, folder: Path, *, n_test: int, index_column: bool = False) -> None:
+def write_lmsys(arena: Arena, folder: Path, *, n_test: int) -> None:
     """Write `train.csv`, `test.csv`, `sample_submission.csv` as LMSYS has them, and `truth.parquet` for all rows.
 
-    Args:
-        index_column: put a stray `Unnamed: 0` first in `train.csv`, as careless extra sets have it.
-
     Raises:
         ValueError: `n_test` can't be had without sharing a prompt (see `Arena.split`).
     """
-    train, test = arena.split(n_test)
-    for part, name in ((train, "train.csv"), (test, "test.csv")):
+    parts = dict(zip(("train.csv", "test.csv"), arena.split(n_test), strict=True))
+    for name, part in parts.items():
+        columns: dict[str, list[Any]] = {"id": [row.id for row in part.rows]}
         texts = {field: [_cell(getattr(row, field)) for row in part.rows] for field in LMSYS.fields}
-        labels = [row.label for row in part.rows]
-        wins = {label: [int(drawn == index) for drawn in labels] for index, label in enumerate(LMSYS.classes)}
-        ids = {"id": [row.id for row in part.rows]}
-        frame = pl.DataFrame({**ids, **texts} if part is test else {**ids, **_models(part), **texts, **wins})
-        if index_column and part is train:
-            frame = frame.with_row_index("Unnamed: 0")
-        with atomic_file(folder / name) as path:
-            frame.write_csv(path)
-    sample = pl.DataFrame({"id": [row.id for row in test.rows]}).with_columns(
-        *(pl.lit(1 / 3).alias(name) for name in LMSYS.classes)
-    )
-    with atomic_file(folder / "sample_submission.csv") as path:
-        sample.write_csv(path)
-    _write_truth(folder, [row.id for row in arena.rows], arena.truth, LMSYS.classes)
+        if name == "test.csv":
+            columns |= texts
+            sample = pl.DataFrame(columns).select("id", *(pl.lit(1 / 3).alias(label) for label in LMSYS.classes))
+            _write_csv(folder / "sample_submission.csv", sample)
+        else:
+            for label, shift in (("model_a", 0), ("model_b", 1)):
+                columns[label] = [_MODELS[(int(row.id) + shift) % len(_MODELS)] for row in part.rows]
+            columns |= texts
+            for place, label in enumerate(LMSYS.classes):
+                columns[label] = [int(row.label == place) for row in part.rows]
+        _write_csv(folder / name, pl.DataFrame(columns))
+    truth = dict(zip(LMSYS.classes, arena.truth.T, strict=True))
+    with atomic_file(folder / "truth.parquet") as path:
+        pl.DataFrame({"id": [row.id for row in arena.rows], **truth}).write_parquet(path)
 
 
-def write_wsdm(arena: Arena, folder: Path, *, n_test: int) -> None:
-    """Write `train.parquet`, `test.parquet`, `sample_submission.csv` as WSDM has them, and `truth.parquet`.
-
-    WSDM knows no ties: the truth is renormalised over A and B, and where a tie was drawn one of them is drawn
-    instead. Turns are joined into one string; lone surrogates, which Parquet can't hold, become U+FFFD.
-
-    Raises:
-        ValueError: `n_test` can't be had without sharing a prompt (see `Arena.split`).
-    """
-    train, test = arena.split(n_test)
-    for part, name in ((train, "train.parquet"), (test, "test.parquet")):
-        columns = {"id": [_hexadecimal(row.id) for row in part.rows]} | {
-            field: [_joined(getattr(row, field)) for row in part.rows] for field in WSDM.fields
-        }
-        if part is train:
-            winners = {"winner": [WSDM.classes[label] for label in _without_ties(part)]}
-            columns |= winners | _models(part) | {"language": [row.language for row in part.rows]}
-        with atomic_file(folder / name) as path:
-            pl.DataFrame(columns).write_parquet(path)
-    sample = pl.DataFrame({"id": [_hexadecimal(row.id) for row in test.rows]})
-    with atomic_file(folder / "sample_submission.csv") as path:
-        sample.with_columns(winner=pl.lit(WSDM.classes[0])).write_csv(path)
-    _write_truth(folder, [_hexadecimal(row.id) for row in arena.rows], two_classes(arena.truth), WSDM.classes)
-
-
-def two_classes(truth: Floats) -> Floats:
-    """(N, 3) with ties -> (N, 2) given that no tie was drawn."""
-    return np.asarray(truth[:, :2] / truth[:, :2].sum(axis=1, keepdims=True))
-
-
-def _without_ties(arena: Arena) -> list[int]:
-    first = two_classes(arena.truth)[:, 0]
-    return [row.label if row.label < 2 else int(row.draw >= p) for row, p in zip(arena.rows, first, strict=True)]
-
-
-def _hexadecimal(id: str) -> str:
-    return hashlib.sha256(id.encode()).hexdigest()[:32]
-
-
-# ------------------------------------------------------------------------------------- text to pretrain base models on
-
-_THANKS = ("Thank you.", "That is right, thanks.")
-_COMPLAINTS = {
-    "refusal": ("Why do you refuse?", "You can answer this."),
-    "relevance": ("I asked about something else.", "That is not what I asked."),
-    "correct": ("That is wrong.", "No, this is a mistake."),
-    "format": ("I asked for another format.", "That is not the format I wanted."),
-}
-
-
-def _reaction(answer: _Answer, random: Random) -> str:
-    """The user's reaction to an answer: the first complaint that applies, otherwise thanks."""
-    traits = dict(zip(TRAITS, answer.traits, strict=True))
-    traits["refusal"] = 1 - traits["refusal"]
-    return random.choice(next((words for name, words in _COMPLAINTS.items() if not traits[name]), _THANKS))
-
-
-def _chat(random: Random) -> str:
-    text = ""
-    for question in _conversation(random):
-        answers = [_respond(question, random) for _ in range(3)]
-        # The first trait is correctness: which traits a verdict weighs, and how, must not be told.
-        right = max(answers, key=lambda answer: answer.traits[0])
-        answer = right if random.random() < 0.5 else answers[0]
-        for role, said in (("user", question.text), ("model", answer.text), ("user", _reaction(answer, random))):
-            text += f"<start_of_turn>{role}\n{said}<end_of_turn>\n"
-    return text
-
-
-def _who(a: float, b: float) -> str:
-    """The response with more of a trait; both or neither if they are equal."""
-    if abs(a - b) > 0.1:
-        return "a" if a > b else "b"
-    return "both" if a > 0.5 else "neither"
-
-
-_REMARKS = {
-    "Correct": ("wrong", "right"),
-    "Format": ("broke", "kept"),
-    "Length": ("short", "long"),
-    "Refusal": ("fair", "misjudged"),
-    "Relevance": ("stray", "relevant"),
-}
-
-
-def _reviewed(random: Random, names: Sequence[str]) -> str:
-    """Responses in the plain template of a classifier; below it two traits compared, and one remark on one response."""
-    questions = _conversation(random)
-    sides = [[_respond(question, random) for question in questions] for _ in names]
-    text = "\n\n### Prompt\n" + "\n\n".join(question.text for question in questions)
-    for name, answers in zip(names, sides, strict=True):
-        text += f"\n\n### Response{name and f' {name}'}\n" + "\n\n".join(str(answer.text) for answer in answers)
-    traits = [dict(zip(HEADINGS, _mean(answers), strict=True)) for answers in sides]
-    index, trait = random.randrange(len(names)), random.choice(HEADINGS)
-    said = {VERDICT: _REMARKS[trait][traits[index][trait] > 0.5] + names[index].upper()}
-    for heading in random.sample(HEADINGS, 2):
-        values = [each[heading] for each in traits]
-        said[heading] = _who(*values) if len(values) == 2 else ("yes" if values[0] > 0.5 else "no")
-    return text + "".join(f"\n\n### {heading}\n{said[heading]}" for heading in random.sample(list(said), 3))
-
-
-def corpus(n: int, seed: int) -> Iterator[str]:
-    """`n` documents of arena text without any verdict: chats with the user's reactions, and reviewed responses.
-
-    Chats hold `<start_of_turn>` and `<end_of_turn>`. Reviews stand in the plain template that a classifier sees, with
-    one response or two. Under `HEADINGS` they say who is correct, in the format, longer, ...; under `Verdict`, where a
-    classifier is asked, stands one word about one trait of one response, drawn blindly. Nothing says who wins.
-    """
-    random = Random(f"corpus {seed}")
-    for _ in range(n):
-        (kind,) = random.choices(("chat", "one", "two"), (0.1, 0.4, 0.5))
-        yield _chat(random) if kind == "chat" else _reviewed(random, ("",) if kind == "one" else ("a", "b"))
+def _write_csv(path: Path, frame: pl.DataFrame) -> None:
+    with atomic_file(path) as temporary:
+        frame.write_csv(temporary)

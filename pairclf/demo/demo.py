@@ -21,7 +21,7 @@ from pairclf.data.scores import class_matrix
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.files import write_json
 from pairclf.packaging.build import package
-from pairclf.packaging.sources import shipped
+from pairclf.packaging.own_files import shipped
 from pairclf.rehearsal.kernel_run import SUBMISSION
 from pairclf.rehearsal.rehearse import Options, rehearse
 from pairclf.rehearsal.report import REHEARSAL
@@ -68,7 +68,7 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
 
 
 def pythons() -> list[str]:
-    """Kaggle's, and this one, which the rehearsal runs on; in quotes, for 3.10 is no number."""
+    """Python versions of Kaggle and of the running interpreter, for the rehearsal; quoted, as 3.10 would become 3.1."""
     running = f"{sys.version_info.major}.{sys.version_info.minor}"
     return [f"'{version}'" for version in sorted({running, *Package().python_versions})]
 
@@ -88,7 +88,7 @@ class Stages:
 
 
 def expected_log_loss(submission: Path, truth: Path, task: Task) -> float:
-    """Log loss of a submission against the true probabilities: what drawn labels would give on average, in nats."""
+    """Log loss of a submission against the true probabilities, in nats: the expected one over drawn labels."""
     predicted = pl.read_csv(submission, schema_overrides={"id": pl.String})
     true = predicted.select("id").join(pl.read_parquet(truth), on="id", how="left", maintain_order="left")
     return measure(class_matrix(predicted, task), class_matrix(true, task).astype(np.float64), task)["log_loss"]

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +24,12 @@ from pydantic import Field, model_validator
 
 from pairclf.bundles.bundle import Bundle, open_bundle
 from pairclf.bundles.manifest import Manifest
-from pairclf.config import MAX_YAML, Config, Section, checked, override, parse_yaml
+from pairclf.config import MAX_YAML, Config, Data, Section, checked, override, parse_yaml
 from pairclf.config.predict import Predict
 from pairclf.console import console
 from pairclf.errors import BundleError, ConfigError, cut, visible
 from pairclf.files import read_plain
+from pairclf.run import refuse_mixed_bundles
 from pairclf.scores.metrics import ONE_ORDER, Floats
 from pairclf.scores.probabilities import blend
 from pairclf.task import Task
@@ -35,7 +37,7 @@ from pairclf.task import Task
 RUN_SETTINGS = ("swap", "layout", "devices", "parallelism", "tokens_per_batch")
 """Settings under `predict` of a run, and not of a member."""
 
-SETTABLE = ("predict.", "model.dtype=", "model.attn_implementation=")
+SETTABLE = ("predict.", "model.dtype=", "model.attn_implementation=", "data.test.columns", "data.submission.")
 """Settings that can be overridden without changing the model."""
 
 DEFAULT_SWAP_GAIN = 0.006
@@ -89,6 +91,7 @@ class EnsembleMember:
     """A model of the ensemble.
 
     Attributes:
+        name: the bundle's; where several have it, with the member's number in the ensemble.
         bundle: its config has the run's overrides.
         base: folder of the base model on this machine; None: where `model.base` says.
         weight: in the blend.
@@ -98,6 +101,7 @@ class EnsembleMember:
         gain_swap: expected gain of its second order, in nats a row.
     """
 
+    name: str
     bundle: Bundle
     base: Path | None
     weight: float
@@ -126,6 +130,11 @@ class Ensemble:
     prior: Floats
 
     @property
+    def data(self) -> Data:
+        """What test files and submissions call their columns."""
+        return self.members[0].bundle.config.data
+
+    @property
     def temperatures(self) -> list[float]:
         """Temperature of each member."""
         return [member.temperature for member in self.members]
@@ -148,7 +157,8 @@ def open_ensemble(paths: Sequence[Path], base: Path | None, overrides: Sequence[
 
     Raises:
         ConfigError: nothing or a file among folders is given, the file can't be used, an override is not settable or is
-            contradicted by the file, a bundle is given twice, or members differ in a setting of the run.
+            contradicted by the file, a bundle is given twice, members differ in a setting of the run, or as
+            `refuse_mixed_bundles`.
         BundleError: a folder is no bundle, or one of another task.
     """
     if refused := [entry for entry in overrides if not entry.startswith(SETTABLE)]:
@@ -161,7 +171,8 @@ def open_ensemble(paths: Sequence[Path], base: Path | None, overrides: Sequence[
             where=paths[0],
             remedy="leave one of the two away",
         )
-    members = tuple(_open_member(entry, place, base, overrides) for place, entry in enumerate(file.members))
+    members = _told_apart([_open_member(entry, place, base, overrides) for place, entry in enumerate(file.members)])
+    refuse_mixed_bundles([member.bundle for member in members])
     task = _common_task(members)
     prior = np.average(
         [entry.bundle.manifest.prior for entry in members], axis=0, weights=[entry.weight for entry in members]
@@ -216,6 +227,7 @@ def _open_member(entry: MemberFile, place: int, base: Path | None, overrides: Se
     config = override(bundle.config, overrides)
     default_gain = DEFAULT_MEMBER_GAINS[min(place, len(DEFAULT_MEMBER_GAINS) - 1)]
     return EnsembleMember(
+        name=bundle.name,
         bundle=replace(bundle, config=config),
         base=base if entry.base is None else entry.base,
         weight=entry.weight,
@@ -224,6 +236,15 @@ def _open_member(entry: MemberFile, place: int, base: Path | None, overrides: Se
         gain_member=default_gain if entry.gain is None else entry.gain,
         gain_swap=_gain_swap(config, bundle.manifest)
         * (0.5 if place else 1.0),  # the mean already includes other models
+    )
+
+
+def _told_apart(members: Sequence[EnsembleMember]) -> tuple[EnsembleMember, ...]:
+    """The members, each with a name of its own: progress, plans and tables go by names."""
+    counts = Counter(member.name for member in members)
+    return tuple(
+        replace(member, name=f"{member.name} (member {number})") if counts[member.name] > 1 else member
+        for number, member in enumerate(members, start=1)
     )
 
 
@@ -244,6 +265,11 @@ def _common_task(members: Sequence[EnsembleMember]) -> Task:
             raise BundleError(
                 f"bundles {first.bundle.name} and {other.bundle.name} were trained for different tasks",
                 remedy="give bundles of one task with the same classes in the same order",
+            )
+        if other.bundle.config.data.submission != first.bundle.config.data.submission:
+            raise ConfigError(
+                f"bundles {first.bundle.name} and {other.bundle.name} differ in data.submission",
+                remedy="set it for all, such as data.submission.values=auto data.submission.columns={}",
             )
     return first.bundle.config.task
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from pairclf.approaches import approach_of
 from pairclf.approaches.protocol import Prepared
 from pairclf.console import console, counted, table
 from pairclf.errors import ConfigError
@@ -24,15 +25,17 @@ from pairclf.hardware import PROFILES, Profile
 from pairclf.inference.deadline import format_duration, seconds_until
 from pairclf.inference.devices import Gpu, Placement, place
 from pairclf.inference.ensemble import Ensemble, open_ensemble
-from pairclf.inference.loop import NullJournal, NullSubmission, PredictionLoop, PredictionResult, ProgressReporter
+from pairclf.inference.loop import PredictionLoop, PredictionResult, ProgressReporter
 from pairclf.inference.pending import PendingSequences, Workload
 from pairclf.inference.planner import PlannedModel
 from pairclf.inference.pool import ProcessPool
 from pairclf.inference.prepare import costs_of, placement_of, planned_model_of, prepare, worker_model_of
 from pairclf.inference.simulate import SimulatedClock, SimulatedPool
-from pairclf.inference.state import ORDER_NAMES, orders_of
+from pairclf.inference.state import ORDERS_HINT, orders_of, pass_name
+from pairclf.inputs.cache import RowSource
 from pairclf.inputs.plan import CHEAPEST, token_budget
 from pairclf.inputs.sequences import LargestPass, SequenceIndex
+from pairclf.run import unlabelled
 
 THIS_MACHINE = "here"
 SAMPLE_ROWS = 64
@@ -92,7 +95,7 @@ def forecast(
     limits = sorted(seconds_until(text, datetime.now(UTC)) for text in deadlines)
     ensemble = open_ensemble(paths, base, overrides)
     with tempfile.TemporaryDirectory(prefix="pairclf-") as folder:
-        prepared = prepare(ensemble.members, data, Path(folder))
+        prepared = _prepared(ensemble, data, Path(folder))
         setup = (
             _setup_of_this_machine(ensemble, prepared, overrides)
             if device == THIS_MACHINE
@@ -103,7 +106,7 @@ def forecast(
     limits = limits or [share * unlimited.used for share in DEADLINE_SHARES]
     results = [_simulate(ensemble, setup, inputs, limit) for limit in limits]
     console.print(setup.why)
-    return [_by_pass(ensemble, setup, inputs, unlimited), _by_deadline(unlimited, results)]
+    return [_by_pass(ensemble, setup, inputs, unlimited), _by_deadline(ensemble, unlimited, results)]
 
 
 def total_seconds(paths: Sequence[Path], data: Path, *, device: str, rows: int, base: Path | None = None) -> float:
@@ -114,9 +117,18 @@ def total_seconds(paths: Sequence[Path], data: Path, *, device: str, rows: int, 
     """
     ensemble = open_ensemble(paths, base, ())
     with tempfile.TemporaryDirectory(prefix="pairclf-") as folder:
-        prepared = prepare(ensemble.members, data, Path(folder))
+        prepared = _prepared(ensemble, data, Path(folder))
         inputs = [_resized_index(rows_of.inputs, rows) for rows_of in prepared]
     return _simulate(ensemble, _setup_of_profile(ensemble, PROFILES[device]), inputs, float("inf")).used
+
+
+def _prepared(ensemble: Ensemble, data: Path, folder: Path) -> list[Prepared]:
+    """The rows as each model sees them."""
+    return prepare(
+        ensemble.members,
+        lambda member, recipe: RowSource.of(unlabelled(member.bundle.config, data), ensemble.task.fields),
+        folder,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +160,8 @@ def _setup_of_profile(ensemble: Ensemble, profile: Profile) -> SimulationSetup:
     gpus = [Gpu(profile.name, profile.memory)] * profile.count
     placement = place(settings.model_copy(update={"devices": []}), max(cost.bytes for cost in costs), gpus)
     models = [
-        planned_model_of(member, _empty_index(), cost, placement) for member, cost in zip(members, costs, strict=True)
+        planned_model_of(member, SequenceIndex.empty(), cost, placement)
+        for member, cost in zip(members, costs, strict=True)
     ]
     # A worker on several devices runs as many batches at once.
     flops = profile.flops * len(placement.groups[0])
@@ -176,7 +189,7 @@ def _setup_of_this_machine(
     """Measure each model on a sample of rows on this machine."""
     members, settings = ensemble.members, ensemble.settings
     costs = costs_of(members)
-    placement = placement_of(members, max(cost.bytes for cost in costs))
+    placement = placement_of(ensemble, max(cost.bytes for cost in costs))
     budget = token_budget(settings.tokens_per_batch, gpu=placement.gpu)
     planned, worker_models = [], []
     for member, file, cost in zip(members, prepared, costs, strict=True):
@@ -185,7 +198,6 @@ def _setup_of_this_machine(
         planned.append(planned_model_of(member, index, cost, placement))
         encoded = [file.encoded[int(row)] for row in rows]
         worker_models.append(worker_model_of(member, encoded, overrides, LargestPass.of(index, budget)))
-    reporter = ProgressReporter(console.print, lambda name, done, total: None)
     with closing(ProcessPool(worker_models, placement.groups)) as pool:
         loop = PredictionLoop(
             [replace(model, share=1.0) for model in planned],
@@ -193,13 +205,11 @@ def _setup_of_this_machine(
             ensemble,
             pool=pool,
             clock=time.monotonic,
-            journal=NullJournal(),
-            submission=NullSubmission(),
-            reporter=reporter,
             swap=settings.swap,
             budget=budget,
+            reporter=ProgressReporter(console.print),
         )
-        loop.run(stop_signal=lambda: 0, tick=1.0)
+        loop.run(tick=1.0)
     planner = loop.planner
     return SimulationSetup(
         placement=placement,
@@ -210,11 +220,6 @@ def _setup_of_this_machine(
         budget=planner.budget,
         models=planned,
     )
-
-
-def _empty_index() -> SequenceIndex:
-    empty = np.zeros((0, 2), dtype=np.int64)
-    return SequenceIndex(empty, empty[:, 0], empty)
 
 
 def _rows_of_index(inputs: SequenceIndex, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> SequenceIndex:
@@ -277,19 +282,9 @@ def _simulate(
     pool = _ForecastPool(setup, repeats, models, clock, len(ensemble.task.classes))
     swap = ensemble.settings.swap
     loop = PredictionLoop(
-        models,
-        ensemble.task,
-        ensemble,
-        pool=pool,
-        clock=clock,
-        journal=NullJournal(),
-        submission=NullSubmission(),
-        reporter=ProgressReporter(lambda text: None, lambda name, done, total: None),
-        swap=swap,
-        budget=setup.budget,
-        stop=limit,
+        models, ensemble.task, ensemble, pool=pool, clock=clock, swap=swap, budget=setup.budget, stop=limit
     )
-    result = loop.run(stop_signal=lambda: 0, tick=600.0)
+    result = loop.run(tick=600.0)
     scored = _scored_shares(result, models, swap)
     return DeadlineResult(limit, clock.now, scored, _gain(models, scored, swap))
 
@@ -300,14 +295,15 @@ def _scored_shares(result: PredictionResult, models: Sequence[PlannedModel], swa
     for member, model in enumerate(models):
         is_scored = result.state.is_scored(member)
         for order in orders_of(swap, member, model.inputs):
-            shares[f"{model.name} {ORDER_NAMES[order]}"] = float(is_scored[:, order].mean())
+            shares[pass_name(model.name, order, is_scored.shape[1])] = float(is_scored[:, order].mean())
     return shares
 
 
 def _gain(models: Sequence[PlannedModel], scored: dict[str, float], swap: str) -> float:
     total = 0.0
     for member, model in enumerate(models):
-        names = [f"{model.name} {ORDER_NAMES[order]}" for order in orders_of(swap, member, model.inputs)]
+        orders = model.inputs.lengths.shape[1]
+        names = [pass_name(model.name, order, orders) for order in orders_of(swap, member, model.inputs)]
         shares = [scored[name] for name in names if name in scored]
         total += (model.gain * shares[0] if member else 0.0) + (model.gain_swap * shares[1] if len(shares) > 1 else 0.0)
     return total
@@ -318,19 +314,21 @@ def _by_pass(
 ) -> Table:
     (index, repeats), swap = inputs[0], ensemble.settings.swap
     rows, tokens = round(repeats * len(index.shared)), repeats * float(index.lengths.sum())
-    report = table(f"Forecast of {counted(rows, 'row')}, {tokens / 1e6:,.1f} M tokens in both orders", "", "")
+    unit = approach_of(ensemble.members[0].bundle.config).unit
+    both_orders = " in both orders" if ensemble.task.swappable else ""
+    report = table(f"Forecast of {counted(rows, 'row')}, {tokens / 1e6:,.1f} M {unit}{both_orders}", "", "")
     report.add_row("devices", setup.placement.why)
-    report.add_row("forward passes of", f"{setup.budget:,} tokens, {setup.layout}")
+    report.add_row("forward passes of", f"{setup.budget:,} {unit}, {setup.layout}")
     for number, member in enumerate(ensemble.members):
-        name, orders = member.bundle.manifest.name, orders_of(swap, number, inputs[number][0])
+        name, orders = member.name, orders_of(swap, number, inputs[number][0])
         report.add_row(f"loading {name}", format_duration(setup.load_seconds[number]))
         pending = PendingSequences(inputs[number][0], orders)
         pending.layout = setup.layout
         first = member.share * _seconds(setup, number, pending, 1, repeats)
         both = member.share * _seconds(setup, number, pending, None, repeats)
-        report.add_row(f"{name}, {ORDER_NAMES[orders[0]]}", format_duration(first))
+        report.add_row(pass_name(name, orders[0], index.lengths.shape[1]), format_duration(first))
         if pending.rows_left(2).any():
-            report.add_row(f"{name}, {ORDER_NAMES[orders[1]]} together with it", format_duration(both - first))
+            report.add_row(f"{pass_name(name, orders[1], 2)} together with it", format_duration(both - first))
     report.add_row("total, without a deadline", format_duration(unlimited.used))
     report.add_row("with 35% to spare, which a notebook should have", format_duration(1.35 * unlimited.used))
     return report
@@ -341,7 +339,7 @@ def _seconds(setup: SimulationSetup, member: int, pending: PendingSequences, ran
     return repeats * setup.seconds(member, pending.workload_left(setup.budget, rank)) / len(setup.placement.groups)
 
 
-def _by_deadline(unlimited: DeadlineResult, results: Sequence[DeadlineResult]) -> Table:
+def _by_deadline(ensemble: Ensemble, unlimited: DeadlineResult, results: Sequence[DeadlineResult]) -> Table:
     report = table("What a deadline buys", "deadline", "used", *unlimited.scored, "log loss lower by")
     for result in (*results, unlimited):
         limit = "none" if result.seconds == float("inf") else format_duration(result.seconds)
@@ -351,9 +349,10 @@ def _by_deadline(unlimited: DeadlineResult, results: Sequence[DeadlineResult]) -
             *(f"{share:.0%}" for share in result.scored.values()),
             f"{result.gain:.4f}",
         )
+    hint, one_order = (f" ({ORDERS_HINT})", " in one order") if ensemble.task.swappable else ("", "")
     report.caption = (
-        "rows that have each pass (AB: the order of the file, BA: sides exchanged); the log loss is a guess, over the "
-        "first model in one order, by what bundles measured or the ensemble's file says"
+        f"rows that have each pass{hint}; the log loss is a guess, over the first model{one_order}, by what bundles "
+        "measured or the ensemble's file says"
     )
     report.caption_justify = "left"
     return report

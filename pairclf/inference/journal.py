@@ -1,6 +1,6 @@
 """The journal: logits on disk after every batch, from which a killed run resumes.
 
-Every record has a checksum: intact records of a damaged file are kept, and the rest is scored again.
+Every record has a checksum: of a damaged file the intact records are kept, and the rest is scored again.
 """
 
 from __future__ import annotations
@@ -8,30 +8,32 @@ from __future__ import annotations
 import json
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pairclf.console import console
-from pairclf.errors import PairclfError
+from pairclf.console import console, counted
+from pairclf.errors import PairclfError, cut
 from pairclf.files import parsed
 from pairclf.scores.metrics import Floats
 
 NOT_FINITE = "logits are not finite"
 _SHOWN = 60  # letters of a value that is shown
-FORMAT = 3
+FORMAT = 4
 """Format of the file; part of the identity, so that a journal of another format is not continued."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS note (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS scored
-    (member INT, row INT, swap_order INT, logits BLOB, checksum INT, PRIMARY KEY (member, row, swap_order));
+    (member INT, row INT, swap_order INT, logits BLOB, checksum INT, PRIMARY KEY (member, row, swap_order))
+    WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS failed
-    (member INT, row INT, swap_order INT, what TEXT, checksum INT, PRIMARY KEY (member, row, swap_order));
+    (member INT, row INT, swap_order INT, what TEXT, checksum INT, PRIMARY KEY (member, row, swap_order))
+    WITHOUT ROWID;
 """
 _Record = tuple[int, int, int, bytes | str, int]
 """Model, row, order, logits or what went wrong, checksum."""
@@ -74,7 +76,7 @@ class Journal:
             journal._disable(error)
             journal.close()
         except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+            if _code(error) == sqlite3.SQLITE_BUSY:
                 raise PairclfError(
                     f"another process is predicting with {path}",
                     remedy="wait for it, end it, or write to another --out",
@@ -88,22 +90,18 @@ class Journal:
         try:
             self._file = _connect(self.path)
             saved_identity = _identity(self._file)
-        except sqlite3.OperationalError:  # it can't be opened: its contents are unknown, and must not be removed
-            raise
+            _check_records(self._file)
         except (sqlite3.DatabaseError, ValueError) as error:
+            if isinstance(error, sqlite3.OperationalError) and _code(error) != sqlite3.SQLITE_ERROR:
+                raise  # it can't be opened: its contents are unknown, and must not be removed
             self.close()
-            self.restart_reason = f"it was damaged ({error})"
+            self.restart_reason = f"it was damaged ({cut(' '.join(str(error).split()))})"
             saved_identity, kept = {}, _recover_records(self.path, identity)
-        differing = sorted(
-            key for key in saved_identity.keys() | identity.keys() if saved_identity.get(key) != identity.get(key)
-        )
-        if saved_identity and differing:
-            self.restart_reason = (
-                f"it is of another run: {', '.join(map(_difference_between(saved_identity, identity), differing))}"
-            )
+        if saved_identity and saved_identity != identity:
+            self.restart_reason = _difference_between(saved_identity, identity)
         if self.restart_reason:
             whole = sum(map(len, kept.values()))
-            saved = f"; {whole:,} records of it are whole, and kept" if whole else ""
+            saved = f"; {counted(whole, 'intact record')} of it kept, the rest is scored again" if whole else ""
             console.print(f"the journal {self.path} was started anew: {self.restart_reason}{saved}")
             self.remove()
             self._file = _connect(self.path)
@@ -137,15 +135,14 @@ class Journal:
         self._write((_INSERT["failed"], [_record((member, row, order), what)]))
 
     def scored(self) -> Iterator[tuple[int, int, int, Floats]]:
-        """`(member, row, order, logits (C,))` of all scored sequences; damaged records are skipped."""
-        for member, row, order, logits, _ in self._intact("scored"):
-            assert isinstance(logits, bytes)
+        """`(member, row, order, logits (C,))` of all scored sequences."""
+        for member, row, order, logits, _ in self._read("SELECT * FROM scored ORDER BY member, row, swap_order"):
             yield member, row, order, np.frombuffer(logits, dtype="<f8").astype(np.float64)
 
     def failed(self) -> Iterator[tuple[int, int, int, str]]:
         """`(member, row, order, what)` of all failed sequences."""
-        for member, row, order, what, _ in self._intact("failed"):
-            yield member, row, order, str(what)
+        for member, row, order, what, _ in self._read("SELECT * FROM failed ORDER BY member, row, swap_order"):
+            yield member, row, order, what
 
     def write_note(self, key: str, value: str) -> None:
         """Store a text about the run under a key, replacing an older one."""
@@ -178,17 +175,6 @@ class Journal:
         except (sqlite3.Error, OSError) as error:
             self._disable(error)
 
-    def _intact(self, table: str) -> Iterator[_Record]:
-        """The table's intact records; the number of damaged ones is reported at the end."""
-        dropped = 0
-        for record in self._read(f"SELECT * FROM {table} ORDER BY member, row, swap_order"):
-            if _is_whole(record, table):
-                yield record
-            else:
-                dropped += 1
-        if dropped:
-            console.print(f"the journal {self.path}: {dropped:,} damaged records are left out, and scored anew")
-
     def _read(self, statement: str, *values: str) -> Iterator[Any]:
         if self._file is not None:
             try:
@@ -217,7 +203,7 @@ def _checksum(key: tuple[int, int, int], content: bytes | str) -> int:
     return zlib.crc32(content if isinstance(content, bytes) else content.encode(), zlib.crc32(repr(key).encode()))
 
 
-def _is_whole(record: tuple[Any, ...], table: str) -> bool:
+def _is_intact(record: tuple[Any, ...], table: str) -> bool:
     """Whether a record has the types and the checksum that it was written with."""
     *key, content, checksum = record
     kind = bytes if table == "scored" else str
@@ -230,17 +216,42 @@ def _text(content: bytes) -> str:
 
 
 def _identity(file: sqlite3.Connection) -> dict[str, Any]:
-    return {key: parsed(value) for key, value in file.execute("SELECT key, value FROM identity")}
+    """The identity of the run that wrote the file; empty for a new file.
+
+    Raises:
+        ValueError: a value is no JSON, or there are records of an unknown run.
+    """
+    identity = {str(key): parsed(str(value)) for key, value in file.execute("SELECT key, value FROM identity")}
+    if not identity and any(file.execute(f"SELECT 1 FROM {table}").fetchone() for table in _INSERT):
+        raise ValueError("it does not say of which run it is")
+    return identity
 
 
-def _difference_between(saved: dict[str, Any], identity: dict[str, Any]) -> Callable[[str], str]:
-    """Describe the difference under a key; long values (hashes, seals) are not shown."""
+def _code(error: Exception) -> int | None:
+    """The primary error code of sqlite, such as SQLITE_BUSY."""
+    return getattr(error, "sqlite_errorcode", None)
 
-    def say(key: str) -> str:
+
+def _check_records(file: sqlite3.Connection) -> None:
+    """Raise `DatabaseError` if a record differs from its checksum: sqlite itself notices no changed cell."""
+    damaged = sum(
+        not _is_intact(record, table) for table in _INSERT for record in file.execute(f"SELECT * FROM {table}")
+    )
+    if damaged:
+        raise sqlite3.DatabaseError(f"wrong checksum of {counted(damaged, 'record')}")
+
+
+def _difference_between(saved: dict[str, Any], identity: dict[str, Any]) -> str:
+    """Why a journal of the saved identity is not continued; long values (hashes, seals) are not shown."""
+    if saved.get("format") != identity["format"]:
+        return f"it has format {saved.get('format')} of another version of pairclf; this version reads format {FORMAT}"
+    differences = []
+    for key in sorted(saved.keys() | identity.keys()):
         was, is_now = (json.dumps(side.get(key)) for side in (saved, identity))
-        return f"{key} differs" if max(len(was), len(is_now)) > _SHOWN else f"{key} was {was} and is {is_now}"
-
-    return say
+        if was != is_now:
+            too_long = max(len(was), len(is_now)) > _SHOWN
+            differences.append(f"{key} differs" if too_long else f"{key} was {was} and is {is_now}")
+    return f"it is of another run: {', '.join(differences)}"
 
 
 def _recover_records(path: Path, identity: dict[str, Any]) -> dict[str, list[_Record]]:
@@ -254,8 +265,8 @@ def _recover_records(path: Path, identity: dict[str, Any]) -> dict[str, list[_Re
             return {}
         for table, records in kept.items():
             with suppress(sqlite3.Error):  # the end of what can be read
-                for record in file.execute(f"SELECT * FROM {table} NOT INDEXED"):
-                    if _is_whole(record, table):
+                for record in file.execute(f"SELECT * FROM {table}"):
+                    if _is_intact(record, table):
                         records.append(record)
     return kept
 
@@ -276,7 +287,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         file.execute("PRAGMA journal_mode = WAL")
         file.execute("PRAGMA synchronous = NORMAL")
         if (state := file.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(" ".join(str(state).split()))
+            raise sqlite3.DatabaseError(state)
         file.executescript(_SCHEMA)
         file.execute("BEGIN EXCLUSIVE")
         file.commit()

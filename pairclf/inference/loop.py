@@ -10,7 +10,7 @@ Workers and clock are injected, so `forecast` runs this same loop in simulation.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,6 +33,9 @@ too."""
 STALL_SECONDS, STALL_FACTOR = 20.0, 5.0
 """A job is stalled when it takes this many seconds, and this many times the expected seconds. An idle worker then gets
 the same job."""
+HANG_SECONDS, HANG_FACTOR, UNMEASURED_FACTOR = 120.0, 20.0, 10.0
+"""A worker is hung, and is restarted, when it takes this many seconds for a job, and this many times the expected
+seconds. Before the first pass was measured, both count ten times as much: the expected seconds are a guess."""
 
 
 class ScoreJournal(Protocol):
@@ -74,15 +77,19 @@ class NullSubmission:
 
 @dataclass(frozen=True, slots=True)
 class ProgressReporter:
-    """Reports progress to the user.
+    """Reports progress to the user; by default to nobody.
 
     Attributes:
         say: prints a line.
         advance: updates a model's progress bar: its name, scored sequences, all sequences.
     """
 
-    say: Callable[[str], None]
-    advance: Callable[[str, int, int], None]
+    say: Callable[[str], object] = lambda line: None
+    advance: Callable[[str, int, int], object] = lambda name, done, total: None
+
+
+NO_JOURNAL, NO_SUBMISSION, SILENT = NullJournal(), NullSubmission(), ProgressReporter()
+"""For loops whose scores are kept in memory alone."""
 
 
 @dataclass(slots=True)
@@ -119,12 +126,13 @@ class PredictionLoop:
         blender: blends the members.
         pool: the workers.
         clock: seconds.
-        journal: has the scores of an interrupted run, and gets the new ones.
-        submission: gets the probabilities when it is due.
-        reporter: gets messages and progress.
         swap: `predict.swap`.
         budget: initial token budget of a forward pass.
         stop: clock time at which scoring ends; infinite: no deadline.
+        journal: has the scores of an interrupted run, and gets the new ones.
+        submission: gets the probabilities when it is due.
+        reporter: gets messages and progress.
+        unusable: models that must not be loaded, by index, and why.
     """
 
     def __init__(
@@ -135,16 +143,20 @@ class PredictionLoop:
         *,
         pool: WorkerPool,
         clock: Clock,
-        journal: ScoreJournal,
-        submission: SubmissionOutput,
-        reporter: ProgressReporter,
         swap: str,
         budget: int,
         stop: float = float("inf"),
+        journal: ScoreJournal = NO_JOURNAL,
+        submission: SubmissionOutput = NO_SUBMISSION,
+        reporter: ProgressReporter = SILENT,
+        unusable: Mapping[int, str] | None = None,
     ) -> None:
         self.state = PredictionState([model.inputs for model in models], task, blender, swap)
         self.planner = Planner(models, self.state, clock, swap=swap, budget=budget, stop=stop)
         self.result = PredictionResult(self.state)
+        for member, why in (unusable or {}).items():
+            self.planner.unusable.add(member)
+            self.result.lost_models[models[member].name] = why
         self._pool = pool
         self._clock = clock
         self._journal = journal
@@ -179,12 +191,12 @@ class PredictionLoop:
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
-    def run(self, *, stop_signal: Callable[[], int], tick: float) -> PredictionResult:
+    def run(self, *, tick: float, stop_signal: Callable[[], int] = lambda: 0) -> PredictionResult:
         """Score until all sequences are scored, the time is up or a signal arrives. The pool is closed in any case.
 
         Args:
-            stop_signal: returns the number of the signal received, or 0.
             tick: seconds between two calls of `stop_signal`.
+            stop_signal: returns the number of the signal received, or 0.
 
         Raises:
             PairclfError: no model could be loaded; the error of the last one.
@@ -192,6 +204,8 @@ class PredictionLoop:
         start = self._clock()
         try:
             for member in self._models_to_run():
+                if stop_signal():
+                    break
                 self._switch_to(member)
                 while member not in self.planner.unusable and not self._is_time_up() and not stop_signal():
                     self._submit_jobs()
@@ -202,8 +216,6 @@ class PredictionLoop:
                     if self.result.passes and self._submission.due(self._clock()):
                         self._submission.write(self.state.probabilities())
                 self._return_jobs_in_flight()
-                if stop_signal():
-                    break
         finally:
             self._pool.close()
         self.result.stop_signal = stop_signal()
@@ -244,12 +256,17 @@ class PredictionLoop:
             if not batch:
                 self._resubmit_stalled()
                 return
-            job = Job(self._jobs_submitted, self.planner.current, batch)
+            job = Job(self._jobs_submitted, self.planner.current, batch, self._limit(batch))
             self._jobs_submitted += 1
             self._in_flight[job.number], self._submitted_at[job.number] = job, self._clock()
             expected = self.planner.seconds(batch) / self.planner.num_workers
             self._workers_free_at = max(self._workers_free_at, self._clock()) + expected
             self._pool.submit(job)
+
+    def _limit(self, batch: Sequence[RowOrders]) -> float:
+        """`Job.limit`; twice as long after each death, as the machine may have become slow."""
+        limit = max(HANG_SECONDS, HANG_FACTOR * self.planner.seconds(batch)) * 2.0**self._deaths_in_a_row
+        return limit if self.planner.throughput.is_fitted else UNMEASURED_FACTOR * limit
 
     def _resubmit_stalled(self) -> None:
         """Give a stalled job to a second worker when no other work is left; the first answer counts."""
@@ -288,6 +305,8 @@ class PredictionLoop:
             for rank in (1, 2):
                 if rows := int(pending.rows_left(rank).sum()):
                     yield self.planner.name(member, rank), rows
+            if rows := int((~pending.inputs.is_known).sum()):
+                yield f"{self.planner.models[member].name} (not prepared)", rows
 
     # --- events ----------------------------------------------------------------------------------------------------
 
@@ -343,7 +362,8 @@ class PredictionLoop:
         finite = np.asarray(np.isfinite(event.logits).all(axis=1))
         scored = [sequence for sequence, is_finite in zip(sequences, finite, strict=True) if is_finite]
         self.state.add(member, scored, event.logits[finite])
-        self._journal.add(member, scored, event.logits[finite])
+        # Duplicates, too: a resumed run that is stopped before it has compared the rows then knows all their scores.
+        self._journal.add(member, *self.state.with_duplicates(member, scored, event.logits[finite]))
         failed = [sequence for sequence, is_finite in zip(sequences, finite, strict=True) if not is_finite]
         self._mark_failed(failed, "its logits are not finite, even in float32")
         self._reporter.advance(self._name, *self._progress())

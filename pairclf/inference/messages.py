@@ -25,11 +25,13 @@ class Job(NamedTuple):
         number: counts up over the run.
         member: index of the model.
         row_orders: rows and orders to score.
+        limit: seconds after which a worker that has not answered is hung.
     """
 
     number: int
     member: int
     row_orders: tuple[RowOrders, ...]
+    limit: float = float("inf")
 
     @property
     def sequences(self) -> list[tuple[int, int]]:
@@ -107,7 +109,7 @@ class WorkerPool(Protocol):
     def restart(self, worker: int) -> int:
         """Replace a worker that died; returns the new worker's number."""
 
-    def submit(self, work: Job) -> None:
+    def submit(self, job: Job) -> None:
         """Queue a job for the first free worker."""
 
     def wait(self, seconds: float) -> list[Event]:

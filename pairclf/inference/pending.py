@@ -24,7 +24,7 @@ class PendingSequences:
     """The sequences of one model that no worker has been given yet.
 
     Each sequence has a rank. 1: the row's first order, which is scored for all rows before any second order. 2: the
-    second order. 0: not wanted, or a duplicate of another sequence.
+    second order. 0: not wanted, not known, or a duplicate of another sequence.
 
     Args:
         inputs: the model's sequences.
@@ -39,6 +39,7 @@ class PendingSequences:
         # Rank 1 is written last: a sequence that is wanted in both ranks (A == B) has rank 1.
         for rank, order in reversed(list(enumerate(orders[: inputs.lengths.shape[1]], start=1))):
             self.rank.reshape(-1)[inputs.duplicate_of[:, order]] = rank
+        self.rank[~inputs.is_known] = 0
         self.is_pending: Bools = self.rank.astype(bool)
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from pairclf.inference.deadline import format_duration
 from pairclf.inference.messages import Clock, RowOrders
 from pairclf.inference.pending import PendingSequences
 from pairclf.inference.schedule import CandidatePass, PlannedPass, reserved_seconds, schedule
-from pairclf.inference.state import ORDER_NAMES, PredictionState, orders_of
+from pairclf.inference.state import PredictionState, orders_of, pass_name
 from pairclf.inference.throughput import SequenceCost, ThroughputModel
 from pairclf.inputs.sequences import SequenceIndex
 
@@ -177,7 +177,8 @@ class Planner:
 
     def name(self, member: int, rank: int) -> str:
         """`fold0 BA`."""
-        return f"{self.models[member].name} {ORDER_NAMES[self._orders[member][rank - 1]]}"
+        model = self.models[member]
+        return pass_name(model.name, self._orders[member][rank - 1], model.inputs.lengths.shape[1])
 
     def describe(self) -> str:
         """The plan in words: passes that are scored fully, in part, and not at all."""

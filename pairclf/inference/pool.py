@@ -21,6 +21,7 @@ from threading import Thread
 from typing import Any
 
 from pairclf.approaches.protocol import Assignment, Loader
+from pairclf.inference.deadline import format_duration
 from pairclf.inference.messages import Clock, Event, Job, WorkerFailure, WorkerReady
 from pairclf.inference.worker import load_bundle, main, max_in_flight
 from pairclf.inputs.sequences import Item, LargestPass
@@ -28,6 +29,9 @@ from pairclf.trust import granted
 
 MAX_SOCKET_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
 """Characters of the longest temporary folder below which a socket's path is legal."""
+
+LOAD_LIMIT = 3600.0
+"""Seconds after which a worker that has not loaded its model is hung: 18 GB take minutes from a network disk."""
 
 _GRACE = 5.0  # seconds that we wait for a process that was killed, or that closed its channel
 
@@ -55,7 +59,14 @@ class WorkerModel:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """A worker process, as the parent sees it; `jobs`: the jobs it was sent, in the order in which it starts them."""
+    """A worker process, as the parent sees it.
+
+    Attributes:
+        since: when it was heard of last, or got something to do while it had nothing.
+        hung: why it was killed, if it did not answer in time.
+        has_reported_failure: it has sent the failure that it ends for.
+        jobs: those it was sent, in the order in which it starts them.
+    """
 
     number: int
     member: int
@@ -63,9 +74,11 @@ class _Worker:
     process: BaseProcess
     channel: Connection
     began: float
+    since: float = 0.0
     loading: bool = False
     ready: bool = False
-    has_reported_failure: bool = False  # it has sent the failure that it ends for
+    hung: str = ""
+    has_reported_failure: bool = False
     jobs: deque[Job] = field(default_factory=deque)
     outbox: SimpleQueue[object] = field(default_factory=SimpleQueue)
 
@@ -73,6 +86,13 @@ class _Worker:
     def free_slots(self) -> int:
         """How many more jobs it takes: one to run, and one queued, so that it never waits for the parent."""
         return 2 - len(self.jobs) if self.ready else 0
+
+    @property
+    def limit(self) -> float:
+        """Seconds that it may take to answer."""
+        if self.jobs:
+            return self.jobs[0].limit
+        return LOAD_LIMIT if self.loading and not self.ready else float("inf")
 
     def __str__(self) -> str:
         return f"worker {self.number} on {' + '.join(self.devices)}"
@@ -163,6 +183,7 @@ class ProcessPool:
             channels = {worker.channel: worker for worker in self._workers.values()}
             sentinels = {process.sentinel: process for process in self._terminating}
             ready = connection.wait([*channels, *sentinels], timeout=max(0.0, end - time.monotonic()))
+            self._kill_hung(channels[source] for source in channels.keys() - set(ready))
             events: list[Event] = []
             for source in ready:
                 if isinstance(source, int):
@@ -212,7 +233,7 @@ class ProcessPool:
             return
         for worker in self._workers.values():
             if not worker.loading:
-                worker.loading = True
+                worker.loading, worker.since = True, self._clock()
                 model = self._models[worker.member]
                 threads = _threads(len(self._groups))
                 beside = sum(group[0] == worker.devices[0] for group in self._groups)
@@ -228,6 +249,14 @@ class ProcessPool:
                 )
                 _send(worker, assignment)
 
+    def _kill_hung(self, silent: Iterable[_Worker]) -> None:
+        """Kill workers that have not answered in time; their deaths are then reported as any other."""
+        for worker in silent:
+            seconds = self._clock() - worker.since
+            if seconds > worker.limit and not worker.hung:
+                worker.hung = f"hung: it did not answer for {format_duration(seconds)}, and was ended"
+                worker.process.kill()
+
     def _dispatch(self) -> None:
         """Send queued jobs: first to idle workers, then one more to each."""
         while self._queue:
@@ -235,6 +264,7 @@ class ProcessPool:
             if worker is None or worker.free_slots <= 0:
                 return
             job = self._queue.popleft()
+            worker.since = worker.since if worker.jobs else self._clock()
             worker.jobs.append(job)
             _send(worker, (job, _items(job, self._models[job.member].encoded)))
 
@@ -243,6 +273,7 @@ class ProcessPool:
             event: Event = worker.channel.recv()
         except (EOFError, OSError):
             return self._reap(worker)
+        worker.since = self._clock()
         if isinstance(event, WorkerReady):
             worker.ready = True
             return [event._replace(seconds=self._clock() - worker.began)]
@@ -257,7 +288,7 @@ class ProcessPool:
         begun: list[Job | None] = [worker.jobs.popleft() for _ in range(max_in_flight(worker.devices)) if worker.jobs]
         self._queue.extendleft(job for job in reversed(worker.jobs) if job.number > self._dropped_up_to)
         worker.process.join(_GRACE)
-        what = f"{worker} {_exit_reason(worker.process.exitcode)}"
+        what = f"{worker} {worker.hung or _exit_reason(worker.process.exitcode)}"
         self._terminate(worker)
         if not begun and worker.has_reported_failure:
             return []

@@ -8,11 +8,12 @@ scores and a summary                                     at the end
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,25 +24,35 @@ from rich.table import Table
 from pairclf import __version__
 from pairclf.approaches import approach_of
 from pairclf.approaches.protocol import Prepared
-from pairclf.bundles.bundle import Bundle, verify_files
 from pairclf.config import Config
 from pairclf.console import Advance, console, counted, progress, table
 from pairclf.data.audit import Finding, joined, note_changes
 from pairclf.data.formats import check_is_file
 from pairclf.data.identity import prompt_marks, row_hashes, seen_by
 from pairclf.data.scores import scores_frame, write_scores
-from pairclf.data.submission import check_ids
+from pairclf.data.submission import check_ids, describe_form, ids_by_position
 from pairclf.errors import ConfigError, IncompleteError, StopError
-from pairclf.files import check_file_target, refuse_special_files, sha256_file
+from pairclf.files import check_file_target, refuse_special_files
 from pairclf.inference.deadline import format_duration, seconds_until
 from pairclf.inference.ensemble import Ensemble, EnsembleMember, open_ensemble
 from pairclf.inference.journal import Journal
 from pairclf.inference.loop import PredictionLoop, PredictionResult, ProgressReporter
 from pairclf.inference.messages import Clock
-from pairclf.inference.pool import ProcessPool, warm_up
-from pairclf.inference.prepare import costs_of, devices_of, placement_of, planned_model_of, prepare, worker_model_of
-from pairclf.inference.state import ORDER_NAMES, PredictionState
+from pairclf.inference.pool import ProcessPool
+from pairclf.inference.prepare import (
+    PreparationTime,
+    costs_of,
+    devices_of,
+    placement_of,
+    planned_model_of,
+    prepare,
+    verify_in_time,
+    warm_up_workers,
+    worker_model_of,
+)
+from pairclf.inference.state import ORDERS_HINT, PredictionState, pass_name
 from pairclf.inference.submission import PREVIOUS_SUBMISSION, SubmissionWriter
+from pairclf.inputs.cache import RowDigest, RowSource
 from pairclf.inputs.plan import token_budget
 from pairclf.inputs.sequences import LargestPass
 from pairclf.run import unlabelled
@@ -56,12 +67,14 @@ RESERVED_SHARE = 0.2
 RESERVED_SECONDS = 5.0
 
 JOURNAL, TOKEN_FOLDER = "journal.sqlite", "tokens"
+PRIVATE_SUBMISSION = "submission.csv"
+"""In the work folder: the submission of a run that is to write scores alone; it goes when they are complete."""
 
 
 def predict(
     paths: Sequence[Path],
     data: Path,
-    out: Path,
+    out: Path | None,
     *,
     sample: Path | None = None,
     scores: Path | None = None,
@@ -81,7 +94,7 @@ def predict(
     Args:
         paths: bundles, or the YAML file of an ensemble.
         data: unlabelled file.
-        out: the submission to write.
+        out: the submission to write; None: `scores` are written alone, and lie beside the folder `STEM.work`.
         sample: sample submission that gives the ids, order and columns of `out`.
         scores: parquet file for the scores, with the models and orders behind each row.
         base: folder of the base model on this machine.
@@ -96,45 +109,59 @@ def predict(
         The scores.
 
     Raises:
-        BundleError, DataError, ConfigError, ModelError: before scoring.
+        BundleError, DataError, ConfigError, ModelError: before scoring; also if there is nothing to write.
         IncompleteError: with `strict`, after everything is written.
         StopError: a signal arrived; the scores so far are written.
     """
-    work = out.with_name(f"{out.stem}.work")
+    written = out or scores
+    if written is None:
+        raise ConfigError(
+            "neither a submission nor scores are to be written", remedy="give --out FILE or --scores FILE"
+        )
+    work = written.with_name(f"{written.stem}.work")
     end = float("inf") if deadline is None else clock() + seconds_until(deadline, datetime.now(UTC), spent)
     _check_paths(out, scores, data, sample, work)
+    out = out or work / PRIVATE_SUBMISSION
     ensemble = open_ensemble(paths, base, overrides)
-    with closing(_journal(work / JOURNAL, _identity(ensemble, data), resume=resume)) as journal:
-        submission = SubmissionWriter(out, ensemble.task, sample, None, clock=clock, journal=journal)
-        with submission.reporting_older(work):
-            at_once = sample is not None and not out.exists()
-            if at_once:
-                submission.write_prior(ensemble.prior)
-            rows = _read(ensemble.members[0].bundle.config, data, marked=scores is not None)
-            check_ids(rows.ids, ensemble.task, sample)
-            submission.ids = rows.ids
-            if not at_once:  # an existing file may be better than priors: check it when the ids are known
-                submission.begin(ensemble.prior)
-            bundles = _verify_files(ensemble.members)
+    names = ensemble.data.submission
+    submission = SubmissionWriter(out, ensemble.task, sample, None, settings=names, clock=clock)
+    with signals() as caught, submission.reporting_older(work):
+        console.print(f"{out}: {describe_form(ensemble.task, sample, names)}")
+        if sample is not None and not out.exists():
+            submission.write_prior(ensemble.prior)
+        rows = _read(ensemble.members[0].bundle.config, data, marked=scores is not None)
+        if sample is not None and ensemble.data.test.columns.get("id", "id") is None:
+            rows = replace(rows, ids=ids_by_position(len(rows.ids), ensemble.task, sample, names))
+            console.print("note: the test file has no ids: its rows are those of the sample submission, in its order")
+        check_ids(rows.ids, ensemble.task, sample, names)
+        submission.ids = rows.ids
+        with closing(_journal(work / JOURNAL, _identity(ensemble, rows.digest), resume=resume)) as journal:
+            submission.journal = journal
+            submission.begin(ensemble.prior)  # an existing file may be better than priors
+            warm_up_workers(ensemble)
+            time_left = PreparationTime(caught, clock, end - _reserve(end - clock(), submission))
+            console.print(f"comparing the hashes of {counted(len(ensemble.members), 'bundle')}")
+            left_out = verify_in_time(ensemble.members, time_left)
             # Before scoring: no time is reserved for it at the end.
-            trained_on = None if rows.marks is None else _trained_on_rows(bundles, rows.marks)
-            result = _score_rows(ensemble, data, work, overrides, journal, submission, end, clock)
+            trained_on = None if left_out or time_left.limit(1.0)() else _trained_on_rows(ensemble, rows.marks)
+            result = _score_rows(ensemble, rows, data, overrides, journal, submission, time_left, left_out)
             table = _scores(ensemble, rows, result.state, trained_on)
-            submission.close(result.state.probabilities())
+            if (table["orders"] > 0).any() or not submission.is_from_earlier_run:
+                submission.close(result.state.probabilities())
         if scores is not None:
             write_scores(scores, table)
         _clean_up(work, journal, done=not (result.rows_left or result.lost_models or result.stop_signal))
     console.print(_summary_table(ensemble, table, result))
-    _report_incomplete(result, table, out, strict)
+    _report_incomplete(result, table, submission, written, strict)
     return table
 
 
 # --- before --------------------------------------------------------------------------------------------------------
 
 
-def _check_paths(out: Path, scores: Path | None, data: Path, sample: Path | None, work: Path) -> None:
+def _check_paths(out: Path | None, scores: Path | None, data: Path, sample: Path | None, work: Path) -> None:
     """Fail early, before hours of scoring."""
-    if out == work or work.is_symlink() or (work.exists() and not work.is_dir()):
+    if work in (out, scores) or work.is_symlink() or (work.exists() and not work.is_dir()):
         raise ConfigError(
             f"{work} is needed as a folder for the journal, and is no folder", remedy="give another --out"
         )
@@ -167,41 +194,41 @@ class _Rows:
     ids: list[str]
     hashes: pl.DataFrame
     marks: pl.DataFrame | None
+    digest: str
 
 
 def _read(config: Config, data: Path, *, marked: bool) -> _Rows:
-    """Read the file once: ids, row hashes, prompt marks if scores are to be written, and a report of repairs."""
+    """Read the file once: ids, hashes, prompt marks if scores are to be written, and a report of repairs."""
     ids: list[str] = []
     hashes, marks, findings = list[pl.DataFrame](), list[pl.DataFrame](), list[Finding]()
-    for frame in unlabelled(config, data, findings.extend)():
+    digest = RowDigest(config.task.fields)
+    for frame in unlabelled(config, data, findings.extend, digest.update)():
         ids += frame["id"].to_list()
         hashes.append(row_hashes(frame, config.task))
         if marked:
             marks.append(prompt_marks(frame, config.task))
     note_changes(joined(findings))
-    return _Rows(ids, pl.concat(hashes), pl.concat(marks) if marked else None)
+    return _Rows(ids, pl.concat(hashes), pl.concat(marks) if marked else None, digest.hexdigest())
 
 
-def _verify_files(members: Sequence[EnsembleMember]) -> list[Bundle]:
-    """The bundles, after comparing the hashes of all their files."""
-    console.print(f"comparing the hashes of {counted(len(members), 'bundle')}")
-    for member in members:
-        verify_files(member.bundle)
-    return [member.bundle for member in members]
-
-
-def _identity(ensemble: Ensemble, data: Path) -> dict[str, object]:
-    """Everything that determines the logits of a run."""
+def _identity(ensemble: Ensemble, digest: str) -> dict[str, object]:
+    """Everything that determines the logits of a run; `digest`: of the rows."""
     bundles = [member.bundle for member in ensemble.members]
-    devices = devices_of(ensemble.members)
+    devices = devices_of(ensemble)
     return {
         "pairclf": __version__,
         "device": sorted({device.split(":")[0] for device in devices}),
-        "data": sha256_file(data),
+        "data": digest,
+        "columns": ensemble.data.test.columns,
         "bundles": [bundle.manifest.seal for bundle in bundles],
         "bases": [str(member.base) for member in ensemble.members],
         "models": [approach_of(bundle.config).identity(bundle, devices) for bundle in bundles],
     }
+
+
+def _reserve(seconds_left: float, submission: SubmissionWriter) -> float:
+    """Seconds before the deadline at which scoring ends."""
+    return min(RESERVED_SHARE * max(seconds_left, 0.0), RESERVED_SECONDS + 4 * submission.seconds)
 
 
 # --- while ---------------------------------------------------------------------------------------------------------
@@ -209,20 +236,23 @@ def _identity(ensemble: Ensemble, data: Path) -> dict[str, object]:
 
 def _score_rows(
     ensemble: Ensemble,
+    rows: _Rows,
     data: Path,
-    work: Path,
     overrides: Sequence[str],
     journal: Journal,
     submission: SubmissionWriter,
-    end: float,
-    clock: Clock,
+    time_left: PreparationTime,
+    left_out: Mapping[int, str],
 ) -> PredictionResult:
     members, settings = ensemble.members, ensemble.settings
     costs = costs_of(members)
-    placement = placement_of(members, max(cost.bytes for cost in costs))
-    if not placement.gpu:
-        warm_up({approach_of(member.bundle.config).module for member in members})
-    prepared = prepare(members, data, work / TOKEN_FOLDER)
+    placement = placement_of(ensemble, max(cost.bytes for cost in costs))
+
+    def source_of(member: EnsembleMember, recipe: str) -> RowSource:
+        digest = hashlib.sha256(f"{rows.digest} {recipe}".encode()).hexdigest()
+        return RowSource(unlabelled(member.bundle.config, data), digest, len(rows.ids), time_left.limit)
+
+    prepared = prepare(members, source_of, journal.path.with_name(TOKEN_FOLDER), left_out)
     models = [
         planned_model_of(member, rows_of.inputs, cost, placement)
         for member, rows_of, cost in zip(members, prepared, costs, strict=True)
@@ -232,34 +262,29 @@ def _score_rows(
         worker_model_of(member, rows_of.encoded, overrides, LargestPass.of(rows_of.inputs, budget))
         for member, rows_of in zip(members, prepared, strict=True)
     ]
-    seconds_left = end - clock()
-    reserve = min(RESERVED_SHARE * max(seconds_left, 0.0), RESERVED_SECONDS + 4 * submission.seconds)
-    with (
-        closing(ProcessPool(worker_models, placement.groups, clock=clock)) as pool,
-        signals() as caught,
-        _Bars() as bars,
-    ):
+    pool = ProcessPool(worker_models, placement.groups, clock=time_left.clock)
+    with closing(pool), _Bars() as bars:
         loop = PredictionLoop(
             models,
             ensemble.task,
             ensemble,
             pool=pool,
-            clock=clock,
+            clock=time_left.clock,
+            swap=settings.swap,
+            budget=budget,
+            stop=time_left.stop,
             journal=journal,
             submission=submission,
             reporter=ProgressReporter(console.print, bars),
-            swap=settings.swap,
-            budget=budget,
-            stop=end - reserve,
+            unusable=left_out,
         )
         if count := loop.resume():
             console.print(f"{count:,} sequences are taken from the journal (--no-resume scores them again)")
-        console.print(
-            placement.why
-            + ("" if seconds_left == float("inf") else f"; {format_duration(max(0, seconds_left))} to the deadline")
-        )
+        seconds = time_left.stop - time_left.clock()
+        left = "" if seconds == float("inf") else f"; {format_duration(max(0, seconds))} for scoring"
+        console.print(f"{placement.why}{left}")
         console.print(_describe_sequences(prepared))
-        return loop.run(stop_signal=lambda: caught.received or 0, tick=TICK)
+        return loop.run(stop_signal=lambda: time_left.signals.received or 0, tick=TICK)
 
 
 def _describe_sequences(prepared: Sequence[Prepared]) -> str:
@@ -267,7 +292,8 @@ def _describe_sequences(prepared: Sequence[Prepared]) -> str:
     inputs = prepared[0].inputs
     rows, orders = inputs.lengths.shape
     equal = inputs.duplicate_of.size - int(inputs.is_first.sum())
-    texts = f"{counted(rows, 'row')} in {counted(orders, 'order')} for {counted(len(prepared), 'model')}"
+    passes = f" in {orders} orders" if orders > 1 else ""
+    texts = f"{counted(rows, 'row')}{passes} for {counted(len(prepared), 'model')}"
     return texts + (f"; {equal:,} of {rows * orders:,} inputs are duplicates, and scored once" if equal else "")
 
 
@@ -294,7 +320,7 @@ class _Bars(ExitStack):
 
 def _scores(ensemble: Ensemble, rows: _Rows, state: PredictionState, seen: Sequence[pl.Series] | None) -> pl.DataFrame:
     """The blend, with the models and orders behind each row; a row with the prior alone has none."""
-    names = [member.bundle.manifest.name for member in ensemble.members]
+    names = [member.name for member in ensemble.members]
     is_scored = np.stack([state.is_scored(member).any(axis=1) for member in range(len(names))])  # (M, N)
     names_behind = [
         [name for name, has_scored in zip(names, column, strict=True) if has_scored] for column in is_scored.T
@@ -310,8 +336,11 @@ def _scores(ensemble: Ensemble, rows: _Rows, state: PredictionState, seen: Seque
     )
 
 
-def _trained_on_rows(bundles: Sequence[Bundle], marks: pl.DataFrame) -> list[pl.Series]:
+def _trained_on_rows(ensemble: Ensemble, marks: pl.DataFrame | None) -> list[pl.Series] | None:
     """For each bundle, whether it was trained on the row's prompt or a near duplicate; null: unknown."""
+    bundles = [member.bundle for member in ensemble.members]
+    if marks is None:
+        return None
     return seen_by(
         marks,
         [bundle.trained_on() for bundle in bundles],
@@ -335,7 +364,7 @@ def _summary_table(ensemble: Ensemble, rows: pl.DataFrame, result: PredictionRes
     )
     scored = [result.state.is_scored(member) for member in range(len(ensemble.members))]
     names = [
-        f"{member.bundle.manifest.name} {ORDER_NAMES[order]}"
+        pass_name(member.name, order, by_order.shape[1])
         for member, by_order in zip(ensemble.members, scored, strict=True)
         for order in range(by_order.shape[1])
     ]
@@ -343,11 +372,12 @@ def _summary_table(ensemble: Ensemble, rows: pl.DataFrame, result: PredictionRes
     for way in np.argsort(-counts, kind="stable").tolist():
         models = ", ".join(name for name, has_scored in zip(names, ways[way], strict=True) if has_scored)
         summary.add_row(models or "none: the prior alone", f"{counts[way]:,}")
-    for pass_name, count in result.rows_left.items():
-        summary.add_row(f"(not scored for lack of time: {pass_name})", f"{count:,}")
+    for name, count in result.rows_left.items():
+        summary.add_row(f"(not scored for lack of time: {name})", f"{count:,}")
     if result.rescored:
         summary.add_row("(in float32, as float16 overflowed)", f"{result.rescored:,}")
-    summary.caption, summary.caption_justify = "AB: the order of the file; BA: sides exchanged", "left"
+    if ensemble.task.swappable:
+        summary.caption, summary.caption_justify = ORDERS_HINT, "left"
     return summary
 
 
@@ -356,12 +386,15 @@ def _clean_up(work: Path, journal: Journal, *, done: bool) -> None:
     shutil.rmtree(work / TOKEN_FOLDER, ignore_errors=True)
     if done:
         journal.remove()
-        (work / PREVIOUS_SUBMISSION).unlink(missing_ok=True)
+        for name in (PREVIOUS_SUBMISSION, PRIVATE_SUBMISSION):
+            (work / name).unlink(missing_ok=True)
         if work.is_dir() and not any(work.iterdir()):
             work.rmdir()
 
 
-def _report_incomplete(result: PredictionResult, table: pl.DataFrame, out: Path, strict: bool) -> None:
+def _report_incomplete(
+    result: PredictionResult, table: pl.DataFrame, submission: SubmissionWriter, out: Path, strict: bool
+) -> None:
     """Report failed rows and models; raise if the run was stopped or is incomplete under `strict`."""
     ids = table["id"].to_list()
     failed = {ids[row]: why for failures in result.state.failed for (row, _), why in failures.items()}
@@ -369,13 +402,18 @@ def _report_incomplete(result: PredictionResult, table: pl.DataFrame, out: Path,
         console.print(f"row {row} could not be scored: {why}")
     if len(failed) > 5:
         console.print(f"and {counted(len(failed) - 5, 'more row')}")
-    console.print(f"wrote {out}: {counted(len(table), 'row')}")
+    content = "the scores so far"
+    if submission.is_from_earlier_run and out == submission.out:
+        content = "the submission of an earlier run, as this run has scored no row"
+        console.print(f"{out} holds {content}")
+    else:
+        console.print(f"wrote {out}: {counted(len(table), 'row')}")
     prior_only = table.filter(pl.col("orders") == 0)["id"].to_list()
     if prior_only:
         console.print(f"WARNING: {len(prior_only):,} of {len(table):,} rows have only the prior")
     if result.stop_signal:
         raise StopError(
-            f"stopped by a signal; {out} holds the scores so far",
+            f"stopped by a signal; {out} holds {content}",
             signal=result.stop_signal,
             remedy="run the same command again to resume",
         )

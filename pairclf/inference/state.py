@@ -24,6 +24,13 @@ class Blender(Protocol):
 ORDER_NAMES = ("AB", "BA")
 """Names of `task.AB` and `task.BA` in messages."""
 
+ORDERS_HINT = "AB: the order of the file; BA: sides exchanged"
+
+
+def pass_name(model: str, order: int, orders: int) -> str:
+    """`fold0 BA`; the model's name alone if its task has one order."""
+    return f"{model} {ORDER_NAMES[order]}" if orders > 1 else model
+
 
 def orders_of(swap: str, member: int, inputs: SequenceIndex) -> tuple[int, ...]:
     """The orders that a model scores under `predict.swap`, the first one first; one order if the task can't swap."""
@@ -59,6 +66,16 @@ class PredictionState:
     def add(self, member: int, sequences: Sequence[tuple[int, int]], logits: Floats) -> None:
         """Add logits `(R, C)` of `(row, order)` sequences, in the order's own columns."""
         self._logits[member][self._flat_indices(member, sequences)] = logits
+
+    def with_duplicates(
+        self, member: int, sequences: Sequence[tuple[int, int]], logits: Floats
+    ) -> tuple[list[tuple[int, int]], Floats]:
+        """All sequences that have these logits `(R, C)`, duplicates among them, and the logits of each."""
+        duplicate_of = self._inputs[member].duplicate_of
+        places = np.full(duplicate_of.size, -1)
+        places[self._flat_indices(member, sequences)] = np.arange(len(sequences))
+        places = places[duplicate_of]
+        return [(row, order) for row, order in np.argwhere(places >= 0).tolist()], logits[places[places >= 0]]
 
     def mark_failed(self, member: int, sequences: Sequence[tuple[int, int]], why: str) -> None:
         """Mark sequences, and all duplicates of them, as impossible to score."""

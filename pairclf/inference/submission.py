@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pairclf.config import Submission
 from pairclf.console import console
 from pairclf.data.scores import scores_frame
 from pairclf.data.submission import check_submission, sample_ids, write_submission
@@ -45,12 +46,14 @@ class SubmissionWriter:
         task: columns and classes.
         sample: sample submission that gives ids, order and columns.
         ids: ids of the data file, in its order; may be set later, but before `write`.
+        settings: `data.submission`; None: its defaults.
         clock: of the run.
         every: seconds between two writes.
         journal: notes the hash of this run's submission; without a journal, an existing file counts as an earlier
             run's.
 
     Attributes:
+        journal: as above; may be set later, but before `begin`.
         seconds: duration of the last write.
         is_from_earlier_run: whether `out` is still an earlier run's submission.
     """
@@ -62,18 +65,20 @@ class SubmissionWriter:
         sample: Path | None,
         ids: Sequence[str] | None,
         *,
+        settings: Submission | None = None,
         clock: Clock,
         every: float = WRITE_INTERVAL,
         journal: Journal | None = None,
     ) -> None:
         self.is_from_earlier_run = False
-        self._journal = journal
+        self.journal = journal
         self._work: Path | None = None
         self.out = out
         self.ids = ids
         self.seconds = 0.0
         self._task = task
         self._sample = sample
+        self._settings = settings
         self._clock = clock
         self._every = every
         self._last_attempt: float | None = None  # when a file was last written, or failed to be
@@ -87,25 +92,20 @@ class SubmissionWriter:
             DataError: the sample can't be used, or the prior is no distribution.
             PairclfError, OSError: the file can't be written.
         """
-        ids = self.ids if self._sample is None else sample_ids(self._sample, self._task)
+        ids = self.ids if self._sample is None else sample_ids(self._sample, self._task, self._settings)
         if ids is None:
             raise ValueError("without a sample submission the data's ids must be known")
         self._write_file(ids, np.tile(np.asarray(prior, dtype=np.float64), (len(ids), 1)))
 
     @contextmanager
     def reporting_older(self, work: Path) -> Iterator[None]:
-        """Report an earlier run's submission at the start, and again if the block raises before it is replaced.
+        """Report an earlier run's submission in `begin`, and again if the block raises before it is replaced.
 
         Args:
             work: folder of the run, where `begin` keeps a copy of the earlier submission.
         """
         self._work = work
-        self.is_from_earlier_run = self.out.is_file() and not self._is_of_this_run()
-        if self.is_from_earlier_run:
-            written_at = datetime.fromtimestamp(self.out.stat().st_mtime).astimezone().isoformat(" ", "seconds")
-            console.print(
-                f"{self.out} is from an earlier run, written at {written_at}; it is kept until this run has scores"
-            )
+        self.is_from_earlier_run = self.out.is_file()
         try:
             yield
         except BaseException:
@@ -114,7 +114,7 @@ class SubmissionWriter:
             raise
 
     def _is_of_this_run(self) -> bool:
-        digest = self._journal.read_note(WRITTEN_HASH) if self._journal else None
+        digest = self.journal.read_note(WRITTEN_HASH) if self.journal else None
         return digest is not None and digest == sha256_file(self.out)
 
     def begin(self, prior: ArrayLike) -> None:
@@ -123,6 +123,15 @@ class SubmissionWriter:
         Raises:
             DataError, PairclfError, OSError: as `write_prior`; or the existing file can't be replaced.
         """
+        if self._last_attempt is not None:  # the prior was written before there was a journal
+            self._note_written()
+            return
+        self.is_from_earlier_run = self.is_from_earlier_run and not self._is_of_this_run()
+        if self.is_from_earlier_run:
+            written_at = datetime.fromtimestamp(self.out.stat().st_mtime).astimezone().isoformat(" ", "seconds")
+            console.print(
+                f"{self.out} is from an earlier run, written at {written_at}; it is kept until this run has scores"
+            )
         if not self._is_valid():
             self.write_prior(prior)
             return
@@ -139,8 +148,8 @@ class SubmissionWriter:
     def _is_valid(self) -> bool:
         """Whether the existing file has these ids in this order, and valid probabilities."""
         try:
-            check_submission(self.out, self._sample or self.out, self._task)
-            return self._sample is not None or sample_ids(self.out, self._task) == self._known_ids()
+            check_submission(self.out, self._sample or self.out, self._task, self._settings)
+            return self._sample is not None or sample_ids(self.out, self._task, self._settings) == self._known_ids()
         except DataError:
             return False
 
@@ -185,12 +194,16 @@ class SubmissionWriter:
     def _write_file(self, ids: Sequence[str], probabilities: Floats) -> None:
         began = self._clock()
         scores = scores_frame(ids, probabilities, self._task, orders=1, models=[])
-        write_submission(self.out, scores, self._task, self._sample)
+        write_submission(self.out, scores, self._task, self._sample, self._settings)
         self.is_from_earlier_run = False
-        if self._journal:
-            self._journal.write_note(WRITTEN_HASH, sha256_file(self.out))
+        self._note_written()
         self._last_attempt = self._clock()
         self.seconds = self._last_attempt - began
+
+    def _note_written(self) -> None:
+        """Note in the journal that the file is this run's."""
+        if self.journal:
+            self.journal.write_note(WRITTEN_HASH, sha256_file(self.out))
 
     def _report_once(self, error: Exception) -> None:
         cause = str(getattr(error, "errno", None) or error)

@@ -7,7 +7,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from pairclf.inference.pending import Workload
 
@@ -94,6 +93,8 @@ class ThroughputModel:
         return seconds > STALL_FACTOR * self.seconds(workload) and sum(ratio > 2 for ratio in recent) < 2
 
     def _fit(self) -> None:
+        from scipy.optimize import nnls  # slow to import, and most commands fit nothing
+
         passes = np.array(self._passes)
         workloads, seconds, weights = passes[:, :3], passes[:, 3], passes[:, 4]
         weights = weights * 0.5 ** (np.arange(len(passes))[::-1] / HALF_LIFE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import traceback
@@ -23,10 +22,8 @@ from pairclf.config import override
 from pairclf.errors import PairclfError
 from pairclf.inference.messages import BatchScored, Clock, Job, WorkerFailure, WorkerReady
 from pairclf.inputs.sequences import Item
+from pairclf.signals import leave_to_parent
 from pairclf.trust import grant
-
-IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that a terminal sends to all processes. The parent handles them, and ends its workers by SIGKILL."""
 
 
 def load_bundle(assignment: Assignment) -> Loaded:
@@ -49,8 +46,7 @@ def main(number: int, channel: Connection, load: Loader, clock: Clock) -> None:
         load: loads the assigned model.
         clock: measures passes.
     """
-    for signal_number in IGNORED_SIGNALS:
-        signal.signal(signal_number, signal.SIG_IGN)
+    leave_to_parent()
     desk = _JobServer(number, channel, clock)
     Thread(target=desk.listen, daemon=True).start()
     assignment = desk.assignments.get()

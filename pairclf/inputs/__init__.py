@@ -1,1 +1,1 @@
-"""From texts to tokens: truncation, templates, tokenisation, the token cache and the plan of batches. No torch here."""
+"""Turn texts into tokens: truncation, templates, tokenisation, the token cache and the plan of batches; no torch."""

@@ -14,16 +14,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import takewhile
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from datasets import Dataset
-from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
 from pairclf.console import console, progress
@@ -32,6 +31,7 @@ from pairclf.files import atomic_folder, locked, parsed, read_plain, sha256_file
 from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
 from pairclf.inputs.tokenise import TurnTokenizer
 from pairclf.inputs.truncate import Ids
+from pairclf.signals import leave_to_parent
 
 FORMAT = 2  # goes into the name: raise it when what is stored changes
 TOKENS, MANIFEST = "tokens.arrow", "tokens.json"
@@ -50,7 +50,60 @@ _SCHEMA = pa.schema(
 )
 
 Frames = Callable[[], Iterable[pl.DataFrame]]
-"""Makes an iterator over the chunks of a canonical table; it is called once for the name and once for the tokens."""
+"""Makes an iterator over the chunks of a canonical table."""
+
+
+class RowDigest:
+    """A hash of ids and texts, whatever chunks they come in, and the number of rows.
+
+    Args:
+        fields: columns of turns.
+    """
+
+    def __init__(self, fields: Sequence[str]) -> None:
+        self.rows = 0
+        self._columns = ("id", *fields)
+        parts = ("turns", "lengths", "texts")
+        self._hashes = {(name, part): hashlib.sha256() for name in self._columns for part in parts}
+
+    def update(self, frame: pl.DataFrame) -> RowDigest:
+        """Add the next chunk."""
+        self.rows += len(frame)
+        for name in self._columns:
+            turns = frame[name].list.len() if name != "id" else pl.Series([1] * len(frame), dtype=pl.UInt32)
+            texts = _flat(frame[name]) if name != "id" else frame[name]
+            self._hashes[name, "turns"].update(turns.fill_null(2**32 - 1).to_numpy().tobytes())
+            self._hashes[name, "lengths"].update(texts.str.len_bytes().fill_null(2**32 - 1).to_numpy().tobytes())
+            self._hashes[name, "texts"].update((texts.str.join("").item() or "").encode())
+        return self
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(digest.digest() for digest in self._hashes.values())).hexdigest()
+
+
+class RowSource(NamedTuple):
+    """The rows of a file that need not be read to be told from others.
+
+    Attributes:
+        frames: their chunks.
+        digest: differs where the rows differ.
+        rows: number of rows.
+        step: begins a step of the work on them, such as tokenising; it returns a function that says whether the step
+            must end before it has come to the last row.
+    """
+
+    frames: Frames
+    digest: str
+    rows: int
+    step: Callable[[], Callable[[], bool]] = lambda: lambda: False
+
+    @classmethod
+    def of(cls, frames: Frames, fields: Sequence[str]) -> RowSource:
+        """Read the rows once for their digest."""
+        digest = RowDigest(fields)
+        for frame in frames():
+            digest.update(frame)
+        return cls(frames, digest.hexdigest(), digest.rows)
 
 
 class TokenCache(Sequence[TokenisedRow]):
@@ -62,6 +115,8 @@ class TokenCache(Sequence[TokenisedRow]):
     """
 
     def __init__(self, folder: Path, fields: Sequence[str]) -> None:
+        from datasets import Dataset  # half a second, which most commands need not wait for
+
         self._fields = tuple(fields)
         batches = Dataset.from_file(str(folder / TOKENS)).data.to_batches()
         self._starts = np.cumsum([0, *(len(batch) for batch in batches)]).tolist()
@@ -142,35 +197,45 @@ class EncodedRows(Sequence[tuple[Encoded, ...]]):
 
 
 def token_cache(
-    folder: Path, frames: Frames, tokenizer: TurnTokenizer, fields: Sequence[str], *, processes: int | None = None
+    folder: Path,
+    rows: Frames | RowSource,
+    tokenizer: TurnTokenizer,
+    fields: Sequence[str],
+    *,
+    processes: int | None = None,
 ) -> TokenCache:
     """Open the cache of these rows in `folder`; build it if it does not exist.
 
     Args:
         folder: holds a folder a cache.
-        frames: chunks of the canonical table.
+        rows: chunks of the canonical table, which are read twice; or a source, which is read once, and not to its end
+            if there is no time: the cache then has its first rows, and is built again by the next call.
         tokenizer: what turns texts into tokens.
         fields: columns of turns, in the task's order.
         processes: that tokenise at the same time; none: one a core, or one for few rows.
     """
-    digest, rows = _digest(frames(), fields)
-    made_from = {"format": FORMAT, "fields": list(fields), "data": digest, "tokenizer": tokenizer.fingerprint}
+    source = rows if isinstance(rows, RowSource) else RowSource.of(rows, fields)
+    made_from = {"format": FORMAT, "fields": list(fields), "data": source.digest, "tokenizer": tokenizer.fingerprint}
     place = folder / hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-    if not _is_sound(place):
+    if not _is_sound(place, source.rows):
         with locked(folder / f".{place.name}.lock"):  # several folds may be started at once
-            if not _is_sound(place):
-                _replace(place, made_from, frames(), tokenizer, fields, processes=processes, rows=rows)
+            if not _is_sound(place, source.rows):
+                _replace(place, made_from, source, tokenizer, fields, processes=processes)
     return TokenCache(place, fields)
 
 
-def _is_sound(place: Path) -> bool:
-    """Whether the cache exists, is unchanged, and all its offsets are valid.
+def _is_sound(place: Path, rows: int) -> bool:
+    """Whether the cache exists, is unchanged, has all rows, and all its offsets are valid.
 
     A shared run folder may contain somebody else's cache; invalid offsets would read other memory.
     """
     try:
         manifest = parsed(read_plain(place / MANIFEST, MAX_MANIFEST))
-        if not (place / TOKENS).is_file() or manifest["sha256"] != sha256_file(place / TOKENS):
+        if (
+            manifest["rows"] != rows
+            or not (place / TOKENS).is_file()
+            or manifest["sha256"] != sha256_file(place / TOKENS)
+        ):
             return False
         with pa.memory_map(str(place / TOKENS)) as source, pa.ipc.open_stream(source) as batches:
             for batch in batches:
@@ -183,62 +248,49 @@ def _is_sound(place: Path) -> bool:
 def _replace(
     place: Path,
     made_from: dict[str, Any],
-    frames: Iterable[pl.DataFrame],
+    source: RowSource,
     tokenizer: TurnTokenizer,
     fields: Sequence[str],
     *,
     processes: int | None,
-    rows: int,
 ) -> None:
     if place.exists():
-        console.print(f"note: the token cache {place} is damaged, and is rebuilt")
+        console.print(f"note: the token cache {place} is damaged or incomplete, and is rebuilt")
     cores = len(os.sched_getaffinity(0))
-    processes = min(processes or (cores if rows >= WORTH_PROCESSES else 1), max(cores, MOST_PROCESSES))
+    processes = min(processes or (cores if source.rows >= WORTH_PROCESSES else 1), max(cores, MOST_PROCESSES))
     with atomic_folder(place, known_by=MANIFEST if (place / MANIFEST).exists() else TOKENS) as new:
-        _build(new / TOKENS, frames, tokenizer, fields, processes=processes, rows=rows)
+        rows = _build(new / TOKENS, source, tokenizer, fields, processes=processes)
         write_json(new / MANIFEST, {**made_from, "rows": rows, "sha256": sha256_file(new / TOKENS)})
 
 
-def _digest(frames: Iterable[pl.DataFrame], fields: Sequence[str]) -> tuple[str, int]:
-    """A hash of ids and texts, whatever chunks they come in, and the number of rows."""
-    rows = 0
-    hashes = {(name, part): hashlib.sha256() for name in ("id", *fields) for part in ("turns", "lengths", "texts")}
-    for frame in frames:
-        rows += len(frame)
-        for name in ("id", *fields):
-            turns = frame[name].list.len() if name != "id" else pl.Series([1] * len(frame), dtype=pl.UInt32)
-            texts = _flat(frame[name]) if name != "id" else frame[name]
-            hashes[name, "turns"].update(turns.to_numpy().tobytes())
-            hashes[name, "lengths"].update(texts.str.len_bytes().fill_null(2**32 - 1).to_numpy().tobytes())
-            hashes[name, "texts"].update((texts.str.join("").item() or "").encode())
-    whole = hashlib.sha256(b"".join(digest.digest() for digest in hashes.values()))
-    return whole.hexdigest(), rows
-
-
 def _flat(turns: pl.Series) -> pl.Series:
-    """All turns of all rows, one after the other. (Exploded, a row without turns would leave a null.)"""
+    """All turns of all rows in sequence. (`explode` would leave a null for a row without turns.)"""
     return turns.filter(turns.list.len() > 0).explode()
 
 
-def _build(
-    path: Path,
-    frames: Iterable[pl.DataFrame],
-    tokenizer: TurnTokenizer,
-    fields: Sequence[str],
-    *,
-    processes: int,
-    rows: int,
-) -> None:
-    chunks = (chunk for frame in frames for chunk in frame.select("id", *fields).iter_slices(ROWS_AT_A_TIME))
-    with ArrowWriter(path=str(path), schema=_SCHEMA) as writer, progress("tokenise", total=rows) as advance:
-        for table in _tokenised(chunks, tokenizer, fields, processes):
+def _build(path: Path, source: RowSource, tokenizer: TurnTokenizer, fields: Sequence[str], *, processes: int) -> int:
+    """Write the tokens; returns the number of rows written."""
+    from datasets.arrow_writer import ArrowWriter
+
+    rows = 0
+    chunks = (chunk for frame in source.frames() for chunk in frame.select("id", *fields).iter_slices(ROWS_AT_A_TIME))
+    is_over = source.step()
+    timely = takewhile(lambda chunk: not is_over(), chunks)
+    with ArrowWriter(path=str(path), schema=_SCHEMA) as writer, progress("tokenise", total=source.rows) as advance:
+        for table in _tokenised(timely, tokenizer, fields, processes, is_over):
             writer.write_table(table)
+            rows += len(table)
             advance(len(table))
         writer.finalize()
+    return rows
 
 
 def _tokenised(
-    chunks: Iterable[pl.DataFrame], tokenizer: TurnTokenizer, fields: Sequence[str], processes: int
+    chunks: Iterable[pl.DataFrame],
+    tokenizer: TurnTokenizer,
+    fields: Sequence[str],
+    processes: int,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Iterator[pa.Table]:
     """One table for each chunk, in order; only a few chunks are in memory at a time."""
     if processes == 1:
@@ -257,6 +309,8 @@ def _tokenised(
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
+            if is_over():  # a signal that ended this process's work may have killed one that had just been started
+                return
             remedy = "free some memory, or set inputs.num_proc=1"
             raise DataError("a process that tokenised was killed", remedy=remedy) from error
 
@@ -266,6 +320,7 @@ _worker: list[tuple[TurnTokenizer, tuple[str, ...]]] = []
 
 
 def _start(tokenizer: str, fields: tuple[str, ...]) -> None:
+    leave_to_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads
     Thread(target=_leave_with_parent, daemon=True).start()
     _worker.append((TurnTokenizer.from_json(tokenizer), fields))

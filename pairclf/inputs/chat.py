@@ -71,7 +71,7 @@ def render_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], 
 
 
 def _read(reader: int) -> tuple[bytes, bool]:
-    """What the child wrote, and whether it came to its end, a line feed."""
+    """The child's answer, and whether it is complete: it ends in a line feed."""
     answer, until = b"", time.monotonic() + PATIENCE
     while select.select([reader], [], [], max(0.0, until - time.monotonic()))[0]:
         if not (piece := os.read(reader, 1 << 16)):

@@ -1,4 +1,4 @@
-"""What a forward pass computes, and which rows go through the model together. Every index stands in one batch."""
+"""The plan of batches: which rows share a forward pass, and how many tokens it computes. An index is in one batch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ them out and says where they are legal: a new layout is a record here, one there
 CHEAPEST = next(iter(LAYOUTS))
 
 PLAIN = "packed"
-"""What has no padding and shares nothing: what is taken for a model's layout until its worker has chosen one."""
+"""The layout without padding and sharing; it is assumed for a model until its worker has chosen a layout."""
 
 
 def token_budget(setting: int | None, *, gpu: bool) -> int:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pairclf.config import Inputs, Template
-from pairclf.errors import ConfigError
+from pairclf.errors import ConfigError, ModelError
 from pairclf.inputs.tokenise import TurnTokenizer, settle_template
 from pairclf.inputs.truncate import Ids, Kept, allot, cut, pick_rounds
 from pairclf.task import AB, BA, Row, Task
@@ -35,7 +35,7 @@ TokenisedRow = Mapping[str, Sequence[Ids]]
 
 _Segment = tuple[str, Ids]
 _Round = dict[str, list[_Segment]]
-"""What is seen of each field in one round; or, under `MARKER` alone, what stands for rounds that are left out."""
+"""The visible segments of each field in one round; or, under the only key `MARKER`, the marker for omitted rounds."""
 
 
 class Span(NamedTuple):
@@ -117,6 +117,33 @@ class InputBuilder:
         other._inputs = self._inputs.model_copy(update={"max_length": max_length})
         return other
 
+    def require_embeddings(self, embeddings: int) -> None:
+        """Do nothing if a base has an embedding for every token that an input may hold.
+
+        A CPU fails at the first such token, hours after the start; a GPU is then lost to the process. Control tokens
+        stand in no text, and so do no harm unless the wording has them: many tokenizers have such a padding token.
+
+        Args:
+            embeddings: of the base; ids are below it.
+
+        Raises:
+            ModelError: names the tokens.
+        """
+        wording = np.concatenate(
+            [self._marker(1), self._turn_break, *(ids for _, ids in (*self._outer, *self._round))]
+        ).tolist()
+        beyond = self.tokenizer.from_id(embeddings)
+        reached = sorted((beyond.keys() - self.tokenizer.control) | {token for token in wording if token >= embeddings})
+        if reached:
+            named = ", ".join(f"{beyond.get(token)!r} ({token})" for token in reached[:5])
+            more = f" and {len(reached) - 5:,} more" if len(reached) > 5 else ""
+            raise ModelError(
+                f"the base model has embeddings for token ids below {embeddings:,}, and its tokenizer also writes "
+                f"{named}{more}",
+                remedy="use the tokenizer that the base model was published with, or save the model with an embedding "
+                "for each token (`resize_token_embeddings` of transformers)",
+            )
+
     def _wording(self, text: str) -> Ids:
         return self.tokenizer([text], special=True)[0]
 
@@ -140,7 +167,7 @@ class InputBuilder:
         return parse((template.instruction or "") + template.text, whole=True), parse(template.round, whole=False)
 
     def _with_special_tokens(self, ids: Ids, *, first: bool, last: bool) -> Ids:
-        """What `tokenizer(text)` puts before the first piece and after the last, unless the wording has it there."""
+        """Add the tokens that `tokenizer(text)` puts before the first piece and after the last, if they are missing."""
         before, after = self.tokenizer.before, self.tokenizer.after
         if first and len(before) and not np.array_equal(ids[: len(before)], before):
             ids = np.concatenate([before, ids])
@@ -238,13 +265,13 @@ class InputBuilder:
         return rounds, dropped
 
     def _gap(self, costs: Sequence[int], gone: set[int]) -> Ids:
-        """What stands for rounds that are left out."""
+        """The marker for the omitted rounds."""
         return self._marker(sum(costs[at] for at in gone)) if gone else _NOTHING
 
     def _cut(
         self, names: Sequence[str], fields: Sequence[Ids], turns: Sequence[Sequence[int]], room: int
     ) -> list[tuple[list[_Segment], int]]:
-        """What is seen of each field, with the marker where it was cut, and how many tokens it lost."""
+        """The visible segments of each field, with the marker at its cut, and the number of tokens that it lost."""
         inputs, ratio = self._inputs, self._head_ratio
         rooms = allot(
             fields, [inputs.budget_shares[name] for name in names], [inputs.min_tokens[name] for name in names], room

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pairclf.inputs.render import Encoded
+from pairclf.inputs.truncate import Ids
 
 Ints = NDArray[np.int64]
-
-
 Bools = NDArray[np.bool_]
 
 
@@ -39,6 +38,25 @@ class SequenceIndex:
         flat: Bools = self.duplicate_of == np.arange(self.duplicate_of.size).reshape(self.duplicate_of.shape)
         return flat
 
+    @classmethod
+    def empty(cls) -> SequenceIndex:
+        """The index of no rows."""
+        return cls(*(np.zeros(shape, dtype=np.int64) for shape in ((0, 2), (0,), (0, 2))))
+
+    @property
+    def is_known(self) -> Bools:
+        """`(N,)`: the rows that were indexed; the others were added by `padded`, and have no length."""
+        return np.asarray(self.lengths[:, 0] > 0)
+
+    def padded(self, rows: int, orders: int) -> SequenceIndex:
+        """The index with rows at its end that are not known, so that it has so many."""
+        known = len(self.shared)
+        lengths, shared = np.zeros((rows, orders), dtype=np.int64), np.zeros(rows, dtype=np.int64)
+        duplicate_of = np.arange(rows * orders).reshape(rows, orders)
+        if known:
+            lengths[:known], shared[:known], duplicate_of[:known] = self.lengths, self.shared, self.duplicate_of
+        return SequenceIndex(lengths, shared, duplicate_of)
+
 
 def index_sequences(encoded: Iterable[tuple[Encoded, ...]]) -> SequenceIndex:
     """Index a model's rows in one pass."""
@@ -47,18 +65,26 @@ def index_sequences(encoded: Iterable[tuple[Encoded, ...]]) -> SequenceIndex:
     first_index: dict[bytes, int] = {}
     for row, orders in enumerate(encoded):
         lengths.append([len(sequence.ids) for sequence in orders])
-        shared.append(_shared_start(orders[0].ids, orders[1].ids) if len(orders) > 1 else 0)
+        shared.append(_shared_by(orders))
         digests = [hashlib.blake2b(sequence.ids.tobytes(), digest_size=16).digest() for sequence in orders]
         indices = [first_index.setdefault(digest, row * len(orders) + order) for order, digest in enumerate(digests)]
         duplicate_of.append(indices)
     return SequenceIndex(*(np.array(values, dtype=np.int64) for values in (lengths, shared, duplicate_of)))
 
 
-def _shared_start(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:
-    """Tokens that both begin with, less than either length: the last token is read, so it is never shared."""
-    size = min(len(left), len(right)) - 1
-    differing = np.flatnonzero(left[:size] != right[:size])
-    return int(differing[0]) if len(differing) else size
+def shared_start(left: Ids, right: Ids) -> int:
+    """The number of tokens that both begin with."""
+    size = min(len(left), len(right))
+    differing = left[:size] != right[:size]
+    return int(differing.argmax()) if differing.any() else size
+
+
+def _shared_by(orders: Sequence[Encoded]) -> int:
+    """Tokens that both orders begin with; the last token of either is read, so it is never shared."""
+    if len(orders) == 1:
+        return 0
+    left, right = (order.ids for order in orders)
+    return min(shared_start(left, right), len(left) - 1, len(right) - 1)
 
 
 class Item(NamedTuple):

@@ -1,4 +1,4 @@
-"""Texts to token ids, without anything around them; and a chat template turned into plain wording."""
+"""Tokenise texts without special tokens, and turn a chat template into plain wording."""
 
 from __future__ import annotations
 
@@ -92,6 +92,11 @@ class TurnTokenizer:
     def to_json(self) -> str:
         return self._backend.to_str()
 
+    def from_id(self, first: int) -> dict[int, str]:
+        """The tokens with ids of `first` or more, by their ids."""
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return {number: token for token, number in vocabulary.items() if number >= first}
+
     @property
     def fingerprint(self) -> str:
         """Changes with whatever could change an id."""
@@ -148,7 +153,7 @@ class TurnTokenizer:
 
 @contextmanager
 def _whose_failures_are_its_own() -> Iterator[None]:
-    """What tokenizers raises within: for an unknown token without a name, say, or a pattern that it gives up.
+    """Turn an exception of tokenizers into a `ModelError`: an unknown token without a name, a pattern that it gives up.
 
     It has no exceptions of its own: they are of the class `Exception`, and panics of Rust not even that.
     """
@@ -189,7 +194,7 @@ def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _around(backend: Tokenizer) -> tuple[Ids, Ids]:
-    """What the tokenizer puts before and after a text: `tokenizer(text)` less what stands for the text."""
+    """The tokens that the tokenizer puts before and after a text: `tokenizer(text)` without the text's own tokens."""
     encoded = backend.encode(string.ascii_letters, add_special_tokens=True)
     own = [place for place, added in enumerate(encoded.special_tokens_mask) if not added]
     first, last = (own[0], own[-1] + 1) if own else (len(encoded), len(encoded))

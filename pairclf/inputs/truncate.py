@@ -1,4 +1,4 @@
-"""What is cut when a row is longer than its budget: who gets how much, and which tokens stay.
+"""Truncate a row that is longer than its budget: allot tokens to its fields, and choose the tokens that stay.
 
 Every rule looks at one row alone and treats what a swap exchanges alike, so that a row's tokens never depend on its
 neighbours, and order BA holds exactly the slices of order AB. More budget never takes a token away.
@@ -22,7 +22,7 @@ Marker = Callable[[int], Ids]
 
 
 class Kept(NamedTuple):
-    """What stays of a field with `n` tokens: `ids[:head]` and `ids[n - tail:]`; `dropped` lay between.
+    """The part of a field with `n` tokens that stays: `ids[:head]` and `ids[n - tail:]`; `dropped` tokens lay between.
 
     `marked` says whether the marker for them still has room.
     """
@@ -69,17 +69,11 @@ def allot(fields: Sequence[Ids], shares: Sequence[float], minimums: Sequence[int
     for _ in range(budget - sum(allotted)):
         allotted[min((index for index in range(len(fields)) if allotted[index] < lengths[index]), key=claim)] += 1
     for first, second in combinations(range(len(fields)), 2):
-        if (weights[first], floors[first]) == (weights[second], floors[second]) and _is_same(
-            fields[first], fields[second]
-        ):
-            allotted[first] = allotted[second] = min(
-                allotted[first], allotted[second]
-            )  # a token's price for equal sides to look equal
+        alike = (weights[first], floors[first]) == (weights[second], floors[second])
+        if alike and np.array_equal(fields[first], fields[second]):
+            # A token's price for equal sides to look equal.
+            allotted[first] = allotted[second] = min(allotted[first], allotted[second])
     return allotted
-
-
-def _is_same(first: Ids, second: Ids) -> bool:
-    return len(first) == len(second) and bool((first == second).all())
 
 
 def _water_level(lengths: Sequence[int], weights: Sequence[int], floors: Sequence[int], budget: int) -> list[int]:

@@ -61,15 +61,15 @@ def check(
     paths = [path.resolve() for path in (*named, *expand(unseen), *written)]
     if overwritten := [path for path in written if paths.count(path.resolve()) > 1]:
         raise ConfigError(f"{overwritten[0]} would be overwritten", remedy="give --out and --write other names")
-    sources = _sources(named, config, ignore, unseen)
-    read = read_rows(sources, config.task, labelled=labelled)
-    frame, excluded = exclude_overlap(
-        read, sources, config.task, config.folds.near_duplicate_threshold, labelled=labelled
-    )
+    sources = _sources(named, config, ignore, unseen, labelled)
+    group = config.folds.group
+    read = read_rows(sources, config.task, labelled=labelled, group=group)
+    near, columns = config.folds.near_duplicate_threshold, config.data.test.columns
+    frame, excluded = exclude_overlap(read, sources, config.task, near, columns=columns, labelled=labelled)
     findings = [*excluded, *audit(frame, config.task, config.data.rules, labelled=labelled)]
     write_audit(out, read, config.task, findings)
     if write is not None and not any(refuses(finding) for finding in findings):
-        write_rows(write, clean(frame, config.task, config.data.rules, labelled=labelled)[0], config.task)
+        write_rows(write, clean(frame, config.task, config.data.rules, labelled=labelled)[0], config.task, group)
     return findings
 
 
@@ -87,9 +87,15 @@ def refusal(findings: Sequence[Finding], write: Path | None) -> str | None:
     return f"refused by {', '.join(rules)}: training on these rows would stop{unwritten}"
 
 
-def _sources(paths: Sequence[Path], config: Config, ignore: Sequence[str], unseen: Sequence[Path]) -> list[Source]:
-    """The sources of the files: the config's own if it names the file, otherwise one with the task's columns."""
-    plain = Source(files=[Path()], ignore_columns=config.data.ignore_columns)
+def _sources(
+    paths: Sequence[Path], config: Config, ignore: Sequence[str], unseen: Sequence[Path], labelled: bool
+) -> list[Source]:
+    """The sources of the files: the config's own if it names the file, otherwise one with the task's columns.
+
+    Test files have the columns of `data.test`.
+    """
+    plain = Source(files=[Path()]) if labelled else config.data.unlabelled(Path())
+    plain = plain.model_copy(update={"ignore_columns": config.data.ignore_columns})
     files_by_source = [(source, {path.resolve() for path in _existing(source.files)}) for source in config.data.sources]
 
     def source_of(path: Path) -> Source:

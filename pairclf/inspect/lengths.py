@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from pairclf.bundles.base import resolve_base
 from pairclf.config import Config
 from pairclf.console import counted, progress, table
 from pairclf.errors import ConfigError
@@ -18,10 +20,11 @@ from pairclf.files import atomic_file, write_json
 from pairclf.inputs.cache import EncodedRows, TokenCache
 from pairclf.inputs.plan import PLAIN, by_token_budget, micro_batches, random_steps, token_budget
 from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
-from pairclf.model.cost import Cost, cost_of
-from pairclf.model.inputs import open_inputs, run_cache
 from pairclf.run import chunks_of, output_of
 from pairclf.task import AB, Task
+
+if TYPE_CHECKING:
+    from pairclf.model.cost import Cost
 
 Lengths = NDArray[np.int64]
 UNCUT = 2**31 - 1
@@ -74,7 +77,14 @@ def compare(
     budgets, uncut = measure(config, lengths_of(at, config), data)
     scale = Scale(rows or len(uncut), 2 if config.task.swappable else 1, tflops)
     title = f"pairclf lengths: {data or ', '.join(map(str, config.data.names))}, {config.model.base}"
-    return render(budgets, scale), write_report(out or output_of(config), budgets, uncut, scale, title)
+    tables = render(budgets, scale)
+    from pairclf.model.backbone import read_settings
+    from pairclf.model.positions import exceeded_limit
+
+    settings = read_settings(resolve_base(config.model.base))
+    if limit := exceeded_limit(settings, max(budget.max_length for budget in budgets)):
+        tables[0].caption, tables[0].caption_justify = f"note: {limit}", "left"
+    return tables, write_report(out or output_of(config), budgets, uncut, scale, title)
 
 
 def lengths_of(text: str | None, config: Config) -> list[int]:
@@ -103,10 +113,14 @@ def measure(config: Config, max_lengths: Sequence[int], data: Path | None) -> tu
         ConfigError: a budget is too small for the template.
         DataError: the rows can't be read.
     """
+    chunks = chunks_of(config, data)
+    from pairclf.model.cost import cost_of  # torch: mistyped arguments show before it
+    from pairclf.model.inputs import open_inputs, run_cache
+
     largest = config.inputs.model_copy(update={"max_length": UNCUT})  # the config's own may be too small
-    _, _, builder = open_inputs(config.model_copy(update={"inputs": largest}))
+    builder = open_inputs(config.model_copy(update={"inputs": largest})).builder
     builders = [builder.within(length) for length in sorted(set(max_lengths))]
-    cache, cost = run_cache(config, builder, chunks_of(config, data)), cost_of(config)
+    cache, cost = run_cache(config, builder, chunks), cost_of(config)
     whole = EncodedRows(cache, builder)
     fields = cache.lengths.sum(axis=0)
     with progress("lengths", total=len(cache) * (1 + len(builders))) as advance:
@@ -181,9 +195,9 @@ def batchings(config: Config, lengths: Lengths) -> dict[str, Iterator[Sequence[i
     budget = token_budget(config.predict.tokens_per_batch, gpu=True)
     return {
         f"random {size}": (batch.tolist() for batch in random_steps(rows, size, seed=config.seed, epoch=0)),
-        f"in steps of {step_size}": chain.from_iterable(in_steps),
+        "steps": chain.from_iterable(in_steps),
         f"sorted {size}": iter([ordered[start : start + size] for start in range(0, rows, size)]),
-        f"{budget:,} tokens": iter(by_token_budget(listed, budget)),
+        "by tokens": iter(by_token_budget(listed, budget)),
         PLAIN: iter([[row] for row in range(rows)]),
     }
 
@@ -216,10 +230,10 @@ class Scale:
 def render(budgets: Sequence[Budget], scale: Scale) -> list[Table]:
     """Two tables: truncation and costs."""
     first = budgets[0]
-    cuts = table("What is cut", "max_length", "rows cut", *(f"{name} lost" for name in first.lost), "made identical")
-    size = f"{counted(scale.rows, 'row')} in {counted(scale.orders, 'order')}"
+    cuts = table("What is cut: tokens lost by field", "max_length", "rows cut", *first.lost, "made identical")
+    size = counted(scale.rows, "row") + (f" in {scale.orders} orders" if scale.orders > 1 else "")
     scaled = f"{size} at {scale.tflops:g} TFLOP/s; padding by batching"
-    costs_hint = "random N, sorted N: batches of N rows; in steps: as `train` batches; tokens: as `predict` does"
+    costs_hint = "random N, sorted N: batches of N rows; steps: as `train` batches; by tokens: as `predict` does"
     costs = table(f"What it costs: {scaled}", "max_length", "tokens", "hours", *first.padding)
     costs.caption, costs.caption_justify = costs_hint, "left"
     for budget in budgets:

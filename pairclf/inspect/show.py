@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from rich.text import Text
@@ -14,9 +14,11 @@ from pairclf.config import Config
 from pairclf.data.rows import to_rows
 from pairclf.errors import DataError, visible
 from pairclf.inputs.render import MARKER, TEMPLATE, Encoded
-from pairclf.model.inputs import Opened, open_inputs
 from pairclf.run import chunks_of
 from pairclf.task import AB, Row, Task
+
+if TYPE_CHECKING:
+    from pairclf.model.inputs import Opened
 
 _STYLES = {TEMPLATE: "bright_black", MARKER: "bold black on yellow"}
 _FIELD_STYLES = ("cyan", "green", "magenta", "blue", "red")
@@ -26,7 +28,12 @@ def show_rows(config: Config, ids: Sequence[str], data: Path | None, *, coloured
     """`show` of the rows with these ids, or of the first row, in `data.train` or an unlabelled file."""
     config.require("inputs", "show")
     rows = find_rows(chunks_of(config, data)(), ids, config.task)
+    from pairclf.model.inputs import open_inputs  # torch: a mistyped id shows before it
+    from pairclf.model.positions import exceeded_limit
+
     opened = open_inputs(config)
+    if limit := exceeded_limit(opened.settings, config.inputs.max_length):
+        yield Text(f"note: inputs.max_length={config.inputs.max_length}, and {limit}\n", style="yellow")
     for row in rows:
         yield from show(opened, row, coloured=coloured)
 
@@ -65,10 +72,8 @@ def show(opened: Opened, row: Row, *, coloured: bool) -> list[Text]:
     encoded = opened.builder.encode([row])[0]
     texts = []
     for order, order_input in enumerate(encoded):
-        text = Text(
-            f"row {visible(row.id)}, order {'AB' if order == AB else 'BA'}: {_figures(opened, order_input)}\n",
-            style="bold",
-        )
+        named = f", order {'AB' if order == AB else 'BA'}" if task.swappable else ""
+        text = Text(f"row {visible(row.id)}{named}: {_figures(opened, order_input)}\n", style="bold")
         for place in (*task.fields, MARKER, TEMPLATE):
             text.append(f" {place} ", style=styles[place] if place == MARKER else f"{styles[place]} reverse")
         text.append("\n")

@@ -44,13 +44,13 @@ one causal sequence 8.4. With soft-capping, 1,500 tokens: 60 ms, 63 by 128, all 
 
 
 class ScoreOptions(NamedTuple):
-    """What a layer does with its scores.
+    """The options of a layer's attention scores.
 
     Attributes:
-        scaling: they are multiplied by it.
-        softcap: then they become `softcap * tanh(scores / softcap)`; None: they stay.
-        window: a query sees itself and the `window - 1` keys before it; None: all before it.
-        dropout: of the weights.
+        scaling: factor of the scores.
+        softcap: the scaled scores become `softcap * tanh(scores / softcap)`; None: they stay as they are.
+        window: a query sees itself and the `window - 1` keys before it; None: all keys before it.
+        dropout: dropout rate of the weights.
     """
 
     scaling: float
@@ -61,11 +61,11 @@ class ScoreOptions(NamedTuple):
 
 @dataclass(slots=True)
 class AttentionCalls:
-    """What the attention function was called with, while `recording_calls` it.
+    """A record of the calls of the attention function within `recording_calls`.
 
     Attributes:
         requires_topology: whether every call must bring a topology.
-        calls: how many there were.
+        calls: number of calls.
         masks: each mask that was made, with the function of places that it was made of.
         windows: of each call the module's name, its window, and its mask.
     """
@@ -106,7 +106,7 @@ class AttentionCalls:
 
 
 FAR_POSITION = 1 << 17
-"""Places of the longest row whose view a mask is asked for; a window of as many is none."""
+"""Length of the row with which masks are probed; a window of this length hides nothing."""
 
 
 def _has_window(function: Callable[..., Tensor], window: int | None) -> bool:
@@ -259,7 +259,7 @@ class _Varlen(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _varlen(topology: Topology, device: torch.device) -> _Varlen:
-    """Made once a batch and device, not once a layer."""
+    """The topology for FlashAttention; cached, so that it is computed once per batch and device, not once per layer."""
     pieces = topology.segments
     asking = torch.tensor([0, *(piece.stop - piece.start for piece in pieces)])
     asked = torch.tensor([0, *(sum(stop - start for start, stop in piece.sees) for piece in pieces)])
@@ -271,7 +271,7 @@ def _varlen(topology: Topology, device: torch.device) -> _Varlen:
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions, topology: Topology) -> Tensor:
-    """All pieces at once. Where more keys than queries are given, FlashAttention lets the last see the last."""
+    """Compute all segments in one call. If there are more keys than queries, FlashAttention aligns their ends."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
 
     lengths = _varlen(topology, query.device)
@@ -296,7 +296,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions, topo
 
 
 def _loop(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions, topology: Topology) -> Tensor:
-    """One piece after the other."""
+    """Compute one segment after the other."""
     parts = []
     for start, stop, sees in topology.segments:
         part = _sequence(query[:, :, start:stop], _take(key, sees), _take(value, sees), scores)
@@ -314,7 +314,7 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, ScoreOptions, Topology], Te
     "flash": _flash,
     "loop": _loop,
 }
-"""What computes a row of pieces, `(1, heads, T, D)` -> `(1, T, heads, D)`; `pick_kernel` chooses."""
+"""The kernels that compute a row of segments, `(1, heads, T, D)` -> `(1, T, heads, D)`; `pick_kernel` chooses one."""
 
 
 def _rows(
@@ -374,13 +374,13 @@ def _weigh(
 
 
 def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """Who sees whom, `(1, 1, Q, K)` bool, if the last query is the last key. Q = 3, K = 5, window 3, `#` = sees:
+    """The mask of a window, `(1, 1, Q, K)` bool, if the last query is the last key. Q = 3, K = 5, window 3, `#` = sees:
 
     # # # . .
     . # # # .
     . . # # #
 
-    Any so many last rows and columns of it are the band of so many queries and keys.
+    The last Q' rows and K' columns of the mask are the mask of Q' queries and K' keys.
     """
     ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
     return ones.tril(keys - queries).triu(keys - queries + 1 - window)[None, None]

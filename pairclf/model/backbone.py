@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from pairclf.bundles.model_files import weight_map
+from pairclf.bundles.base import ask_hub
+from pairclf.bundles.model_files import adapter_beside, weight_map
 from pairclf.config import Lora, Model
 from pairclf.console import console
 from pairclf.errors import ModelError, cut, quoted
@@ -26,11 +29,14 @@ from pairclf.model import attention
 from pairclf.model.families import family_of
 from pairclf.trust import granted
 
+LINEAR = (nn.Linear, Conv1D)
+"""Linear modules. transformers' `Conv1D`, of GPT-2 and its like, is one with a transposed weight."""
+
 _UNREADABLE = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError),
     *(AssertionError, SafetensorError, StrictDataclassError),
 )
-"""What transformers raises for files whose contents make no sense: nearly anything."""
+"""The exceptions that transformers raises for files with nonsense in them: nearly all kinds."""
 
 
 def pick_device() -> torch.device:
@@ -53,12 +59,19 @@ def pick_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float16, f"compute capability {major}.{minor} only emulates bfloat16"
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """`float16`, ..."""
+    return str(dtype).removeprefix("torch.")
+
+
 def load_tokenizer(source: str) -> Any:
     """The tokenizer that stands with a model or in a bundle, as `resolve_base` or `open_bundle` found it.
 
     Raises:
         ModelError: it can't be loaded.
     """
+    if not Path(source).is_dir():
+        ask_hub(source)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=granted().remote_code)
     except BaseException as error:
@@ -74,13 +87,14 @@ def read_settings(source: str | Path) -> PretrainedConfig:
     Raises:
         ModelError: it can't be read.
     """
+    if not Path(source).is_dir():
+        ask_hub(str(source))
     try:
         settings: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=granted().remote_code)
     except _UNREADABLE as error:
         raise ModelError(
             f"the model {source} can't be loaded: {_said(error)}",
-            remedy="give a folder with config.json and *.safetensors, or a hub id that this machine can reach; what a "
-            "bundle names is not fetched: run `hf download ID` before, or give its folder with --base",
+            remedy="give a folder with config.json and *.safetensors, or a hub id",
         ) from error
     return settings
 
@@ -101,7 +115,7 @@ def empty_model(settings: PretrainedConfig) -> nn.Module:
 
 
 def _said(error: BaseException) -> str:
-    """What another library says, on one line."""
+    """The message of another library's exception, on one line."""
     return cut(f"{type(error).__name__}: {' '.join(str(error).split())}", 400)
 
 
@@ -118,6 +132,8 @@ def load_base(
     """
     config = read_settings(source)
     loader = family_of(config).loader
+    if adapter := find_adapter_config_file(source):
+        raise adapter_beside(Path(adapter))
     if model.quantization == "int8" and model.lora is not None and model.lora.use_dora and device.type == "cpu":
         # peft (0.21) moves the weight to dequantise it, and bitsandbytes loses its scales: the second pass fails.
         raise ModelError(
@@ -141,6 +157,7 @@ def load_base(
     if not quantized and not others:
         loaded.to(device)
     if stored_as(config) is not None:
+        _require_packed(loaded, source)
         # transformers (5.23) leaves embedding and norms as they were saved: float16 and autocast to bfloat16 don't mix.
         for weight in loaded.parameters():
             weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
@@ -148,6 +165,17 @@ def load_base(
         _keep_full_precision(loaded)
     loaded.requires_grad_(model.lora is None and not quantized)
     return loaded
+
+
+def _require_packed(loaded: nn.Module, source: str) -> None:
+    """bitsandbytes' layers take plain weights without a word, where config.json says that they are quantised."""
+    for name, module in loaded.named_modules():
+        weight: Any = module.weight if isinstance(module, Linear4bit | Linear8bitLt) else None
+        if weight is not None and weight.is_floating_point() and getattr(weight, "quant_state", None) is None:
+            raise ModelError(
+                f"config.json of {source} says that its weights are quantised, and {name}.weight is {weight.dtype}",
+                remedy="remove quantization_config from config.json if it was left from another model",
+            )
 
 
 def stored_as(settings: Any) -> str | None:
@@ -189,15 +217,20 @@ def lm_head_rows(source: str, model: Model, words: Sequence[str], backbone: nn.M
     Where head and embedding are tied they are the embedding's; otherwise they alone are read from the base's files.
 
     Raises:
-        ModelError: a word is not one token, or the base has no LM head.
+        ModelError: a word is not one token, or one that the base does not know, or the base has no LM head.
     """
     if why := family_of(backbone.config).refuses.get("label_words"):  # type: ignore[arg-type]
         raise ModelError(f"model.label_words: {why}", remedy="remove model.label_words")
     tokenizer = load_tokenizer(source)
     ids = [_one_token(tokenizer, word) for word in words]
     config: Any = backbone.config
+    embedding: Tensor = backbone.get_input_embeddings().weight  # type: ignore[operator]
+    if unknown := [word for word, token in zip(words, ids, strict=True) if token >= len(embedding)]:
+        raise ModelError(
+            f"model.label_words: {quoted(unknown[0])} is a token that the base has no embedding for",
+            remedy="give a word of the tokenizer that the base model was published with",
+        )
     if getattr(config, "tie_word_embeddings", False):
-        embedding: Tensor = backbone.get_input_embeddings().weight  # type: ignore[operator]
         return embedding.detach()[ids].float()
     path, name = _find_lm_head(source)
     with safe_open(path, framework="pt") as weights:
@@ -211,13 +244,12 @@ def weight_files(source: str) -> list[Path]:
     Raises:
         ModelError: they are not there.
     """
-    absent: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     try:
-        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **absent)
-        parts = {SAFE_WEIGHTS_NAME}
-        if index is not None:
-            parts = set(weight_map(Path(index)).values())
-        return [Path(str(cached_file(source, part))) for part in sorted(parts)]
+        # In transformers' order: where there are both, it reads the single file.
+        if single := cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
+            return [Path(single)]
+        index = Path(str(cached_file(source, SAFE_WEIGHTS_INDEX_NAME)))
+        return [Path(str(cached_file(source, part))) for part in sorted(set(weight_map(index).values()))]
     except OSError as error:
         raise ModelError(
             f"the weights of {source} are not there: {' '.join(str(error).split())[:300]}",
@@ -235,19 +267,13 @@ def _one_token(tokenizer: Any, word: str) -> int:
     return ids[0]
 
 
-def _find_lm_head(source: str) -> tuple[str, str]:
+def _find_lm_head(source: str) -> tuple[Path, str]:
     """The safetensors file that holds the base's LM head, and the weight's name in it."""
-    absent: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-    if index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **absent):
-        files_of = weight_map(Path(index))
-    elif single := cached_file(source, SAFE_WEIGHTS_NAME, **absent):
-        with safe_open(single, framework="pt") as weights:
-            files_of = dict.fromkeys(weights.keys(), SAFE_WEIGHTS_NAME)
-    else:
-        files_of = {}
-    for name, file in files_of.items():
-        if name.endswith("lm_head.weight") and (path := cached_file(source, file)):
-            return path, name
+    for path in weight_files(source):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no dict
+                if name.endswith("lm_head.weight"):
+                    return path, name
     raise ModelError(
         f"model.label_words needs the LM head of {source}, whose files hold no lm_head.weight",
         remedy="remove model.label_words, or give a base that was saved with its LM head",
@@ -310,8 +336,13 @@ def add_adapters(base: nn.Module, lora: Lora) -> nn.Module:
     Raises:
         ModelError: no linear module of the base has one of the names in `lora.target_modules`.
     """
-    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in base.named_modules() if isinstance(module, LINEAR)]
     leaves = {name.rsplit(".", 1)[-1] for name in linear}
+    if not leaves:
+        raise ModelError(
+            f"model.lora: {type(base).__name__} has no linear module, which is all that gets an adapter",
+            remedy="set model.lora=null, or use another base",
+        )
     targets = sorted(leaves) if lora.target_modules == "all-linear" else lora.target_modules
     if unknown := sorted(set(targets) - leaves):
         raise ModelError(
@@ -320,7 +351,9 @@ def add_adapters(base: nn.Module, lora: Lora) -> nn.Module:
         )
     if lora.first_layer:
         # By whole names: peft's own `layers_to_transform` finds no layer in a base without a prefix.
-        targets = [name for name in linear if name.rsplit(".", 1)[-1] in targets and _layer(name) >= lora.first_layer]
+        targets = [
+            name for name in linear if name.rsplit(".", 1)[-1] in targets and layer_number(name) >= lora.first_layer
+        ]
     if not targets:
         raise ModelError(f"model.lora.first_layer={lora.first_layer} leaves no layer of the base an adapter")
     peft_config = LoraConfig(
@@ -331,6 +364,7 @@ def add_adapters(base: nn.Module, lora: Lora) -> nn.Module:
         target_modules=targets,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
+        fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in linear),
     )
     adapted: nn.Module = get_peft_model(base, peft_config)
     return adapted
@@ -348,6 +382,6 @@ def checkpoint_gradients(backbone: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
-def _layer(name: str) -> int:
-    """`layers.7.mlp.up_proj` -> 7; a module outside the layers counts as below them all."""
+def layer_number(name: str) -> int:
+    """`layers.7.mlp.up_proj.weight` -> 7; what stands outside the layers counts as below them all."""
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)

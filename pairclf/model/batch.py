@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 Span = tuple[int, int]
-"""Tokens of a row from the first to before the second place."""
+"""A range of tokens in a row: its start, and its end, which is excluded."""
 
 
 class Segment(NamedTuple):
-    """Tokens of a row that lie side by side, and what they see.
+    """Adjacent tokens of a row, and the tokens that they see.
 
     Attributes:
         start: the first of them.
@@ -31,7 +31,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """Who sees whom in a batch of one row, in Python's numbers: nothing is read back from a GPU to know it.
+    """Which tokens see each other in a batch of one row. All are Python numbers: to read them, nobody waits for a GPU.
 
     Sequences `a a b b b` and `a a c c`, of which the row has the common start once, `a a b b b c c`:
 
@@ -63,7 +63,7 @@ BackboneInputs = dict[str, Tensor | int | Topology]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward pass needs, and which logit belongs to whom. R is the number of logits read.
+    """The inputs of one forward pass, and the row and order of each logit. R is the number of logits.
 
     Attributes:
         inputs: keyword arguments of the backbone; `input_ids` and `position_ids` are `(B, T)` int64. What else there is
@@ -81,11 +81,6 @@ class Batch:
     row_at: Tensor
     order: Tensor
 
-    @property
-    def tokens(self) -> int:
-        """Real tokens, padding not counted; those that sequences share count for each."""
-        return int(self.lengths.sum())
-
     def to(self, device: torch.device) -> Batch:
         """The same batch with the tensors that the model reads on `device`."""
         inputs = {
@@ -98,7 +93,7 @@ class Batch:
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """To a GPU from pinned memory: a copy from any other waits until the GPU is done with the batch before."""
+    """Copy a tensor to a GPU through pinned memory: other copies wait until the GPU has finished the batch before."""
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

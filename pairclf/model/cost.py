@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from safetensors import safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from pairclf.bundles.base import resolve_base
 from pairclf.bundles.bundle import Bundle
 from pairclf.config import Config, Model
-from pairclf.model.backbone import empty_model, read_settings, weight_files
+from pairclf.model.backbone import LINEAR, empty_model, layer_number, read_settings, weight_files
 from pairclf.model.families import family_of
 
 
@@ -59,7 +61,7 @@ def cost_of_model(backbone: nn.Module) -> Cost:
     pairs = 0.5 if family_of(backbone.config).causal else 1.0  # type: ignore[arg-type]
     linears = _linears(backbone)
     trained = [name for name, layer in backbone.named_parameters() if layer.requires_grad]
-    first = min((max(0, _layer_number(name)) for name in trained), default=layers)
+    first = min((max(0, layer_number(name)) for name in trained), default=layers)
     return Cost(
         linear=2.0 * sum(map(_weights, linears)),
         quadratic=4.0 * pairs * layers * width,
@@ -68,17 +70,14 @@ def cost_of_model(backbone: nn.Module) -> Cost:
     )
 
 
-def _linears(backbone: nn.Module) -> list[nn.Linear]:
-    return [module for module in backbone.modules() if isinstance(module, nn.Linear)]
+def _linears(backbone: nn.Module) -> list[Any]:
+    return [module for module in backbone.modules() if isinstance(module, LINEAR)]
 
 
-def _weights(linear: nn.Linear) -> int:
+def _weights(linear: nn.Linear | Conv1D) -> int:
+    if isinstance(linear, Conv1D):
+        return linear.weight.numel()
     return linear.in_features * linear.out_features  # a quantised weight is packed: numel() would be half of it
-
-
-def _layer_number(name: str) -> int:
-    """`layers.7.mlp.up_proj.weight` -> 7; what stands outside the layers counts as below them all."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
 _STORED = {"nf4": 0.5 + (1 + 4 / 256) / 64, "int8": 1.0}

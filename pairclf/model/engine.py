@@ -15,10 +15,11 @@ from pairclf.config import Config
 from pairclf.errors import ModelError
 from pairclf.model.attention import NAME, AttentionCalls, recording_calls
 from pairclf.model.backbone import add_adapters, lm_head_rows, load_base, pick_dtype
-from pairclf.model.batch import BackboneInputs, Batch
+from pairclf.model.batch import BackboneInputs
 from pairclf.model.families import REMEDY, family_of
-from pairclf.model.isolation import isolation_of, longest_row
+from pairclf.model.isolation import isolation_of
 from pairclf.model.layouts import BATCH_LAYOUTS, layout_of
+from pairclf.model.positions import require_positions
 from pairclf.model.precision import in_float32
 from pairclf.model.readout import HEADS, POOLINGS, Head, LinearHead
 from pairclf.model.trim import reading_at
@@ -36,7 +37,6 @@ class Classifier(nn.Module):
     Attributes:
         family: the kind of the backbone.
         isolation: which layouts give every row the states that it has alone.
-        ids: token ids that the backbone has an embedding for: those below it.
 
     Raises:
         ModelError: the backbone can't be run or not be read so, or not even padded rows score as each alone.
@@ -52,7 +52,6 @@ class Classifier(nn.Module):
         self.dtype = dtype
         self.pooling = pooling
         self.isolation = isolation_of(backbone, dtype)
-        self.ids = len(backbone.get_input_embeddings().weight)  # type: ignore[operator]
 
     def forward(self, inputs: BackboneInputs, read_at: Tensor, lengths: Tensor, *, trim: bool = False) -> Tensor:
         """Logits `(R, C)` of a batch.
@@ -99,23 +98,6 @@ class Classifier(nn.Module):
         """The backbone's attention implementation, as transformers names it."""
         config: Any = self.backbone.config
         return str(config._attn_implementation)
-
-    def require_known(self, batch: Batch) -> Batch:
-        """Return a batch that lies on the CPU if the backbone has an embedding for each of its ids.
-
-        A GPU asked for one beyond the last gives an error that ends all that the process does on it.
-
-        Raises:
-            ModelError: names the largest id.
-        """
-        ids = batch.inputs["input_ids"]
-        assert isinstance(ids, Tensor)
-        if (largest := int(ids.max())) >= self.ids:
-            raise ModelError(
-                f"the tokenizer writes the id {largest}, and the base model has embeddings for ids below {self.ids}",
-                remedy="use the tokenizer and the base model that belong together",
-            )
-        return batch
 
     def why_not(self, layout: str) -> str | None:
         """Why sequences can't lie so; None: they can."""
@@ -190,11 +172,6 @@ def build_frozen(
         raise ModelError(
             f"model.base={config.model.base}: the config of {type(backbone).__name__} has no hidden_size", remedy=REMEDY
         )
-    if (longest := longest_row(backbone)) is not None and config.inputs.max_length > longest:
-        raise ModelError(
-            f"inputs.max_length={config.inputs.max_length}: a row of more than {longest} tokens changes the positions "
-            f"of every row of its batch in model.base={config.model.base}, whose rope_type is dynamic or longrope",
-            remedy=f"set inputs.max_length={longest} or less",
-        )
+    require_positions(config, backbone.config)  # type: ignore[arg-type]
     head = HEADS[config.model.head](hidden_size, len(config.task.classes)).to(device)
     return Classifier(backbone, head, dtype, config.model.pooling)

@@ -1,10 +1,11 @@
-"""From a config to what the model sees of its rows: tokenizer, recipe, token cache."""
+"""Make the model's inputs from a config: tokenizer, recipe and token cache."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import polars as pl
+from transformers import PretrainedConfig
 
 from pairclf.bundles.base import resolve_base
 from pairclf.bundles.bundle import Bundle
@@ -12,29 +13,41 @@ from pairclf.config import Config
 from pairclf.inputs.cache import EncodedRows, Frames, TokenCache, token_cache
 from pairclf.inputs.render import InputBuilder
 from pairclf.inputs.tokenise import settle_template
-from pairclf.model.backbone import load_tokenizer
+from pairclf.model.backbone import load_tokenizer, read_settings
 from pairclf.run import output_of
 
 
 class Opened(NamedTuple):
-    """`config` with the chat template written out, the base's tokenizer, and the builder that both make."""
+    """A config with the objects that turn its rows into inputs.
+
+    Attributes:
+        config: with the chat template written out.
+        tokenizer: of the base.
+        builder: that both make.
+        settings: transformers' config of the base.
+    """
 
     config: Config
     tokenizer: Any
     builder: InputBuilder
+    settings: PretrainedConfig
 
 
 def open_inputs(config: Config) -> Opened:
     """Load the base's tokenizer and settle the wording, once for all that is done with it.
 
     Raises:
-        ModelError: the tokenizer can't be loaded, or is not a fast one.
+        ModelError: the tokenizer can't be loaded, is not a fast one, or has tokens that the base has no embedding for.
         ConfigError: the wording does not fit the tokenizer or the budget.
     """
-    tokenizer = load_tokenizer(resolve_base(config.model.base))
+    source = resolve_base(config.model.base)
+    tokenizer = load_tokenizer(source)
     template = settle_template(config.inputs.template, tokenizer)
     settled = config.model_copy(update={"inputs": config.inputs.model_copy(update={"template": template})})
-    return Opened(settled, tokenizer, InputBuilder(tokenizer, settled.task, settled.inputs))
+    builder = InputBuilder(tokenizer, settled.task, settled.inputs)
+    settings = read_settings(source)
+    builder.require_embeddings(settings.get_text_config().vocab_size)
+    return Opened(settled, tokenizer, builder, settings)
 
 
 def run_cache(config: Config, builder: InputBuilder, frames: Frames) -> TokenCache:

@@ -124,21 +124,6 @@ def _compare_layouts(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
     return Isolation(None, why_shared, why_trimmed, calls.calls)
 
 
-def longest_row(backbone: nn.Module) -> int | None:
-    """Row length beyond which the rotary positions of all rows in a batch change; None: there is none."""
-    config: Any = backbone.config.get_text_config()  # type: ignore[union-attr, operator]
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    limits = []
-    for settings in rope.values() if all(isinstance(settings, dict) for settings in rope.values()) else [rope]:
-        kind = str(settings.get("rope_type"))
-        if kind == "longrope":
-            original = settings.get("original_max_position_embeddings") or config.original_max_position_embeddings
-            limits.append(int(original))
-        elif "dynamic" in kind:
-            limits.append(int(config.max_position_embeddings))
-    return min(limits, default=None)
-
-
 def claimed(backbone: nn.Module) -> str | None:
     """Why packed rows would see each other, according to the class and its attention implementation."""
     if why := why_not_packed(backbone):

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from pairclf.inputs.sequences import Item
-from pairclf.inputs.truncate import Ids
+from pairclf.inputs.sequences import Item, shared_start
 from pairclf.model.batch import BackboneInputs, Batch, Segment, Span, Topology, end_to_end
 
 MIN_SHARED_TOKENS = 16
@@ -34,7 +34,7 @@ PAD_ID = 0
 
 
 def padded(items: Sequence[Item]) -> Batch:
-    """One row a sequence, padded on the right to the longest; the logit is read at each sequence's last token.
+    """Lay each sequence in a row of its own, padded on the right; its logit is read at its last token.
 
     The place to read is known from the lengths, never searched by pad id: a tokenizer whose pad is its eos, or a text
     that ends in eos, changes nothing.
@@ -43,24 +43,20 @@ def padded(items: Sequence[Item]) -> Batch:
     >>> batch.inputs["input_ids"].tolist(), batch.read_at.tolist()
     ([[7, 8, 9], [5, 0, 0]], [2, 3])
     """
-    lengths = torch.tensor([len(item.ids) for item in items])
+    lengths = _lengths(items)
     width = int(lengths.max())
     input_ids = torch.full((len(items), width), PAD_ID)
     for row, item in enumerate(items):
         input_ids[row, : len(item.ids)] = torch.from_numpy(item.ids)
     position_ids = torch.arange(width).expand(len(items), width)
     attention_mask = (position_ids < lengths[:, None]).long()
-    return Batch(
-        inputs={"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids.contiguous()},
-        read_at=torch.arange(len(items)) * width + lengths - 1,
-        lengths=lengths,
-        row_at=torch.tensor([item.row for item in items]),
-        order=torch.tensor([item.order for item in items]),
-    )
+    position_ids = position_ids.contiguous()
+    inputs: BackboneInputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    return _batch(items, inputs, torch.arange(len(items)) * width + lengths - 1)
 
 
 def packed(items: Sequence[Item]) -> Batch:
-    """All sequences end to end in one row, without padding; each starts at position 0 and sees itself alone.
+    """Lay all sequences end to end in one row, without padding; each starts at position 0 and sees only itself.
 
     `cu_seq_lens_q` and `_k` (where sequences start, and the end) and `max_length_q` and `_k` (the longest) are
     FlashAttention's own words for it, which transformers passes through to `flash_attention_2`; `topology` says the
@@ -78,29 +74,24 @@ def packed(items: Sequence[Item]) -> Batch:
     >>> batch.inputs["cu_seq_lens_q"].tolist(), batch.inputs["max_length_q"], batch.read_at.tolist()
     ([0, 3, 5], 3, [2, 4])
     """
-    lengths = torch.tensor([len(item.ids) for item in items])
+    lengths = _lengths(items)
     ends = lengths.cumsum(0)
     starts = functional.pad(ends, (1, 0)).to(torch.int32)
     longest = int(lengths.max())
-    return Batch(
-        inputs={
-            "input_ids": torch.from_numpy(np.concatenate([item.ids for item in items])).long()[None],
-            "position_ids": torch.cat([torch.arange(len(item.ids)) for item in items])[None],
-            "cu_seq_lens_q": starts,
-            "cu_seq_lens_k": starts,
-            "max_length_q": longest,
-            "max_length_k": longest,
-            "topology": end_to_end(lengths.tolist()),
-        },
-        read_at=ends - 1,
-        lengths=lengths,
-        row_at=torch.tensor([item.row for item in items]),
-        order=torch.tensor([item.order for item in items]),
-    )
+    inputs: BackboneInputs = {
+        "input_ids": torch.from_numpy(np.concatenate([item.ids for item in items])).long()[None],
+        "position_ids": torch.cat([torch.arange(len(item.ids)) for item in items])[None],
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "topology": end_to_end(lengths.tolist()),
+    }
+    return _batch(items, inputs, ends - 1)
 
 
 def shared(items: Sequence[Item]) -> Batch:
-    """Packed, and what sequences begin with is computed once: an instruction, a row's prompt, a prompt that recurs.
+    """Lay sequences as `packed`, with common beginnings once: an instruction, a row's prompt, a repeated prompt.
 
     Sequences stand in the order of their ids, as in a dictionary. Then none before has more in common with one than
     its neighbour has, and what it has in common lies where the neighbour's first tokens lie. It is found by comparing
@@ -126,7 +117,7 @@ def shared(items: Sequence[Item]) -> Batch:
     stop = 0
     for index in sorted(range(len(items)), key=lambda index: items[index].ids.astype(">u4").tobytes()):
         item = items[index]
-        common = 0 if before is None else min(_shared_start(before.ids, item.ids), len(item.ids) - 1)
+        common = 0 if before is None else min(shared_start(before.ids, item.ids), len(item.ids) - 1)
         common = common if common >= MIN_SHARED_TOKENS else 0
         start, stop = stop, stop + len(item.ids) - common
         path = paths[index] = _joined([*_first(path, common), (start, stop)])
@@ -134,28 +125,26 @@ def shared(items: Sequence[Item]) -> Batch:
         ids.append(item.ids[common:])
         positions.append(np.arange(common, len(item.ids)))
         before = item
-    return Batch(
-        inputs={
-            "input_ids": torch.from_numpy(np.concatenate(ids)).long()[None],
-            "position_ids": torch.from_numpy(np.concatenate(positions))[None],
-            "topology": Topology(tuple(pieces), tuple(paths)),
-        },
-        read_at=torch.tensor([path_of_item[-1][1] - 1 for path_of_item in paths]),
-        lengths=torch.tensor([len(item.ids) for item in items]),
-        row_at=torch.tensor([item.row for item in items]),
-        order=torch.tensor([item.order for item in items]),
-    )
+    inputs: BackboneInputs = {
+        "input_ids": torch.from_numpy(np.concatenate(ids)).long()[None],
+        "position_ids": torch.from_numpy(np.concatenate(positions))[None],
+        "topology": Topology(tuple(pieces), tuple(paths)),
+    }
+    return _batch(items, inputs, torch.tensor([path_of_item[-1][1] - 1 for path_of_item in paths]))
 
 
-def _shared_start(left: Ids, right: Ids) -> int:
-    """Tokens that both begin with."""
-    least = min(len(left), len(right))
-    differ = left[:least] != right[:least]
-    return int(differ.argmax()) if differ.any() else least
+def _batch(items: Sequence[Item], inputs: BackboneInputs, read_at: Tensor) -> Batch:
+    """The batch of these items, whose logits are read at `read_at` `(R,)`."""
+    rows, orders = torch.tensor([(item.row, item.order) for item in items]).T.contiguous()
+    return Batch(inputs, read_at, _lengths(items), rows, orders)
+
+
+def _lengths(items: Sequence[Item]) -> Tensor:
+    return torch.tensor([len(item.ids) for item in items])
 
 
 def _first(path: Sequence[Span], tokens: int) -> list[Span]:
-    """Where the first so many tokens of a path lie."""
+    """The spans of the first `tokens` tokens of a path."""
     kept = []
     for start, stop in path:
         if tokens <= 0:

@@ -1,4 +1,4 @@
-"""A backbone in float32 for a moment: for rows whose activations leave float16, on machines that have no bfloat16."""
+"""Compute a backbone in float32 for a moment: for rows whose activations overflow float16, if there is no bfloat16."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def _dequantised(module: Any, states: Tensor) -> Tensor:
-    """What bitsandbytes computes of int8 activations, and beyond a threshold float16 ones: here float32's."""
+    """An int8 layer in float32; bitsandbytes itself computes in int8, and in float16 for large activations."""
     held = module.state if module.weight.CB is None else module.weight
     weight = held.CB.float() * (held.SCB.float() / 127)[:, None]  # a row's scale is its largest magnitude
     return functional.linear(states.float(), weight, None if module.bias is None else module.bias.float())

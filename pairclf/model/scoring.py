@@ -1,5 +1,5 @@
-"""From sequences to logits. Validation, `verify` and `predict` all use this module, so scores agree everywhere;
-`scores.probabilities` turns logits into probabilities."""
+"""Score sequences: compute their logits. Validation, `verify` and `predict` all use this module, so that scores agree
+everywhere; `scores.probabilities` turns logits into probabilities."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class ClassifierScorer:
     @torch.inference_mode()
     def launch(self, items: Sequence[Item]) -> Tensor:
         """Raw logits `(R, C)` on the device. A GPU may still be computing; the next batch can be launched meanwhile."""
-        with _evaluating(self.classifier):
-            batch = self.classifier.require_known(self._lay_out(items)).to(self.classifier.device)
+        with evaluating(self.classifier):
+            batch = self._lay_out(items).to(self.classifier.device)
             logits: Tensor = self.classifier(batch.inputs, batch.read_at, batch.lengths, trim=self.trim)
         return logits
 
@@ -99,13 +99,13 @@ class ClassifierScorer:
 
 
 def _finite(logits: Floats) -> NDArray[np.bool_]:
-    """Whether all of a sequence's logits are, `(R,)`."""
+    """Which sequences have only finite logits, `(R,)`."""
     return np.asarray(np.isfinite(logits).all(axis=1))
 
 
 @contextmanager
-def _evaluating(classifier: Classifier) -> Iterator[None]:
-    """Dropout is off within, and as it was afterwards."""
+def evaluating(classifier: Classifier) -> Iterator[None]:
+    """Switch dropout off within; afterwards it is as before."""
     was_training = classifier.training
     if was_training:
         classifier.eval()
@@ -153,7 +153,7 @@ def score(
     scorer = ClassifierScorer(classifier, layout)
     budget = token_budget(tokens_per_batch, gpu=classifier.device.type == "cuda")
     logits = np.full((len(items), classifier.head.out_features), np.nan)
-    with progress(title, total=len(items), visible=visible) as advance, _evaluating(classifier):
+    with progress(title, total=len(items), visible=visible) as advance, evaluating(classifier):
         for members in _batches(items, scorer.layout, budget):
             logits[members], _ = scorer([items[index] for index in members])
             advance(len(members))
@@ -187,8 +187,3 @@ def by_order(items: Sequence[Item], logits: Floats, rows: int) -> Floats:
     for item, values in zip(items, logits, strict=True):
         split[item.row, item.order] = values
     return split
-
-
-def dtype_of(classifier: Classifier) -> str:
-    """`float16`, ..."""
-    return str(classifier.dtype).removeprefix("torch.")

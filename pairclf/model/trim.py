@@ -1,7 +1,7 @@
-"""The last layer where it is read: every token gives its key and value there, and the read ones alone go through it.
+"""Trim the last layer: all tokens give keys and values there, and only the read tokens go through the rest of it.
 
-Of a decoder's last layer a classifier reads one token a sequence. The others' queries, output projections and MLP are
-for nothing: about an eighth of a model of 8 layers, 2-3% of one of 42.
+A classifier reads one token per sequence. The queries, output projections and MLP of the other tokens are wasted in the
+last layer: about an eighth of a model with 8 layers, 2-3% of one with 42.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def last_layer(backbone: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class _KeysAndValues:
-    """What stands in for a cache: `(1, key heads, T, D)` of all tokens, whatever the layer adds."""
+    """A substitute for a cache: keys and values `(1, key heads, T, D)` of all tokens; it ignores the layer's own."""
 
     keys: Tensor
     values: Tensor
@@ -89,7 +89,7 @@ class _KeysAndValues:
 
 
 def _keys_and_values(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> _KeysAndValues:
-    """As the layer would compute them of `(1, T, H)` hidden states; cos and sin are `(1, T, D)`."""
+    """The layer's keys and values of `(1, T, H)` hidden states; cos and sin are `(1, T, D)`."""
     attention, normed = layer.self_attn, layer.input_layernorm(hidden)
     shape = (*hidden.shape[:-1], -1, attention.head_dim)
     keys = attention.k_proj(normed).view(shape).transpose(1, 2)

@@ -1,5 +1,6 @@
-"""vLLM in the place of transformers, for bundles without adapters: its pooling runner gives the last token's state, to
-which our own head is applied.
+"""Score with vLLM in place of transformers: its pooling runner gives the last token's state, and our head the logits.
+
+It serves bundles without adapters.
 
 vLLM's documentation promises no gain over transformers for models that generate nothing. No speed has been measured
 here, and no real vLLM has run this: there was no machine for it. So nothing is taken on trust: before it scores a row
@@ -23,7 +24,7 @@ from pairclf.bundles.manifest import TOLERANCE
 from pairclf.errors import BundleError, ModelError
 from pairclf.inputs.plan import PLAIN
 from pairclf.inputs.sequences import Item
-from pairclf.model.backbone import pick_dtype, read_settings
+from pairclf.model.backbone import name_of, pick_dtype, read_settings
 from pairclf.model.families import family_of
 from pairclf.model.inputs import builder_of
 from pairclf.model.readout import HEADS
@@ -64,7 +65,7 @@ def why_not(bundle: Bundle, devices: Sequence[torch.device]) -> str | None:
 
 
 class VllmScorer:
-    """From sequences to logits, as `scoring.ClassifierScorer`; vLLM makes its own batches of what it is given.
+    """Computes logits of sequences as `scoring.ClassifierScorer` does; vLLM forms its own batches.
 
     Args:
         bundle: without adapter, with the run's overrides in its config.
@@ -93,7 +94,7 @@ class VllmScorer:
             tokenizer=str(bundle.files.tokenizer),
             runner="pooling",
             convert="embed",
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=name_of(dtype),
             max_model_len=bundle.config.inputs.max_length,
             trust_remote_code=granted().remote_code,
             seed=bundle.config.seed,
@@ -105,7 +106,7 @@ class VllmScorer:
         size = next(weight.shape[1] for weight in weights.values() if weight.ndim == 2)
         self._head = HEADS[model.head](size, len(bundle.config.task.classes))
         self._head.load_state_dict(weights, strict=True)
-        self._prove(bundle, str(dtype).removeprefix("torch."))
+        self._prove(bundle, name_of(dtype))
 
     @torch.inference_mode()
     def launch(self, items: Sequence[Item]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,20 @@ from peft import set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from pairclf.bundles.bundle import Bundle, Saved, base_fingerprint, portable
+from pairclf.bundles.base import base_fingerprint
+from pairclf.bundles.bundle import Bundle, Saved, portable
 from pairclf.bundles.contents import CONFIG, MANIFEST, BundleFiles
 from pairclf.bundles.model_files import ADAPTER_CONFIG, read_json
 from pairclf.config import Config
 from pairclf.errors import BundleError, ModelError, cut, quoted
 from pairclf.files import write_json
-from pairclf.model.backbone import add_adapters
+from pairclf.model.backbone import add_adapters, name_of
 from pairclf.model.engine import Classifier, build_frozen
 
 _UNLIKE = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
-"""What may differ between adapter_config.json and the adapter that config.yaml describes: nothing hangs on it."""
+"""Keys of adapter_config.json that may differ from the adapter of config.yaml: they change no score."""
 
 _PACKAGES = ("pairclf", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
@@ -54,7 +56,7 @@ def save_weights(
     return Saved(
         "finetune",
         "adapter" if has_adapter else "whole",
-        str(classifier.dtype).removeprefix("torch."),
+        name_of(classifier.dtype),
         _PACKAGES,
         base_fingerprint(config) if fingerprint is None else fingerprint,
     )
@@ -108,7 +110,11 @@ def _with_weights(
     # peft's own `from_pretrained` would let adapter_config.json say what is adapted: a regex that never ends, for one.
     classifier.backbone = add_adapters(classifier.backbone, lora).requires_grad_(False)
     _compare_adapter_config(bundle.files.adapter / ADAPTER_CONFIG, classifier.backbone)
-    _fill_adapter(classifier.backbone, bundle.files.adapter_weights)
+    try:
+        weights = load_file(bundle.files.adapter_weights)
+    except (OSError, SafetensorError) as error:
+        raise _unloadable("adapter", bundle.files.adapter_weights, error) from error
+    fill_adapter(classifier.backbone, weights, bundle.files.adapter_weights)
     return classifier
 
 
@@ -127,23 +133,23 @@ def _compare_adapter_config(path: Path, backbone: Any) -> None:
             )
 
 
-def _fill_adapter(backbone: Any, path: Path) -> None:
-    """peft only warns when an adapter's weights do not fit (it then runs at random): compare them all."""
+def fill_adapter(backbone: Any, weights: Mapping[str, Tensor], where: Path | None = None) -> None:
+    """Load all weights of the backbone's adapter. peft only warns when some do not fit, and runs at random.
+
+    Raises:
+        BundleError: a weight is missing, unknown or of another shape.
+    """
     try:
-        saved = load_file(path)
-        set_peft_model_state_dict(backbone, dict(saved))
-    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
-        raise BundleError(f"the adapter can't be loaded: {cut(' '.join(str(error).split()))}", where=path) from error
+        set_peft_model_state_dict(backbone, dict(weights))
+    except (RuntimeError, KeyError) as error:
+        raise _unloadable("adapter", where, error) from error
     loaded = get_peft_model_state_dict(backbone, save_embedding_layers=False)
-    wrong = sorted(
-        name
-        for name in saved.keys() | loaded.keys()
-        if name not in saved or name not in loaded or not torch.equal(saved[name], loaded[name].cpu().to(saved[name]))
-    )
-    if wrong:
+    both = weights.keys() & loaded.keys()
+    lost = {name for name in both if not torch.equal(weights[name], loaded[name].cpu().to(weights[name]))}
+    if wrong := sorted(lost | (weights.keys() ^ loaded.keys())):
         raise BundleError(
             f"{len(wrong)} adapter weights did not arrive in the model, {wrong[0]} first",
-            where=path,
+            where=where,
             remedy="use the versions of peft and transformers in bundle.json, and the base it was trained on",
         )
 
@@ -152,4 +158,8 @@ def _load_head(classifier: Classifier, path: Path) -> None:
     try:
         classifier.head.load_state_dict(load_file(path), strict=True)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise BundleError(f"the head can't be loaded: {cut(' '.join(str(error).split()))}", where=path) from error
+        raise _unloadable("head", path, error) from error
+
+
+def _unloadable(part: str, where: Path | None, error: Exception) -> BundleError:
+    return BundleError(f"the {part} can't be loaded: {cut(' '.join(str(error).split()))}", where=where)

@@ -1,6 +1,6 @@
-"""`package`: a folder that is ready to be rehearsed and pushed to Kaggle.
+"""`package`: build a folder that can be rehearsed and pushed to Kaggle.
 
-build.json      what it is made of, for the commands that come after; never uploaded
+build.json      the record for the later commands; never uploaded
 kernel/         NAME.ipynb or NAME.py, kernel-metadata.json
 bundle/         a dataset or model: each bundle in a folder NAME-SEAL, the marker, metadata; bundle-2/ ... if need be
 wheels/         a dataset: pairclf's wheel and what Kaggle's images lack, the marker, metadata
@@ -22,6 +22,8 @@ from pairclf import __version__
 from pairclf.bundles.bundle import Bundle, open_bundle
 from pairclf.config import Config, Package
 from pairclf.console import console
+from pairclf.data.scores import scores_frame
+from pairclf.data.submission import open_sample, possible_forms
 from pairclf.errors import PackagingError
 from pairclf.files import (
     atomic_folder,
@@ -34,6 +36,7 @@ from pairclf.files import (
 )
 from pairclf.hardware import MACHINES
 from pairclf.inference.ensemble import Ensemble, EnsembleFile, open_ensemble, read_ensemble
+from pairclf.packaging.build_record import BUILD, Build, PackedBundle, identity_of, own_note, write_build
 from pairclf.packaging.install_check import check_wheels_suffice
 from pairclf.packaging.metadata import (
     KERNEL,
@@ -44,16 +47,16 @@ from pairclf.packaging.metadata import (
     check_package,
     deadline_seconds,
     kernel_metadata,
+    package_part,
     part_metadata,
-    source_of,
 )
 from pairclf.packaging.notebook import Value, make_notebook, make_script
+from pairclf.packaging.own_files import shipped
 from pairclf.packaging.payload import seal, split
-from pairclf.packaging.record import BUILD, Build, PackedBundle, identity_of, own_packages, write_build
-from pairclf.packaging.secrets import refuse_secrets
-from pairclf.packaging.sources import shipped
+from pairclf.packaging.secret_search import refuse_secrets
 from pairclf.packaging.wheelhouse import Wheelhouse, fill_wheelhouse
-from pairclf.scores.metrics import METRICS, likeliest, titled
+from pairclf.run import out_of_fold_metric
+from pairclf.scores.metrics import titled
 from pairclf.task import Task, competition, hidden_rows
 from pairclf.trust import REMOTE_CODE, granted
 
@@ -65,14 +68,7 @@ _NOTE_OF_TRUST = (
 
 @dataclass(frozen=True, slots=True)
 class _PackagedModels:
-    """What predicts.
-
-    Attributes:
-        bundles: `{folder in the payload: bundle}`, in their order.
-        file: the ensemble's file, as it was given.
-        weighted: whether it was given, rather than bundles whose plain mean is taken.
-        ensemble: weights and prior.
-    """
+    """The bundles `{folder in the payload: bundle}` and their ensemble; `weighted`: it came from a file."""
 
     bundles: Mapping[str, Bundle]
     file: EnsembleFile
@@ -100,8 +96,8 @@ def package(config: Config, bundles: Sequence[Path], out: Path) -> Path:
         OSError: the disk is full or read-only; nothing half built is left.
     """
     check_package(config.package)
-    private_folder(own_packages())  # found out now, and not after the wheels were fetched
-    models = _open(bundles, config.package)
+    private_folder(own_note("packages", "").parent)  # found out now, and not after the wheels were fetched
+    models = _open(bundles, config)
     config = _without_needless_base(config, models)
     settings = config.package
     with atomic_folder(out, known_by=BUILD) as folder:
@@ -119,12 +115,13 @@ def package(config: Config, bundles: Sequence[Path], out: Path) -> Path:
 # --- bundles ---------------------------------------------------------------------------------------------------------
 
 
-def _open(folders: Sequence[Path], settings: Package) -> _PackagedModels:
-    """The bundles, each proven by its hashes; they must answer one question, and find their base models."""
+def _open(folders: Sequence[Path], config: Config) -> _PackagedModels:
+    """Open the bundles, and check that they go together and find their base models."""
+    settings = config.package
     if not folders and settings.ensemble is None:
         raise PackagingError("a package needs at least one bundle", remedy="give a folder that `pairclf train` wrote")
     paths = [*folders] if settings.ensemble is None else [settings.ensemble]
-    file, ensemble = read_ensemble(paths), open_ensemble(paths, None, [])
+    file, ensemble = read_ensemble(paths), open_ensemble(paths, None, config.data.naming)
     opened = {_folder_of(bundle): bundle for bundle in (open_bundle(member.bundle) for member in file.members)}
     _check_task(ensemble.task, settings)
     _check_bases(list(opened.values()), settings)
@@ -133,7 +130,7 @@ def _open(folders: Sequence[Path], settings: Package) -> _PackagedModels:
 
 
 def _folder_of(bundle: Bundle) -> str:
-    """NAME-SEAL: older builds of a run lie beside newer ones in a dataset, and have other names."""
+    """NAME-SEAL. A dataset also holds older builds of a run, so the name contains a hash."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", bundle.name).strip("-.")
     return f"{name}-{bundle.manifest.seal[:8]}"
 
@@ -175,7 +172,7 @@ def _check_task(task: Task, settings: Package) -> None:
 
 
 def _check_shares(ensemble: Ensemble, settings: Package) -> None:
-    """The inference server gets its rows in batches: which of all are the most uncertain shows when all have come."""
+    """An inference server gets its rows in batches, so it can't pick the most uncertain of all rows."""
     for place, member in enumerate(ensemble.members):
         if settings.kernel_type == "server" and member.share < 1:
             raise PackagingError(
@@ -187,7 +184,7 @@ def _check_shares(ensemble: Ensemble, settings: Package) -> None:
 
 
 def _fill_bundles(folder: Path, models: _PackagedModels) -> list[str]:
-    """Lay the bundles into the payload; returns what predicts there: their folders, or the ensemble's file."""
+    """Put the bundles into the payload; returns the models to predict with: their folders, or the ensemble's file."""
     for name, bundle in models.bundles.items():
         refuse_special_files(bundle.folder)  # a link would bring a file of this machine along
         shutil.copytree(bundle.folder, folder / name, copy_function=_link)
@@ -205,7 +202,7 @@ def _fill_bundles(folder: Path, models: _PackagedModels) -> list[str]:
 
 
 def _link(source: str, target: str) -> None:
-    """Gigabytes of weights need no second place on the disk; bundles are never written to."""
+    """Link a file instead of copying gigabytes of weights; bundles are never written to."""
     link_or_copy(Path(source).resolve(), Path(target))
 
 
@@ -213,7 +210,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _fill_wheels(folder: Path, settings: Package) -> Wheelhouse:
-    """Fill `folder/wheels-HASH` and prove that nothing else is needed: one version of pairclf has many builds."""
+    """Fill `folder/wheels-HASH`, and check that nothing else is needed. One version of pairclf has many builds."""
     unnamed = folder / "wheels"
     wheels = fill_wheelhouse(unnamed, settings.python_versions, settings.image_freezes, settings.extra_packages)
     for note in wheels.notes:
@@ -229,26 +226,15 @@ def _fill_wheels(folder: Path, settings: Package) -> Wheelhouse:
 
 
 def _parts(folder: Path, payload: Payload, settings: Package) -> list[PackagePart]:
-    """Divide a payload as Kaggle's limits ask, and give each part its marker and metadata."""
+    """Split a payload by Kaggle's limits, and write each part's marker and metadata."""
     parts = []
-    for number, part in enumerate(split(folder / payload, payload), 1):
-        source = source_of(settings, payload, number)
-        as_model = payload == "bundle" and settings.bundles_as == "model"
-        marker, digest = seal(part, payload, number)
-        size = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
-        for name, tree in part_metadata(settings, payload, source).items():
-            write_json(part / name, tree)
-        parts.append(
-            PackagePart(
-                payload=payload,
-                kind="model" if as_model else "dataset",
-                folder=part.name,
-                source=source,
-                marker=marker.name,
-                sha256=digest,
-                bytes=size,
-            )
-        )
+    for number, part_folder in enumerate(split(folder / payload, payload), 1):
+        _, digest = seal(part_folder, payload, number)
+        size = sum(path.stat().st_size for path in part_folder.rglob("*") if path.is_file())
+        part = package_part(settings, payload, number, sha256=digest, size=size)
+        for name, tree in part_metadata(settings, payload, part.source).items():
+            write_json(part_folder / name, tree)
+        parts.append(part)
     return parts
 
 
@@ -270,10 +256,11 @@ def _values(
     wheels: Wheelhouse,
     wheelhouse: str,
 ) -> dict[str, Value]:
-    """What the template's placeholders stand for."""
+    """The values of the template's placeholders."""
     settings = config.package
     seconds = deadline_seconds(settings)
     assert seconds is not None  # check_package
+    by_payload = {name: [part for part in parts if part.payload == name] for name in PAYLOADS}
     return {
         "title": settings.name,
         "version": __version__,
@@ -288,12 +275,11 @@ def _values(
             for (name, bundle), member in zip(models.bundles.items(), models.file.members, strict=True)
         ),
         "pythons": settings.python_versions,
-        "requirements": {python: list(pins) for python, pins in wheels.requirements.items()},
+        "requirements": wheels.requirements,
         "wheelhouse": wheelhouse,
-        "parts": {
-            payload: {part.marker: part.sha256 for part in parts if part.payload == payload} for payload in PAYLOADS
-        },
-        "prior": _prior(models.ensemble),
+        "parts": {name: {part.marker: part.sha256 for part in group} for name, group in by_payload.items()},
+        "prior": _prior(models.ensemble, _existing(config.data.sample_file)),
+        "settings": config.data.naming,
         "trust": [REMOTE_CODE] if granted().remote_code else [],
         "note_of_trust": _NOTE_OF_TRUST if granted().remote_code else "",
         "gpus": MACHINES[settings.machine_shape].gpus,
@@ -303,30 +289,32 @@ def _values(
     }
 
 
-def _prior(ensemble: Ensemble) -> dict[str, str]:
+def _existing(path: Path | None) -> Path | None:
+    return path if path is not None and path.is_file() else None
+
+
+def _prior(ensemble: Ensemble, sample: Path | None) -> dict[str, str]:
     """`{column: text}` of a row that could not be scored, for every column that a sample submission may have."""
-    task: Task = ensemble.task
-    cells = {name: f"{share:.9f}" for name, share in zip(task.classes, ensemble.prior, strict=True)}
-    if task.label_column is not None:
-        cells[task.label_column] = task.classes[int(likeliest([ensemble.prior])[0])]
-    return cells
+    task, settings = ensemble.task, ensemble.data.submission
+    row = scores_frame(["row"], np.atleast_2d(ensemble.prior), task, orders=1, models=[])
+    forms = possible_forms(task, settings) if sample is None else [open_sample(sample, task, settings)[0]]
+    cells = {
+        name: column.item() for form in forms for name, column in form.fill(row).to_dict().items() if name != form.id
+    }
+    return {name: f"{cell:.9f}" if isinstance(cell, float) else str(cell) for name, cell in cells.items()}
 
 
 def _line(folder: str, bundle: Bundle, task: Task, weight: str) -> str:
-    """A row of the notebook's table of bundles; the figures of a merged or exported one say that they are its."""
+    """A row of the notebook's table of bundles. A merged or exported bundle also shows its own metrics."""
     figures = bundle.manifest.metrics
     named: dict[str, float] = {}
     for prefix in ("", "merged_", "exported_"):
         named |= titled(figures, task, prefix)
         named |= {name.replace("_", " "): figures[name] for name in [f"{prefix}rows"] if name in figures}
-    metrics = ", ".join(f"{name} {_figure(value)}" for name, value in named.items())
+    metrics = ", ".join(f"{name} {value:,.{0 if value.is_integer() else 4}f}" for name, value in named.items())
     fold = "nothing" if bundle.manifest.fold is None else f"fold {bundle.manifest.fold}"
     base = "none" if bundle.manifest.base is None else f"`{bundle.manifest.base}`"
     return f"| `{folder}` | {base} | {fold} | {metrics} | {weight} | `{bundle.manifest.seal[:12]}` |"
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.{0 if value.is_integer() else 4}f}"
 
 
 # --- record ----------------------------------------------------------------------------------------------------------
@@ -336,6 +324,11 @@ def _record(
     config: Config, models: _PackagedModels, parts: Sequence[PackagePart], wheels: Wheelhouse, code: Path
 ) -> Build:
     settings, data = config.package, config.data
+    copied = ("name", "seal", "fold", "metrics", "base")
+    packed = [
+        PackedBundle(folder=name, **{key: getattr(bundle.manifest, key) for key in copied})
+        for name, bundle in models.bundles.items()
+    ]
     return Build(
         pairclf=__version__,
         identity=identity_of(code.parent.parent, code.name, parts),
@@ -344,19 +337,14 @@ def _record(
         kernel=f"{settings.owner}/{settings.name}",
         code_file=code.name,
         parts=list(parts),
-        bundles=[_packed(name, bundle) for name, bundle in models.bundles.items()],
-        requirements={python: list(pins) for python, pins in wheels.requirements.items()},
+        bundles=packed,
+        requirements=wheels.requirements,
         config=_run_name(config, models),
-        out_of_fold=_out_of_fold(list(models.bundles.values()), models.ensemble.task.metric),
-        test=None if data.test is None else data.path(data.test).resolve(),
-        sample=None if data.sample_submission is None else data.path(data.sample_submission).resolve(),
-    )
-
-
-def _packed(folder: str, bundle: Bundle) -> PackedBundle:
-    said = bundle.manifest
-    return PackedBundle(
-        folder=folder, name=said.name, seal=said.seal, fold=said.fold, metrics=said.metrics, base=said.base
+        out_of_fold=out_of_fold_metric(list(models.bundles.values()), models.ensemble.task.metric),
+        test=None if data.test_file is None else data.test_file.resolve(),
+        sample=None if data.sample_file is None else data.sample_file.resolve(),
+        columns=models.ensemble.data.test.columns,
+        submission=models.ensemble.data.submission,
     )
 
 
@@ -365,26 +353,3 @@ def _run_name(config: Config, models: _PackagedModels) -> str:
         return " ".join(models.bundles)
     parts = config.output_dir.parts
     return "/".join(parts[parts.index("runs") + 1 :] if "runs" in parts else parts[-1:])
-
-
-def _out_of_fold(bundles: Sequence[Bundle], metric: str) -> float | None:
-    """The metric over the rows of all folds, by their weights, where each bundle held out a fold of its own.
-
-    None: it is not known, or no mean over rows.
-    """
-    if metric not in METRICS or not METRICS[metric].by_row:
-        return None
-    folds = [bundle.manifest.fold for bundle in bundles]
-    figures = [bundle.manifest.metrics for bundle in bundles]
-    if (
-        None in folds
-        or len(set(folds)) < len(folds)
-        or not all({"weight", metric} <= fold_figures.keys() for fold_figures in figures)
-    ):
-        return None
-    return float(
-        np.average(
-            [fold_figures[metric] for fold_figures in figures],
-            weights=[fold_figures["weight"] for fold_figures in figures],
-        )
-    )

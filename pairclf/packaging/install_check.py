@@ -1,14 +1,13 @@
-"""Closure: what must be carried so that pairclf installs on an image, and the proof that nothing else is needed.
+"""What to carry so that pairclf installs on an image, and the check that nothing else is needed.
 
-Both answers are a resolver's. The image's packages stand beside the wheels as stubs (`profiles.py`), and no index is
-asked in the proof, which pip gives for an interpreter of that version and uv where this machine has none.
+A resolver answers both. Stubs stand for the image's packages beside the wheels (`image_profiles.py`). The check uses no
+index: pip runs for an interpreter of that version, or uv if this machine has none.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +21,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from pairclf.errors import PackagingError
-from pairclf.packaging.interpreters import find_interpreter, full_version
-from pairclf.packaging.profiles import (
+from pairclf.packaging.commands import run_command
+from pairclf.packaging.image_profiles import (
     ImageProfile,
     is_stub,
     parse_version,
@@ -32,11 +31,10 @@ from pairclf.packaging.profiles import (
     stub_version,
     write_stubs,
 )
+from pairclf.packaging.interpreters import find_interpreter, full_version
 
 UV_PLATFORM = "x86_64-manylinux_2_34"  # Kaggle's image stands on Ubuntu 22.04, whose glibc is 2.35
 BY_TAGS = "by tags and stubs"
-
-_SHOWN = 12  # lines of a resolver's complaint
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +50,12 @@ class Resolution:
 
 
 def is_of_the_driver(project: str) -> bool:
-    """torch and the CUDA family: the image's fit its GPU driver, and no wheelhouse carries others."""
+    """Whether it is torch or of the CUDA family. The image's versions fit its GPU driver, so no others are carried."""
     return project in ("torch", "triton", "pytorch-triton") or project.startswith(("nvidia-", "cuda-"))
 
 
 def resolve(own: Path, extra: Sequence[str], profile: ImageProfile) -> Resolution:
-    """What to carry so that a wheel and what it asks for install on an image.
+    """Find out what to carry, so that a wheel and its requirements install on an image.
 
     What the image has in a version that will do stays the image's; the rest comes in the version that is installed
     here, which is what the models were validated with, or the newest where that does not run on the image's Python.
@@ -124,7 +122,7 @@ def compile_pins(
     *options: str,
     fixed: Mapping[str, Version] | None = None,
 ) -> dict[str, Version]:
-    """uv's answer for another Python than this one: `{project: version}`, of wheels for Linux on x86-64 only.
+    """Let uv resolve for another Python than this one, with wheels for Linux on x86-64: `{project: version}`.
 
     Args:
         preferred: taken where nothing speaks against it, instead of the newest.
@@ -144,13 +142,9 @@ def compile_pins(
         command += ["--constraints", str(constraints), "--python-version", python, "--python-platform", UV_PLATFORM]
         command += ["--python", sys.executable]  # the version above counts, and uv would fetch a Python of that one
         command += ["--only-binary", ":all:", "--no-header", "--no-annotate", "--quiet", "--color", "never"]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise PackagingError(
-                f"for Python {python} there is no set of wheels that goes together:\n{tail(done.stderr, _SHOWN)}",
-                remedy="it needs a package registry, as uv's settings name it; what the image holds: "
-                "package.image_freezes",
-            )
+        what = f"for Python {python} there is no set of wheels that goes together"
+        remedy = "it needs a package registry, as uv's settings name it; what the image holds: package.image_freezes"
+        run_command(command, what, remedy, cwd=Path(scratch))
         answer = [Requirement(line) for line in pins.read_text(encoding="utf-8").splitlines() if line.strip()]
     return {
         canonicalize_name(requirement.name): Version(next(iter(requirement.specifier)).version)
@@ -166,15 +160,14 @@ def _lines(pins: Mapping[str, Version]) -> str:
 def check_wheels_suffice(
     folder: Path, requirements: Mapping[str, Sequence[str]], images: Path | None
 ) -> dict[str, str]:
-    """Install from `folder` onto each image, without an index and without writing anything.
+    """Check that the wheels in `folder` install on each image, without an index; nothing is written.
 
     Args:
-        folder: of wheels.
         requirements: `{python: [project==version]}`, what the notebook installs.
         images: folder of profiles; None: pairclf's own.
 
     Returns:
-        `{python: how it was proven}`: "CPython 3.12.1", or "by tags and stubs" where this machine has no such Python.
+        `{python: how}`: "CPython 3.12.1", or "by tags and stubs" if this machine has no such Python.
 
     Raises:
         PackagingError: a wheel is missing, is for another Python or machine, or contradicts the image or another wheel.
@@ -201,32 +194,22 @@ def check_wheels_suffice(
 
 
 def _dry_run(interpreter: Path, python: str, pins: Sequence[str], folder: Path, stubs: Path) -> dict[str, Version]:
-    """What pip, run by that interpreter, would install: `{project: version}`."""
+    """What pip, run for that interpreter, would install: `{project: version}`."""
     report = stubs.parent / "report.json"
     command = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--dry-run", "--ignore-installed"]
     command += ["--no-index", "--only-binary=:all:", "--find-links", str(folder.resolve()), "--find-links", str(stubs)]
     command += ["--no-cache-dir", "--report", str(report), *pins]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise PackagingError(
-            f"the wheels do not install on {full_version(interpreter)} with what the image has:\n"
-            f"{tail(done.stdout + done.stderr, _SHOWN)}",
-            where=folder,
-            remedy=f"package again; what the image with Python {python} holds stands in package.image_freezes",
-        )
+    what = f"the wheels do not install on {full_version(interpreter)} with what the image has"
+    remedy = f"package again; what the image with Python {python} holds stands in package.image_freezes"
+    run_command(command, what, remedy, where=folder, environment=environment)
     installed = [entry["metadata"] for entry in json.loads(report.read_text(encoding="utf-8"))["install"]]
     return {canonicalize_name(entry["name"]): Version(entry["version"]) for entry in installed}
 
 
-def tail(text: str, lines: int) -> str:
-    """The last lines of a command's words, indented."""
-    return "\n".join(f"  {line}" for line in text.splitlines()[-lines:] if line.strip())
-
-
 def _installed_here() -> dict[str, Version]:
-    """Versions in this environment, their local labels left out: registries have none."""
+    """Versions in this environment, without local labels, which registries do not have."""
     versions = ((entry.name, parse_version(entry.version)) for entry in distributions())
     return {canonicalize_name(name): Version(version.public) for name, version in versions if version is not None}
 

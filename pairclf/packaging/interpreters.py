@@ -1,4 +1,4 @@
-"""Interpreters of other versions of Python on this machine: wheels are proven, and rehearsed, with the real one."""
+"""Interpreters of other Python versions on this machine, for the check of the wheels and for rehearsals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def find_interpreter(python: str) -> Path | None:
 
 
 def full_version(interpreter: Path) -> str:
-    """`CPython 3.12.1`, to be shown."""
+    """The version to show: `CPython 3.12.1`."""
     return f"CPython {_probe(interpreter)[1]}"
 
 
@@ -46,7 +46,7 @@ def _candidates(python: str) -> Iterator[Path]:
 
 
 def _probe(interpreter: Path) -> list[str]:
-    """`[3.12, 3.12.1]`, or nothing: pyenv's shims, for one, are there for versions that do not run."""
+    """`[3.12, 3.12.1]`; empty if it does not run, as pyenv's shims of versions that are not installed."""
     done = subprocess.run([str(interpreter), "-I", "-c", _PROBE], capture_output=True, text=True, check=False)
     short, full, implementation = done.stdout.split() if done.returncode == 0 else ("", "", "")
     return [short, full] if implementation == "cpython" else []

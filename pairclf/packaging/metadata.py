@@ -1,8 +1,8 @@
-"""What Kaggle's client reads beside the files: metadata of the kernel, its datasets and models, within Kaggle's limits.
+"""Metadata of the kernel, its datasets and models for Kaggle's client, and Kaggle's limits.
 
-Keys and limits are those of the `kaggle` client 2.2 (`kernels_push`, `dataset_create_new`, `model_instance_create`) and
-what it leaves unchecked: internet off is always written, because the client takes a missing `enable_internet` for true,
-and a title always turns into the slug of its id, because Kaggle would name the thing by its title otherwise.
+Keys and limits are those of the `kaggle` client 2.2 (`kernels_push`, `dataset_create_new`, `model_instance_create`).
+The client leaves two things unchecked: it takes a missing `enable_internet` for true, so it is always written; and
+Kaggle names a thing by its title, so a title always becomes the slug of its id.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from packaging.utils import canonicalize_name
 from pydantic import Field
 
 from pairclf.config import Package, Section
@@ -47,18 +47,18 @@ KERNEL_METADATA = "kernel-metadata.json"
 DATASET_METADATA = "dataset-metadata.json"
 MODEL_METADATA = "model-metadata.json"
 INSTANCE_METADATA = "model-instance-metadata.json"
+READ_BY_THE_CLIENT = (DATASET_METADATA, MODEL_METADATA, INSTANCE_METADATA)
+"""Files that Kaggle's client reads and does not upload."""
+
 FRAMEWORK = "other"
 """Of our model instances, in the SDK's words (`ModelFramework`), of which the adapters' own, peft, is none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one dataset or model instance may hold."""
+class Limits(NamedTuple):
+    """What one dataset or model instance may hold: bytes, and entries at its top level (a folder is one)."""
 
     size: int
-    """Bytes."""
     top: int
-    """Entries at its top level; a folder is one, the marker another."""
 
 
 LIMITS = Limits(size=100 * 10**9, top=50)
@@ -105,25 +105,42 @@ _SOURCE = re.compile(r"\w[\w.-]*/\w[\w.-]*((/\w[\w.-]*){2}/[1-9]\d*)?")  # a mou
 _NAME_LENGTHS = (5, 40)  # a notebook's slug has 5 to 50 characters, a dataset's 6 to 50, and `-bundle-99` takes 10
 
 
-def slugify(title: str) -> str:
-    """The slug that Kaggle makes of a title: lower case, every other character a hyphen, none doubled."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-
-
 def folder_of(payload: Payload, number: int) -> str:
-    """Of a payload's part in the package, and the end of its slug: `bundle`, `bundle-2`, ..."""
+    """The folder of a payload's part, and the end of its slug: `bundle`, `bundle-2`, ..."""
     return payload if number == 1 else f"{payload}-{number}"
+
+
+def marker_name(payload: Payload, digest: str) -> str:
+    """The name of the marker file with this SHA-256: `pairclf-bundle-0123456789ab.json`."""
+    return f"pairclf-{payload}-{digest[:12]}.json"
+
+
+def package_part(package: Package, payload: Payload, number: int, *, sha256: str, size: int) -> PackagePart:
+    """A part of a payload, whose names follow from the settings, its number and its marker's SHA-256."""
+    return PackagePart(
+        payload=payload,
+        kind="model" if _is_model(package, payload) else "dataset",
+        folder=folder_of(payload, number),
+        source=source_of(package, payload, number),
+        marker=marker_name(payload, sha256),
+        sha256=sha256,
+        bytes=size,
+    )
+
+
+def _is_model(package: Package, payload: Payload) -> bool:
+    return payload == "bundle" and package.bundles_as == "model"
 
 
 def source_of(package: Package, payload: Payload, number: int) -> str:
     """`owner/name-bundle` of a dataset; of a model `owner/name-bundle/other/part-1`, an instance a part."""
-    if payload == "bundle" and package.bundles_as == "model":
+    if _is_model(package, payload):
         return f"{package.owner}/{package.name}-{payload}/{FRAMEWORK}/part-{number}"
     return f"{package.owner}/{package.name}-{folder_of(payload, number)}"
 
 
 def deadline_seconds(package: Package) -> float | None:
-    """Of the package's deadline; None: it is no duration."""
+    """The package's deadline in seconds; None if it is no duration."""
     try:
         today, tomorrow = (seconds_until(package.due, datetime(2020, 1, day, tzinfo=UTC)) for day in (1, 2))
     except ConfigError:
@@ -132,7 +149,7 @@ def deadline_seconds(package: Package) -> float | None:
 
 
 def check_package(package: Package) -> None:
-    """Refuse settings that Kaggle would refuse, all of them at once.
+    """Refuse settings that Kaggle would refuse. All errors are shown at once.
 
     Raises:
         PackagingError: names each setting, its value and the rule that it breaks.
@@ -148,7 +165,7 @@ def check_package(package: Package) -> None:
 
 
 def _rules(package: Package) -> Iterator[tuple[str, bool, str]]:
-    """`(setting, whether it holds, what the rule says)`."""
+    """`(setting, whether the rule holds, the rule)`."""
     short, long = _NAME_LENGTHS
     yield "owner", bool(_OWNER.fullmatch(package.owner)), "is a Kaggle user's or organisation's slug"
     is_own = package.owner.lower() != Package.model_fields["owner"].default
@@ -172,7 +189,7 @@ def _rules(package: Package) -> Iterator[tuple[str, bool, str]]:
     if as_model and (licence := _licence(package)) is not None:
         yield "license", LICENCES[licence] is not None, "is none that a model may have: choose bundles_as=dataset"
     yield "extra_packages", all(map(_PROJECT.fullmatch, package.extra_packages)), "are names of packages"
-    torch = [name for name in package.extra_packages if slugify(name) == "torch"]
+    torch = [name for name in package.extra_packages if canonicalize_name(name) == "torch"]
     yield "extra_packages", not torch, "leave out torch: the image's own fits its GPU driver"
     seconds = deadline_seconds(package)
     yield "deadline", seconds is not None, "is a duration, from the notebook's first second on, such as 8h30m"
@@ -190,22 +207,17 @@ def _nearest(word: str, candidates: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def _licence(package: Package) -> str | None:
-    """A dataset's word for the licence, which may be given in a model's; None: Kaggle knows none of this name."""
+    """The licence's name for datasets. It may be given by its name for models; None: Kaggle does not know it."""
     wanted_name = package.license.strip().casefold()
-    return next(
-        (name for name, other in LICENCES.items() if wanted_name in (name.casefold(), (other or name).casefold())), None
-    )
+    words = ((name, {name.casefold(), (other or name).casefold()}) for name, other in LICENCES.items())
+    return next((name for name, synonyms in words if wanted_name in synonyms), None)
 
 
 def kernel_metadata(package: Package, code_file: str, parts: Sequence[PackagePart]) -> dict[str, Any]:
-    """kernel-metadata.json of the notebook or script `code_file`, which attaches `parts`.
+    """The content of kernel-metadata.json for a notebook or script that attaches `parts`.
 
     Our model instances stand in version 1: `push`, which learns the version, writes it there.
-
-    Raises:
-        PackagingError: see `check_package`.
     """
-    check_package(package)
     base = [] if package.base_model_source is None else [package.base_model_source]
     models = [f"{part.source}/1" for part in parts if part.kind == "model"]
     has_machine = package.machine_shape != "None"
@@ -239,23 +251,14 @@ _SUBTITLES: dict[Payload, str] = {
 
 
 def part_metadata(package: Package, payload: Payload, source: str) -> dict[str, dict[str, Any]]:
-    """`{file: content}` of a part's metadata: those of a dataset, or of a model and its instance.
-
-    Raises:
-        PackagingError: see `check_package`.
-    """
-    if payload == "bundle" and package.bundles_as == "model":
+    """`{file: content}` of a part's metadata: those of a dataset, or of a model and its instance."""
+    if _is_model(package, payload):
         return model_metadata(package, source)
     return {DATASET_METADATA: dataset_metadata(package, payload, source)}
 
 
 def dataset_metadata(package: Package, payload: Payload, source: str) -> dict[str, Any]:
-    """dataset-metadata.json of a part.
-
-    Raises:
-        PackagingError: see `check_package`.
-    """
-    check_package(package)
+    """The content of a part's dataset-metadata.json."""
     return {
         "title": title_of(source.partition("/")[2]),
         "id": source,
@@ -267,15 +270,10 @@ def dataset_metadata(package: Package, payload: Payload, source: str) -> dict[st
 
 
 def model_metadata(package: Package, source: str) -> dict[str, dict[str, Any]]:
-    """`{file: content}` of model-metadata.json and model-instance-metadata.json of a part.
-
-    Raises:
-        PackagingError: see `check_package`.
-    """
-    check_package(package)
+    """`{file: content}` of a part's model-metadata.json and model-instance-metadata.json."""
     owner, model, framework, instance = source.split("/")
     licence = _licence(package)
-    assert licence is not None
+    assert licence is not None  # check_package
     return {
         MODEL_METADATA: {
             "ownerSlug": owner,

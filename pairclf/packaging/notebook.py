@@ -1,13 +1,13 @@
-"""The kernel's code, from its template: a notebook or a script, and the same bytes each time.
+"""The kernel's code, made from its template: a notebook or a script; equal values give equal bytes.
 
-The template (`kaggle/notebook.py`) is a Python file in percent format, so that the linters read it:
+The template (`kaggle/notebook.py`) is a Python file in percent format, so that linters read it:
 
     # %% [markdown] about            opens a markdown cell with the id `about`; its lines are comments
     # %% check                       opens a code cell with the id `check`
     # %% [submission] predict        ... which only kernels with the tag `submission` have
 
-and `{{name}}` stands for a value; in code it stands alone in quotes, and the value takes their place too. What comes
-before the first cell is for the template's readers and is left out.
+`{{name}}` stands for a value. In code it stands alone in quotes, which the value replaces too. Text before the first
+cell is for readers of the template and is left out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Value = str | int | float | Sequence[str] | Mapping[str, "Value"]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A cell whose values are filled in."""
+    """A cell with its values filled in."""
 
     identity: str
     markdown: bool
@@ -38,12 +38,7 @@ class Cell:
 
 
 def make_notebook(template: str, values: Mapping[str, Value], tag: str) -> str:
-    """The text of the .ipynb file.
-
-    Args:
-        template: text of the template.
-        values: `{placeholder: value}`.
-        tag: cells with other tags are left out.
+    """The text of the .ipynb file, without cells that have another tag; `values`: `{placeholder: value}`.
 
     Raises:
         PackagingError: the template has no cells, or a placeholder without a value.
@@ -68,37 +63,26 @@ def make_notebook(template: str, values: Mapping[str, Value], tag: str) -> str:
 def make_script(template: str, values: Mapping[str, Value], tag: str) -> str:
     """The text of the .py file: the same cells in percent format, markdown as comments. See `make_notebook`."""
     cells = _cells(template, values, tag)
-    return (
-        "\n\n".join(
-            f"# %% [markdown]\n{cell.source}" if cell.markdown else f"# %% {cell.identity}\n{cell.source}"
-            for cell in cells
-        )
-        + "\n"
-    )
+    heads = ((f"# %% {'[markdown]' if cell.markdown else cell.identity}", cell.source) for cell in cells)
+    return "\n\n".join(f"{head}\n{source}" for head, source in heads) + "\n"
 
 
-def _cells(template: str, values: Mapping[str, Value], tag: str) -> list[Cell]:
+def _cells(template: str, values: Mapping[str, Value], tag: str) -> Iterator[Cell]:
     heads = list(_HEAD.finditer(template))
     if not heads:
         raise PackagingError("the kernel's template has no cell", remedy="open each cell with `# %% id`")
-    ends = [head.start() for head in heads[1:]] + [len(template)]
-    return list(
-        _filled(zip(heads, [template[a.end() : b] for a, b in zip(heads, ends, strict=True)], strict=True), values, tag)
-    )
-
-
-def _filled(cells: Iterator[tuple[re.Match[str], str]], values: Mapping[str, Value], tag: str) -> Iterator[Cell]:
-    for head, text in cells:
-        tags = set(re.findall(r"\[([a-z]+)\]", head["tags"]))
+    ends = [*(head.start() for head in heads[1:]), len(template)]
+    for head, end in zip(heads, ends, strict=True):
+        text, tags = template[head.end() : end], set(re.findall(r"\[([a-z]+)\]", head["tags"]))
         if tags - {"markdown", tag}:
             continue
         if missing := sorted(set(_PLACEHOLDER.findall(text)) - values.keys()):
             raise PackagingError(f"the kernel's template asks for {missing}, which have no value", where=head["id"])
         markdown = "markdown" in tags
-        if not markdown:
-            text = _QUOTED.sub(lambda match: _literal(values[match[1]]), text)
-        else:
+        if markdown:
             text = _PLACEHOLDER.sub(lambda match: str(values[match[1]]).replace("\n", "\n# "), text)
+        else:
+            text = _QUOTED.sub(lambda match: _literal(values[match[1]]), text)
         yield Cell(head["id"], markdown, text.strip())
 
 
@@ -107,5 +91,5 @@ def _uncommented(source: str) -> str:
 
 
 def _literal(value: Value) -> str:
-    """Python for a value: JSON is, where there is no null, true or false; a mapping has a line for each key."""
+    """A value as Python code. JSON is Python here, as it has no null, true or false; a mapping has one line per key."""
     return json.dumps(value, ensure_ascii=False, indent=4 if isinstance(value, Mapping) and value else None)

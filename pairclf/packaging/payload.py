@@ -1,23 +1,23 @@
 """Payloads: what is uploaded besides the kernel, in parts within Kaggle's limits, each with a marker file.
 
 Kaggle has changed its mount paths (`/kaggle/input/SLUG`, `/kaggle/input/datasets/OWNER/SLUG`), so the kernel relies on
-no path. It searches its inputs for the markers whose names and hashes it was built with. A marker lists the hash of
-every file of its part:
+no path. It searches its inputs for its markers, whose names and hashes it knows. A marker lists the hash of every file
+of its part:
 
     pairclf-bundle-0123456789ab.json    {"payload": "bundle", "part": 1, "files": {posix path: sha256}}
 
-Names that could clash contain a hash of the content: new versions of a dataset only add files, so that older kernels
-still find theirs.
+Names that could clash contain a hash: new versions of a dataset only add files, and older kernels still find theirs.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from pairclf.errors import PackagingError
 from pairclf.files import refuse_special_files, sha256_file, sha256_tree, write_json
+from pairclf.packaging.build_record import BUILD, Build, identity_of, parse_json, read_marker
 from pairclf.packaging.metadata import (
     KERNEL,
     KERNEL_METADATA,
@@ -27,9 +27,9 @@ from pairclf.packaging.metadata import (
     Payload,
     folder_of,
     kernel_metadata,
+    marker_name,
     part_metadata,
 )
-from pairclf.packaging.record import BUILD, Build, identity_of, marker_name, parse_json, read_marker
 
 
 def divide(sizes: Mapping[str, int], limits: Limits) -> list[list[str]]:
@@ -38,13 +38,16 @@ def divide(sizes: Mapping[str, int], limits: Limits) -> list[list[str]]:
     >>> divide({"a/1": 6, "a/2": 6, "b/1": 4}, Limits(size=10, top=9))
     [['a/1', 'b/1'], ['a/2']]
 
-    Args:
-        sizes: `{path in the payload: bytes}`.
-        limits: of a part; its marker is one entry at the top.
+    `sizes`: `{path in the payload: bytes}`. A part's marker is one of its entries at the top.
 
     Raises:
         PackagingError: one file alone is too large.
     """
+
+    def fits(names: Sequence[str]) -> bool:
+        tops = {PurePosixPath(name).parts[0] for name in names}
+        return sum(sizes[name] for name in names) <= limits.size and len(tops) < limits.top
+
     parts: list[list[str]] = []
     for name, size in sorted(sizes.items()):
         if size > limits.size:
@@ -52,24 +55,15 @@ def divide(sizes: Mapping[str, int], limits: Limits) -> list[list[str]]:
                 f"{name} has {size:,} bytes, and one dataset takes {limits.size:,}",
                 remedy="save the model in shards, or export it quantised (docs/export.md)",
             )
-        room = (part for part in parts if _fits(sizes, [*part, name], limits))
-        if (part_with_room := next(room, None)) is None:
-            parts.append([name])
-        else:
-            part_with_room.append(name)
+        part = next((part for part in parts if fits([*part, name])), None)
+        if part is None:
+            parts.append(part := [])
+        part.append(name)
     return parts
 
 
-def _fits(sizes: Mapping[str, int], names: Sequence[str], limits: Limits) -> bool:
-    tops = {PurePosixPath(name).parts[0] for name in names}
-    return sum(sizes[name] for name in names) <= limits.size and len(tops) < limits.top
-
-
 def split(folder: Path, payload: Payload, limits: Limits = LIMITS) -> list[Path]:
-    """Split a payload's folder: files beyond the limits move to the sibling folders `bundle-2`, `bundle-3`, ...
-
-    Returns:
-        The parts' folders.
+    """Split a payload's folder: files beyond the limits move to sibling folders `bundle-2`, ...; returns all folders.
 
     Raises:
         PackagingError: one file alone is too large.
@@ -78,14 +72,10 @@ def split(folder: Path, payload: Payload, limits: Limits = LIMITS) -> list[Path]
     parts = divide({path.relative_to(folder).as_posix(): path.stat().st_size for path in files}, limits)
     folders = [folder.with_name(folder_of(payload, number)) for number in range(1, len(parts) + 1)]
     for part, names in zip(folders[1:], parts[1:], strict=True):
-        _move(folder, part, names)
+        for name in names:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(folder / name, part / name)
     return folders
-
-
-def _move(source: Path, target: Path, names: Iterable[str]) -> None:
-    for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        os.rename(source / name, target / name)
 
 
 def seal(folder: Path, payload: Payload, number: int) -> tuple[Path, str]:
@@ -100,11 +90,7 @@ def seal(folder: Path, payload: Payload, number: int) -> tuple[Path, str]:
 
 
 def verify_package(folder: Path, build: Build) -> None:
-    """Verify that everything to be uploaded is unchanged since `package`: kernel, metadata, markers, all files.
-
-    Args:
-        folder: of the package.
-        build: its record.
+    """Verify that all files to be uploaded are unchanged since `package`: kernel, metadata, markers and payloads.
 
     Raises:
         PackagingError: names the first file that was changed, added or removed.

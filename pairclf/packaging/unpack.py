@@ -18,7 +18,8 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import IO
+from functools import partial
+from typing import IO, Any
 
 import numpy as np
 import polars as pl
@@ -73,11 +74,7 @@ def unpacked_files(
 ) -> Iterator[UnpackedFile]:
     """Yield the content itself, then each of its members, recursively.
 
-    Args:
-        content: of a file; it can be sought in.
-        budget: of the file.
-        names: of the archives that it lies in.
-        nested: whether to open archives in archives.
+    `names`: of the archives that it lies in; `nested`: whether to open archives in archives.
 
     Raises:
         UnsearchableError: an archive is damaged, encrypted, too deep or too large, or of a kind that can't be opened.
@@ -172,23 +169,15 @@ def _tar(content: IO[bytes]) -> Members:
                 yield entry.name, member
 
 
-def _gzip(content: IO[bytes]) -> Members:
-    with gzip.open(content, "rb") as member:
-        yield "(gzip)", member  # type: ignore[misc]
-
-
-def _bz2(content: IO[bytes]) -> Members:
-    with bz2.open(content, "rb") as member:
-        yield "(bzip2)", member
-
-
-def _xz(content: IO[bytes]) -> Members:
-    with lzma.open(content, "rb") as member:
-        yield "(xz)", member
+def _compressed(name: str, open_stream: Callable[[IO[bytes]], Any], content: IO[bytes]) -> Members:
+    with open_stream(content) as member:
+        yield name, member
 
 
 def _parquet(content: IO[bytes]) -> Members:
-    """The rows of its columns with texts, as lines of JSON: columns are compressed, each in its own way."""
+    """The rows of its columns with texts, as lines of JSON. Columns are compressed, so the file itself can't be
+    searched.
+    """
     try:
         frame = pl.read_parquet(content)
         bytes_ = [name for name, kind in frame.schema.items() if kind == pl.Binary]
@@ -210,9 +199,9 @@ def _closed(content: IO[bytes]) -> Members:
 
 _OPENERS: dict[bytes, Callable[[IO[bytes]], Members]] = {
     b"PK\3\4": _zip,
-    b"\x1f\x8b": _gzip,
-    b"BZh": _bz2,
-    b"\xfd7zXZ\0": _xz,
+    b"\x1f\x8b": partial(_compressed, "(gzip)", gzip.open),
+    b"BZh": partial(_compressed, "(bzip2)", bz2.open),
+    b"\xfd7zXZ\0": partial(_compressed, "(xz)", lzma.open),
     b"PAR1": _parquet,
     b"7z\xbc\xaf\x27\x1c": _closed,
     b"Rar!\x1a\x07": _closed,
@@ -256,11 +245,9 @@ _TURNS = 3  # of escapes, as JSON in JSON in JSON has them
 
 
 def decoded(piece: bytes, *, deep: int = 2) -> Iterator[tuple[str, bytes]]:
-    """Texts behind the encodings of a piece, each with the encoding's name.
+    """The texts behind the encodings of a piece, each with the encoding's name.
 
-    Args:
-        piece: bytes of anything.
-        deep: how many times base64 may stand in itself, and another encoding in it.
+    `deep`: how many times base64 may stand in itself, and another encoding in it.
     """
     if _has_wide_text(piece):
         for name, patterns in _WIDE.items():
@@ -281,12 +268,12 @@ def decoded(piece: bytes, *, deep: int = 2) -> Iterator[tuple[str, bytes]]:
 
 
 def _is_text(piece: bytes) -> bool:
-    """Whether it has few of the control characters that a tenth of compressed bytes are."""
+    """Whether it has few control characters; in compressed data they are a tenth of all bytes."""
     return len(piece) - len(piece.translate(None, _CONTROLS)) < 0.05 * len(piece)
 
 
 def _has_wide_text(piece: bytes) -> bool:
-    """Whether eight letters of UTF-16 or UTF-32 stand somewhere in a row: much faster than a pattern."""
+    """Whether it contains eight letters of UTF-16 or UTF-32 in a row. This is much faster than a pattern."""
     if b"\0" not in piece:
         return False
     values = np.frombuffer(piece, dtype=np.uint8)
@@ -308,13 +295,13 @@ def _unescape(match: re.Match[bytes]) -> bytes:
 
 
 def _runs_of_base64(piece: bytes) -> list[bytes]:
-    """Runs of base64 letters, each line by itself, and lines that follow each other as one."""
+    """Runs of base64 letters: each line by itself, and consecutive lines as one."""
     lines = [re.sub(rb"\\n|\s", b"", block) for block in _BASE_64_LINES.findall(piece)]
     return [run.translate(_TO_STANDARD) for run in (*_BASE_64.findall(piece), *lines)]
 
 
 def _from_base64(piece: bytes) -> Iterator[bytes]:
-    """What runs of base64 letters mean, from each of their first four letters on: one may begin within other text."""
+    """Decode runs of base64 letters from each of their first four letters on, as other text may stand before base64."""
     for run in _runs_of_base64(piece):
         yield _plain(run)
         for start in (1, 2, 3):
@@ -326,7 +313,7 @@ def _plain(run: bytes) -> bytes:
 
 
 def packed_in_base64(piece: bytes) -> Iterator[bytes]:
-    """Archives that stand in a text as base64."""
+    """Archives that are embedded in a text as base64."""
     for run in _runs_of_base64(piece):
         content = _plain(run)
         if content.startswith(tuple(_OPENERS)):

@@ -1,11 +1,9 @@
-"""The wheels that the notebook installs: pairclf's own, and those missing in Kaggle's image, for each Python."""
+"""The wheels that the notebook installs: pairclf's own, and packages that Kaggle's image lacks, for each Python."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -16,15 +14,14 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from pairclf import __version__
 from pairclf.errors import PackagingError
-from pairclf.packaging.install_check import is_of_the_driver, resolve, tail
-from pairclf.packaging.profiles import profile_path, read_profile, record_digest
-from pairclf.packaging.sources import checkout
+from pairclf.files import ZIP_EPOCH
+from pairclf.packaging.commands import run_command
+from pairclf.packaging.image_profiles import profile_path, read_profile, record_digest, write_wheel
+from pairclf.packaging.install_check import is_of_the_driver, resolve
+from pairclf.packaging.own_files import checkout
 
 PLATFORMS = [f"manylinux_2_{glibc}_x86_64" for glibc in range(34, 4, -1)] + ["manylinux2014_x86_64", "linux_x86_64"]
 """All platform tags of Kaggle's machines: pip does not expand a tag to older ones, and would take old versions."""
-
-_EPOCH = 1_580_601_600  # 2020-02-02: the same source gives the same wheel, byte by byte
-_ZIP_DATE = (2020, 2, 2, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +53,14 @@ class Wheelhouse:
 
     wheels: Sequence[Wheel]
     """Sorted by file name; compiled packages have a wheel for each Python."""
-    requirements: Mapping[str, Sequence[str]]
+    requirements: dict[str, list[str]]
     """`{python: [project==version]}`: what the notebook installs, sorted by project."""
     notes: Sequence[str]
     """Notes on projects whose version differs from the image's, or from this environment's."""
 
 
 def kaggle_tags(python: str) -> set[Tag]:
-    """Every tag that pip accepts on Kaggle's machines under that Python."""
+    """All tags that pip accepts on Kaggle's machines under that Python."""
     version, interpreter = tuple(map(int, python.split("."))), f"cp{python.replace('.', '')}"
     return {
         *cpython_tags(version, abis=[interpreter], platforms=PLATFORMS),
@@ -75,9 +72,8 @@ def fill_wheelhouse(folder: Path, pythons: Sequence[str], images: Path | None, e
     """Fill `folder` with pairclf's wheel and the requirements that an image lacks.
 
     Args:
-        pythons: versions of Python that the image may have.
-        images: folder of profiles; None: pairclf's own.
-        extra: further projects, carried in the version installed here even where an image has them.
+        images: folder of profiles for these Python versions; None: pairclf's own.
+        extra: further projects, carried in the version installed here even if an image has them.
 
     Raises:
         PackagingError: there is no profile, an extra project is not installed here, an image's torch will not do, a
@@ -90,7 +86,7 @@ def fill_wheelhouse(folder: Path, pythons: Sequence[str], images: Path | None, e
                 f"package.extra_packages names {project}, which must be the image's: its build fits the GPU driver",
                 remedy="remove it",
             )
-        installed_version(project)
+        _installed(project)
     folder.mkdir(parents=True, exist_ok=True)
     own = _own_wheel(folder)
     pins_by_python: dict[str, dict[str, str]] = {}
@@ -115,16 +111,12 @@ def _download(folder: Path, python: str, pins: Mapping[str, str]) -> None:
     _pip("download", "--no-deps", "--only-binary=:all:", *target, "--dest", str(folder), *requirements)
 
 
-def installed_version(project: str) -> str:
-    """The version of a project in this environment.
+def _installed(project: str) -> Distribution:
+    """A project in this environment.
 
     Raises:
         PackagingError: it is not installed.
     """
-    return _installed(project).version
-
-
-def _installed(project: str) -> Distribution:
     try:
         return distribution(project)
     except PackageNotFoundError as error:
@@ -143,9 +135,8 @@ def _check(wheels: Sequence[Wheel], pins_by_python: Mapping[str, Mapping[str, st
     for python, pins in pins_by_python.items():
         for project, version in pins.items():
             if not any(wheel.requirement == f"{project}=={version}" and wheel.runs_on(python) for wheel in wheels):
-                available = (
-                    ", ".join(sorted(_words(wheel) for wheel in wheels if wheel.project == project)) or "nothing"
-                )
+                others = ((wheel.version, sorted(map(str, wheel.tags))) for wheel in wheels if wheel.project == project)
+                available = ", ".join(f"{other} for {' or '.join(tags)}" for other, tags in sorted(others)) or "nothing"
                 raise PackagingError(
                     f"pip found no {project} {version} for Python {python} on Linux x86-64, only {available}",
                     where=folder,
@@ -158,10 +149,6 @@ def _check(wheels: Sequence[Wheel], pins_by_python: Mapping[str, Mapping[str, st
         )
 
 
-def _words(wheel: Wheel) -> str:
-    return f"{wheel.version} for {' or '.join(sorted(map(str, wheel.tags)))}"
-
-
 def _own_wheel(folder: Path) -> Path:
     """pairclf's wheel: built from the checkout, or rebuilt from the installed files."""
     top = checkout()
@@ -172,14 +159,10 @@ def _own_wheel(folder: Path) -> Path:
 
 
 def _pip(*arguments: str) -> None:
-    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(_EPOCH), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(ZIP_EPOCH), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     command = [sys.executable, "-m", "pip", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise PackagingError(
-            f"pip {arguments[0]} failed:\n{tail(done.stdout + done.stderr, 12)}",
-            remedy="it needs pip and hatchling in this environment, a package registry, and room on the disk",
-        )
+    remedy = "it needs pip and hatchling in this environment, a package registry, and room on the disk"
+    run_command(command, f"pip {arguments[0]} failed", remedy, environment=environment)
 
 
 def repack(project: str, folder: Path) -> Path:
@@ -192,9 +175,8 @@ def repack(project: str, folder: Path) -> Path:
     """
     installed = _installed(project)
     info = f"{installed.name.replace('-', '_')}-{installed.version}.dist-info"
-    tags = [
-        line.partition(": ")[2] for line in (installed.read_text("WHEEL") or "").splitlines() if line.startswith("Tag")
-    ]
+    lines = (installed.read_text("WHEEL") or "").splitlines()
+    tags = [line.partition(": ")[2] for line in lines if line.startswith("Tag")]
     entries = {str(entry): entry for entry in installed.files or [] if _belongs(PurePosixPath(entry))}
     editable = '"editable": true' in (installed.read_text("direct_url.json") or "")
     if not tags or not any(name.startswith(f"{info}/") for name in entries) or editable:
@@ -202,30 +184,17 @@ def repack(project: str, folder: Path) -> Path:
             f"{project} {installed.version} was not installed from a wheel, so its wheel can't be rebuilt",
             remedy=f"pip install a wheel of {project}, or run pairclf from its source checkout",
         )
-    path = folder / f"{info.removesuffix('.dist-info')}-{tags[0]}.whl"
-    record = []
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, entry in sorted(entries.items()):
-            content = Path(str(entry.locate())).read_bytes()
-            digest = record_digest(content)
-            if entry.hash is not None and entry.hash.value != digest:
-                raise PackagingError(f"{name} of {project} was changed after it was installed", where=entry.locate())
-            record.append(f"{name},sha256={digest},{len(content)}\n")
-            archive.writestr(_member(name), content)
-        archive.writestr(_member(f"{info}/RECORD"), "".join(record) + f"{info}/RECORD,,\n")
-    return path
+    files = {}
+    for name, entry in sorted(entries.items()):
+        files[name] = Path(str(entry.locate())).read_bytes()
+        if entry.hash is not None and entry.hash.value != record_digest(files[name]):
+            raise PackagingError(f"{name} of {project} was changed after it was installed", where=entry.locate())
+    return write_wheel(folder / f"{info.removesuffix('.dist-info')}-{tags[0]}.whl", files)
 
 
 def _belongs(entry: PurePosixPath) -> bool:
-    """Whether a line of RECORD was in the wheel: pip adds scripts, caches and notes."""
+    """Whether a line of RECORD was in the wheel. pip adds scripts, caches and notes."""
     added = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"}
     if ".." in entry.parts or "__pycache__" in entry.parts:
         return False
     return not (entry.parts[0].endswith(".dist-info") and entry.name in added)
-
-
-def _member(name: str) -> zipfile.ZipInfo:
-    member = zipfile.ZipInfo(name, date_time=_ZIP_DATE)
-    member.compress_type = zipfile.ZIP_DEFLATED
-    member.external_attr = 0o644 << 16
-    return member

@@ -1,8 +1,8 @@
 """Requests to Kaggle through its own client, for `push`, `submit` and the ledger.
 
-The one module that imports `kaggle` and `kagglesdk`. Metadata go through that client's validators and requests; ours is
-what it leaves out: a limit on every wait, uploads that go on where they stopped, and answers that say "error" with
-status 200. Credentials are those that the client finds; they are neither stored nor printed.
+Only this module imports `kaggle` and `kagglesdk`. Metadata go through that client's validators and requests. This
+module adds a limit to every wait, uploads that can be resumed, and errors in answers of status 200. The client finds
+the credentials; they are neither stored nor printed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class WaitClock:
 
 
 class KaggleError(PackagingError):
-    """Kaggle refused a request (`status` is HTTP's), or could not be reached (`None`)."""
+    """Kaggle refused a request (`status`: of HTTP), or was not reached (`None`)."""
 
     def __init__(self, what: str, *, status: int | None, remedy: str | None = None) -> None:
         self.status = status
@@ -65,7 +65,7 @@ class KaggleError(PackagingError):
 
 @dataclass(frozen=True, slots=True)
 class KaggleKernel:
-    """A kernel as Kaggle has it: its newest version's source and what is attached."""
+    """The newest version of a kernel on Kaggle: its source and inputs."""
 
     version: int
     source: str
@@ -74,14 +74,14 @@ class KaggleKernel:
 
 @dataclass(frozen=True, slots=True)
 class KernelOutput:
-    """Output of a kernel's last run: names of files, and the log's text."""
+    """The output of a kernel's last run: names of files, and the log."""
 
     files: list[str]
     log: str
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The log, line by line: `time` in seconds since the start, `data` the text. Empty where it is no JSON."""
+        """The lines of the log: `time` in seconds since the start, `data` the text. Empty if it is not JSON."""
         try:
             events = json.loads(self.log)
         except ValueError:
@@ -90,17 +90,17 @@ class KernelOutput:
 
     @property
     def seconds(self) -> float | None:
-        """How long it ran, by the log's last line."""
+        """Duration of the run, by the log's last line."""
         times = [float(event["time"]) for event in self.events if "time" in event]
         return max(times, default=None)
 
-    def tail(self, lines: int) -> str:
-        text = "".join(str(event.get("data", "")) for event in self.events) or self.log
-        return "\n".join(f"  {line}" for line in text.splitlines()[-lines:])
+    @property
+    def text(self) -> str:
+        return "".join(str(event.get("data", "")) for event in self.events) or self.log
 
 
 class KaggleClient:
-    """Requests to Kaggle, in the words of this package.
+    """Requests to Kaggle, in this package's terms.
 
     Every method raises `KaggleError` where Kaggle refuses or is not reached, and `PackagingError` where its client
     finds the metadata wrong.
@@ -143,7 +143,7 @@ class KaggleClient:
         return str(self._api.config_values.get("username", ""))
 
     def say(self, text: str) -> None:
-        """Print a status; silent in a dry run, which does nothing."""
+        """Print a status; a dry run prints none."""
         if not self.dry:
             console.print(text)
 
@@ -159,13 +159,19 @@ class KaggleClient:
     def send(
         self, send: Callable[..., requests.Response], request: requests.PreparedRequest, **settings: Any
     ) -> requests.Response:
-        """Send one request; again where that is safe and may help: after 429, and a lost one that changes nothing."""
+        """Send one request; repeat it after 429, and if it was lost and changes nothing."""
+        from requests import exceptions
+
         if self._pretend is not None:
             return self._pretend(request)
         settings["timeout"] = _TIMEOUT
         name = "Upload" if request.method == "PUT" else str(request.url).rpartition("/")[2]
         for attempt in range(1, ATTEMPTS + 1):
-            response, lost = _try(partial(send, request, **settings))
+            response, lost = None, None
+            try:
+                response = send(request, **settings)
+            except (exceptions.ConnectionError, exceptions.Timeout, exceptions.ChunkedEncodingError) as error:
+                lost = error
             limited = response is not None and response.status_code == 429
             broken = response is None or response.status_code >= 500
             if attempt == ATTEMPTS or not (limited or (broken and name.startswith(_REPEATABLE))):
@@ -174,21 +180,18 @@ class KaggleClient:
             reason = "too many requests" if limited else "no answer"
             console.print(f"{name}: {reason}; again in {pause:.0f} s ({attempt} of {ATTEMPTS - 1})")
             self.clock.sleep(pause)
-        if response is None:
-            assert lost is not None
+        if lost is not None:
             raise lost
+        assert response is not None
         return response
 
     def wait(self, what: str, limit: float, look: Callable[[], T | None]) -> T:
-        """What `look` returns once it is no longer `None`.
+        """Call `look` until it returns something else than `None`, and return that.
 
-        Args:
-            what: is waited for, for people.
-            limit: seconds.
-            look: asks; called after 5 s, 8 s, ... and at last once a minute.
+        `look` is called after 5 s, 8 s, ... and at last once a minute, for `limit` seconds.
 
         Raises:
-            PackagingError: it did not come in time.
+            PackagingError: it did not happen in time.
         """
         start, pause = self.clock.now(), 5.0
         while (result := look()) is None:
@@ -205,7 +208,7 @@ class KaggleClient:
         return result
 
     def retry(self, what: str, step: Callable[[], T]) -> T:
-        """Run `step`, which checks the present state before it changes anything; repeat it if a request was lost."""
+        """Run `step`, and repeat it if a request was lost. `step` checks the state before it changes anything."""
         for attempt in range(1, ATTEMPTS):
             try:
                 return step()
@@ -219,11 +222,11 @@ class KaggleClient:
     # --- datasets ----------------------------------------------------------------------------------------------------
 
     def dataset_status(self, source: str) -> str | None:
-        """`ready`, `failed`, or a stage between; `None`: there is none. Kaggle says 403 where it has no such thing."""
+        """`ready`, `failed`, or a stage between; `None`: no such dataset, for which Kaggle answers 403."""
         return _none_if_missing((403, 404), f"the status of {source}", lambda: str(self._api.dataset_status(source)))
 
     def dataset_files(self, source: str) -> dict[str, int]:
-        """`{path: bytes}`, of the newest version."""
+        """`{path: bytes}` of the newest version."""
 
         def page(token: str) -> tuple[list[Any], str]:
             answer = self._api.dataset_list_files(source, page_token=token, page_size=_PAGE)
@@ -234,7 +237,7 @@ class KaggleClient:
             return {file.name: file.total_bytes for file in _pages(page)}
 
     def download(self, source: str, name: str, target: Path) -> None:
-        """One file of the dataset's newest version."""
+        """Download one file of the dataset's newest version."""
         from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetRequest
 
         request = ApiDownloadDatasetRequest()
@@ -245,28 +248,26 @@ class KaggleClient:
             self._api.download_file(response, str(target), client.http_client(), quiet=True)
 
     def create_dataset(self, folder: Path, upload: Upload) -> None:
-        """A private dataset of the files in `folder`, which holds no folders, by its dataset-metadata.json."""
-        with _kaggle_errors(f"creating the dataset of {folder.name}"), self._uploads(upload):
-            answer = self._api.dataset_create_new(str(folder), public=False, quiet=True, dir_mode="zip")
-            _refuse(answer.error, "creating the dataset", answer.status)
+        """Create a private dataset of the files in `folder`, by its dataset-metadata.json; it holds no folders."""
+        what = f"creating the dataset of {folder.name}"
+        self._create(what, self._api.dataset_create_new, str(folder), upload=upload, public=False)
 
     def create_version(self, folder: Path, notes: str, upload: Upload) -> None:
-        """A new version of the dataset that dataset-metadata.json names; the older ones stay."""
-        with _kaggle_errors(f"a new version of {folder.name}"), self._uploads(upload):
-            answer = self._api.dataset_create_version(str(folder), notes, quiet=True, dir_mode="zip")
-            _refuse(answer.error, "a new version of the dataset", answer.status)
+        """Create a new version of the dataset that dataset-metadata.json names; the older ones stay."""
+        self._create(
+            f"a new version of {folder.name}", self._api.dataset_create_version, str(folder), notes, upload=upload
+        )
 
-    @contextmanager
-    def _uploads(self, upload: Upload) -> Iterator[None]:
-        """While it lasts, the client's files go up through `upload`: its own upload begins a lost file from scratch,
-        and leaves out one that failed."""
+    def _create(self, what: str, create: Callable[..., Any], *arguments: str, upload: Upload, **settings: bool) -> None:
+        """Let the client create something, and upload its files by `upload`.
 
-        def blob(path: str, quiet: bool, kind: Any, context: Any, content_type: str | None = None) -> str:
-            return upload(Path(path))
-
-        self._api._upload_blob = blob
+        Its own upload begins a lost file from scratch, and leaves out one that failed.
+        """
+        self._api._upload_blob = lambda path, *_, **__: upload(Path(path))
         try:
-            yield
+            with _kaggle_errors(what):
+                answer = create(*arguments, quiet=True, dir_mode="zip", **settings)
+                _refuse(answer.error, what, getattr(answer, "status", "ok"))
         finally:
             del self._api._upload_blob
 
@@ -310,13 +311,13 @@ class KaggleClient:
         return asked is not None
 
     def instance_version(self, instance: str) -> int | None:
-        """Newest version of `owner/model/framework/instance`; `None`: there is no such instance."""
+        """The newest version of `owner/model/framework/instance`; `None`: no such instance."""
         what = f"the model instance {instance}"
         instance_info = _none_if_missing((403, 404), what, lambda: self._api.model_instance_get(instance))
         return None if instance_info is None else int(instance_info.version_number)
 
     def instance_files(self, instance: str) -> set[str]:
-        """Paths in its newest version; none while there is none that could be listed."""
+        """The paths in its newest version; empty as long as none can be listed."""
 
         def page(token: str) -> tuple[list[Any], str]:
             answer = self._api.model_instance_files(instance, page_token=token, page_size=_PAGE)
@@ -326,25 +327,23 @@ class KaggleClient:
         return _none_if_missing((404,), what, lambda: {file.name for file in _pages(page)}) or set()
 
     def create_model(self, folder: Path) -> None:
-        """By model-metadata.json in `folder`."""
+        """Create a model by model-metadata.json in `folder`."""
         with _kaggle_errors(f"creating the model of {folder.name}"):
             _refuse(self._api.model_create_new(str(folder)).error, "creating the model")
 
     def create_instance(self, folder: Path, upload: Upload) -> None:
-        """By model-instance-metadata.json in `folder`."""
-        with _kaggle_errors(f"creating the model instance of {folder.name}"), self._uploads(upload):
-            answer = self._api.model_instance_create(str(folder), quiet=True, dir_mode="zip")
-            _refuse(answer.error, "creating the model instance")
+        """Create a model instance by model-instance-metadata.json in `folder`."""
+        what = f"creating the model instance of {folder.name}"
+        self._create(what, self._api.model_instance_create, str(folder), upload=upload)
 
     def create_instance_version(self, instance: str, folder: Path, notes: str, upload: Upload) -> None:
-        with _kaggle_errors(f"a new version of {instance}"), self._uploads(upload):
-            answer = self._api.model_instance_version_create(instance, str(folder), notes, quiet=True, dir_mode="zip")
-            _refuse(answer.error, f"a new version of {instance}")
+        create = self._api.model_instance_version_create
+        self._create(f"a new version of {instance}", create, instance, str(folder), notes, upload=upload)
 
     # --- kernels -----------------------------------------------------------------------------------------------------
 
     def push_kernel(self, folder: Path) -> tuple[int, str]:
-        """Save the kernel of `folder` as a new version, which starts its run.
+        """Save the kernel in `folder` as a new version, which starts its run.
 
         Returns:
             The version, and the address of its page.
@@ -370,7 +369,7 @@ class KaggleClient:
         return version, str(answer.url)
 
     def kernel(self, source: str) -> KaggleKernel | None:
-        """The newest version of `owner/slug`; `None`: there is none."""
+        """The newest version of `owner/slug`; `None`: no such kernel."""
         from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
 
         request = ApiGetKernelRequest()
@@ -388,7 +387,7 @@ class KaggleClient:
         return KaggleKernel(version, answer.blob.source, metadata) if version else None
 
     def kernel_status(self, source: str) -> tuple[str, str]:
-        """`QUEUED`, `RUNNING`, `COMPLETE` or one of `FAILED_KERNEL`, and what Kaggle says of a failure."""
+        """`QUEUED`, `RUNNING`, `COMPLETE` or one of `FAILED_KERNEL`, and Kaggle's message about a failure."""
         with _kaggle_errors(f"the status of {source}"):
             answer = self._api.kernels_status(source)
         return answer.status.name, answer.failure_message or ""
@@ -431,7 +430,7 @@ class KaggleClient:
 
 
 def _import_client() -> Any:
-    """The client's module. Its import signs in, which may ask the network: that is put off until it is wanted."""
+    """Import the client's module. Its import would sign in over the network: that is done later."""
     try:
         from kagglesdk.kaggle_http_client import KaggleHttpClient
     except ImportError as error:
@@ -455,15 +454,6 @@ def _not_yet(*_: object, **__: object) -> None:
     raise RuntimeError("nothing is sent for an import")
 
 
-def _try(send: Callable[[], requests.Response]) -> tuple[requests.Response | None, Exception | None]:
-    from requests import exceptions
-
-    try:
-        return send(), None
-    except (exceptions.ConnectionError, exceptions.Timeout, exceptions.ChunkedEncodingError) as error:
-        return None, error
-
-
 def _retry_after(response: requests.Response | None) -> float | None:
     text = "" if response is None else response.headers.get("Retry-After", "")
     return min(_LONGEST_PAUSE, float(text)) if text.isdecimal() else None
@@ -471,7 +461,7 @@ def _retry_after(response: requests.Response | None) -> float | None:
 
 @contextmanager
 def _kaggle_errors(what: str) -> Iterator[None]:
-    """Raise what goes wrong inside as one of ours, in Kaggle's own words."""
+    """Turn errors of the client and of requests into ours, with Kaggle's message."""
     from requests import exceptions
 
     try:
@@ -501,7 +491,7 @@ _REMEDIES = {
 
 
 def _message(error: requests.HTTPError) -> str:
-    """What the answer says, without the address that requests puts beside it."""
+    """The answer's message, without the address that requests adds."""
     if error.response is None:
         return "no answer"
     try:
@@ -511,7 +501,7 @@ def _message(error: requests.HTTPError) -> str:
 
 
 def _refuse(said: str | None, what: str, status: str | None = "ok") -> None:
-    """An answer of HTTP status 200 may hold an error.
+    """Raise an error that an answer of HTTP status 200 holds.
 
     Raises:
         KaggleError: it does.

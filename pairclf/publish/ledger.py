@@ -1,13 +1,13 @@
-"""The ledger: a line for each submission, and how far the out-of-fold score foretells the leaderboard's.
+"""The ledger: one line per submission, and how well out-of-fold scores predict the leaderboard.
 
-`runs/ledger.jsonl` opens with `polars.read_ndjson`. It is only ever written whole, under a lock.
+`runs/ledger.jsonl` opens with `polars.read_ndjson`. It is always written as a whole, under a lock.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pairclf.console import console, number, table
 from pairclf.errors import PackagingError
 from pairclf.files import atomic_file, check_file_target, locked, parsed, write_text
 from pairclf.publish.client import KaggleClient, WaitClock
-from pairclf.scores.metrics import METRICS
+from pairclf.scores.metrics import METRICS, Floats
 
 _FEWEST = 3  # runs; of two, any correlation is 1
 
@@ -53,7 +53,7 @@ def now() -> str:
 
 
 def rows(path: Path) -> list[LedgerRow]:
-    """All submissions, in the order in which they were made; none where there is no file.
+    """All submissions, oldest first; empty if there is no file.
 
     Raises:
         PackagingError: a line is no JSON.
@@ -61,18 +61,11 @@ def rows(path: Path) -> list[LedgerRow]:
     """
     if not path.is_file():
         return []
-    entries = []
-    for place, line in enumerate(_text(path).splitlines(), 1):
-        if line.strip():
-            entries.append(_row(line, f"{path}, line {place}"))
-    return entries
-
-
-def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise PackagingError(f"{path} is no text: {error}", remedy="put an older copy in its place") from error
+    return [_row(line, f"{path}, line {place}") for place, line in enumerate(lines, 1) if line.strip()]
 
 
 def _row(line: str, where: str) -> LedgerRow:
@@ -92,7 +85,7 @@ def _row(line: str, where: str) -> LedgerRow:
 
 
 def prepare(path: Path) -> None:
-    """See that the ledger can be read and written, before anything happens that is to be written there.
+    """Check that the ledger can be read and written, before anything is submitted.
 
     Raises:
         PackagingError, ConfigError: see `rows`.
@@ -112,12 +105,10 @@ def record(path: Path, row: LedgerRow) -> None:
 
 
 def update(path: Path, submission: int, answer: Mapping[str, Any]) -> None:
-    """Write what Kaggle says of a submission into its line.
+    """Write Kaggle's answer about a submission into its line.
 
-    Args:
-        path: the ledger.
-        submission: its number; one that is not in the ledger is passed over.
-        answer: `status`, `publicScore`, `privateScore`, `errorDescription`, as the client gives them.
+    A number that is not in the ledger is ignored. `answer` has `status`, `publicScore`, `privateScore` and
+    `errorDescription`.
     """
     with locked(_lock(path)):
         entries = rows(path)
@@ -131,7 +122,7 @@ def update(path: Path, submission: int, answer: Mapping[str, Any]) -> None:
 
 
 def _score(text: object, previous: float | None) -> float | None:
-    """Kaggle gives scores as text, and none as an empty one."""
+    """Kaggle's score, which is a text; `previous` if it is empty."""
     try:
         return float(str(text)) if text not in (None, "") else previous
     except ValueError:
@@ -139,7 +130,7 @@ def _score(text: object, previous: float | None) -> float | None:
 
 
 def refresh(path: Path, *, clock: WaitClock | None = None) -> None:
-    """Ask Kaggle for the scores that are missing: a private one appears when its competition ends.
+    """Ask Kaggle for missing scores; private ones appear when a competition ends.
 
     Raises:
         PackagingError: no credentials, or Kaggle refused.
@@ -176,7 +167,7 @@ def _write(path: Path, entries: Sequence[LedgerRow]) -> None:
 
 
 def render(path: Path) -> Group:
-    """The table, newest last, and below it how out-of-fold and leaderboard go together."""
+    """The table of submissions, newest last, and how well out-of-fold and leaderboard scores agree."""
     entries = rows(path)
     if not entries:
         return Group(f"no submission yet in {path}")
@@ -191,7 +182,10 @@ def render(path: Path) -> Group:
         more = f" +{len(row.bundles) - 1}" if len(row.bundles) > 1 else ""
         last = f"{row.bundles[0][:8] if row.bundles else '-'}{more}\n{row.message}"
         scores = number(row.out_of_fold, 5), public, number(row.private, 5)
-        cells = (Text(first), _range(list(row.folds.values())), *scores, _time(row.seconds), Text(last))
+        folds = row.folds.values()
+        spread = f"{min(folds):.2f}-{max(folds):.2f} ({len(folds)})" if folds else "-"
+        duration = "-" if row.seconds is None else str(timedelta(minutes=round(row.seconds / 60)))[:-3]
+        cells = (Text(first), spread, *scores, duration, Text(last))
         summary.add_row(*cells, style="bold" if row in best else None)
     directions = (f"{name} counts {_direction(metric)}" for name, metric in _metrics(entries))
     summary.caption, summary.caption_justify = "; ".join(directions), "left"
@@ -219,42 +213,27 @@ def _best(entries: Sequence[LedgerRow]) -> list[LedgerRow]:
     return list(best.values())
 
 
-def _range(figures: Sequence[float]) -> str:
-    return f"{min(figures):.2f}-{max(figures):.2f} ({len(figures)})" if figures else "-"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours}:{minutes:02}"
-
-
 def _agreement(entries: Sequence[LedgerRow]) -> Table:
     """Correlation and mean gap of out-of-fold and leaderboard, for each competition's public and private one."""
     summary = table("Out of fold and leaderboard", "leaderboard", "runs", "Pearson", "Spearman", "mean gap")
-    for (competition, name), some in _boards(entries):
-        pairs = _pairs(some, name)
+    for board, _, pairs in _boards(entries):
         gap = f"{np.mean(pairs[:, 1] - pairs[:, 0]):+.5f}" if len(pairs) else "-"
-        summary.add_row(f"{competition}, {name}", str(len(pairs)), *_correlations(pairs), gap)
+        summary.add_row(board, str(len(pairs)), *_correlations(pairs), gap)
     return summary
 
 
-def _boards(entries: Sequence[LedgerRow]) -> Iterator[tuple[tuple[str, str], list[LedgerRow]]]:
-    """`(competition, public or private)` and its submissions: what one counts is not what another does."""
+def _boards(entries: Sequence[LedgerRow]) -> Iterator[tuple[str, list[LedgerRow], Floats]]:
+    """For each competition's public and private leaderboard: its title, the runs with both scores, and these (n, 2)."""
     for competition in dict.fromkeys(row.competition for row in entries):
         for name in ("public", "private"):
-            yield (competition, name), [row for row in entries if row.competition == competition]
+            scores = [(row, row.out_of_fold, getattr(row, name)) for row in entries if row.competition == competition]
+            both = [entry for entry in scores if None not in entry]
+            pairs = np.array([entry[1:] for entry in both], dtype=np.float64).reshape(-1, 2)
+            yield f"{competition}, {name}", [row for row, *_ in both], pairs
 
 
-def _pairs(entries: Sequence[LedgerRow], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """`(n, 2)`: out-of-fold score and leaderboard's, of the runs that have both."""
-    both = [(row.out_of_fold, getattr(row, name)) for row in entries]
-    return np.array([pair for pair in both if None not in pair], dtype=np.float64).reshape(-1, 2)
-
-
-def _correlations(pairs: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[str, str]:
-    """Pearson's of the values and Spearman's of the ranks, as text."""
+def _correlations(pairs: Floats) -> tuple[str, str]:
+    """Pearson's correlation of the values and Spearman's of the ranks, as texts."""
     from scipy.stats import pearsonr, spearmanr
 
     if len(pairs) < _FEWEST:
@@ -265,22 +244,22 @@ def _correlations(pairs: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[str, st
     return f"{pearsonr(oof, board).statistic:.3f}", f"{spearmanr(oof, board).statistic:.3f}"
 
 
-def plot(path: Path, out: Path) -> None:
-    """Write a page with the leaderboard's scores over the out-of-fold ones, public and private; it needs no network."""
+NOTHING_TO_PLOT = "no submission has both an out-of-fold and a leaderboard score yet"
+
+
+def plot(path: Path, out: Path) -> int:
+    """Write a page with the leaderboard's scores over the out-of-fold ones, public and private; it needs no network.
+
+    Returns the number of points.
+    """
     from plotly.graph_objects import Figure
 
-    entries = rows(path)
-    figure = Figure()
-    for (competition, name), some in _boards(entries):
-        points = [row for row in some if row.out_of_fold is not None and getattr(row, name) is not None]
-        figure.add_scatter(
-            x=[row.out_of_fold for row in points],
-            y=[getattr(row, name) for row in points],
-            text=[f"{row.config}: {row.message}" for row in points],
-            mode="markers",
-            name=f"{competition}, {name}",
-        )
-    both = np.concatenate([_pairs(entries, name) for name in ("public", "private")])
+    entries, figure = rows(path), Figure()
+    both = np.empty((0, 2))
+    for board, runs, pairs in _boards(entries):
+        texts = [f"{row.config}: {row.message}" for row in runs]
+        figure.add_scatter(x=pairs[:, 0], y=pairs[:, 1], text=texts, mode="markers", name=board)
+        both = np.concatenate([both, pairs])
     if len(both):
         ends = [float(both.min()), float(both.max())]
         figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", line={"dash": "dot", "width": 1})
@@ -289,7 +268,7 @@ def plot(path: Path, out: Path) -> None:
             room = 0.05 * float(np.ptp(values)) or 0.01
             axis(range=[float(values.min()) - room, float(values.max()) + room])
     else:
-        note = {"text": "no submission has both scores yet", "showarrow": False, "font": {"size": 18}}
+        note = {"text": NOTHING_TO_PLOT, "showarrow": False, "font": {"size": 18}}
         figure.add_annotation(x=0.5, y=0.5, xref="paper", yref="paper", **note)
     metrics = dict.fromkeys(_direction(metric) for _, metric in _metrics(entries))
     figure.update_xaxes(title_text=f"out of fold ({', '.join(metrics) or 'no run yet'})")
@@ -297,3 +276,4 @@ def plot(path: Path, out: Path) -> None:
     figure.update_layout(template="plotly_white", height=650, title="Out of fold and leaderboard")
     with atomic_file(out) as temporary:
         temporary.write_text(figure.to_html(include_plotlyjs=True, full_html=True), encoding="utf-8")
+    return len(both)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,15 @@ from pydantic import Field
 from pairclf.config import Section, checked
 from pairclf.console import console, counted, stdout
 from pairclf.errors import PackagingError
-from pairclf.files import is_regular, state_folder, write_json, write_private
+from pairclf.files import is_regular, write_json, write_private
+from pairclf.packaging.build_record import Build, own_note, parse_json, read_build
+from pairclf.packaging.commands import tail
 from pairclf.packaging.metadata import KERNEL, KERNEL_METADATA, LIMITS, PackagePart
 from pairclf.packaging.payload import verify_package
-from pairclf.packaging.record import Build, parse_json, read_build
-from pairclf.packaging.secrets import refuse_secrets
+from pairclf.packaging.secret_search import refuse_secrets
 from pairclf.publish.client import FAILED_KERNEL, KaggleClient, KaggleError, KaggleKernel, KernelOutput, WaitClock
-from pairclf.publish.dry import DryRun
+from pairclf.publish.dry_run import DryRun
+from pairclf.publish.ledger import now
 from pairclf.publish.uploads import PartUpload, upload_folder
 from pairclf.rehearsal.report import read_passed
 
@@ -58,10 +59,7 @@ class Pushed(Section):
 def push(folder: Path, *, go: bool, clock: WaitClock | None = None) -> None:
     """Upload a package's parts and kernel to Kaggle, and wait until the kernel's run is complete.
 
-    Args:
-        folder: what `package` made and `rehearse` passed.
-        go: false: print the requests that a first push sends, and send none.
-        clock: for waits.
+    `go=False`: print the requests that a first push sends, and send none.
 
     Raises:
         PackagingError: no rehearsal of this very build passed, or a file was changed since; a secret would be sent;
@@ -75,12 +73,12 @@ def push(folder: Path, *, go: bool, clock: WaitClock | None = None) -> None:
     if not go:
         _summarise(folder, build)
     with upload_folder(build, dry=kaggle.dry) as uploads:
-        _check_owner(build, kaggle)
-        versions: dict[str, int] = {}
-        for part in build.parts:
-            version = _upload_part(PartUpload(folder, part, kaggle, uploads), kaggle)
-            if version is not None:
-                versions[part.source] = version
+        if kaggle.user.lower() != build.package.owner.lower():
+            kaggle.say(f"note: signed in as {kaggle.user}; the package is {build.package.owner}'s")
+        uploaded = {
+            part.source: _upload_part(PartUpload(folder, part, kaggle, uploads), kaggle) for part in build.parts
+        }
+        versions = {source: version for source, version in uploaded.items() if version is not None}
         kernel = _prepare_kernel(folder / KERNEL, uploads / KERNEL, versions)
         pushed = kaggle.retry(build.kernel, lambda: _push_kernel(build, kernel, kaggle))
         _wait_for_run(build, pushed, kaggle)
@@ -104,12 +102,12 @@ def _summarise(folder: Path, build: Build) -> None:
 
 
 def read_pushed(folder: Path, build: Build) -> Pushed:
-    """What `push` left of this very build, on this machine.
+    """Read what `push` recorded about this build, on this machine.
 
     Raises:
         PackagingError: nothing, or its run is not complete.
     """
-    path = pushed_path(build)
+    path = own_note("pushed", build.identity)
     remedy = f"pairclf push {folder} --go"
     if not is_regular(path):
         raise PackagingError(
@@ -121,16 +119,6 @@ def read_pushed(folder: Path, build: Build) -> Pushed:
     if pushed.output is None:
         raise PackagingError(f"version {pushed.version} of {pushed.kernel} has not run to its end", remedy=remedy)
     return pushed
-
-
-def pushed_path(build: Build) -> Path:
-    """Where this machine keeps which version of the kernel a build became."""
-    return state_folder() / "pushed" / f"{build.identity}.json"
-
-
-def _check_owner(build: Build, kaggle: KaggleClient) -> None:
-    if not kaggle.dry and kaggle.user.lower() != build.package.owner.lower():
-        kaggle.say(f"note: signed in as {kaggle.user}; the package is {build.package.owner}'s")
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -162,11 +150,11 @@ def _dataset(shipment: PartUpload, kaggle: KaggleClient) -> None:
         shipment.pack(shipment.old_builds(listed, DATASET_BYTES, LIMITS.top))
         _version(shipment, kaggle)
         shipment.mark_sent()
-    kaggle.wait(f"{part.source} to be ready", _PROCESSING, lambda: _arrived(part, kaggle))
+    kaggle.wait(f"{part.source} to be ready", _PROCESSING, lambda: _holds(part, _ready(part, kaggle) or ()) or None)
 
 
 def _ready(part: PackagePart, kaggle: KaggleClient) -> dict[str, int] | None:
-    """The files of a dataset that is ready; `None` while it is processed.
+    """The files of a dataset that is ready; `None` while Kaggle processes it.
 
     Raises:
         PackagingError: it can't be processed.
@@ -179,17 +167,13 @@ def _ready(part: PackagePart, kaggle: KaggleClient) -> dict[str, int] | None:
     return kaggle.dataset_files(part.source) if status == "ready" else None
 
 
-def _arrived(part: PackagePart, kaggle: KaggleClient) -> bool | None:
-    return True if _holds(part, _ready(part, kaggle) or ()) else None
-
-
 def _holds(part: PackagePart, listed: Iterable[str]) -> bool:
-    """Whether a dataset or model holds this very part, of the newest build or, in a folder below, of an older one."""
+    """Whether this part is listed, as the newest build or, in a subfolder, as an older one."""
     return part.marker in {path.rpartition("/")[2] for path in listed}
 
 
 def _version(shipment: PartUpload, kaggle: KaggleClient) -> None:
-    """Send a new version. While the last one is processed Kaggle answers 403, and its status may not say so yet."""
+    """Send a new version. Kaggle answers 403 while it processes the last one, even if the status is `ready`."""
     part, refused = shipment.part, 0
 
     def send() -> bool | None:
@@ -207,7 +191,7 @@ def _version(shipment: PartUpload, kaggle: KaggleClient) -> None:
 
 
 def _model(shipment: PartUpload, kaggle: KaggleClient) -> int:
-    """See to it that the model instance's newest version holds the part; returns that version.
+    """Make the model instance's newest version contain the part; returns that version.
 
     A version, once made, stays as it is and a kernel names the one that it uses: nothing old has to go along.
     """
@@ -240,7 +224,7 @@ def _notes(part: PackagePart) -> str:
 
 
 def _prepare_kernel(kernel: Path, staged: Path, versions: Mapping[str, int]) -> Path:
-    """The kernel's folder with the versions of our model instances in its metadata, which only now are known."""
+    """Copy the kernel's folder, and write the versions of our model instances into its metadata."""
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(kernel, staged)
     metadata = _metadata(staged)
@@ -282,12 +266,12 @@ def _is_same_kernel(existing: KaggleKernel, staged: Path, build: Build) -> bool:
 
 
 def _slugs(sources: list[str]) -> set[str]:
-    """Kaggle writes a framework now as `pyTorch`, now as `pytorch` or `py_torch`."""
+    """Comparable names: Kaggle writes a framework as `pyTorch`, `pytorch` or `py_torch`."""
     return {source.lower().replace("_", "") for source in sources}
 
 
 def _code(source: str) -> list[tuple[str, str]]:
-    """Kind and text of every cell: Kaggle writes a notebook's JSON anew. A script is one cell."""
+    """Type and text of each cell, as Kaggle rewrites a notebook's JSON. A script is one cell."""
     try:
         cells = json.loads(source)["cells"]
     except (ValueError, KeyError, TypeError):
@@ -296,15 +280,14 @@ def _code(source: str) -> list[tuple[str, str]]:
 
 
 def _record(build: Build, version: int, url: str, kaggle: KaggleClient) -> Pushed:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    pushed = Pushed(build=build.identity, kernel=build.kernel, version=version, url=url, when=now)
+    pushed = Pushed(build=build.identity, kernel=build.kernel, version=version, url=url, when=now())
     _write(build, pushed, kaggle)
     return pushed
 
 
 def _write(build: Build, pushed: Pushed, kaggle: KaggleClient) -> None:
     if not kaggle.dry:
-        write_private(pushed_path(build), pushed.model_dump_json(indent=2) + "\n")
+        write_private(own_note("pushed", build.identity), pushed.model_dump_json(indent=2) + "\n")
 
 
 def _wait_for_run(build: Build, pushed: Pushed, kaggle: KaggleClient) -> None:
@@ -333,7 +316,7 @@ def _wait_for_run(build: Build, pushed: Pushed, kaggle: KaggleClient) -> None:
 
 def _failed(what: str, build: Build, pushed: Pushed, output: KernelOutput) -> PackagingError:
     return PackagingError(
-        f"the run of {build.kernel}, version {pushed.version}, {what}; its log ends:\n{output.tail(_TAIL)}",
+        f"the run of {build.kernel}, version {pushed.version}, {what}; its log ends:\n{tail(output.text, _TAIL)}",
         where=pushed.url,
         remedy="docs/kaggle.md lists what stops a notebook; after a change: package, rehearse, push",
     )

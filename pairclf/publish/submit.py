@@ -1,4 +1,4 @@
-"""`submit`: the pushed kernel to its competition; waits for the score and writes it into the ledger."""
+"""`submit`: submit the pushed kernel to its competition, wait for the score, and write it into the ledger."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from pairclf.console import console
 from pairclf.errors import PackagingError
-from pairclf.packaging.record import Build, PackedBundle, read_build
+from pairclf.packaging.build_record import Build, PackedBundle, read_build
 from pairclf.publish import ledger as table
 from pairclf.publish.client import KaggleClient, WaitClock
-from pairclf.publish.dry import DryRun
+from pairclf.publish.dry_run import DryRun
 from pairclf.publish.push import Pushed, read_pushed
 from pairclf.publish.uploads import upload_lock
 from pairclf.rehearsal.report import read_passed
@@ -23,17 +23,15 @@ _QUEUE = 7200.0  # seconds in which the rerun gets a machine, beside the competi
 def submit(
     folder: Path, message: str, *, go: bool, ledger: Path, again: bool = False, clock: WaitClock | None = None
 ) -> None:
-    """Submit the kernel's version that holds this build, and wait until it is scored.
+    """Submit the kernel's version that holds this build, and wait for its score.
 
     A submission of this build, version and message is not made twice: an earlier one is waited for.
 
     Args:
-        folder: what `push` pushed.
         message: shown beside the submission; the build and the version are added to it.
         go: false: print the request and send nothing.
-        ledger: gets a line, when the submission is made and again when it is scored.
-        again: make another one of the same.
-        clock: for waits.
+        ledger: gets a line when the submission is made, and again when it is scored.
+        again: submit the same once more.
 
     Raises:
         PackagingError: nothing of this build was pushed; the ledger can't be read; Kaggle refused; the rerun failed, in
@@ -71,7 +69,7 @@ def submit(
 
 
 def _submission_of(submissions: list[Mapping[str, Any]], description: str) -> int | None:
-    """The newest submission that says so; one that failed does not count."""
+    """The newest submission with this description that did not fail."""
     for entry in submissions:
         if entry["description"] == description and entry["status"] != "ERROR":
             return int(entry["ref"])
@@ -79,7 +77,7 @@ def _submission_of(submissions: list[Mapping[str, Any]], description: str) -> in
 
 
 def _submission_in_ledger(ledger: Path, row: table.LedgerRow) -> int | None:
-    """The one in the ledger, as Kaggle's list of submissions may be late."""
+    """The submission's number in the ledger: Kaggle's list may lag behind."""
     same = (
         entry for entry in reversed(table.rows(ledger)) if (entry.kernel, entry.message) == (row.kernel, row.message)
     )
@@ -103,7 +101,7 @@ def _wait_for_score(kaggle: KaggleClient, build: Build, submission: int, ledger:
 
 
 def _row(folder: Path, build: Build, pushed: Pushed, message: str) -> table.LedgerRow:
-    """The ledger's line but for the submission's number; made before it, so that nothing can come between."""
+    """The ledger's line without the submission's number. It is made first, so that nothing fails after submitting."""
     metrics = {_fold(bundle, build): bundle.metrics.get(build.task.metric) for bundle in build.bundles}
     return table.LedgerRow(
         when=table.now(),
@@ -122,6 +120,6 @@ def _row(folder: Path, build: Build, pushed: Pushed, message: str) -> table.Ledg
 
 
 def _fold(bundle: PackedBundle, build: Build) -> str:
-    """The fold's number, with the bundle's name where several bundles share it."""
+    """The fold's number, with the bundle's name if several bundles share it."""
     name = "none" if bundle.fold is None else str(bundle.fold)
     return name if [other.fold for other in build.bundles].count(bundle.fold) == 1 else f"{name} {bundle.folder}"

@@ -1,10 +1,10 @@
 """Upload a part to Kaggle: folders as archives, files of older versions, resumable uploads.
 
-All of it lies in a folder of this machine's own, named by the build's identity, and none of it in the package: a
-package that another person made must not say where bytes go, what was sent, or which folders are removed.
+All state lies in this user's cache, under the build's identity, and none in the package: a package of another person
+must not decide where bytes go, what was sent, or which folders are removed.
 
-$XDG_CACHE_HOME/pairclf/uploads/IDENTITY/PART/        what goes up, no folders in it: FOLDER.zip, files, metadata
-                                         PART.json    how far each file has come
+$XDG_CACHE_HOME/pairclf/uploads/IDENTITY/PART/        what is uploaded, without folders: FOLDER.zip, files, metadata
+                                         PART.json    progress of each file
                                          PART-old/    files of older versions, which a new version would drop
                                          kernel/      the kernel with the versions of its models
 """
@@ -16,7 +16,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -28,14 +28,21 @@ from pydantic import Field
 from pairclf.config import Section, checked
 from pairclf.console import Advance, console, counted, progress
 from pairclf.errors import ConfigError, PackagingError
-from pairclf.files import atomic_file, cache_folder, check_name, locked, private_folder, sha256_file, write_private
-from pairclf.packaging.metadata import DATASET_METADATA, INSTANCE_METADATA, MODEL_METADATA, PackagePart
-from pairclf.packaging.record import Build, parse_json, read_marker
+from pairclf.files import (
+    ZIP_EPOCH,
+    atomic_file,
+    cache_folder,
+    check_name,
+    locked,
+    private_folder,
+    sha256_file,
+    write_private,
+    zip_member,
+)
+from pairclf.packaging.build_record import Build, parse_json, read_marker
+from pairclf.packaging.metadata import READ_BY_THE_CLIENT, PackagePart
 from pairclf.publish.client import ATTEMPTS, KaggleClient, KaggleError
 
-_METADATA = (DATASET_METADATA, MODEL_METADATA, INSTANCE_METADATA)
-_ZIP_DATE = (2020, 2, 2, 0, 0, 0)
-_EPOCH = 1_580_601_600  # 2020-02-02: the same files give the same archive, and an upload of it can be gone on with
 _COMPLETE = (200, 201)  # and 308 is: go on
 _EXPIRED = 6 * 24 * 3600.0  # seconds; the store forgets an unfinished upload after a week
 
@@ -59,11 +66,9 @@ class UploadState(Section):
 
 @contextmanager
 def upload_folder(build: Build, *, dry: bool) -> Iterator[Path]:
-    """The folder for a build's uploads, held against other processes; it stays until an upload is complete.
+    """The folder for a build's uploads, locked against other processes; it stays until the upload is complete.
 
-    Args:
-        build: its identity names the folder.
-        dry: an empty folder instead, which is removed in any case.
+    `dry`: an empty folder instead, which is removed in any case.
     """
     top = private_folder(private_folder(cache_folder()) / "uploads")
     if dry:
@@ -77,21 +82,14 @@ def upload_folder(build: Build, *, dry: bool) -> Iterator[Path]:
 
 @contextmanager
 def upload_lock(build: Build) -> Iterator[None]:
-    """Hold a build: one process at a time pushes or submits it."""
+    """Lock a build: only one process at a time pushes or submits it."""
     top = private_folder(private_folder(cache_folder()) / "uploads")
     with locked(top / f"{build.identity}.lock"):
         yield
 
 
 class PartUpload:
-    """The upload of one part.
-
-    Args:
-        package: the package's folder, which is only read.
-        part: one of its parts.
-        kaggle: takes it.
-        uploads: see `upload_folder`.
-    """
+    """The upload of a part of the folder `package`, which is only read; `uploads`: see `upload_folder`."""
 
     def __init__(self, package: Path, part: PackagePart, kaggle: KaggleClient, uploads: Path) -> None:
         self.part, self._kaggle = part, kaggle
@@ -130,7 +128,7 @@ class PartUpload:
         self._path.unlink(missing_ok=True)
 
     def complete(self, listed: Collection[str]) -> bool:
-        """Whether one folder of what is `listed` holds the marker and every file that it names: all of the part."""
+        """Whether one folder among `listed` holds the marker and every file that it names."""
         files = read_marker(self.source / self.part.marker)
         markers = (path for path in listed if path.rpartition("/")[2] == self.part.marker)
         roots = (path.removesuffix(self.part.marker) for path in markers)
@@ -139,13 +137,10 @@ class PartUpload:
     # --- what goes up ------------------------------------------------------------------------------------------------
 
     def pack(self, old: Mapping[str, Path]) -> None:
-        """Fill `folder`: every folder of the part becomes an archive, which Kaggle unpacks again.
+        """Fill `folder`: each folder of the part becomes an archive, which Kaggle unpacks.
 
-        The client does the same with `-r zip`, under another name and time each run, so that no upload of it could be
-        gone on with.
-
-        Args:
-            old: `{posix path: file}` to send along.
+        The client does the same with `-r zip`, but with another name and time in each run, so that no upload could be
+        resumed. `old`: `{posix path: file}` of earlier builds.
         """
         own = {path.relative_to(self.source).as_posix(): path for path in self.source.rglob("*") if path.is_file()}
         groups: dict[str, dict[str, Path]] = {}
@@ -160,19 +155,15 @@ class PartUpload:
                 shutil.copyfile(files[""], target)
             else:
                 _zip(files, target)
-            os.utime(target, (_EPOCH, _EPOCH))
+            os.utime(target, (ZIP_EPOCH, ZIP_EPOCH))
 
     def old_builds(self, listed: Mapping[str, int], size: int, top: int) -> dict[str, Path]:
-        """Files of earlier builds that a new version must hold as well: their kernels look for them, and a version
-        holds what is sent with it and nothing else.
+        """The files of earlier builds, which a new version must also hold: their kernels look for them.
 
         Each earlier build moves into a folder of its own, named like its marker, so that no file of two builds can
         clash. A kernel finds it there: it looks for its marker at any depth, and for the files beside it.
 
-        Args:
-            listed: `{path: bytes}` of the newest version.
-            size: bytes that the whole dataset may have.
-            top: entries that it may have at its top.
+        `listed`: `{path: bytes}` of the newest version; `size`, `top`: bytes and top-level entries that it may have.
 
         Returns:
             `{posix path: file}`, each compared with the hash in its marker.
@@ -182,8 +173,10 @@ class PartUpload:
         """
         old_files: dict[str, tuple[str, str]] = {}  # new path: old path, hash
         fetched: dict[str, Path] = {}
-        for marker in sorted(name for name in listed if self._is_older(name)):
+        for marker in sorted(filter(self._is_marker, listed)):
             root, _, name = marker.rpartition("/")
+            if name == self.part.marker:  # this very part is there, and torn
+                continue
             check_name(name, f"a file of {self.part.source}")
             home = name.removesuffix(".json")
             fetched[f"{home}/{name}"] = self._fetch(marker, f"{home}/{name}", None)
@@ -198,10 +191,6 @@ class PartUpload:
         name = path.rpartition("/")[2]
         return name.startswith(f"pairclf-{self.part.payload}-") and name.endswith(".json")
 
-    def _is_older(self, path: str) -> bool:
-        """Whether it is another build's marker: where this very part is there, it is torn."""
-        return self._is_marker(path) and path.rpartition("/")[2] != self.part.marker
-
     def _check_room(
         self, listed: Mapping[str, int], old_files: Mapping[str, tuple[str, str]], builds: int, size: int, top: int
     ) -> None:
@@ -212,7 +201,7 @@ class PartUpload:
                 f"{unknown[0]}; the new version is made without them, the older versions keep them"
             )
         old = sum(listed.get(name, 0) for name in old_paths)
-        entries = builds + sum(path.name not in _METADATA for path in self.source.iterdir())
+        entries = builds + sum(path.name not in READ_BY_THE_CLIENT for path in self.source.iterdir())
         if self.part.bytes + old > size or entries > top:
             raise PackagingError(
                 f"{self.part.source} would have {(self.part.bytes + old) / 1e9:,.1f} GB in {entries} entries with its "
@@ -223,7 +212,7 @@ class PartUpload:
             console.print(f"{self.part.source}: {old / 1e9:,.2f} GB of {builds} older builds go along")
 
     def _fetch(self, name: str, path: str, digest: str | None) -> Path:
-        """A file of the dataset's newest version, below `PART-old`; what an earlier run fetched is taken as it is."""
+        """Download a file of the newest version below `PART-old`, unless an earlier run did."""
         target = self._old / path
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +227,7 @@ class PartUpload:
     # --- and how -----------------------------------------------------------------------------------------------------
 
     def upload(self, path: Path) -> str:
-        """Bring a file's bytes there, from where an earlier run stopped; returns its token.
+        """Upload a file, from where an earlier run stopped; returns its token.
 
         Raises:
             KaggleError: the store was not reached, or refused them, several times.
@@ -266,7 +255,7 @@ class PartUpload:
         )
 
     def _put(self, path: Path, url: str, *, fresh: bool) -> bool | None:
-        """Send what the store lacks. True: it has all; false: it broke off; `None`: it has forgotten the upload."""
+        """Send the missing bytes. True: all are there; False: it broke off; `None`: the store forgot the upload."""
         import requests
 
         self._kaggle.check_store(url)
@@ -281,9 +270,11 @@ class PartUpload:
                     return True
                 if status_response.status_code != 308:
                     return None
-                start = _received(status_response)
+                last = status_response.headers.get("Range", "").rpartition("-")[2]  # of `bytes=0-1023`
+                start = int(last) + 1 if last.isdecimal() else 0
             headers = {"Content-Range": f"bytes {start}-{size - 1}/{size}"} if start else {}
-            with path.open("rb") as stream, _bar(path, start, self._kaggle) as advance:
+            title, visible = f"uploading {path.name}", not self._kaggle.dry
+            with path.open("rb") as stream, progress(title, size, done=start, visible=visible) as advance:
                 stream.seek(start)
                 sent = put(headers, _ProgressReader(stream, size - start, advance))
         if sent is None or sent.status_code >= 500 or sent.status_code == 308:
@@ -300,12 +291,8 @@ class PartUpload:
             return None
 
 
-def _bar(path: Path, start: int, kaggle: KaggleClient) -> AbstractContextManager[Advance]:
-    return progress(f"uploading {path.name}", total=path.stat().st_size, done=start, visible=not kaggle.dry)
-
-
 class _ProgressReader:
-    """The rest of a file as a request body of known length, which reports progress."""
+    """The rest of a file as a request's body of known length, which reports progress."""
 
     def __init__(self, stream: BufferedReader, size: int, advance: Advance) -> None:
         self._stream, self._size, self._advance = stream, size, advance
@@ -323,25 +310,18 @@ class _ProgressReader:
             yield chunk
 
 
-def _received(response: Any) -> int:
-    """Bytes that the store has, by its `Range: bytes=0-1023`."""
-    last = response.headers.get("Range", "").rpartition("-")[2]
-    return int(last) + 1 if last.isdecimal() else 0
-
-
 def _zip(files: Mapping[str, Path], target: Path) -> None:
-    """An archive without compression, which weights do not yield to; the same files give the same bytes."""
+    """Write an archive without compression, which would not make weights smaller; equal files give equal bytes."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name, path in sorted(files.items()):
-            member = zipfile.ZipInfo(name, date_time=_ZIP_DATE)
-            member.external_attr = 0o644 << 16
+            member = zip_member(name)
             member.file_size = path.stat().st_size
             with path.open("rb") as source, archive.open(member, "w") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
 
 
 def _unwrap(path: Path, digest: str | None) -> None:
-    """Kaggle sends some files in an archive of their own."""
+    """Unpack a file that Kaggle sent in an archive of its own."""
     if not zipfile.is_zipfile(path) or (digest is not None and sha256_file(path) == digest):
         return
     with zipfile.ZipFile(path) as archive:

@@ -1,8 +1,8 @@
-"""What may go wrong on Kaggle, by name: how a rehearsal brings it about, and what must come of it.
+"""The faults that a rehearsal can inject: how each is caused, and what result is expected.
 
-Nothing of this is in the product: a fault changes the stage. It spoils an input, leaves a mount empty, runs a line in
-the kernel before its first cell, or puts a module into the stand-in's environment, which every Python process there
-imports as it starts, and which changes one of pairclf's modules once that is imported.
+The product has no code for this: a fault changes the workspace. It spoils an input, leaves a mount empty, runs a line
+in the kernel before its first cell, or puts a module into the stand-in's environment. Every Python process there
+imports that module at its start, and it changes one of pairclf's modules when that is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Literal
 import polars as pl
 
 from pairclf.rehearsal import shared_clock
-from pairclf.rehearsal.hidden_test import read_raw, write_raw
 from pairclf.rehearsal.mounts import Mount
 
 MARKER_PREFIX = "struck-"
@@ -166,12 +165,11 @@ class InjectedFault:
     """One thing that goes wrong.
 
     Attributes:
-        what: it is, for people.
-        expected: come of it, for people: a valid submission in any case but the first cell's failure.
+        expected: result, for people; always a valid submission, unless the first cell must fail.
         error_pattern: regular expression that the first cell's error must match, with `{spoiled}` for the spoiled
             file; empty: the run must end in a valid submission.
         scored: which rows of it must have been scored; `some`: one at least; `any`: however many.
-        same_scores: the submission must be the undisturbed one.
+        same_scores: the submission must be that of a run without faults.
         hook: code for every Python process of the kernel.
         markers: names that the hook must have left.
         prelude: code that the kernel runs before its first cell.
@@ -179,7 +177,6 @@ class InjectedFault:
         spoil_mounts: changes the mounts, with a folder for changed files; returns what was spoiled too.
     """
 
-    what: str
     expected: str
     error_pattern: str = ""
     scored: Literal["all", "some", "any", "none"] = "all"
@@ -191,17 +188,12 @@ class InjectedFault:
     spoil_mounts: SpoilMounts | None = None
 
     @property
-    def needs_undisturbed_run(self) -> bool:
-        """Whether there must be an undisturbed run to hold it against."""
-        return self.same_scores
-
-    @property
     def skips_waits(self) -> bool:
-        """Whether the kernel's waits take no time, so that a mount must not be late: it is full, or never is."""
+        """Whether the kernel's waits take no time. Then no mount may be late: it is full, or stays empty."""
         return self.hook == _HURRIED
 
     def module(self, fitting: float, seconds: float) -> str:
-        """Text of the hook's module.
+        """The text of the hook's module.
 
         Args:
             fitting: part of the longest sequence that fits into a pass, for `oom`.
@@ -230,30 +222,25 @@ def _empty_cells(frame: pl.DataFrame, fields: Sequence[str]) -> pl.DataFrame:
 
 
 def _more_columns(frame: pl.DataFrame, fields: Sequence[str]) -> pl.DataFrame:
-    """An index that pandas left, a column of nothing, one with commas and quotes."""
+    """Add an index as pandas leaves it, an empty column, and one with commas and quotes."""
     stray = pl.Series("Unnamed: 0", [str(row) for row in range(len(frame))])
     return frame.insert_column(0, stray).with_columns(
         pl.lit(None, dtype=pl.String).alias("model_c"), pl.lit('a, "b"\nc').alias("remark")
     )
 
 
-def spoil_file(test: Path, fields: Sequence[str], change: SpoilRows) -> None:
-    """Change a test file in place."""
-    write_raw(test, change(read_raw(test), fields))
-
-
 # --- mounts ----------------------------------------------------------------------------------------------------------
 
 
 def _leave_empty(mounts: Sequence[Mount], folder: Path) -> tuple[list[Mount], str]:
-    """The base model, or the bundles where that lies in them."""
+    """Leave the base model's mount empty, or the bundles' if no base model is attached."""
     roles = {mount.role for mount in mounts}
     role = "base" if "base" in roles else "bundle"
     return [replace(mount, files={}) if mount.role == role else mount for mount in mounts], role
 
 
 def _flip_byte(mounts: Sequence[Mount], folder: Path) -> tuple[list[Mount], str]:
-    """In the middle of the largest file of the bundles."""
+    """Change a byte in the middle of the bundles' largest file."""
     sizes = {
         (at, name): path.stat().st_size
         for at, mount in enumerate(mounts)
@@ -270,46 +257,27 @@ def _flip_byte(mounts: Sequence[Mount], folder: Path) -> tuple[list[Mount], str]
 
 
 FAULTS = {
-    "oom": InjectedFault(
-        "passes over a size run out of memory", "some rows scored", scored="some", hook=_OOM, markers=("pass",)
-    ),
-    "kill": InjectedFault(
-        "a worker is killed, and predict after its first batch",
-        "the same scores",
-        same_scores=True,
-        hook=_KILL,
-        markers=("worker", "predict"),
-    ),
-    "slow": InjectedFault(
-        "forward passes take longer than there is time for",
-        "valid, in time",
-        scored="any",
-        hook=_SLOW,
-        markers=("pass",),
-    ),
-    "null-rows": InjectedFault(
-        "every third row has empty and broken cells", "all rows scored", spoil_rows=_empty_cells
-    ),
-    "missing-model": InjectedFault(
-        "the base model, or the bundles that hold it, never comes",
-        "priors",
-        scored="none",
-        hook=_HURRIED,
-        spoil_mounts=_leave_empty,
-    ),
+    "oom": InjectedFault("some rows scored", scored="some", hook=_OOM, markers=("pass",)),  # of large passes
+    # A worker, and predict after its first batch.
+    "kill": InjectedFault("the same scores", same_scores=True, hook=_KILL, markers=("worker", "predict")),
+    # Forward passes take longer than there is time for.
+    "slow": InjectedFault("valid, in time", scored="any", hook=_SLOW, markers=("pass",)),
+    # Every third row has empty and broken cells.
+    "null-rows": InjectedFault("all rows scored", spoil_rows=_empty_cells),
+    # The base model, or the bundles that hold it, never comes.
+    "missing-model": InjectedFault("priors", scored="none", hook=_HURRIED, spoil_mounts=_leave_empty),
+    # A byte of a bundle is another. The kernel looks twice at a file that may still be on its way, 20 s apart.
     "corrupt-bundle": InjectedFault(
-        "a byte of a bundle is another",
         "first cell fails",
         error_pattern=r"{spoiled}[\s\S]*changed",
         scored="none",
-        hook=_HURRIED,  # the kernel looks twice at a file that may still be on its way, 20 s apart
+        hook=_HURRIED,
         spoil_mounts=_flip_byte,
     ),
-    "wrong-python": InjectedFault(
-        "the image has Python 3.99", "first cell fails", error_pattern=r"3\.99", scored="none", prelude=_OTHER_PYTHON
+    "wrong-python": InjectedFault(  # 3.99
+        "first cell fails", error_pattern=r"3\.99", scored="none", prelude=_OTHER_PYTHON
     ),
-    "extra-columns": InjectedFault(
-        "the test file has columns that nobody knows", "the same scores", same_scores=True, spoil_rows=_more_columns
-    ),
+    # The test file has columns that nobody knows.
+    "extra-columns": InjectedFault("the same scores", same_scores=True, spoil_rows=_more_columns),
 }
 """`rehearse --inject`."""

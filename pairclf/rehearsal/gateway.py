@@ -4,15 +4,14 @@
     server.serve()                                # in the hidden rerun
     server.run_local_gateway((FOLDER,))           # otherwise
 
-It does to `predict` what Kaggle's gateway does: calls it batch by batch from another thread, with copies of the rows
-that went through Arrow; refuses an answer of another type, length or order, with ids of another dtype or with other
-columns; ends where an answer takes too long; and writes the submission.
+It treats `predict` as Kaggle's gateway does: it calls it batch by batch from another thread, with copies of the rows
+that went through Arrow; it refuses answers of another type, length, order, id dtype or with other columns; it ends if
+an answer takes too long; and it writes the submission.
 
-What the real one has and this one lacks: gRPC, so no port and no limit of a message; a container of its own, so the
-hidden rows lie where the notebook could read them; a `result.json` for Kaggle; and batches as a host makes them (a day,
-a problem) instead of so many rows. The real one writes submission.parquet in most competitions.
+The real one also has gRPC with its limit of a message, a container of its own that hides the rows, a `result.json`, and
+batches as a host makes them (a day, a problem). It writes submission.parquet in most competitions.
 
-It is copied by itself, so it imports nothing of pairclf.
+The file is copied alone, so it imports nothing of pairclf.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ FIRST_SECONDS = 60.0 * 60
 
 
 class GatewayError(RuntimeError):
-    """What would end the rerun on Kaggle: the server came too late, raised, or gave an answer that can't be used."""
+    """The rerun would end on Kaggle: the server was late, raised, or gave an answer that can't be used."""
 
 
 def seconds_since_start() -> float:
-    """Since this process began, which in a notebook is its kernel."""
+    """Seconds since this process started; in a notebook, since its kernel started."""
     after_name = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     ticks = int(after_name[19])  # starttime, proc_pid_stat(5)
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -55,7 +54,7 @@ def seconds_since_start() -> float:
 
 
 class DefaultInferenceServer:
-    """As Kaggle's: functions that answer, the first of which is `predict`.
+    """Stands for Kaggle's class: functions that answer, of which `predict` is asked.
 
     Args:
         endpoint_listeners: these functions, told apart by their names.
@@ -99,7 +98,7 @@ class DefaultInferenceServer:
 def run(
     predict: Callable[..., Any], data_paths: Sequence[str | Path] | None, clock: Callable[[], float] = time.monotonic
 ) -> None:
-    """Ask for all rows, and write `submission.csv`.
+    """Ask for all rows and write `submission.csv`.
 
     Raises:
         GatewayError: the first thing that Kaggle's gateway would have ended the rerun for.
@@ -114,7 +113,7 @@ def run(
 
 
 def read(data_paths: Sequence[str | Path] | None) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Test rows and sample submission, the sample in the order of the rows."""
+    """The test rows, and the sample submission in their order."""
     paths = [Path(__file__).parents[1]] if data_paths is None else [Path(path) for path in data_paths]
     if paths[0].is_dir():
         tests = sorted(path for path in paths[0].glob("test.*") if path.suffix in (".csv", ".parquet"))
@@ -133,12 +132,12 @@ def read(data_paths: Sequence[str | Path] | None) -> tuple[pl.DataFrame, pl.Data
 
 
 def batches(test: pl.DataFrame, sample: pl.DataFrame) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-    """Rows, and what the sample has for them."""
+    """Pairs of test rows and their rows of the sample."""
     return zip(test.iter_slices(ROWS), sample.iter_slices(ROWS), strict=True)
 
 
 def checked(answer: Any, expected: pl.DataFrame) -> pl.DataFrame:
-    """The answer as a polars frame, if it is one for these rows.
+    """Return the answer as a polars frame.
 
     Raises:
         GatewayError: it is not.
@@ -162,7 +161,7 @@ def checked(answer: Any, expected: pl.DataFrame) -> pl.DataFrame:
 def _called(
     predict: Callable[..., Any], arguments: tuple[pl.DataFrame, ...], limit: float, clock: Callable[[], float]
 ) -> Any:
-    """What it returns, from a thread of its own: Kaggle's server has one for the calls.
+    """Call the function in another thread, as Kaggle's server does, and return the answer.
 
     An answer that never comes is waited for as long as `limit` is in real seconds; one that comes must come within it
     by the clock, too, which a rehearsal may turn ahead.
@@ -190,7 +189,7 @@ def _called(
 
 
 def _sent(frame: pl.DataFrame) -> pl.DataFrame:
-    """A copy that went through Arrow's format, as all that is sent does."""
+    """A copy that went through Arrow's format, as everything that Kaggle sends."""
     stream = io.BytesIO()
     frame.write_ipc_stream(stream)
     stream.seek(0)
@@ -198,5 +197,5 @@ def _sent(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _speed() -> float:
-    """Of the rehearsal's clock: all limits are divided by it."""
+    """Speed of the rehearsal's clock: all limits are divided by it."""
     return float(os.environ.get("PAIRCLF_CLOCK_SPEED", "1"))

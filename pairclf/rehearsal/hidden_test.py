@@ -1,4 +1,4 @@
-"""A stand-in for the hidden test: the rows of the public one, as many as there will be, each an input of its own."""
+"""A stand-in for the hidden test: the rows of the public test, repeated to the hidden test's size, no two alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pairclf.files import atomic_file, parsed
 
 
 def read_raw(path: Path) -> pl.DataFrame:
-    """A CSV's cells as the texts that they are, or a parquet file.
+    """Read a parquet file, or a CSV whose cells stay texts.
 
     Raises:
         PackagingError: it is neither, or can't be read.
@@ -32,7 +32,7 @@ def read_raw(path: Path) -> pl.DataFrame:
 
 
 def write_raw(path: Path, frame: pl.DataFrame) -> None:
-    """In the format that the suffix names."""
+    """Write a frame in the format that the suffix names."""
     with atomic_file(path) as temporary:
         if path.suffix == ".csv":
             frame.write_csv(temporary)
@@ -40,42 +40,36 @@ def write_raw(path: Path, frame: pl.DataFrame) -> None:
             frame.write_parquet(temporary)
 
 
-def enlarge(test: Path, sample: Path, rows: int, folder: Path, fields: Sequence[str]) -> tuple[Path, Path]:
+def enlarge(
+    test: Path, sample: Path, rows: int, folder: Path, fields: Sequence[str], ids: tuple[str, str] = ("id", "id")
+) -> tuple[Path, Path]:
     """Write test and sample submission with `rows` rows into `folder`, in the formats that they have.
 
-    Row `n` is row `n % N` of the file; from the second time on its id is a new one: numbers go on above the largest,
-    other ids get an ending, and so does the text, as equal inputs are scored but once.
-
-    Args:
-        test, sample: the public ones.
-        rows: of the hidden test.
-        folder: for the two.
-        fields: the task's columns of texts; the first one is told apart.
-
-    Returns:
-        The two files.
+    Row `n` is row `n % N` of the file. Repetitions get new ids: numbers continue above the largest, other ids get a
+    suffix. So does the first of `fields`, the task's columns of texts, as equal inputs are scored only once.
+    `ids` names the columns of ids in test and sample.
 
     Raises:
-        PackagingError: a file has no column `id`, or the two have different ids.
+        PackagingError: a file has no column of ids, or the two have different ids.
     """
     test_rows, sample_rows = read_raw(test), read_raw(sample)
-    for path, frame in ((test, test_rows), (sample, sample_rows)):
-        if "id" not in frame.columns:
-            raise PackagingError(f"{path} has no column 'id', but {frame.columns}", remedy="leave --rows out")
-    if sorted(test_rows["id"].cast(pl.String)) != sorted(sample_rows["id"].cast(pl.String)):
+    for path, frame, row_id in ((test, test_rows, ids[0]), (sample, sample_rows, ids[1])):
+        if row_id not in frame.columns:
+            raise PackagingError(f"{path} has no column {row_id!r}, but {frame.columns}", remedy="leave --rows out")
+    test_ids, sample_ids = test_rows[ids[0]], sample_rows[ids[1]]
+    if sorted(test_ids.cast(pl.String)) != sorted(sample_ids.cast(pl.String)):
         raise PackagingError(f"{test} and {sample} have different ids", remedy="give the sample of this very test")
-    places = {str(row_id): place for place, row_id in enumerate(test_rows["id"])}
-    order = [places[str(row_id)] for row_id in sample_rows["id"]]
-    written = []
-    for path, frame, where in ((test, test_rows, range(len(test_rows))), (sample, sample_rows, order)):
-        target = folder / path.name
-        write_raw(target, _repeated(frame, list(where), rows, [name for name in fields if name in frame.columns][:1]))
-        written.append(target)
-    return written[0], written[1]
+    places = {str(row_id): place for place, row_id in enumerate(test_ids)}
+    order = [places[str(row_id)] for row_id in sample_ids]
+    files = ((test, test_rows, range(len(test_rows)), ids[0]), (sample, sample_rows, order, ids[1]))
+    for path, frame, where, row_id in files:
+        texts = [name for name in fields if name in frame.columns][:1]
+        write_raw(folder / path.name, _repeated(frame, list(where), rows, texts, row_id))
+    return folder / test.name, folder / sample.name
 
 
-def _repeated(frame: pl.DataFrame, places: list[int], rows: int, texts: Sequence[str]) -> pl.DataFrame:
-    """`rows` rows, of which no repetition has the `texts` of another one.
+def _repeated(frame: pl.DataFrame, places: list[int], rows: int, texts: Sequence[str], row_id: str) -> pl.DataFrame:
+    """The first `rows` rows of endless repetitions; no repetition has the same `texts` as another.
 
     `places`: of each row of the frame in the test file, so that both files leave out the same rows.
     """
@@ -83,12 +77,12 @@ def _repeated(frame: pl.DataFrame, places: list[int], rows: int, texts: Sequence
     for turn in range(-(-rows // len(frame))):
         kept = [at for at, place in enumerate(places) if turn * len(frame) + place < rows]
         changed_texts = [_with_suffixes(frame[name], turn) for name in texts]
-        pieces.append(frame.with_columns(_ids(frame["id"], turn), *changed_texts)[kept])
+        pieces.append(frame.with_columns(_ids(frame[row_id], turn), *changed_texts)[kept])
     return pl.concat(pieces)
 
 
 def _ids(ids: pl.Series, turn: int) -> pl.Series:
-    """The ids of a repetition: none is one of another."""
+    """New ids for a repetition."""
     if turn == 0:
         return ids
     texts, numbers = ids.cast(pl.String), ids.cast(pl.Int64, strict=False)
@@ -103,24 +97,21 @@ def _ids(ids: pl.Series, turn: int) -> pl.Series:
 
 
 def _with_suffixes(cells: pl.Series, turn: int) -> pl.Series:
-    """The texts of a repetition, each with its number behind the last turn."""
+    """The texts of a repetition, with its number after the last turn."""
     if turn == 0:
         return cells
     ending = f" ({turn + 1})"
-    new_cells = [
-        _with_suffix(cell, ending) if isinstance(cell, list) else _text_with_suffix(cell, ending)
-        for cell in cells.to_list()
-    ]
-    return pl.Series(cells.name, new_cells, dtype=cells.dtype)
+    changed = _with_suffix if isinstance(cells.dtype, pl.List) else _text_with_suffix
+    return pl.Series(cells.name, [changed(cell, ending) for cell in cells.to_list()], dtype=cells.dtype)
 
 
-def _with_suffix(turns: list[str | None], ending: str) -> list[str | None]:
+def _with_suffix(turns: list[str | None] | None, ending: str) -> list[str | None]:
     *before, last = turns or [None]
     return [*before, (last or "") + ending]
 
 
 def _text_with_suffix(cell: str | None, ending: str) -> str:
-    """A list of turns in JSON stays one; what is none, a broken one too, is a text."""
+    """A JSON list of turns stays one; everything else, also broken JSON, is a text."""
     try:
         turns = parsed(cell or "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Stand-ins for Kaggle's image: environments with its packages, or with this one's, and without what Kaggle lacks."""
+"""Stand-ins for Kaggle's image: environments with its packages or this one's, without those that Kaggle lacks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
-from importlib.metadata import Distribution, distributions, requires
+from collections.abc import Collection
+from importlib.metadata import distributions, requires
 from pathlib import Path
 
 import uv
@@ -19,9 +19,10 @@ from packaging.version import Version
 from pairclf.console import console
 from pairclf.errors import PackagingError
 from pairclf.files import locked, write_text
-from pairclf.packaging.install_check import compile_pins, is_of_the_driver, tail
+from pairclf.packaging.commands import run_command
+from pairclf.packaging.image_profiles import read_profile
+from pairclf.packaging.install_check import compile_pins, is_of_the_driver
 from pairclf.packaging.interpreters import find_interpreter, full_version
-from pairclf.packaging.profiles import read_profile
 
 _FOR_COMPILERS = (".c", ".cuh", ".h", ".hpp", ".pyi")  # a third of the files, and no notebook reads them
 _RUNNER = ("ipykernel", "jupyter-client", "nbclient", "nbformat", "pip")  # what executes a notebook, and its `!pip`
@@ -91,14 +92,14 @@ def make_image(folder: Path, hidden: Collection[str], environment: Path | None =
 
 
 def image_environment(python: str, profile: Path, cache: Path) -> Path:
-    """An environment of that Python with the image's own versions, made once, and its interpreter.
+    """Make an environment of that Python with the image's versions, if it does not exist yet; returns its interpreter.
 
     It holds what pairclf asks for as far as the image has it, what that needs, and what executes a notebook; nothing
     that a wheelhouse carries. Local labels are dropped: it is torch 2.11.0 as the registry has it, not +cu128.
 
     Args:
         python: 3.12
-        profile: what the image holds; see `profiles.py`.
+        profile: what the image holds; see `image_profiles.py`.
         cache: folder for such environments, gigabytes each; one of the same Python and profile is used again, so it
             must not be changed: rehearse in a `make_image` of it.
 
@@ -114,12 +115,8 @@ def image_environment(python: str, profile: Path, cache: Path) -> Path:
     image = read_profile(python, profile)
     names = sorted({*(_required_projects(python) & image.versions.keys()), *_RUNNER})
     pins = {name: Version(version.public) for name, version in image.versions.items()}
-    key_parts = [
-        full_version(interpreter),
-        str(interpreter),
-        *names,
-        *(f"{name}=={pins[name]}" for name in sorted(pins)),
-    ]
+    key_parts = [full_version(interpreter), str(interpreter), *names]
+    key_parts += [f"{name}=={pins[name]}" for name in sorted(pins)]
     key = hashlib.sha256("\n".join(key_parts).encode()).hexdigest()[:12]
     folder = cache.resolve() / f"python{python}-{key}"
     with locked(folder.with_name(f"{folder.name}.lock")):
@@ -129,7 +126,7 @@ def image_environment(python: str, profile: Path, cache: Path) -> Path:
 
 
 def _required_projects(python: str) -> set[str]:
-    """Names of what pairclf asks for under that Python, without its extras."""
+    """Names of pairclf's requirements under that Python, without its extras."""
     environment = {"extra": "", "python_version": python}
     lines = [Requirement(line) for line in requires("pairclf") or ()]
     return {
@@ -142,7 +139,7 @@ def _required_projects(python: str) -> set[str]:
 def _install_environment(
     folder: Path, interpreter: Path, python: str, names: Collection[str], pins: dict[str, Version]
 ) -> None:
-    """Make the environment anew; `pins.txt` in it says what it holds."""
+    """Install the environment; `pins.txt` in it lists what it holds."""
     if folder.exists():  # of a process that was killed
         shutil.rmtree(folder)
     chosen = compile_pins(python, sorted(names), pins)
@@ -160,33 +157,23 @@ def _install_environment(
 
 
 def _run(what: str, *command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise PackagingError(
-            f"the stand-in for Kaggle's image could not be made, at {what}:\n{tail(done.stdout + done.stderr, 12)}",
-            remedy="it needs room on the disk, and for another Python than the running one a package registry",
-        )
-    return done.stdout
+    remedy = "it needs room on the disk, and for another Python than the running one a package registry"
+    return run_command(command, f"the stand-in for Kaggle's image could not be made, at {what}", remedy)
 
 
 def _site_folders(python: Path) -> list[Path]:
-    """An environment's site-packages; the first on its path comes first and wins."""
+    """An environment's site-packages; the first one takes precedence."""
     return [Path(line) for line in _run("look", str(python), "-I", "-c", _SITES).splitlines() if Path(line).is_dir()]
 
 
 def _files_of(projects: Collection[str], site: Path) -> set[Path]:
-    """Every file that the projects have below `site`, by their RECORD."""
+    """All files that the projects have below `site`, by their RECORD."""
     installed = (entry for entry in distributions(path=[str(site)]) if canonicalize_name(entry.name) in projects)
-    return {path for entry in installed for path in _files(entry)}
-
-
-def _files(distribution: Distribution) -> Iterator[Path]:
-    for entry in distribution.files or []:
-        yield Path(os.path.normpath(str(entry.locate())))
+    return {Path(os.path.normpath(str(file.locate()))) for entry in installed for file in entry.files or []}
 
 
 def _link_tree(source: Path, target: Path, left_out: Collection[Path]) -> None:
-    """Link the files of `source`, but those left out, the byte code beside those, and what only compilers read."""
+    """Link the files of `source`, except those left out, byte code beside them, and files for compilers."""
     emptied = {path.parent / "__pycache__" for path in left_out}
     for root, _, names in os.walk(source):
         folder = Path(root)
@@ -195,16 +182,12 @@ def _link_tree(source: Path, target: Path, left_out: Collection[Path]) -> None:
         for name in names:
             path, link = folder / name, target / folder.relative_to(source) / name
             if path.suffix not in _FOR_COMPILERS and path not in left_out and not link.exists():
-                _link(path, link)
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.symlink_to(source)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path)
 
 
 def needed_by(python: Path) -> list[Path]:
-    """The folders that an image's interpreter reads where `python` was the environment that it was made of.
+    """The folders that an image's interpreter reads, if the image was made of the environment of `python`.
 
     Those of the interpreter itself, and the environment's site-packages; what an editable install adds is not there.
     """

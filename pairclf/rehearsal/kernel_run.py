@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
-from typing import IO, Any
+from typing import Any
+
+import psutil
 
 from pairclf.console import Advance
 from pairclf.errors import PackagingError
-from pairclf.rehearsal import runner
+from pairclf.packaging.commands import tail
+from pairclf.rehearsal import cell_runner
 from pairclf.rehearsal.report import RehearsalReport
-from pairclf.rehearsal.resource_monitor import ResourceMonitor, bytes_below, descendants
+from pairclf.rehearsal.resource_monitor import ResourceMonitor, bytes_below, with_descendants
 from pairclf.rehearsal.sandbox import Sandbox
 from pairclf.rehearsal.workspace import LayoutDirs
 
@@ -30,14 +31,9 @@ _TAIL = 25
 
 @dataclass(frozen=True, slots=True)
 class KernelRun:
-    """A kernel to run.
+    """The code of a kernel, and how many of its cells run (None: all).
 
-    Attributes:
-        code: the kernel's file.
-        prelude: code to run before the first cell.
-        cells: number of cells to run; None: all.
-        late: seconds from the first cell until `fill` is called.
-        fill: fills the late mounts.
+    `prelude` runs before the first cell; `fill` fills the late mounts, `late` seconds after the first cell's start.
     """
 
     code: Path
@@ -56,7 +52,7 @@ def run_kernel(run: KernelRun, dirs: LayoutDirs, sandbox: Sandbox, report: Rehea
     workspace = dirs.workspace
     code = workspace.job / run.code.name
     shutil.copyfile(run.code, code)
-    plan = runner.Plan(
+    plan = cell_runner.Plan(
         code=str(code),
         inputs=str(dirs.input),
         results_folder=str(workspace.results_folder),
@@ -68,7 +64,8 @@ def run_kernel(run: KernelRun, dirs: LayoutDirs, sandbox: Sandbox, report: Rehea
     # Not in the home folder: a kernel that ran in another layout may have left a link there.
     plan_path = workspace.job / "plan.json"
     plan_path.write_text(json.dumps(plan), encoding="utf-8")
-    command = [*sandbox.prefix, str(workspace.python), "-I", str(Path(runner.__file__)), str(plan_path)]
+    python = workspace.image / "bin" / "python"
+    command = [*sandbox.prefix, str(python), "-I", str(Path(cell_runner.__file__)), str(plan_path)]
     log = workspace.top / "runner.log"
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -83,7 +80,7 @@ def run_kernel(run: KernelRun, dirs: LayoutDirs, sandbox: Sandbox, report: Rehea
         )
         _collect_events(process, run, dirs, sandbox, report, advance)
     if not report.failed and not report.killed and process.returncode != 0:
-        raise PackagingError(f"the kernel could not be run:\n{tail(log.read_text())}", where=run.code)
+        raise PackagingError(f"the kernel could not be run:\n{tail(log.read_text(), _TAIL)}", where=run.code)
 
 
 def _collect_events(
@@ -102,7 +99,7 @@ def _collect_events(
     )
     try:
         with monitor:
-            for event in _events(process.stdout):
+            for event in map(json.loads, process.stdout or ()):
                 _record_event(event, sandbox, report)
                 if "begun" in event and timer.ident is None:
                     timer.start()
@@ -114,17 +111,13 @@ def _collect_events(
         if timer.ident is not None:
             timer.join()
         if process.poll() is None:
-            for started in descendants(process.pid):  # a notebook's kernel has its own session
-                with suppress(ProcessLookupError):
-                    os.kill(started, signal.SIGKILL)
+            for started in with_descendants(process.pid):  # a notebook's kernel has its own session
+                with suppress(psutil.NoSuchProcess):
+                    started.kill()
             process.wait()
     report.memory_peak = max(report.memory_peak, monitor.peak)
     report.disk_peak = max(report.disk_peak, monitor.disk, bytes_below(dirs.workspace.results_folder))
     report.killed += monitor.killed
-
-
-def _events(lines: IO[str] | None) -> Iterator[dict[str, Any]]:
-    yield from map(json.loads, lines or ())
 
 
 def _record_event(event: Mapping[str, Any], sandbox: Sandbox, report: RehearsalReport) -> None:
@@ -145,10 +138,4 @@ def _record_event(event: Mapping[str, Any], sandbox: Sandbox, report: RehearsalR
     elif "cell" in event:
         report.seconds[f"cell {event['cell']}"] = event["seconds"]
         if event["failed"]:
-            report.failed, report.last_output = event["cell"], tail(event["output"])
-
-
-def tail(text: str) -> str:
-    """The last lines that are not empty."""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    return "\n".join(f"  {line}" for line in lines[-_TAIL:])
+            report.failed, report.last_output = event["cell"], tail(event["output"], _TAIL)

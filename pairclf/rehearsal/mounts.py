@@ -1,4 +1,4 @@
-"""What Kaggle mounts for a kernel, and where: the layouts that have been seen below /kaggle/input.
+"""What Kaggle mounts for a kernel, and the layouts of /kaggle/input that have been seen.
 
 flat    SLUG/                       MODEL/FRAMEWORK/INSTANCE/VERSION/
 typed   datasets/OWNER/SLUG/        competitions/SLUG/       models/OWNER/MODEL/FRAMEWORK/INSTANCE/VERSION/
@@ -14,18 +14,15 @@ from typing import Literal
 
 from pairclf.errors import PackagingError
 from pairclf.files import copy_file, link_or_copy
-from pairclf.packaging.metadata import DATASET_METADATA, INSTANCE_METADATA, MODEL_METADATA
-from pairclf.packaging.record import Build
+from pairclf.packaging.build_record import Build
+from pairclf.packaging.metadata import READ_BY_THE_CLIENT
 
 Kind = Literal["dataset", "competition", "model"]
-
-READ_BY_THE_CLIENT = (DATASET_METADATA, MODEL_METADATA, INSTANCE_METADATA)
-"""Files that Kaggle's client reads and does not upload."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One thing that a kernel attaches.
+    """A dataset, competition or model that a kernel attaches.
 
     Attributes:
         kind: of it.
@@ -40,29 +37,23 @@ class Mount:
     role: str
 
 
-def _flat(mount: Mount) -> str:
-    return mount.source if mount.kind == "competition" else mount.source.partition("/")[2]
-
-
-def _typed(mount: Mount) -> str:
-    return f"{mount.kind}s/{mount.source}"
-
-
-LAYOUTS: dict[str, Callable[[Mount], str]] = {"flat": _flat, "typed": _typed}
+LAYOUTS: dict[str, Callable[[Mount], str]] = {
+    "flat": lambda mount: mount.source if mount.kind == "competition" else mount.source.partition("/")[2],
+    "typed": lambda mount: f"{mount.kind}s/{mount.source}",
+}
 """Where a mount lies below the input."""
 
 
 def mounts_of(folder: Path, build: Build, competition: Mapping[str, Path], base: Path | None) -> list[Mount]:
-    """All that the kernel of a package attaches: payloads, competition, base model, in this order.
+    """All mounts of a package's kernel: payloads, competition, base model, in this order.
 
     Args:
-        folder: the package.
-        build: its record.
+        folder: of the package.
         competition: `{name: file}` of the competition's data.
-        base: folder of the base model, where one is attached.
+        base: folder of the base model, if one is attached.
 
     Raises:
-        PackagingError: something of it is not there.
+        PackagingError: something is missing.
     """
     mounts = []
     for part in build.parts:
@@ -91,23 +82,23 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def lay_out(inputs: Path, mounts: Sequence[Mount], layout: str) -> None:
-    """Make the mounts' folders, which are empty."""
+    """Make the folders of the mounts, still empty."""
     for mount in mounts:
         (inputs / LAYOUTS[layout](mount)).mkdir(parents=True, exist_ok=True)
 
 
 def fill(inputs: Path, mount: Mount, layout: str, *, copies: bool) -> None:
-    """Put a mount's files into its folder.
+    """Put a mount's files into its folder below `inputs`.
 
-    Args:
-        inputs: the folder of all mounts.
-        mount: whose.
-        layout: key of `LAYOUTS`.
-        copies: no hard links: what keeps the kernel from writing is not the mount, and a link's file is the package's.
+    `copies`: no hard links, as the kernel could write to the package's files through them.
     """
-    top = inputs / LAYOUTS[layout](mount)
-    for name, source in mount.files.items():
-        target = top / PurePosixPath(name)
+    place(mount.files, inputs / LAYOUTS[layout](mount), copies=copies)
+
+
+def place(files: Mapping[str, Path], folder: Path, *, copies: bool = False) -> None:
+    """Link or copy files to their paths below a folder."""
+    for name, source in files.items():
+        target = folder / PurePosixPath(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         if copies or source.stat().st_uid != os.geteuid():  # another's may not be readable without root's rights
             copy_file(source, target)

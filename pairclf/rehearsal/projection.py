@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pairclf.console import counted
-from pairclf.files import link_or_copy
 from pairclf.hardware import MACHINES, PROFILES
 from pairclf.inference.forecast import total_seconds
-from pairclf.packaging.record import Build
-from pairclf.rehearsal.mounts import READ_BY_THE_CLIENT
+from pairclf.packaging.build_record import Build
+from pairclf.rehearsal.mounts import Mount, place
 from pairclf.rehearsal.report import Projection, RehearsalReport
 from pairclf.task import hidden_rows
 
@@ -27,15 +26,13 @@ MIN_GROWING_SHARE = 0.1
 def project_hidden_test(
     report: RehearsalReport, build: Build, bundles: Sequence[Path], test: Path, rows: int | None, base: Path | None
 ) -> Iterator[Projection]:
-    """Projections: as measured here and, if its profile is known, as simulated for Kaggle's machine, which decides.
+    """Project the duration: from the measured one and, if its profile is known, simulated for Kaggle's machine.
 
     Args:
-        report: of the run.
-        build: what was run.
         bundles: their folders, or the ensemble's file.
         test: file with rows like the hidden ones.
-        rows: how many there will be; None: as `hidden_rows` of the competition.
-        base: folder of the base model, where the package attaches one.
+        rows: of the hidden test; None: `hidden_rows` of the competition.
+        base: folder of the base model, if the package attaches one.
 
     Raises:
         ModelError: the model does not fit on Kaggle's machine.
@@ -65,16 +62,13 @@ def project_hidden_test(
         )
 
 
-def link_bundles(folder: Path, build: Build, target: Path) -> list[Path]:
-    """Put the bundles together from the parts of the payload; by hard links, as a bundle holds no symbolic ones.
+def link_bundles(mounts: Sequence[Mount], build: Build, target: Path) -> list[Path]:
+    """Put the bundles together from the parts of the payload, by hard links: a bundle may hold no symbolic ones.
 
     Returns:
         The ensemble's file, or the bundles' folders.
     """
-    for part in build.of("bundle"):
-        for path in sorted((folder / part.folder).rglob("*")):
-            if path.is_file() and path.name not in READ_BY_THE_CLIENT:
-                link = target / path.relative_to(folder / part.folder)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link_or_copy(path.resolve(), link)
+    for mount in mounts:
+        if mount.role == "bundle":
+            place(mount.files, target)
     return sorted(target.glob("*.yaml")) or [target / bundle.folder for bundle in build.bundles]

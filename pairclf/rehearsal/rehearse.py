@@ -1,4 +1,4 @@
-"""`rehearse`: the package's kernel, executed as Kaggle's hidden rerun would execute it, and judged."""
+"""`rehearse`: execute the package's kernel as Kaggle's hidden rerun would, and check the result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -21,27 +21,19 @@ from pairclf.errors import ModelError, PackagingError
 from pairclf.files import atomic_file, is_regular, locked, private_folder, refuse_special_files, sha256_file
 from pairclf.hardware import MACHINES
 from pairclf.inference.deadline import seconds_until
+from pairclf.packaging.build_record import Build, is_own, own_note, read_build
 from pairclf.packaging.metadata import KERNEL
 from pairclf.packaging.payload import verify_package
-from pairclf.packaging.record import Build, is_own, read_build
 from pairclf.rehearsal import gateway
-from pairclf.rehearsal.checks import RunChecks
-from pairclf.rehearsal.faults import FAULTS, InjectedFault, spoil_file
-from pairclf.rehearsal.hidden_test import enlarge, read_raw
+from pairclf.rehearsal.cell_runner import EXECUTED, HEAD, PRINTED
+from pairclf.rehearsal.faults import FAULTS, InjectedFault
+from pairclf.rehearsal.hidden_test import enlarge, read_raw, write_raw
 from pairclf.rehearsal.kernel_run import SCORES, SERVED, SUBMISSION, KernelRun, run_kernel
 from pairclf.rehearsal.mounts import LAYOUTS, Mount, mounts_of
 from pairclf.rehearsal.projection import link_bundles, project_hidden_test
-from pairclf.rehearsal.report import (
-    REHEARSAL,
-    REPORT,
-    RehearsalReport,
-    RehearsalReports,
-    read_report,
-    rehearsal_path,
-    write_report,
-)
+from pairclf.rehearsal.report import REHEARSAL, REPORT, RehearsalReport, RehearsalReports, read_report, write_report
 from pairclf.rehearsal.resource_monitor import GB
-from pairclf.rehearsal.runner import EXECUTED, HEAD, PRINTED
+from pairclf.rehearsal.result_checks import RunChecks
 from pairclf.rehearsal.workspace import THIS_ENVIRONMENT, LayoutDirs, Workspace, build_image, workspace
 from pairclf.signals import answering
 
@@ -92,7 +84,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class _Rehearsal:
-    """What all runs of a call have in common."""
+    """The settings that all runs of a rehearsal share."""
 
     folder: Path
     build: Build
@@ -136,16 +128,15 @@ def rehearse(folder: Path, options: Options) -> RehearsalReports:
     rehearsal = _construct(folder, options)
     names: list[str | None] = [*options.inject] or [None]
     with locked(rehearsal.out / _LOCK), _interruptible():
-        if any(name and FAULTS[name].needs_undisturbed_run for name in names) and not _rehearsed(rehearsal):
+        if any(name and FAULTS[name].same_scores for name in names) and not _rehearsed(rehearsal):
             names.insert(0, None)
-        reports = RehearsalReports([_run(rehearsal, name) for name in names])
+        reports = RehearsalReports([_rehearse_once(rehearsal, name) for name in names])
     if not reports.passed:
         console.print(reports.render())
-        lines = [
-            f"{report.fault or report.kernel}: {problem}" for report in reports.runs for problem in report.problems
-        ]
+        problems = [(run.fault or run.kernel, problem) for run in reports.runs for problem in run.problems]
+        lines = "\n".join(f"  {name}: {problem}" for name, problem in problems)
         raise PackagingError(
-            "the rehearsal did not end as it must:\n" + "\n".join(f"  {line}" for line in lines),
+            f"the rehearsal did not end as it must:\n{lines}",
             where=rehearsal.out,
             remedy=f"{EXECUTED} (of a script {PRINTED}; of a fault or trial with its name) holds all that was printed",
         )
@@ -154,7 +145,7 @@ def rehearse(folder: Path, options: Options) -> RehearsalReports:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` at SIGTERM too, so that all is cleared away. Signals are the main thread's."""
+    """Raise `KeyboardInterrupt` at SIGTERM too, so that everything is cleared up. Only the main thread gets signals."""
     if current_thread() is not main_thread():
         yield
         return
@@ -166,13 +157,14 @@ def _interruptible() -> Iterator[None]:
 
 
 def _construct(folder: Path, options: Options) -> _Rehearsal:
-    """Everything that can be refused before anything is run."""
+    """Check everything that can be checked before the first run."""
     build = _without_strange_paths(read_build(folder))
     if options.out is not None and options.out.exists():
         refuse_special_files(options.out)
-    image = _image(build, options)
+    pythons = build.package.python_versions
+    image = options.image or (THIS_ENVIRONMENT if _RUNNING in pythons else pythons[0])
     _check_options(build, options, image)
-    private_folder(rehearsal_path(build.identity).parent)  # found out now, and not after the run
+    private_folder(own_note("rehearsals", build.identity).parent)  # found out now, and not after the run
     verify_package(folder, build)
     test, sample = options.test or build.test, options.sample or build.sample
     if test is None or sample is None:
@@ -202,7 +194,7 @@ def _construct(folder: Path, options: Options) -> _Rehearsal:
 
 
 def _without_strange_paths(build: Build) -> Build:
-    """The record as it is where this machine packaged it; else without the files outside the package that it names."""
+    """The record, without files outside the package if another machine wrote it."""
     if is_own(build):
         return build
     console.print(
@@ -211,12 +203,6 @@ def _without_strange_paths(build: Build) -> Build:
     )
     package = build.package.model_copy(update={"image_freezes": None})
     return build.model_copy(update={"test": None, "sample": None, "package": package})
-
-
-def _image(build: Build, options: Options) -> str:
-    if options.image is not None:
-        return options.image
-    return THIS_ENVIRONMENT if _RUNNING in build.package.python_versions else build.package.python_versions[0]
 
 
 def _check_options(build: Build, options: Options, image: str) -> None:
@@ -239,44 +225,38 @@ def _check_options(build: Build, options: Options, image: str) -> None:
 
 
 def _rehearsed(rehearsal: _Rehearsal) -> bool:
-    """Whether an undisturbed run of this build on these rows lies in `out`, and this machine made it."""
-    path, own = rehearsal.out / REPORT, rehearsal_path(rehearsal.build.identity)
+    """Whether `out` has the report of an undisturbed run of this build on these rows, and this machine wrote it."""
+    path, own = rehearsal.out / REPORT, own_note("rehearsals", rehearsal.build.identity)
     if not all(map(is_regular, (path, own, rehearsal.out / SUBMISSION))):
         return False
     report = read_report(path)
-    return (
-        report.passed
-        and report == read_report(own)
-        and report.build == rehearsal.build.identity
-        and report.inputs == rehearsal.inputs
-    )
+    same = (report.build, report.inputs) == (rehearsal.build.identity, rehearsal.inputs)
+    return report.passed and same and report == read_report(own)
 
 
 # --- set up and run --------------------------------------------------------------------------------------------------
 
 
-def _run(rehearsal: _Rehearsal, name: str | None) -> RehearsalReport:
-    """One run of the kernel, and its report in `out`."""
-    fault = FAULTS[name] if name else None
-    report = _empty_report(rehearsal, name, fault)
-    with workspace() as stage:
-        with _timed(report, "input laid out"):
-            inputs = _set_up(rehearsal, stage, fault)
-            report.rows = read_raw(inputs.sample).height
-        with _timed(report, "image made"):
+def _rehearse_once(rehearsal: _Rehearsal, name: str | None) -> RehearsalReport:
+    """Run the kernel once, and leave the report in `out`."""
+    with workspace() as own:
+        run = _Run(rehearsal, FAULTS[name] if name else None, _empty_report(rehearsal, name), own)
+        report = run.report
+        with run.timed("input laid out"):
+            run.make_inputs()
+        with run.timed("image made"):
             wheels = [rehearsal.folder / part.folder for part in rehearsal.build.of("wheels")]
-            hook = _hook(fault, report)
-            build_image(stage, rehearsal.image, rehearsal.build.package.image_freezes, wheels, hook)
-        with progress(f"rehearsing {name or report.kernel}", _cells(rehearsal, report)) as advance:
+            build_image(own, rehearsal.image, rehearsal.build.package.image_freezes, wheels, run.hook())
+        with progress(f"rehearsing {name or report.kernel}", run.count_cells()) as advance:
             for layout in report.layouts:
-                _run_layout(rehearsal, inputs, stage.layout_dirs(layout), fault, report, advance)
+                run.run_layout(own.layout_dirs(layout), advance)
                 if report.failed:
                     break
-        _check_and_keep(rehearsal, stage, inputs, fault, report)
+        run.check_and_keep()
     return report
 
 
-def _empty_report(rehearsal: _Rehearsal, name: str | None, fault: InjectedFault | None) -> RehearsalReport:
+def _empty_report(rehearsal: _Rehearsal, name: str | None) -> RehearsalReport:
     build, options = rehearsal.build, rehearsal.options
     whole, *others = options.layouts
     return RehearsalReport(
@@ -288,149 +268,132 @@ def _empty_report(rehearsal: _Rehearsal, name: str | None, fault: InjectedFault 
         rows=0,
         rerun=not options.commit,
         image="versions of this environment" if rehearsal.image == THIS_ENVIRONMENT else "the image's versions",
-        layouts=[*others, whole] if fault is None else [whole],
+        layouts=[*others, whole] if name is None else [whole],
         # What faults are compared with is no trial.
-        speed=1.0 if fault is None and options.inject else options.speed,
+        speed=1.0 if name is None and options.inject else options.speed,
         hours=build.package.limit / 3600,
         deadline=rehearsal.deadline,
         memory_limit=rehearsal.memory,
         disk_limit=rehearsal.disk,
-        **({} if fault is None else {"expected": fault.expected}),
+        **({} if name is None else {"expected": FAULTS[name].expected}),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _RunInputs:
-    """What a run gets to see: its mounts, the sample submission among them, and what was spoiled."""
+@dataclass(slots=True)
+class _Run:
+    """One run of the kernel, with a fault or without.
 
-    sample: Path
-    mounts: list[Mount]
-    spoiled: str
-
-
-def _set_up(rehearsal: _Rehearsal, workspace: Workspace, fault: InjectedFault | None) -> _RunInputs:
-    """Make the competition's files and all mounts, spoiled as the fault has it."""
-    build, test, sample = rehearsal.build, rehearsal.test, rehearsal.sample
-    rows = rehearsal.options.rows
-    if rows is not None:
-        test, sample = enlarge(test, sample, rows, workspace.generated, build.task.fields)
-    if fault and fault.spoil_rows:
-        spoiled_test = workspace.generated / f"spoiled{test.suffix}"
-        shutil.copyfile(test, spoiled_test)
-        spoil_file(spoiled_test, build.task.fields, fault.spoil_rows)
-        test = spoiled_test
-    competition = {f"test{test.suffix}": test.resolve(), f"sample_submission{sample.suffix}": sample.resolve()}
-    if build.package.kernel_type == "server":
-        competition |= _gateway(workspace)
-    mounts = mounts_of(rehearsal.folder, build, competition, rehearsal.options.base)
-    if fault and fault.spoil_mounts:
-        return _RunInputs(sample, *fault.spoil_mounts(mounts, workspace.generated))
-    return _RunInputs(sample, mounts, "")
-
-
-def _gateway(workspace: Workspace) -> dict[str, Path]:
-    """A stand-in for the package through which a competition asks batch by batch."""
-    empty = workspace.generated / "__init__.py"
-    empty.touch()
-    top = "kaggle_evaluation"
-    return {f"{top}/__init__.py": empty, f"{top}/default_inference_server.py": Path(gateway.__file__)}
-
-
-def _hook(fault: InjectedFault | None, report: RehearsalReport) -> str:
-    """Text of the module that the fault needs in every process; empty: none."""
-    if fault is None or not fault.hook:
-        return ""
-    return fault.module(FITTING_SHARE, seconds=SLOWDOWN * report.deadline / report.speed / report.rows)
-
-
-def _cells(rehearsal: _Rehearsal, report: RehearsalReport) -> int:
-    """How many cells will run in all layouts."""
-    text = (rehearsal.folder / KERNEL / report.kernel).read_text(encoding="utf-8")
-    if report.kernel.endswith(".py"):
-        count = len(HEAD.findall(text))
-    else:
-        count = sum(cell["cell_type"] == "code" for cell in json.loads(text)["cells"])
-    return count + len(report.layouts) - 1
-
-
-def _run_layout(
-    rehearsal: _Rehearsal,
-    inputs: _RunInputs,
-    dirs: LayoutDirs,
-    fault: InjectedFault | None,
-    report: RehearsalReport,
-    advance: Advance,
-) -> None:
-    """Run the kernel in one layout: the last one whole with its first mount late, others with all mounts late.
-
-    Where a fault hurries the kernel's waits, no mount is late.
+    Attributes:
+        sample: the sample submission that the kernel sees.
+        mounts: all that the kernel sees.
+        spoiled: file that the fault has changed, or the kind of mount that it has emptied.
     """
-    whole = dirs.layout == report.layouts[-1]
-    sandbox = dirs.sandbox(rehearsal.disk)
-    late = inputs.mounts[:1] if whole else inputs.mounts
-    if fault is not None and fault.skips_waits:
-        late = []
-    dirs.mount(inputs.mounts, late, sandbox)
-    run_kernel(
-        KernelRun(
+
+    rehearsal: _Rehearsal
+    fault: InjectedFault | None
+    report: RehearsalReport
+    workspace: Workspace
+    sample: Path = Path()
+    mounts: list[Mount] = field(default_factory=list)
+    spoiled: str = ""
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.report.seconds[stage] = time.perf_counter() - start
+
+    def make_inputs(self) -> None:
+        """Make the competition's files and all mounts, spoiled as the fault has it."""
+        rehearsal, fault, generated = self.rehearsal, self.fault, self.workspace.generated
+        build, test, sample = rehearsal.build, rehearsal.test, rehearsal.sample
+        rows, fields = rehearsal.options.rows, [build.columns.get(name) or name for name in build.task.fields]
+        if rows is not None:
+            ids = build.columns.get("id") or "id", build.submission.id or "id"
+            test, sample = enlarge(test, sample, rows, generated, fields, ids)
+        if fault and fault.spoil_rows:
+            spoiled_test = generated / f"spoiled{test.suffix}"
+            write_raw(spoiled_test, fault.spoil_rows(read_raw(test), fields))
+            test = spoiled_test
+        competition = {f"test{test.suffix}": test.resolve(), f"sample_submission{sample.suffix}": sample.resolve()}
+        if build.package.kernel_type == "server":  # it gets a stand-in for the package through which Kaggle asks
+            empty = generated / "__init__.py"
+            empty.touch()
+            server = {"__init__.py": empty, "default_inference_server.py": Path(gateway.__file__)}
+            competition |= {f"kaggle_evaluation/{name}": path for name, path in server.items()}
+        self.mounts = mounts_of(rehearsal.folder, build, competition, rehearsal.options.base)
+        if fault and fault.spoil_mounts:
+            self.mounts, self.spoiled = fault.spoil_mounts(self.mounts, generated)
+        self.sample, self.report.rows = sample, read_raw(sample).height
+
+    def hook(self) -> str:
+        """Text of the module that the fault needs in every process; empty: none."""
+        if self.fault is None or not self.fault.hook:
+            return ""
+        report = self.report
+        return self.fault.module(FITTING_SHARE, seconds=SLOWDOWN * report.deadline / report.speed / report.rows)
+
+    def count_cells(self) -> int:
+        """How many cells will run in all layouts."""
+        report = self.report
+        text = (self.rehearsal.folder / KERNEL / report.kernel).read_text(encoding="utf-8")
+        if report.kernel.endswith(".py"):
+            count = len(HEAD.findall(text))
+        else:
+            count = sum(cell["cell_type"] == "code" for cell in json.loads(text)["cells"])
+        return count + len(report.layouts) - 1
+
+    def run_layout(self, dirs: LayoutDirs, advance: Advance) -> None:
+        """Run the kernel in one layout: the last one whole with its first mount late, others with all mounts late.
+
+        Where a fault hurries the kernel's waits, no mount is late.
+        """
+        rehearsal, report, fault = self.rehearsal, self.report, self.fault
+        whole = dirs.layout == report.layouts[-1]
+        sandbox = dirs.sandbox(rehearsal.disk)
+        late = self.mounts[:1] if whole else self.mounts
+        if fault is not None and fault.skips_waits:
+            late = []
+        dirs.mount(self.mounts, late, sandbox)
+        kernel = KernelRun(
             code=rehearsal.folder / KERNEL / report.kernel,
             prelude=fault.prelude if fault else "",
             cells=None if whole else 1,
             late=rehearsal.options.late / report.speed,
             fill=lambda: dirs.fill(late, sandbox),
-        ),
-        dirs,
-        sandbox,
-        report,
-        advance,
-    )
+        )
+        run_kernel(kernel, dirs, sandbox, report, advance)
 
+    def check_and_keep(self) -> None:
+        """Check what the run left, and keep it."""
+        out, report, results = self.rehearsal.out, self.report, self.workspace.results_folder
+        if self.fault is None and not report.failed:
+            with self.timed("forecast"):
+                self._project()
+        with self.timed("check"):
+            report.problems += [f"the kernel left {name}, which is no file" for name in self.workspace.discard_others()]
+            checks = RunChecks(self.rehearsal.build, self.sample, self.fault, self.spoiled, out / SUBMISSION)
+            checks.check(self.workspace, report)
+        # Where files are not hidden from the kernel, it could have put a link there meanwhile.
+        refuse_special_files(self.rehearsal.folder if self.rehearsal.options.out is None else out)
+        for name in (SUBMISSION, SCORES, SERVED, EXECUTED, PRINTED):
+            target = out / f"{Path(name).stem}{report.ending}{Path(name).suffix}"
+            target.unlink(missing_ok=True)
+            if (results / name).is_file():
+                with atomic_file(target) as temporary:
+                    shutil.copyfile(results / name, temporary)
+        write_report(out, report)
 
-# --- judge -----------------------------------------------------------------------------------------------------------
-
-
-def _check_and_keep(
-    rehearsal: _Rehearsal,
-    workspace: Workspace,
-    inputs: _RunInputs,
-    fault: InjectedFault | None,
-    report: RehearsalReport,
-) -> None:
-    """Judge the run, and keep what it left."""
-    if fault is None and not report.failed:
-        with _timed(report, "forecast"):
-            _project(rehearsal, workspace, report)
-    with _timed(report, "check"):
-        report.problems += [f"the kernel left {name}, which is no file" for name in workspace.discard_others()]
-        judge = RunChecks(rehearsal.build, inputs.sample, fault, inputs.spoiled, rehearsal.out / SUBMISSION)
-        judge.check(workspace, report)
-    # Where files are not hidden from the kernel, it could have put a link there meanwhile.
-    refuse_special_files(rehearsal.folder if rehearsal.options.out is None else rehearsal.out)
-    for name in (SUBMISSION, SCORES, SERVED, EXECUTED, PRINTED):
-        target = rehearsal.out / f"{Path(name).stem}{report.ending}{Path(name).suffix}"
-        target.unlink(missing_ok=True)
-        if (workspace.results_folder / name).is_file():
-            with atomic_file(target) as temporary:
-                shutil.copyfile(workspace.results_folder / name, temporary)
-    write_report(rehearsal.out, report)
-
-
-def _project(rehearsal: _Rehearsal, workspace: Workspace, report: RehearsalReport) -> None:
-    """What the hidden test would take, here and on Kaggle's machine; a model that does not fit there is a problem."""
-    build, options = rehearsal.build, rehearsal.options
-    bundles = link_bundles(rehearsal.folder, build, workspace.generated / "bundles")
-    console.quiet = True  # the bars of the rows that it reads are another command's
-    try:
-        for projection in project_hidden_test(report, build, bundles, rehearsal.test, options.rows, options.base):
-            report.projections.append(projection)
-    except ModelError as error:
-        report.problems.append(f"on Kaggle's machine: {error}")
-    finally:
-        console.quiet = False
-
-
-@contextmanager
-def _timed(report: RehearsalReport, stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    report.seconds[stage] = time.perf_counter() - start
+    def _project(self) -> None:
+        """Project the hidden test to this machine and Kaggle's; a model that does not fit there is a problem."""
+        build, options, report = self.rehearsal.build, self.rehearsal.options, self.report
+        bundles = link_bundles(self.mounts, build, self.workspace.generated / "bundles")
+        console.quiet = True  # the bars of the rows that it reads are another command's
+        try:
+            rows, base = options.rows, options.base
+            for projection in project_hidden_test(report, build, bundles, self.rehearsal.test, rows, base):
+                report.projections.append(projection)
+        except ModelError as error:
+            report.problems.append(f"on Kaggle's machine: {error}")
+        finally:
+            console.quiet = False

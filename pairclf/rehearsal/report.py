@@ -6,7 +6,7 @@ under the build's identity. `push` reads the second one, as a package's author c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,16 @@ from rich.table import Table
 from pairclf.config import Section, checked
 from pairclf.console import counted, table
 from pairclf.errors import PackagingError
-from pairclf.files import is_regular, state_folder, write_private, write_text
+from pairclf.files import is_regular, write_private, write_text
 from pairclf.inference.deadline import format_duration
-from pairclf.packaging.record import parse_json, read_build
+from pairclf.packaging.build_record import own_note, parse_json, read_build
 from pairclf.rehearsal.resource_monitor import GB
 
 REHEARSAL, REPORT = "rehearsal", "report.json"
 
 
 class Parity(Section):
-    """A bundle's probe rows, scored by the kernel."""
+    """How far the kernel's logits of a bundle's probe rows are from the validated ones."""
 
     bundle: str = Field(description="its folder in the payload")
     rows: int = Field(0, description="that were scored again")
@@ -40,7 +40,7 @@ class Parity(Section):
 
 
 class ScoredRows(Section):
-    """Rows of the submission by the scores behind them."""
+    """How many rows of the submission have which scores."""
 
     both_orders: int = Field(description="scored in both orders, or in the only one that the task has")
     one_order: int = Field(description="scored in one order of two")
@@ -64,7 +64,7 @@ class Projection(Section):
 
 
 class RehearsalReport(Section):
-    """One run of a package's kernel. Seconds are those of the clock on the wall, bytes those of a disk."""
+    """One run of a package's kernel. Seconds are wall time."""
 
     pairclf: str = Field(description="version")
     build: str = Field(description="identity of the package")
@@ -115,52 +115,51 @@ class RehearsalReport(Section):
     def render(self) -> Table:
         """A table of everything but the problems, at most 80 wide with names of usual length."""
         summary = table(f"Rehearsal of {self.kernel}" + (f": {self.fault}" if self.fault else ""), "", "")
-        if self.fault:
-            summary.add_row("expected", self.expected)
-            summary.add_row("affected", ", ".join(self.affected))
-        summary.add_row("image", f"{self.image}, Python {self.python}")
-        summary.add_row("as", "the hidden rerun" if self.rerun else "a notebook that is saved")
-        summary.add_row("mounts", ", ".join(self.layouts))
-        self._render_time(summary)
-        summary.add_row("memory", _usage(self.memory_peak, self.memory_limit))
-        summary.add_row("working folder", _usage(self.disk_peak, self.disk_limit))
-        summary.add_row("its limit", self.working)
-        summary.add_row("network", self.network)
-        summary.add_row("input", self.input)
-        summary.add_row("other files", self.files)
-        self._render_result(summary)
+        for name, value in [*self._setting_rows(), *self._time_rows(), *self._limit_rows(), *self._result_rows()]:
+            summary.add_row(name, value)
         return summary
 
-    def _render_time(self, summary: Table) -> None:
-        for stage, seconds in self.seconds.items():
-            summary.add_row(stage, f"{seconds:.1f} s")
-        at = "" if self.speed == 1 else f" at {self.speed:.3g}x"
-        limit = self.hours * 3600
-        summary.add_row(
-            "the kernel",
-            f"{self.notebook:.1f} s of {format_duration(limit)}{at}, {self.notebook * self.speed / limit:.0%}",
-        )
-        for projection in self.projections:
-            share = f", {projection.total / self.deadline:.0%}" if projection.judged else ""
-            most = "at most " if projection.at_most else ""
-            duration = f"{most}{format_duration(projection.total)} of {format_duration(self.deadline)}{share}"
-            summary.add_row(
-                f"{counted(projection.rows, 'row')} " + ("here" if projection.at_most else f"on {projection.machine}"),
-                duration,
-            )
+    def _setting_rows(self) -> Iterator[tuple[str, str]]:
+        if self.fault:
+            yield "expected", self.expected
+            yield "affected", ", ".join(self.affected)
+        yield "image", f"{self.image}, Python {self.python}"
+        yield "as", "the hidden rerun" if self.rerun else "a notebook that is saved"
+        yield "mounts", ", ".join(self.layouts)
 
-    def _render_result(self, summary: Table) -> None:
+    def _time_rows(self) -> Iterator[tuple[str, str]]:
+        for stage, seconds in self.seconds.items():
+            yield stage, f"{seconds:.1f} s"
+        limit, at = self.hours * 3600, "" if self.speed == 1 else f" at {self.speed:.3g}x"
+        share = f"{self.notebook * self.speed / limit:.0%}"
+        yield "the kernel", f"{self.notebook:.1f} s of {format_duration(limit)}{at}, {share}"
+        for projection in self.projections:
+            place = "here" if projection.at_most else f"on {projection.machine}"
+            most = "at most " if projection.at_most else ""
+            share = f", {projection.total / self.deadline:.0%}" if projection.judged else ""
+            duration = f"{format_duration(projection.total)} of {format_duration(self.deadline)}"
+            yield f"{counted(projection.rows, 'row')} {place}", f"{most}{duration}{share}"
+
+    def _limit_rows(self) -> Iterator[tuple[str, str]]:
+        yield "memory", _usage(self.memory_peak, self.memory_limit)
+        yield "working folder", _usage(self.disk_peak, self.disk_limit)
+        yield "its limit", self.working
+        yield "network", self.network
+        yield "input", self.input
+        yield "other files", self.files
+
+    def _result_rows(self) -> Iterator[tuple[str, str]]:
         for bundle in self.parity:
             result = "not scored" if bundle.difference is None else f"{bundle.difference:.0e} of {bundle.tolerance:.0e}"
-            summary.add_row(f"probes of {bundle.bundle}", result + ("" if bundle.holds else ", FAILED"))
+            yield f"probes of {bundle.bundle}", result + ("" if bundle.holds else ", FAILED")
         if self.submission:
-            summary.add_row("submission", f"{counted(self.submission['rows'], 'row')}, ids in the sample's order")
+            yield "submission", f"{counted(self.submission['rows'], 'row')}, ids in the sample's order"
             for name, mean in self.submission["means"].items():
-                summary.add_row(f"mean {name}", f"{mean:.4f}")
+                yield f"mean {name}", f"{mean:.4f}"
         if self.scored:
             full, one_order, prior = self.scored.both_orders, self.scored.one_order, self.scored.prior
-            summary.add_row("rows scored", f"{full:,} in full, {one_order:,} in one order, {prior:,} prior")
-        summary.add_row("verdict", "passed" if self.passed else "NOT PASSED")
+            yield "rows scored", f"{full:,} in full, {one_order:,} in one order, {prior:,} prior"
+        yield "verdict", "passed" if self.passed else "NOT PASSED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,12 +205,7 @@ def write_report(folder: Path, report: RehearsalReport) -> None:
     text = report.model_dump_json(indent=2) + "\n"
     write_text(folder / f"report{report.ending}.json", text)
     if not report.ending:
-        write_private(rehearsal_path(report.build), text)
-
-
-def rehearsal_path(identity: str) -> Path:
-    """Where this machine keeps the report of its last rehearsal of a build."""
-    return state_folder() / "rehearsals" / f"{identity}.json"
+        write_private(own_note("rehearsals", report.build), text)
 
 
 def read_report(path: Path) -> RehearsalReport:
@@ -229,7 +223,7 @@ def read_passed(build: Path) -> RehearsalReport:
         PackagingError: there is none, and nothing must be pushed; says why.
     """
     record = read_build(build)
-    path, remedy = rehearsal_path(record.identity), f"run `pairclf rehearse {build}`"
+    path, remedy = own_note("rehearsals", record.identity), f"run `pairclf rehearse {build}`"
     if not is_regular(path):
         hint = f"; {REHEARSAL}/{REPORT} in it does not count, as anybody can write that file"
         raise PackagingError(

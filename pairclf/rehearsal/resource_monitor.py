@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 
+import psutil
+
 PERIOD = 0.2
 """Seconds between two measurements."""
 
 GB = 1_000_000_000
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class ResourceMonitor:
@@ -54,7 +52,7 @@ class ResourceMonitor:
 
     def _watch(self) -> None:
         while not self._over.wait(PERIOD):
-            memory = {process: memory_of(process) for process in descendants(self._process)}
+            memory = {process: memory_of(process) for process in with_descendants(self._process)}
             total, size = sum(memory.values()), bytes_below(_path_inside(self._process, self._working))
             self.peak, self.disk = max(self.peak, total), max(self.disk, size)
             if total > self._memory:
@@ -63,44 +61,32 @@ class ResourceMonitor:
                 self._kill(memory, f"working folder of {self._disk / GB:,.2f} GB", size)
                 self._disk = float("inf")  # killing frees no disk: report it once
 
-    def _kill(self, memory: dict[int, int], limit: str, used: int) -> None:
+    def _kill(self, memory: dict[psutil.Process, int], limit: str, used: int) -> None:
         largest = max(list(memory)[self._ours :], key=lambda process: memory[process], default=None)
         if largest is None:
             return
-        with suppress(ProcessLookupError):  # it has ended
-            os.kill(largest, signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            largest.kill()
             what = f"{used / GB:,.2f} GB in a {limit}: killed the largest process, with {memory[largest] / GB:,.2f} GB"
             self.killed.append(what)
 
 
-def descendants(process: int) -> list[int]:
-    """A process and all its descendants."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for number, parent in _parents():
-        children[parent].append(number)
-    processes = [process]
-    for parent in processes:
-        processes += children[parent]
-    return processes
+def with_descendants(number: int) -> list[psutil.Process]:
+    """A process and all its descendants, each after its parent; none if it has ended."""
+    try:
+        process = psutil.Process(number)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
-def _parents() -> Iterator[tuple[int, int]]:
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):  # it ended meanwhile
-                # The program's name is in brackets, and may contain brackets.
-                yield int(entry.name), int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-
-
-def memory_of(process: int) -> int:
-    """Memory of a process in bytes, with its share of shared pages; 0 if it has ended."""
-    folder = Path("/proc", str(process))
-    with suppress(OSError):  # before Linux 4.14, or not permitted
-        for line in (folder / "smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    with suppress(OSError):
-        return int((folder / "statm").read_text().split()[1]) * _PAGE
+def memory_of(process: psutil.Process) -> int:
+    """Memory of a process in bytes, with its share of shared pages if that is permitted; 0 if it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        try:
+            return int(process.memory_full_info().pss)
+        except psutil.AccessDenied:
+            return int(process.memory_info().rss)
     return 0
 
 

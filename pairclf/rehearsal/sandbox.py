@@ -1,6 +1,6 @@
-"""No network, a read-only input, a small disk, nothing else of this machine: by namespaces where the system has them.
+"""The sandbox of a kernel: no network, a read-only input, a small disk, no other files of this machine.
 
-Where it has none, weaker means stand in: they keep a kernel from doing harm by mistake, and no kernel that means it.
+It uses namespaces if the system has them. Otherwise weaker means prevent harm by mistake, but not by intent.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pairclf.console import console
-from pairclf.rehearsal import confine
+from pairclf.rehearsal import isolated_root
 
 _NAMESPACES = ("--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child")
 _GUARD_MODULE = "pairclf_network_guard"
@@ -51,7 +50,7 @@ sys.addaudithook(_refuse)
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """How a command is kept from the network, from its input and from filling the disk; the words are for the report.
+    """How a command is kept from the network, the input, other files and a full disk; the texts are for the report.
 
     Attributes:
         prefix: of the command.
@@ -67,8 +66,8 @@ class Sandbox:
     guarded: bool
 
 
-def namespaces(view: confine.View, folder: Path, python: Path) -> Sandbox | None:
-    """Own namespaces and an own file system, see `confine`; `None` where this machine does not allow them.
+def namespaces(view: isolated_root.View, folder: Path, python: Path) -> Sandbox | None:
+    """New namespaces and a new file system, see `isolated_root`; `None` if this machine does not allow them.
 
     The working folder is a file system in memory, so that what is written past its size fails with the very error that
     Kaggle's disk gives. Outside root, a user namespace maps this user to root, which owns the others.
@@ -83,10 +82,13 @@ def namespaces(view: confine.View, folder: Path, python: Path) -> Sandbox | None
     note = folder / "view.json"
     note.write_text(json.dumps(view), encoding="utf-8")
     said = ""
+    # A killed rehearsal takes what made the namespaces with it, and that all that is in them.
+    ends_with_us = ("setpriv", "--pdeathsig", "KILL", "--") if shutil.which("setpriv") else ()
     for user in ((), ("--map-root-user",)):
-        launcher = (sys.executable, "-I", "-S", str(Path(confine.__file__)), str(note))
-        prefix = (*_ends_with_us(), "unshare", *user, *_NAMESPACES, "--", *launcher)
-        done = _try([*prefix, str(python), "-I", "-c", "pass"])
+        launcher = (sys.executable, "-I", "-S", str(Path(isolated_root.__file__)), str(note))
+        prefix = (*ends_with_us, "unshare", *user, *_NAMESPACES, "--", *launcher)
+        probe = [*prefix, str(python), "-I", "-c", "pass"]
+        done = subprocess.run(probe, capture_output=True, text=True, check=False, cwd="/", stdin=subprocess.DEVNULL)
         if done.returncode == 0:
             means = "namespace of its own", "read-only mount", "file system of its own", "not there"
             return Sandbox(prefix, *means, guarded=False)
@@ -95,17 +97,8 @@ def namespaces(view: confine.View, folder: Path, python: Path) -> Sandbox | None
     return None
 
 
-def _try(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", stdin=subprocess.DEVNULL)
-
-
-def _ends_with_us() -> tuple[str, ...]:
-    """A killed rehearsal takes what made the namespaces with it, and that all that is in them."""
-    return ("setpriv", "--pdeathsig", "KILL", "--") if shutil.which("setpriv") else ()
-
-
 def guards(site_packages: Path) -> Sandbox:
-    """Where namespaces are not allowed: an audit hook on Python's sockets, and no write permission on the input.
+    """The weaker sandbox: an audit hook on Python's sockets, and no permission to write to the input.
 
     Native code that opens sockets of its own is not held back by it. Root passes over permissions, so root starts
     without its capabilities, and nobody can get new ones. The size of the working folder is watched. All that this
@@ -122,7 +115,7 @@ def guards(site_packages: Path) -> Sandbox:
 
 
 def protect(inputs: Path) -> None:
-    """Take the right to write away."""
+    """Remove write permission."""
     for _, _, names, folder in os.fwalk(inputs, follow_symlinks=False):
         for name in names:
             os.chmod(name, 0o444, dir_fd=folder)
@@ -130,6 +123,6 @@ def protect(inputs: Path) -> None:
 
 
 def release(inputs: Path) -> None:
-    """Give the right to write back, so that files can be added and the folder removed. No link is followed."""
+    """Restore write permission, so that files can be added and the folder can be removed. No link is followed."""
     for _, _, _, folder in os.fwalk(inputs, follow_symlinks=False):
         os.fchmod(folder, 0o755)

@@ -1,10 +1,10 @@
-"""A clock that several processes share, and that can be turned ahead: hours pass, and nobody waits for them.
+"""A clock that several processes share and can turn ahead, so that hours pass without waiting.
 
-A pass that is to take long says until when (`last`); whoever waits for it turns the clock (`turned_by`). So the clock
-moves by what happens, and a machine that is slow or busy uses up none of the time that is rehearsed. A pass ends at
-once where its waiter turned the clock that far, and a waiter sees every second of the time between.
+A long pass sets the time at which it ends (`last`), and the process that waits for it turns the clock (`turned_by`). So
+only events move the clock, and a slow or busy machine uses up none of the rehearsed time. A waiter turns the clock in
+steps of the time that it waits, so it sees all moments between.
 
-It is copied into the image of a rehearsal, so it imports nothing of pairclf.
+The file is copied into the image of a rehearsal, so it imports nothing of pairclf.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _of_time(name: str) -> Callable[[], float]:
 
 
 class _Turned:
-    """A function of the module `time`; sent to another process, it is that process's own."""
+    """A function of the module `time`; in another process, it becomes that process's own function."""
 
     def __init__(self, name: str, clock: SharedClock) -> None:
         self._name, self._real, self._clock = name, _of_time(name), clock
@@ -43,7 +43,7 @@ class _Turned:
 
 
 class SharedClock:
-    """Seconds of a real clock, and those by which a process turned it ahead. It may be sent to other processes.
+    """A real clock plus the seconds by which processes turned it ahead. It can be sent to other processes.
 
     Args:
         path: a file that the processes share; it is made where there is none.
@@ -60,7 +60,7 @@ class SharedClock:
         return type(self), (self._path, self._real)
 
     def __call__(self) -> float:
-        """Seconds, as `time.monotonic` counts them where `real` does."""
+        """The time in seconds."""
         return self._real() + self.ahead
 
     @property
@@ -73,14 +73,14 @@ class SharedClock:
         self._values[_AHEAD] += seconds
 
     def last(self, seconds: float) -> None:
-        """Return when so many seconds have passed, by real time or because somebody turned the clock."""
+        """Return after so many seconds, by real time or because somebody turned the clock."""
         end = self() + seconds
         while self() < end:
             self._values[_UNTIL] = max(self._values[_UNTIL], end)  # again and again: another may have written there
             _sleep(LOOK)
 
     def turned_by(self, wait: Callable[..., list[Any]], step: float = 0.0) -> Callable[..., list[Any]]:
-        """`ProcessPool.wait`, which turns the clock while nothing happens but that a pass lasts.
+        """A `ProcessPool.wait` that turns the clock while passes last and nothing else happens.
 
         Args:
             wait: the method.
@@ -97,12 +97,12 @@ class SharedClock:
         return waits
 
     def rule(self, names: Sequence[str] = _NAMES) -> None:
-        """Let the clocks of the module `time` be turned with it, in this process."""
+        """Make the clocks of the module `time` follow this clock, in this process."""
         for name in names:
             setattr(time, name, _Turned(name, self))
 
     def hurry(self, least: float) -> None:
-        """Let `time.sleep` turn the clock and return, in this process, where it is asked for `least` seconds or more.
+        """Make `time.sleep` turn the clock and return, in this process, if it gets `least` seconds or more.
 
         Shorter sleeps are those of a loop that watches a process, which takes real time, and so does whatever a thread
         beside the cells sleeps for: Jupyter's looks for its parent each second, for as long as the kernel lives.

@@ -14,9 +14,9 @@ from tempfile import mkdtemp
 from filelock import FileLock, Timeout
 
 from pairclf.files import cache_folder, is_regular, locked, private_folder
-from pairclf.packaging.profiles import profile_path
+from pairclf.packaging.image_profiles import profile_path
 from pairclf.packaging.wheelhouse import Wheel
-from pairclf.rehearsal import confine, runner
+from pairclf.rehearsal import cell_runner, isolated_root
 from pairclf.rehearsal.faults import HOOK
 from pairclf.rehearsal.image import image_environment, make_image, needed_by
 from pairclf.rehearsal.mounts import Mount, fill, lay_out
@@ -36,45 +36,27 @@ class Workspace:
     Attributes:
         top: most of the folders, in this user's cache. None lies in the package, which may be somebody else's.
         home: home and temporary files; outside of `top`, as a socket's path must be short.
+        image: the environment that stands in for Kaggle's image.
+        results_folder: results that the runner copies from the working folder.
+        generated: files generated for the input.
+        job: the runner's plan: the kernel can read it, and with namespaces not change it.
+        canary: a file that the kernel must not see, if the sandbox hides files.
         readable: other folders that the kernel must read, such as the interpreter's.
     """
 
     top: Path
     home: Path
+    image: Path
+    results_folder: Path
+    generated: Path
+    job: Path
+    canary: Path
     readable: list[Path] = field(default_factory=list)
-
-    @property
-    def image(self) -> Path:
-        """The environment that stands in for Kaggle's image."""
-        return self.top / "image"
-
-    @property
-    def python(self) -> Path:
-        return self.image / "bin" / "python"
-
-    @property
-    def results_folder(self) -> Path:
-        """Results that the runner copies from the working folder."""
-        return self.top / "kept"
-
-    @property
-    def generated(self) -> Path:
-        """Files generated for the input."""
-        return self.top / "props"
-
-    @property
-    def job(self) -> Path:
-        """The runner's plan: the kernel can read it, and with namespaces not change it."""
-        return self.top / "job"
-
-    @property
-    def canary(self) -> Path:
-        """A file that the kernel must not see, if the sandbox hides files."""
-        return self.top / _HELD
 
     def layout_dirs(self, layout: str) -> LayoutDirs:
         """Create empty folders for a run in a layout."""
-        dirs = LayoutDirs(self, layout)
+        folder = self.top / layout
+        dirs = LayoutDirs(self, layout, folder / "input", folder / "working")
         shutil.rmtree(self.results_folder)  # a run in another layout may have left results
         self.results_folder.mkdir()
         dirs.input.mkdir(parents=True)
@@ -102,14 +84,8 @@ class LayoutDirs:
 
     workspace: Workspace
     layout: str
-
-    @property
-    def input(self) -> Path:
-        return self.workspace.top / self.layout / "input"
-
-    @property
-    def working(self) -> Path:
-        return self.workspace.top / self.layout / "working"
+    input: Path
+    working: Path
 
     def environment(self, *, rerun: bool, speed: float) -> dict[str, str]:
         """All environment variables of the kernel."""
@@ -133,10 +109,10 @@ class LayoutDirs:
         """The strongest sandbox that this machine supports."""
         stage = self.workspace
         libraries = [Path(entry) for entry in os.environ.get("LD_LIBRARY_PATH", "").split(":") if entry.startswith("/")]
-        readable = [*stage.readable, *filter(Path.is_dir, libraries), self.input, stage.job, Path(runner.__file__)]
+        readable = [*stage.readable, *filter(Path.is_dir, libraries), self.input, stage.job, Path(cell_runner.__file__)]
         root = stage.top / self.layout / "root"
         root.mkdir()
-        view = confine.View(
+        view = isolated_root.View(
             root=str(root),
             readable=sorted({str(path.absolute()) for path in readable}),
             writable=[str(stage.home), str(stage.results_folder), str(stage.image)],
@@ -144,7 +120,7 @@ class LayoutDirs:
             disk=disk,
         )
         site = next(stage.image.glob("lib/python*/site-packages"))
-        return namespaces(view, root.parent, stage.python) or guards(site)
+        return namespaces(view, root.parent, stage.image / "bin" / "python") or guards(site)
 
     def mount(self, mounts: Sequence[Mount], late: Sequence[Mount], sandbox: Sandbox) -> None:
         """Create all mounts, and fill those that are not late."""
@@ -162,7 +138,7 @@ class LayoutDirs:
 
 @contextmanager
 def workspace() -> Iterator[Workspace]:
-    """A fresh workspace, removed at the end; workspaces of killed rehearsals are removed first."""
+    """Make a workspace and remove it at the end; first, workspaces of killed rehearsals are removed."""
     parent = private_folder(private_folder(cache_folder()) / "rehearsals")
     with locked(parent / ".lock"):
         for leftover in parent.glob(f"{_PREFIX}*"):
@@ -173,17 +149,17 @@ def workspace() -> Iterator[Workspace]:
     try:
         home = Path(mkdtemp(prefix=_PREFIX)).resolve()
         (top / _HOME).write_text(str(home), encoding="utf-8")
-        created = Workspace(top, home)
-        for folder in (created.results_folder, created.generated, created.job):
+        results, generated, job = (top / name for name in ("kept", "generated", "job"))
+        for folder in (results, generated, job):
             folder.mkdir()
-        yield created
+        yield Workspace(top, home, top / "image", results, generated, job, top / _HELD)
     finally:
         _clear(top)
         lock.release()
 
 
 def _clear_left(top: Path) -> None:
-    """Remove the workspace of a killed rehearsal; a running one holds its lock."""
+    """Remove the workspace of a killed rehearsal; that of a running one is locked."""
     lock = FileLock(top / _HELD)
     try:
         lock.acquire(timeout=0)
@@ -194,7 +170,7 @@ def _clear_left(top: Path) -> None:
 
 
 def _clear(top: Path) -> None:
-    """Remove a stage's folders, all of them made by `workspace`."""
+    """Remove the folders that `workspace` made."""
     if is_regular(top / _HOME):
         home = Path((top / _HOME).read_text(encoding="utf-8"))
         if home.name.startswith(_PREFIX) and home.is_dir() and home.stat().st_uid == os.geteuid():
@@ -209,7 +185,6 @@ def build_image(workspace: Workspace, image: str, images: Path | None, wheels: S
     """Build the stand-in for Kaggle's image, without the projects that the wheels install.
 
     Args:
-        workspace: whose.
         image: `here`: with the versions of this environment; `3.12`: that Python with the image's own versions.
         images: folder of the images' profiles; None: pairclf's own.
         wheels: folders of the package's wheels.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 from rich.table import Table
@@ -12,53 +11,48 @@ from pairclf.config import Config
 from pairclf.console import console, counted, number, table
 from pairclf.data.identity import refuse_other_rows
 from pairclf.data.scores import class_matrix, read_logits, read_scores, write_scores
-from pairclf.errors import ConfigError, DataError
-from pairclf.run import OOF, OOF_AB, OOF_LOGITS, Paths, Run, Split, output_of
-from pairclf.runs.fit import Session, fit_fold, open_session, trained_as
-from pairclf.scores.metrics import measure, metrics_of, title
+from pairclf.errors import DataError
+from pairclf.run import OOF, OOF_AB, OOF_LOGITS, Paths, Run, Split, output_of, trained_as
+from pairclf.runs.fit import Session, fit_fold, open_session, run_log
+from pairclf.scores.metrics import METRICS, labels_hint, measure, metrics_of
 from pairclf.task import Task
 
 
-def cross_validate(config: Config, *, resume: bool | None = None, trust_checkpoint: bool = False) -> list[Path]:
+def cross_validate(
+    config: Config, *, resume: bool | None = None, trust_checkpoint: bool = False, config_file: Path | None = None
+) -> list[Path]:
     """Train the folds in `folds.run` (all, if it is null) and join their held-out scores.
 
     Writes `oof.parquet`, `oof-ab.parquet` and `oof-logits.parquet` into the run folder, including folds that were
-    trained before with the same settings.
+    trained before.
 
     Returns:
         The bundles' folders, in the order of the folds.
 
     Raises:
-        ConfigError: `folds.run` names a fold twice, or an unknown one.
+        ConfigError: as `open_session`.
         DataError: a fold that was trained before with the same settings used other rows.
     """
     chosen = config.folds.run if config.folds.run is not None else list(range(config.folds.n_splits))
-    if len(set(chosen)) != len(chosen):
-        raise ConfigError(f"folds.run={chosen} names a fold twice")
-    if unknown := [fold for fold in chosen if not 0 <= fold < config.folds.n_splits]:
-        raise ConfigError(
-            f"folds.run names {unknown}; folds are counted from 0 and folds.n_splits={config.folds.n_splits}"
-        )
-    session, bundles = open_session(Run(config), chosen), []
-    for place, fold in enumerate(chosen, start=1):
-        console.rule(f"fold {fold} ({place} of {len(chosen)})", align="left")
-        bundles.append(fit_fold(session, fold, resume=resume, trust_checkpoint=trust_checkpoint))
-    if session.process.is_main:
-        console.print(_join(session, chosen))
+    with run_log(output_of(config)):
+        session, bundles = open_session(Run(config), chosen, resume=resume, config_file=config_file), []
+        for place, fold in enumerate(chosen, start=1):
+            console.rule(f"fold {fold} ({place} of {len(chosen)})", align="left")
+            bundles.append(fit_fold(session, fold, resume=resume, trust_checkpoint=trust_checkpoint))
+        if session.process.is_main:
+            console.print(_join(session, chosen))
     return bundles
 
 
 def _join(session: Session, chosen: list[int]) -> Table:
-    """Write the scores of all folds that were trained with these settings, and measure them fold by fold.
+    """Write the scores of all trained folds, and measure them fold by fold.
 
     Raises:
         DataError: a fold was trained on other rows than the current ones, or its scores belong to other rows.
     """
     run = session.run
     config, output, task = run.config, output_of(run.config), run.config.task
-    # Compare with the settings in a trained fold's folder, where the chat template is written out.
-    settings = _settings(Paths(output, chosen[0]))
-    folds = [fold for fold in range(config.folds.n_splits) if _settings(Paths(output, fold)) == settings]
+    folds = [fold for fold in range(config.folds.n_splits) if trained_as(Paths(output, fold))]
     split = {fold: run.sides(fold) for fold in folds}
     # `fit_fold` has just compared the rows of the chosen ones.
     _refuse_other_data(session, {fold: Split(*split[fold]) for fold in folds if fold not in chosen})
@@ -113,16 +107,12 @@ def _measured(config: Config, scores: pl.DataFrame, held_out: dict[int, pl.DataF
     task, n = config.task, config.folds.n_splits
     names = metrics_of(task)
     oof_table = table(
-        f"Out of fold: {len(held_out)} of {n} folds", "fold", "rows", *(title(name, task) for name in names)
+        f"Out of fold: {len(held_out)} of {n} folds", "fold", "rows", *(METRICS[name].title for name in names)
     )
+    oof_table.caption, oof_table.caption_justify = labels_hint(task) or None, "left"
     for label, rows in [*held_out.items(), ("all", pl.concat(held_out.values()))]:
         joined = rows.select("id", "target", "weight").join(scores, on="id", how="left", maintain_order="left")
         figures = measure(class_matrix(joined, task), joined["target"].to_list(), task, joined["weight"])
         style = "bold" if label == "all" else None
         oof_table.add_row(str(label), f"{len(rows):,}", *(number(figures.get(name)) for name in names), style=style)
     return oof_table
-
-
-def _settings(paths: Paths) -> dict[str, Any]:
-    """The settings of a finished fold; empty if the fold is not finished."""
-    return {name: value for name, value in trained_as(paths).items() if name not in ("rows", "held-out rows")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,25 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
-from pairclf.config import Config, Predict
+from pairclf.config import Config, Predict, deciding_settings
 from pairclf.console import counted, number, table
 from pairclf.data.identity import refuse_other_rows
 from pairclf.data.scores import HASHES, class_matrix, read_logits, read_scores
-from pairclf.errors import DataError
-from pairclf.run import OOF, OOF_AB, OOF_LOGITS, labelled_rows, output_of
+from pairclf.errors import ConfigError, DataError
+from pairclf.run import (
+    OOF,
+    OOF_AB,
+    OOF_LOGITS,
+    Paths,
+    check_folds,
+    labelled_rows,
+    output_of,
+    refuse_mixed_folds,
+    trained_as,
+)
+from pairclf.scores.calibration import RANGE as TEMPERATURES
 from pairclf.scores.calibration import fit_temperature
-from pairclf.scores.metrics import Floats, class_prior, entropy, measure, title, way_to_best
+from pairclf.scores.metrics import METRICS, Floats, class_prior, entropy, labels_hint, measure, way_to_best
 from pairclf.scores.probabilities import apply_temperature, mean_of_orders
 from pairclf.task import Task
 
@@ -33,7 +44,7 @@ class Scored:
         temperature: the temperature to evaluate.
         one_order: probabilities `(N, C)` of the first order alone; None: unknown, or there is no other order.
         setting: the setting that holds the temperature, as printed.
-        where: the file.
+        where: the file, or the first of several.
         note: a remark to print; may be empty.
         seen: number of rows on whose prompt the models were trained.
     """
@@ -88,27 +99,50 @@ class Evaluation:
         return asdict(self) | {"swap_gain": self.swap_gain}
 
 
-def evaluate_run(config: Config, scores: Path | None, *, truth: Path | None = None) -> Evaluation:
-    """`evaluate` on a run's labelled rows: a file of scores, or the run's out-of-fold scores."""
-    task = config.task
-    judged = scored(scores, task) if scores else out_of_fold(output_of(config), task, config.predict)
+def evaluate_run(
+    config: Config, scores: Path | None, *, folds: Sequence[int] = (), truth: Path | None = None
+) -> Evaluation:
+    """`evaluate` on a run's labelled rows: a file of scores, or the out-of-fold scores of all its folds or of some.
+
+    Raises:
+        ConfigError: as `check_folds`, `refuse_mixed_folds` and `out_of_fold`; or both a file and folds are given.
+        DataError: as `evaluate`.
+    """
+    check_folds(config, folds)
+    if scores is not None and folds:
+        raise ConfigError(
+            "--fold chooses among the run's own scores, and --scores gives others", remedy="give only one"
+        )
+    task, run = config.task, output_of(config)
+    if scores is None:
+        keys = deciding_settings(config).keys()
+        trained = {fold: trained_as(Paths(run, fold)) for fold in folds or range(config.folds.n_splits)}
+        refuse_mixed_folds(run, {fold: {key: said.get(key) for key in keys} for fold, said in trained.items() if said})
+    judged = out_of_fold(run, task, config.predict, folds) if scores is None else scored(scores, task)
     return evaluate(labelled_rows(config), judged, task, truth=truth)
 
 
-def out_of_fold(run: Path, task: Task, settings: Predict) -> Scored:
-    """The out-of-fold scores of a run, computed from its logits as `predict` does with these settings.
+def out_of_fold(run: Path, task: Task, settings: Predict, folds: Sequence[int] = ()) -> Scored:
+    """The out-of-fold scores of a run, or of some folds, computed from logits as `predict` does with these settings.
 
     `swap: off` uses order AB alone. `budget` and `split` are evaluated like `full`, because their mean over models also
     contains both orders. A run of an older pairclf has no logits, so its scores are used as they are.
 
     Raises:
+        ConfigError: there are none.
         DataError: as `read_logits` and `scored`.
     """
-    path, one_way = run / OOF_LOGITS, task.swappable and settings.swap == "off"
+    folders, one_way = [Paths(run, fold).folder for fold in folds] or [run], task.swappable and settings.swap == "off"
     note = "order AB alone, as predict.swap=off has it" if one_way else ""
-    if not path.is_file():
-        return replace(scored(run / (OOF_AB if one_way else OOF), task), note=note)
-    frame = read_logits(path, task)
+    missing = [folder for folder in folders if not (folder / OOF_LOGITS).is_file()]
+    if missing == [run] and (path := run / (OOF_AB if one_way else OOF)).is_file():
+        return replace(scored(path, task), note=note)
+    if missing:
+        raise ConfigError(
+            f"{missing[0]} holds no out-of-fold scores ({OOF_LOGITS})",
+            remedy="run `pairclf cv CONFIG` first; or give other scores with --scores FILE",
+        )
+    frame = pl.concat([read_logits(folder / OOF_LOGITS, task) for folder in folders])
     logits = np.array(frame["logits"].to_list(), dtype=np.float64)
     first = mean_of_orders(logits[:, :1], task, settings.temperature)
     judged = logits[:, :1] if one_way else logits
@@ -118,7 +152,7 @@ def out_of_fold(run: Path, task: Task, settings: Predict) -> Scored:
         temperature=settings.temperature,
         one_order=first if task.swappable and not one_way else None,
         setting="predict.temperature",
-        where=path,
+        where=folders[0] / OOF_LOGITS,
         note=note,
     )
 
@@ -216,13 +250,13 @@ def render(evaluation: Evaluation, task: Task) -> Table:
         "best possible": None if evaluation.best is None else {"log_loss": evaluation.best},
     }
     evaluation_table = table(
-        f"Evaluation of {counted(evaluation.rows, 'row')}", "", *(title(name, task) for name in evaluation.model)
+        f"Evaluation of {counted(evaluation.rows, 'row')}", "", *(METRICS[name].title for name in evaluation.model)
     )
     for name, figures in lines.items():
         if figures is not None:
             cells = (number(figures[metric]) if metric in figures else "" for metric in evaluation.model)
             evaluation_table.add_row(name, *cells, style="bold" if name == "model" else None)
-    notes = []
+    notes = [*([hint] if (hint := labels_hint(task)) else []), *_cautions(evaluation, task)]
     if evaluation.swap_gain is not None:
         notes.append(f"the swap gained {evaluation.swap_gain:.4f} nats a row")
     if evaluation.way is not None:
@@ -231,10 +265,28 @@ def render(evaluation: Evaluation, task: Task) -> Table:
         notes.append(evaluation.note)
     if evaluation.weighted:
         notes.append("rows count by their weight")
+    evaluation_table.caption, evaluation_table.caption_justify = "\n".join(notes), "left"
+    return evaluation_table
+
+
+def _cautions(evaluation: Evaluation, task: Task) -> Iterator[str]:
+    """What a reader of the table may overlook, the gravest first."""
     if evaluation.seen:
-        notes.append(
+        yield (
             f"in sample: the models were trained on prompts of {evaluation.seen:,} of these rows; expect worse figures "
             "on new rows"
         )
-    evaluation_table.caption, evaluation_table.caption_justify = "; ".join(notes), "left"
-    return evaluation_table
+    loss, prior = evaluation.model["log_loss"], evaluation.prior["log_loss"]
+    if loss > prior:
+        yield f"worse than the class prior: log loss {loss:.4f} against {prior:.4f}, which needs no model"
+    low, high = TEMPERATURES
+    if not low * 1.001 < evaluation.temperature < high / 1.001:
+        yield (
+            f"the temperature {evaluation.temperature:.3g} is at the bound of its range ({low:g} to {high:g}): the "
+            "scores are no probabilities, or there are too few rows; do not use it"
+        )
+    yield f"the temperature {evaluation.temperature:.3g} was fitted on these very rows: its figures flatter it a little"
+    for name, value in evaluation.model.items():
+        if task.multi_label and METRICS[name].labels == "label sum":
+            count = len(task.classes)
+            yield f"{METRICS[name].title} adds up {count} labels; their mean, as Kaggle has it, is {value / count:.4f}"

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import polars as pl
 
+from pairclf import __version__
 from pairclf.approaches import approach_of, verify_probes
-from pairclf.approaches.protocol import Fitted, Process, Trainer
+from pairclf.approaches.protocol import KEPT_STEP, Fitted, Process, Trainer
 from pairclf.bundles.bundle import open_bundle, write_bundle
 from pairclf.bundles.contents import MANIFEST
 from pairclf.bundles.probes import PROBES, pick_probes
-from pairclf.config import Config
-from pairclf.console import console
+from pairclf.config import Config, deciding_settings, setting_changes
+from pairclf.console import console, copied_to
 from pairclf.data.identity import prompt_marks, row_hashes
 from pairclf.data.rows import targets_of, to_rows
 from pairclf.data.scores import scores_frame, write_logits, write_scores
-from pairclf.errors import BundleError, ConfigError, cut
-from pairclf.files import MAX_JSON, atomic_folder, locked, parsed, read_plain, write_json
-from pairclf.run import OOF, OOF_AB, OOF_LOGITS, Paths, Run, Split, output_of
+from pairclf.errors import BundleError, ConfigError, PairclfError, cut
+from pairclf.files import atomic_folder, locked, open_to_append, write_json
+from pairclf.run import (
+    LOG,
+    OOF,
+    OOF_AB,
+    OOF_LOGITS,
+    TRAINED,
+    TRAINING,
+    Paths,
+    Run,
+    Split,
+    check_rows,
+    output_of,
+    trained_as,
+    variant_name,
+)
+from pairclf.runs.processes import is_first
 from pairclf.scores.metrics import ONE_ORDER, Floats, check_metric, class_prior, measure, metrics_of, title, titled
 from pairclf.scores.probabilities import mean_of_orders
 
 COUNTS = ("rows", "weight")
 """Names in a bundle's metrics: the number of held-out rows, and the sum of their weights, which weighs the fold."""
-TRAINED = "trained.json"
 
 
 class Session(NamedTuple):
@@ -36,40 +55,100 @@ class Session(NamedTuple):
     run: Run
     process: Process
     trainer: Trainer
+    config_file: Path | None
 
 
-def fit(config: Config, fold: int | None, *, resume: bool | None = None, trust_checkpoint: bool = False) -> Path:
-    """Train one fold: `fit_fold` in a new session."""
-    return fit_fold(open_session(Run(config), [fold]), fold, resume=resume, trust_checkpoint=trust_checkpoint)
+def fit(
+    config: Config,
+    fold: int | None,
+    *,
+    resume: bool | None = None,
+    trust_checkpoint: bool = False,
+    config_file: Path | None = None,
+) -> Path:
+    """Train one fold: `fit_fold` in a new session. `config_file` is noted for `pairclf runs`."""
+    with run_log(output_of(config)):
+        session = open_session(Run(config), [fold], resume=resume, config_file=config_file)
+        return fit_fold(session, fold, resume=resume, trust_checkpoint=trust_checkpoint)
 
 
-def open_session(run: Run, folds: Sequence[int | None]) -> Session:
+@contextmanager
+def run_log(output: Path) -> Iterator[None]:
+    """Append what this command prints while it trains, and its error, to `log.txt` in the run folder."""
+    if not is_first():
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with TextIOWrapper(open_to_append(output / LOG), encoding="utf-8", line_buffering=True) as log, copied_to(log):
+        log.write(f"\n{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, pairclf {__version__}: {shlex.join(sys.argv[1:])}\n")
+        try:
+            yield
+        except PairclfError as error:
+            log.write(f"error: {error}\n")
+            raise
+
+
+def open_session(
+    run: Run, folds: Sequence[int | None], *, resume: bool | None = None, config_file: Path | None = None
+) -> Session:
     """Read and tokenise the rows of these folds; the fold None trains on all rows.
 
     Raises:
-        ConfigError: settings can't go together, or a fold does not exist.
+        ConfigError: settings can't go together; or as `check_rows` and `_refuse_other_settings`.
         LeakError: as `Run.prove`.
     """
-    config, approach = run.config, approach_of(run.config)
+    config, numbers = run.config, [fold for fold in folds if fold is not None]
+    check_rows(config, numbers)
     if None in folds and config.train.eval_steps is not None:
         remedy = "give --fold, or train.eval_steps=null train.keep_weights=last train.early_stopping_patience=null"
         raise ConfigError("train.eval_steps looks at held-out rows, and none are", remedy=remedy)
     metrics_of(config.task)
     check_metric("train.metric_for_best_model", config.train.metric_for_best_model, config.task)
+    approach = approach_of(config)
     approach.check(config)
     process = approach.start(config)
     with process.main_first():  # the main process writes the folds and tokens that the others read
-        run.prove([fold for fold in folds if fold is not None])
+        run.prove(numbers)
         trainer = approach.trainer(run, process)
-    return Session(run, process, trainer)
+    _refuse_other_settings(trainer.config, folds, replace=resume is False)
+    return Session(run, process, trainer, config_file)
+
+
+def _refuse_other_settings(config: Config, chosen: Sequence[int | None], *, replace: bool) -> None:
+    """Refuse to replace, or to mix with others, folds that were trained with other settings.
+
+    Args:
+        config: with the chat template written out, as in a bundle.
+        chosen: folds to train; None: one model on all rows, which stands beside the folds.
+        replace: whether the chosen ones may be replaced.
+
+    Raises:
+        ConfigError: it names the folds, the settings that differ and a run folder for these settings.
+    """
+    output, settings = output_of(config), deciding_settings(config)
+    folds = [None] if None in chosen else list(range(config.folds.n_splits))
+    trained = {fold: trained_as(Paths(output, fold)) for fold in folds if not (replace and fold in chosen)}
+    changes = {fold: setting_changes(settings, before) for fold, before in trained.items() if before}
+    if others := [fold for fold, changed in changes.items() if changed]:
+        lost = [Paths(output, fold).folder.name for fold in others if fold in chosen]
+        kept = [Paths(output, fold).folder.name for fold in others if fold not in chosen]
+        fates = [f"{', '.join(lost)} would be replaced"] * bool(lost)
+        fates += [f"the scores of {', '.join(kept)} could not be joined with the new ones"] * bool(kept)
+        differing = changes[others[0]]
+        raise ConfigError(
+            f"this run was trained with other settings: {', '.join(differing.values())}; {' and '.join(fates)}",
+            where=output,
+            remedy=f"keep both: output_dir={output / variant_name(settings, differing)}; or replace the old folds: "
+            "--no-resume, without folds.run",
+        )
 
 
 def fit_fold(session: Session, fold: int | None, *, resume: bool | None = None, trust_checkpoint: bool = False) -> Path:
     """Train on all folds but `fold` (on all rows, if it is None) and write the bundle, verified by re-scoring.
 
     Writes `config.yaml` beside the bundle and, for a fold, its scores: `oof.parquet` (mean of both orders),
-    `oof-ab.parquet` (order of the file) and `oof-logits.parquet`. `trained.json` identifies settings and rows; a bundle
-    with the same identity is kept.
+    `oof-ab.parquet` (order of the file) and `oof-logits.parquet`. `trained.json` identifies settings and rows (a bundle
+    with the same identity is kept), and has the record of the training.
 
     Args:
         session: the session of the run.
@@ -94,15 +173,22 @@ def fit_fold(session: Session, fold: int | None, *, resume: bool | None = None, 
         fitted = trainer.fit(split, paths.folder, resume=resume, trust_checkpoint=trust_checkpoint)
         if fitted is not None:
             _save(trainer, paths, fitted, split)
-            write_json(paths.folder / TRAINED, identity)
+            write_json(paths.folder / TRAINED, identity | {TRAINING: _record(fitted, session.config_file)})
             trainer.finish(paths.folder)
     return paths.bundle
+
+
+def _record(fitted: Fitted, config_file: Path | None) -> dict[str, Any]:
+    """What `pairclf runs` lists of a training that has just finished."""
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**fitted.record, "finished": finished, "config_file": None if config_file is None else str(config_file)}
 
 
 def _is_done(paths: Paths, identity: dict[str, Any]) -> bool:
     """Whether the bundle and the held-out scores exist, are intact, and belong to these settings and rows."""
     scores = [] if paths.fold is None else [paths.folder / OOF, paths.folder / OOF_AB]
-    if trained_as(paths) != identity or not all(path.is_file() for path in scores):
+    before = trained_as(paths)
+    if not before or setting_changes(identity, before) or not all(path.is_file() for path in scores):
         return False
     try:
         open_bundle(paths.bundle)
@@ -115,21 +201,11 @@ def _is_done(paths: Paths, identity: dict[str, Any]) -> bool:
 def _note_other(paths: Paths, identity: dict[str, Any]) -> None:
     """Print how a finished training differs from this one, which will replace its bundle."""
     before = trained_as(paths)
-    other = [name for name in (before | identity) if before.get(name) != identity.get(name)]
-    if before and other:
+    if before and (other := setting_changes(identity, before)):
         console.print(
             f"{paths.bundle} is of another training (different: {cut(', '.join(other))}); the new bundle replaces it "
             "when it is saved"
         )
-
-
-def trained_as(paths: Paths) -> dict[str, Any]:
-    """The identity (`Trainer.identity`) of the finished training; empty without one, or if the file is damaged."""
-    try:
-        read: Any = parsed(read_plain(paths.folder / TRAINED, MAX_JSON))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}
 
 
 def _save(trainer: Trainer, paths: Paths, fitted: Fitted, split: Split) -> None:
@@ -138,6 +214,7 @@ def _save(trainer: Trainer, paths: Paths, fitted: Fitted, split: Split) -> None:
     to_score = held_out if held_out is not None else training.head(PROBES)
     logits = fitted.logits(to_score)
     metrics = {} if held_out is None else _write_held_out(config, paths, held_out, logits)
+    metrics |= {name: value for name, value in fitted.record.items() if name == KEPT_STEP}
     with atomic_folder(paths.bundle, known_by=MANIFEST) as new:
         write_bundle(
             new,

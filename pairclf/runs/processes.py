@@ -51,6 +51,7 @@ class WorkerError(PairclfError):
 
 
 def is_worker() -> bool:
+    """Whether this process was started by `run_processes`, to train together with others."""
     return ERRORS in os.environ
 
 

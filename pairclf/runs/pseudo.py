@@ -18,7 +18,7 @@ from pairclf.config import Config
 from pairclf.console import counted, table
 from pairclf.data.audit import clean, note_changes
 from pairclf.data.duplicates import near_overlap
-from pairclf.data.folds import prompt_hashes
+from pairclf.data.folds import prompt_hashes, same_group
 from pairclf.data.rows import read_rows, write_rows
 from pairclf.data.teachers import out_of_sample
 from pairclf.errors import ConfigError, DataError
@@ -58,7 +58,7 @@ def pseudo(
     Args:
         config: its `data` names the rows that stay unseen: all of `data.train` that are not train_only, whatever
             `data.rules` and `data.max_rows` leave of them, and `data.test`; `folds.near_duplicate_threshold` says what
-            nearly equal is.
+            nearly equal is, and rows of one `folds.group` stay together.
         data: unlabelled file.
         scores: their scores; every row that is kept needs one, out of sample unless
             `train.distill.allow_unknown_provenance`.
@@ -74,7 +74,8 @@ def pseudo(
     """
     task = config.task
     _check(config, data, scores, out, weight)
-    frame, findings = clean(read_rows([data], task, labelled=False), task, config.data.rules, labelled=False)
+    rows = read_rows([config.data.unlabelled(data)], task, labelled=False, group=config.folds.group)
+    frame, findings = clean(rows, task, config.data.rules, labelled=False)
     note_changes(findings)
     kept, near_validation, near_test = _without_unseen(config, frame)
     fresh = kept.filter(_first_of_pairs(kept, task))
@@ -88,7 +89,7 @@ def pseudo(
             remedy="give other rows, or lower --min-confidence; to label the test rows themselves, set data.test=null",
         )
     targets = np.eye(len(task.classes))[likeliest(labels)] if hard else labels
-    write_rows(out, _training_rows(fresh, targets, weight).filter(pl.Series(sure)), task)
+    write_rows(out, _training_rows(fresh, targets, weight).filter(pl.Series(sure)), task, config.folds.group)
     counts = (len(kept) - len(fresh), int((~sure).sum()), int(sure.sum()))
     return Pseudo(len(frame), near_validation, near_test, *counts)
 
@@ -99,14 +100,14 @@ def _check(config: Config, data: Path, scores: Path, out: Path, weight: float) -
     if config.task.multi_label:
         raise ConfigError("pseudo-labels are probabilities that sum to 1, and this task has several labels a row")
     check_file_target(out)
-    test = config.data.test
-    if test is not None and not config.data.path(test).is_file():
+    test = config.data.test_file
+    if test is not None and not test.is_file():
         raise ConfigError(
-            f"data.test is {config.data.path(test)}, which is not there: its rows can't be left out",
+            f"data.test is {test}, which is not there: its rows can't be left out",
             remedy="fetch it; or set data.test=null if there is no test file to protect",
         )
     read = [data, scores, *(path for source in config.data.sources if not source.train_only for path in source.files)]
-    if out.resolve() in {path.resolve() for path in [*read, *([config.data.path(test)] if test else [])]}:
+    if out.resolve() in {path.resolve() for path in [*read, *([test] if test else [])]}:
         raise ConfigError(f"--out {out} is one of the files that are read", remedy="give it a path of its own")
 
 
@@ -117,9 +118,10 @@ def _without_unseen(config: Config, frame: pl.DataFrame) -> tuple[pl.DataFrame, 
         raise ConfigError(
             "data.train names no file whose rows may be held out", remedy="name the labelled files, e.g. [train.csv]"
         )
-    unseen = [read_rows(folded, config.task, labelled=True)]
-    if config.data.test is not None:
-        unseen.append(read_rows([config.data.path(config.data.test)], config.task, labelled=False))
+    unseen = [read_rows(folded, config.task, labelled=True, group=config.folds.group)]
+    if (test := config.data.test_file) is not None:
+        source = config.data.unlabelled(test)
+        unseen.append(read_rows([source], config.task, labelled=False, group=config.folds.group))
     gone = []
     for rows in unseen:
         apart = ~_overlap(frame, rows, config)
@@ -129,9 +131,14 @@ def _without_unseen(config: Config, frame: pl.DataFrame) -> tuple[pl.DataFrame, 
 
 
 def _overlap(frame: pl.DataFrame, unseen: pl.DataFrame, config: Config) -> pl.Series:
-    """Mask of the rows that have (nearly) the prompt of an unseen row; rows without a prompt are compared by texts."""
+    """Mask of the rows with the group or (nearly) the prompt of an unseen row; rows without a prompt are compared by
+    texts."""
     equal = prompt_hashes(frame, config.task).is_in(prompt_hashes(unseen, config.task).implode())
-    return equal | near_overlap(frame, unseen, config.task, config.folds.near_duplicate_threshold)
+    return (
+        equal
+        | same_group(frame, unseen)
+        | near_overlap(frame, unseen, config.task, config.folds.near_duplicate_threshold)
+    )
 
 
 def _first_of_pairs(frame: pl.DataFrame, task: Task) -> pl.Series:
@@ -167,7 +174,7 @@ def render(counts: Pseudo, out: Path) -> Table:
     counts_table.add_row("read", f"{counts.read:,}")
     counts_table.add_row("left out: prompt (nearly) equal to one of data.train", f"{counts.validation:,}")
     counts_table.add_row("left out: prompt (nearly) equal to one of data.test", f"{counts.test:,}")
-    counts_table.add_row("left out: the same texts as a row before, in either order", f"{counts.repeated:,}")
+    counts_table.add_row("left out: the same texts as a row before", f"{counts.repeated:,}")
     counts_table.add_row("left out: below --min-confidence", f"{counts.unsure:,}")
     counts_table.add_row(f"written to {out}", f"{counts.written:,}", style="bold")
     return counts_table

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import minimize_scalar
 
 from pairclf.scores.metrics import Floats, log_loss
 from pairclf.task import Task
@@ -33,6 +32,8 @@ def fit_temperature(
     Raises:
         DataError: as `log_loss`.
     """
+
+    from scipy.optimize import minimize_scalar  # slow to import, and most commands fit nothing
 
     def loss(log_temperature: float) -> float:
         at = scores(float(np.exp(log_temperature)))

@@ -157,9 +157,6 @@ def _calibration_error(predicted: Floats, target: Floats, weights: Floats, bins:
     return float(np.abs(gaps).sum() / weights.sum())
 
 
-Needs = Literal["probabilities", "single_label"]
-
-
 @dataclass(frozen=True, slots=True)
 class Metric:
     """A metric: a record of `METRICS`.
@@ -171,7 +168,8 @@ class Metric:
         labels: how the labels of a row are combined, for the titles of multi-label tasks.
         kinds: the kinds of task that it applies to.
         by_row: whether it is a mean over rows, so that the value for all folds is the mean of the folds' values.
-        needs: probabilities: any targets; single_label: targets of 0 and 1 only, otherwise the metric is left out.
+        submits: what a competition of this metric asks for: probabilities, or the likeliest class.
+        lacks: what targets `(N, C)` lack for it, such as "labels of both classes", which leaves it out; None: nothing.
     """
 
     function: Callable[..., float]
@@ -180,7 +178,8 @@ class Metric:
     labels: str = "label mean"
     kinds: Collection[Kind] = get_args(Kind)
     by_row: bool = True
-    needs: Needs = "probabilities"
+    submits: Literal["probabilities", "labels"] = "probabilities"
+    lacks: Callable[[Floats], str | None] = lambda targets: None
 
     @property
     def direction(self) -> str:
@@ -194,7 +193,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "log_loss": Metric(log_loss, -1, "log loss", "label sum"),
-    "accuracy": Metric(accuracy, 1, "accuracy"),
+    "accuracy": Metric(accuracy, 1, "accuracy", submits="labels"),
     "expected_calibration_error": Metric(expected_calibration_error, -1, "calibration error", by_row=False),
 }
 """The metrics by their names in `task.metric` and `train.metric_for_best_model`. All commands print a new record."""
@@ -230,7 +229,7 @@ def metrics_of(task: Task) -> list[str]:
 def measure(
     probabilities: ArrayLike, targets: ArrayLike, task: Task, weights: ArrayLike | None = None
 ) -> dict[str, float]:
-    """The values of all metrics that apply, by name; the task's own first.
+    """The values of all metrics that apply and whose targets lack nothing, by name; the task's own first.
 
     Args:
         probabilities: `(N, C)`.
@@ -243,11 +242,10 @@ def measure(
         ConfigError: as `check_metric`.
     """
     predicted, target = _pair(probabilities, targets)
-    is_hard = bool(np.isin(target, (0, 1)).all())
     return {
         name: METRICS[name].function(predicted, target, weights, multi_label=task.multi_label)
         for name in metrics_of(task)
-        if is_hard or METRICS[name].needs != "single_label"
+        if METRICS[name].lacks(target) is None
     }
 
 
@@ -259,6 +257,12 @@ def title(name: str, task: Task) -> str:
     """
     metric = METRICS[name]
     return f"{metric.title} ({metric.labels})" if task.multi_label else metric.title
+
+
+def labels_hint(task: Task) -> str:
+    """How the metrics of a multi-label task combine the labels of a row, for below a table; empty for other tasks."""
+    named = (f"{METRICS[name].title}: {METRICS[name].labels}" for name in metrics_of(task))
+    return "; ".join(named) if task.multi_label else ""
 
 
 def titled(figures: Mapping[str, float], task: Task, prefix: str = "") -> dict[str, float]:

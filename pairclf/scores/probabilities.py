@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import expit, softmax
 
 from pairclf.errors import DataError
 from pairclf.scores.metrics import Floats
@@ -31,6 +30,8 @@ def unswap(scores: ArrayLike, task: Task) -> Floats:
 
 def probabilities(logits: ArrayLike, task: Task, temperature: float = 1.0) -> Floats:
     """Softmax (sigmoid, where a row has several labels) of logits `(..., C)` divided by the temperature."""
+    from scipy.special import expit, softmax  # slow to import, and most errors are found before
+
     scaled = np.asarray(logits, dtype=np.float64) / temperature
     found: Floats = expit(scaled) if task.multi_label else softmax(scaled, axis=-1)
     return found

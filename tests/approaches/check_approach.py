@@ -43,7 +43,7 @@ from pairclf.inference.verify import verify
 from pairclf.inference.worker import load_bundle
 from pairclf.inputs.sequences import Item, LargestPass
 from pairclf.packaging.build import package
-from pairclf.packaging.record import read_build
+from pairclf.packaging.build_record import read_build
 from pairclf.run import OOF, OOF_LOGITS, Paths, Run, Split
 from pairclf.runs import fit as fitting
 from pairclf.runs.cv import cross_validate
@@ -329,7 +329,7 @@ def workers_give_the_logits_of_the_fitted_model(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if case.here:
             patch.setattr(prediction, "ProcessPool", CrewHere)
-            patch.setattr(prediction, "warm_up", lambda modules: False)
+            patch.setattr(prediction, "warm_up_workers", lambda members: None)
         overrides = [f"predict.tokens_per_batch={1 if case.here else 512}", "predict.devices=[cpu]"]
         arguments = (trial.bundle.folder,), case.folder / "test.csv", case.folder / "submission.csv"
         scores = prediction.predict(*arguments, overrides=overrides, strict=True)

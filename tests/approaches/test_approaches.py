@@ -25,7 +25,7 @@ from pairclf.bundles import bundle as bundles
 from pairclf.bundles.bundle import Bundle, Saved
 from pairclf.config import SECTIONS, Config, resolve
 from pairclf.data.rows import to_rows
-from pairclf.inputs.cache import Frames
+from pairclf.inputs.cache import RowSource
 from pairclf.run import Run, Split
 from pairclf.scores.metrics import Floats
 from pairclf.task import AB, Row
@@ -171,12 +171,13 @@ class SpoiledFitted:
         self._model = model
         self._before = before
         self._spoils = spoils
+        self.record: dict[str, float] = {}
 
     def logits(self, rows: pl.DataFrame) -> Floats:
         return self._spoils.fitted(self._before, self._model.logits(to_rows(rows, self._model.task)))
 
     def save(self, folder: Path) -> Saved:
-        return FittedClassical(self._spoils.saved(self._model.model)).save(folder)
+        return FittedClassical(self._spoils.saved(self._model.model), 0.0).save(folder)
 
 
 class SpoiledTrainer(ClassicalTrainer):
@@ -204,8 +205,8 @@ class SpoiledApproach(ClassicalApproach):
     def trainer(self, run: Run, process: Process) -> ClassicalTrainer:
         return SpoiledTrainer(run, self._spoils)
 
-    def prepare(self, bundle: Bundle, frames: Frames, folder: Path) -> Prepared:
-        return self._spoils.prepared(super().prepare(bundle, frames, folder))
+    def prepare(self, bundle: Bundle, source: RowSource, folder: Path) -> Prepared:
+        return self._spoils.prepared(super().prepare(bundle, source, folder))
 
     def score_probes(self, bundle: Bundle, base: Path | None) -> tuple[Floats, str]:
         logits, dtype = super().score_probes(bundle, base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bundles_support import write_model
+from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests_support import make_rows
@@ -161,6 +163,25 @@ def test_plain_peft_opens_the_adapter(saved: Path) -> None:
     model = PeftModel.from_pretrained(base, str(saved / "adapter"))
     loaded = {name: one for name, one in model.named_parameters() if "lora_" in name}
     assert len(loaded) == len(load_file(saved / "adapter" / "adapter_model.safetensors"))
+
+
+def test_the_documented_code_gives_a_bundles_logits(
+    trained_run: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The code of docs/export.md on an NF4 run; with a base that is not quantised, its logits are others."""
+    folder = trained_run("gemma2") / "run/fold0/bundle"
+    page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8").partition("peft alone")[2]
+    code = "\n".join(line[4:] for line in page.splitlines() if not line or line.startswith("    "))
+    example, config = "runs/lmsys/gemma2-9b-qlora/fold0/bundle", ", quantization_config=nf4"
+    assert code.count(example) == code.count(config) == 1
+    saved = np.array([probe.logits[0] for probe in open_bundle(folder).manifest.probes])
+
+    def computed(text: str) -> NDArray[np.float64]:
+        exec(compile(text.replace(example, str(folder)), "docs/export.md", "exec"), {})
+        return np.array([json.loads(logits) for logits in re.findall(r"(\[.*?\]) saved:", capsys.readouterr().out)])
+
+    np.testing.assert_allclose(computed(code), saved, atol=1e-5)
+    assert np.abs(computed(code.replace(config, "")) - saved).max() > 1e-3
 
 
 def test_a_bundle_names_nothing_of_the_machine_but_its_base(saved: Path) -> None:

@@ -18,6 +18,8 @@ import pytest
 from peft import PeftModel
 from test_bundle import write_bundle
 
+from pairclf.approaches.finetune.approach import FinetuneApproach
+from pairclf.approaches.protocol import Assignment
 from pairclf.bundles import bundle as bundles
 from pairclf.bundles.base import resolve_base
 from pairclf.bundles.bundle import open_bundle
@@ -27,7 +29,9 @@ from pairclf.config import resolve
 from pairclf.errors import BundleError, ConfigError, ModelError, PairclfError
 from pairclf.files import sha256_tree, write_json
 from pairclf.inference.verify import verify
+from pairclf.inputs.sequences import LargestPass
 from pairclf.model.backbone import load_tokenizer
+from pairclf.model.inputs import open_inputs
 from pairclf.trust import Trust, grant
 
 Change = Callable[[Path], object]
@@ -554,9 +558,9 @@ def test_a_tokenizer_that_fails_is_refused(copy: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("number", "says"),
-    [(4_000_000_000, r"gives a token the id 4,000,000,00\d"), (9_999, "writes the id (9999|10000), and")],
+    [(4_000_000_000, r"gives a token the id 4,000,000,00\d"), (9_999, r"also writes 'e' \(9999\), 'Ġ' \(10000\)")],
 )
-def test_ids_that_no_base_has_an_embedding_for_are_refused(copy: Path, number: int, says: str) -> None:
+def test_ids_that_no_base_has_an_embedding_for_are_refused(copy: Path, tmp_path: Path, number: int, says: str) -> None:
     """tokenizers counts up to the first for minutes; a GPU that is asked for the second is lost to the process."""
     path = copy / "tokenizer" / "tokenizer.json"
     vocabulary = json.loads(path.read_text())["model"]["vocab"]
@@ -566,3 +570,11 @@ def test_ids_that_no_base_has_an_embedding_for_are_refused(copy: Path, number: i
     reseal(copy)
     with pytest.raises(ModelError, match=says):
         look(copy)
+    bundle = open_bundle(copy)
+    with pytest.raises(ModelError, match=says):
+        FinetuneApproach().load(bundle, Assignment(copy, None, (), ("cpu",), 1, LargestPass(9, 9, 1), 1))
+    base = Path(shutil.copytree(bundle.config.model.base, tmp_path / "base"))
+    shutil.copy(path, base)
+    model = bundle.config.model.model_copy(update={"base": str(base)})
+    with pytest.raises(ModelError, match=says):
+        open_inputs(bundle.config.model_copy(update={"model": model}))

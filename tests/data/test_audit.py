@@ -363,6 +363,10 @@ def test_overlap_is_excluded_source_by_source(tmp_path: Path) -> None:
     assert [(one.rule, one.count, one.ids) for one in findings] == [("exclude_overlap", 2, ("extra0", "extra1"))]
     kept, _ = exclude_overlap(frame, sources, LMSYS, None)
     assert kept["id"].to_list() == ["main0", "main1", "extra0", "extra2"]
+    renamed = pl.read_csv(unseen).rename({"id": "row", "prompt": "question"})
+    renamed.write_csv(tmp_path / "renamed.csv")
+    sources[1] = Source(files=[extra], exclude_overlap=[tmp_path / "renamed.csv"])
+    assert exclude_overlap(frame, sources, LMSYS, None, columns={"prompt": "question"})[0].equals(kept)
 
 
 def check(*arguments: object) -> tuple[int, str]:

@@ -21,11 +21,23 @@ from typer.testing import CliRunner
 
 from pairclf.cli import app
 from pairclf.config import dump_config, resolve
-from pairclf.data.folds import assert_no_leak, make_folds, prompt_groups, prompt_hashes, read_folds, report, write_folds
-from pairclf.data.rows import read_rows
+from pairclf.data.folds import (
+    assert_apart,
+    assert_no_leak,
+    draw_rows,
+    make_folds,
+    prompt_groups,
+    prompt_hashes,
+    read_folds,
+    report,
+    same_group,
+    strata,
+    write_folds,
+)
+from pairclf.data.rows import read_rows, write_rows
 from pairclf.demo.arena import generate, write_lmsys
-from pairclf.errors import DataError, LeakError
-from pairclf.run import Run, folds_of, labelled_rows
+from pairclf.errors import ConfigError, DataError, LeakError
+from pairclf.run import Run, chunks_of, folds_of, labelled_rows
 from pairclf.task import LMSYS, WSDM, Task
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -100,7 +112,8 @@ def test_rows_without_a_prompt_are_groups_of_their_own() -> None:
 def test_a_pair_and_its_mirror_share_a_group_where_a_swap_moves_every_field() -> None:
     task = Task(name="pair", fields=("a", "b"), classes=("l", "r"), swap_fields=("a", "b"), swap_classes=("l", "r"))
     turns = pl.List(pl.String)
-    frame = pl.DataFrame({"id": ["1", "2"], "a": [["x"], ["y"]], "b": [["y"], ["x"]]}, schema_overrides={"a": turns})
+    columns = {"id": ["1", "2"], "a": [["x"], ["y"]], "b": [["y"], ["x"]], "group": [None, None]}
+    frame = pl.DataFrame(columns, schema_overrides={"a": turns, "group": pl.String})
     assert prompt_groups(frame, task).n_unique() == 1
 
 
@@ -190,17 +203,114 @@ def test_report_counts_rows_prompts_groups_and_labels() -> None:
     frame = canonical([["a"], ["a"], [near[0]], [near[1]], [""]], [0, 0, 1, 2, 2])
     folds = frame.select("id", fold=pl.Series([0, 0, 1, 1, -1]), group=prompt_groups(frame, LMSYS, NEAR))
     lines = lines_of(folds, frame)
-    assert ["set", "aside", "1", "0", "1", "1", "0.0%", "0.0%", "100.0%"] in lines
-    assert ["0", "2", "1", "1", "2", "100.0%", "0.0%", "0.0%"] in lines
-    assert ["1", "2", "2", "1", "2", "0.0%", "50.0%", "50.0%"] in lines
-    assert ["all", "5", "3", "3", "2", "40.0%", "20.0%", "40.0%"] in lines
+    assert ["set", "aside", "1", "0", "1", "1"] in lines
+    assert ["0", "2", "1", "1", "2"] in lines
+    assert ["1", "2", "2", "1", "2"] in lines
+    assert ["all", "5", "3", "3", "2"] in lines
+    assert ["fold", "set", "aside", "0", "1", "all"] in lines
+    assert ["winner_model_a", "0.0%", "100.0%", "0.0%", "40.0%"] in lines
+    assert ["winner_tie", "100.0%", "0.0%", "50.0%", "40.0%"] in lines
     counts = {" ".join(line[:-1]): line[-1] for line in lines if line}
     assert counts["groups of one row"] == "1"
     assert counts["groups of several rows"] == "2"
-    assert counts["groups of several prompts that are nearly the same"] == "1"
+    assert counts["groups of several prompts, nearly the same or of one folds.group"] == "1"
     assert counts["prompts in these groups"] == "2"
     assert counts["rows without prompt text"] == "1"
     assert counts["rows set aside, near to prompts of several folds"] == "1"
+
+
+# --- groups, samples -------------------------------------------------------------------------------------------------
+
+
+def grouped_rows() -> pl.DataFrame:
+    """Sixty prompts by seven authors, and some by none."""
+    authors = [None if row % 10 == 9 else f"author {row % 7}" for row in range(60)]
+    return some_rows(prompts=60).with_columns(group=pl.Series(authors))
+
+
+def test_rows_of_one_group_share_a_fold_and_leak_otherwise() -> None:
+    frame = grouped_rows()
+    folds = folded(frame, n=3)
+    joined = frame.select("id", author="group").join(folds, on="id").filter(pl.col("author").is_not_null())
+    assert joined.group_by("author").agg(pl.col("fold").n_unique())["fold"].to_list() == [1] * 7
+    assert folds["group"].n_unique() == 7 + 6
+    assert_no_leak(frame, folds, range(3), LMSYS, NEAR)
+    blind = folded(frame.with_columns(group=pl.lit(None, dtype=pl.String)), n=3)
+    with pytest.raises(LeakError, match=r"54 of 60 held-out rows share their id, prompt or folds\.group"):
+        assert_no_leak(frame, blind, range(3), LMSYS, NEAR)
+    with pytest.raises(LeakError, match=r"1 of 2 rows that are train_only share their id, prompt or folds\.group"):
+        assert_apart(
+            canonical([["new"], ["other"]], prefix="x").with_columns(group=pl.Series(["author 3", None])),
+            frame,
+            LMSYS,
+            NEAR,
+        )
+
+
+def test_groups_are_joined_over_prompts_and_over_authors() -> None:
+    """The first two rows share a prompt, the second and third an author, the third and fifth another prompt."""
+    frame = canonical([["one"], ["one"], ["two"], ["three"], ["two"], [""]], prefix="g")
+    frame = frame.with_columns(group=pl.Series([None, "x", "x", "y", None, "y"]))
+    keys = prompt_groups(frame, LMSYS)
+    assert keys[[0, 1, 2, 4]].n_unique() == 1
+    assert keys[3] == keys[5] != keys[0]
+    assert keys[0] == prompt_groups(frame[:1], LMSYS)[0]
+
+
+def test_group_is_a_column_of_the_files(tmp_path: Path) -> None:
+    """Read under the name that `folds.group` or a source gives, from CSV and parquet alike, and written back."""
+    frame = some_rows(12, 12)
+    write_rows(tmp_path / "a.parquet", frame.with_columns(group=pl.Series(range(12)) // 6), LMSYS, "author")
+    whole = read_rows([tmp_path / "a.parquet"], LMSYS, labelled=True, group="author")
+    assert whole["group"].to_list() == ["0"] * 6 + ["1"] * 6
+    pl.read_parquet(tmp_path / "a.parquet").rename({"author": "writer"}).with_columns(
+        writer=pl.Series([1.0, None, *[0.0] * 10]), id="x" + pl.col("id")
+    ).write_parquet(tmp_path / "b.parquet")
+    mapped = {"files": ["b.parquet"], "columns": {"group": "writer"}}
+    none = {"files": ["b.parquet"], "columns": {"group": None}, "id_prefix": "n", "ignore_columns": ["writer"]}
+    tree = {"folder": str(tmp_path), "train": ["a.parquet", mapped, none]}
+    config = resolve({"data": tree, "folds": {"group": "author", "n_splits": 2}, "output_dir": str(tmp_path / "run")})
+    groups = labelled_rows(config)["group"].to_list()
+    assert groups[12:] == ["1", None, *["0"] * 10, *[None] * 12]
+    with pytest.raises(DataError, match=r"columns \['author'\] are missing(.|\n)*columns: \{group: null\}"):
+        read_rows([tmp_path / "b.parquet"], LMSYS, labelled=True, group="author")
+    assert read_rows([tmp_path / "b.parquet"], LMSYS, labelled=False, group="author")["group"].null_count() == 12
+    with pytest.raises(DataError, match="columns maps 'group'"):
+        read_rows(config.data.sources[1:2], LMSYS, labelled=True)
+
+
+def test_strata_are_the_likeliest_class_or_the_rarest_label() -> None:
+    tags = Task(name="tags", fields=("prompt",), classes=("often", "rare"), multi_label=True)
+    frame = pl.DataFrame({"target": [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]})
+    assert strata(frame, tags).tolist() == [0, 1, -1, 0]
+    assert strata(pl.DataFrame({"target": [[0.2, 0.5, 0.3]]}), LMSYS).tolist() == [1]
+
+
+def test_drawn_rows_keep_the_shares_of_the_classes() -> None:
+    frame = canonical([[f"p{row}"] for row in range(200)], [0] * 100 + [1] * 60 + [2] * 40)
+    drawn = draw_rows(frame, LMSYS, 20, seed=1)
+    assert strata(drawn, LMSYS).tolist() == [0] * 10 + [1] * 6 + [2] * 4
+    assert drawn["id"].to_list() == [row for row in frame["id"] if row in set(drawn["id"])]
+    assert set(drawn["id"]) < set(draw_rows(frame, LMSYS, 60, seed=1)["id"])
+    assert drawn["id"].to_list() != draw_rows(frame, LMSYS, 20, seed=2)["id"].to_list()
+    assert draw_rows(frame, LMSYS, 20, seed=1).equals(drawn)
+
+
+@pytest.mark.parametrize(("sampling", "classes"), [("head", 1), ("stratified", 3)])
+def test_max_rows_draws_a_sample_or_takes_the_first(tmp_path: Path, sampling: str, classes: int) -> None:
+    frame = canonical([[f"p{row}"] for row in range(30)], [0] * 10 + [1] * 10 + [2] * 10)
+    write_rows(tmp_path / "t.parquet", frame, LMSYS)
+    data = {"folder": str(tmp_path), "train": "t.parquet", "max_rows": 9, "sampling": sampling}
+    config = resolve({"data": data})
+    rows = labelled_rows(config)
+    assert len(rows) == 9
+    assert len(set(strata(rows, LMSYS))) == classes
+    assert pl.concat(chunks_of(config, None)())["id"].to_list() == rows["id"].to_list()
+
+
+def test_stable_folds_have_no_group() -> None:
+    with pytest.raises(ConfigError, match=r"folds\.group and folds\.stable can't go together"):
+        resolve({"folds": {"stable": True, "group": "author"}})
 
 
 # --- near-duplicates -------------------------------------------------------------------------------------------------
@@ -475,3 +585,12 @@ def test_make_folds_of_real_data_do_not_leak() -> None:
     folds = make_folds(frame, WSDM, n=5, seed=0, near=NEAR, stable=False)
     assert folds["fold"].value_counts()["count"].to_list() == pytest.approx([len(frame) / 5] * 5, rel=0.02)
     assert_no_leak(frame, folds, range(5), WSDM, NEAR)
+
+
+def test_rows_without_a_group_share_none() -> None:
+    """`pseudo` leaves rows of a held-out group out by this."""
+    groups = [
+        pl.DataFrame({"group": values}, schema={"group": pl.String}) for values in (["a", None, "b"], ["b", None])
+    ]
+    assert same_group(*groups).to_list() == [False, False, True]
+    assert same_group(groups[0], groups[0].clear()).to_list() == [False] * 3

@@ -20,12 +20,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pairclf.config import Source
+from pairclf.config import Rules, Source, Submission
 from pairclf.data import rows as tables
+from pairclf.data.audit import clean
 from pairclf.data.formats import Flaw, read_file
 from pairclf.data.rows import read_rows, scan_rows, to_rows, write_rows
 from pairclf.data.scores import HASHES, class_matrix, read_scores, scores_frame, write_scores
-from pairclf.data.submission import check_submission, sample_ids, write_submission
+from pairclf.data.submission import answer, check_submission, ids_by_position, open_sample, sample_ids, write_submission
 from pairclf.errors import DataError
 from pairclf.task import LMSYS, WSDM, Task
 
@@ -82,6 +83,7 @@ def test_lmsys_csv_becomes_canonical(tmp_path: Path) -> None:
         "id": pl.String,
         **dict.fromkeys(LMSYS.fields, pl.List(pl.String)),
         "target": pl.List(pl.Float64),
+        "group": pl.String,
         "weight": pl.Float64,
         "train_only": pl.Boolean,
         "file": pl.String,
@@ -450,6 +452,90 @@ def test_submission_of_class_names(tmp_path: Path) -> None:
     assert summary["means"] == pytest.approx({"model_a": 2 / 3, "model_b": 1 / 3})
 
 
+SPAM = Task(name="spam", fields=("text",), classes=("0", "1"), label_column="label")
+WRITTEN = Task(name="written", fields=("text",), classes=("human", "ai"), label_column="author", metric="accuracy")
+DIGITS = Task(name="digits", fields=("text",), classes=("0", "1", "2"), label_column="digit")
+TAGS = Task(name="tags", fields=("text",), classes=("x", "y"), multi_label=True)
+TOXIC = Task(name="toxic", fields=("text",), classes=("toxic",), multi_label=True)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "settings", "sample", "expected"),
+    [
+        (SPAM, "log_loss", {}, "id,label\nr,0.5\n", "id,label\nr,0.7\n"),
+        (SPAM, "log_loss", {}, "id,label\nr,0\n", "id,label\nr,0.7\n"),
+        (SPAM, "accuracy", {}, "id,label\nr,0\n", "id,label\nr,1\n"),
+        (SPAM, "accuracy", {}, "id,label\nr,0.5\n", "id,label\nr,0.7\n"),
+        (SPAM, "accuracy", {"values": "probabilities"}, "id,label\nr,0\n", "id,label\nr,0.7\n"),
+        (SPAM, "log_loss", {}, None, "id,0,1\nr,0.3,0.7\n"),
+        (SPAM, "accuracy", {}, None, "id,label\nr,1\n"),
+        (SPAM, "log_loss", {"columns": {"1": "p"}}, None, "id,p\nr,0.7\n"),
+        (SPAM, "log_loss", {"id": "row"}, "label,row\n0.5,r\n", "label,row\n0.7,r\n"),
+        (WRITTEN, "accuracy", {}, "id,author\nr,ai\n", "id,author\nr,ai\n"),
+        (WRITTEN, "accuracy", {"columns": {"author": "writer"}}, "id,writer\nr,0\n", "id,writer\nr,ai\n"),
+        (WRITTEN, "log_loss", {"columns": {"ai": "generated"}}, "id,generated\nr,0.1\n", "id,generated\nr,0.7\n"),
+        (WRITTEN, "log_loss", {"columns": {"human": "author"}}, "id,author\nr,0.1\n", "id,author\nr,0.3\n"),
+        (WRITTEN, "log_loss", {}, "id,ai\nr,0\n", "id,ai\nr,0.7\n"),
+        (WRITTEN, "log_loss", {"values": "labels"}, "id,author\nr,ai\n", "id,author\nr,ai\n"),
+        (WRITTEN, "log_loss", {"columns": {"human": "h", "ai": "a"}}, "id,a,h\nr,0,0\n", "id,a,h\nr,0.7,0.3\n"),
+        (DIGITS, "accuracy", {}, "id,digit\nr,0\n", "id,digit\nr,1\n"),
+        (DIGITS, "accuracy", {"values": "labels"}, "id,0,1,2\nr,0,0,0\n", "id,0,1,2\nr,0,1,0\n"),
+        (TAGS, "log_loss", {}, "id,x,y\nr,0,0\n", "id,x,y\nr,0.7,0.7\n"),
+        (TAGS, "log_loss", {"values": "labels"}, "id,x,y\nr,0,0\n", "id,x,y\nr,1,1\n"),
+        (TOXIC, "log_loss", {}, "id,toxic\nr,0\n", "id,toxic\nr,0.7\n"),
+    ],
+)
+def test_metric_sample_and_settings_decide_what_is_written(
+    tmp_path: Path, task: Task, metric: str, settings: dict[str, Any], sample: str | None, expected: str
+) -> None:
+    """Probabilities are .7 for the second class (of several labels: each), and what is written passes the check."""
+    task, form = task.model_copy(update={"metric": metric}), Submission.model_validate(settings)
+    values = {"tags": [0.7, 0.7], "toxic": [0.7], "digits": [0.2, 0.7, 0.1]}.get(task.name, [0.3, 0.7])
+    scores = scores_frame(["r"], np.array([values]), task, 1, ["m"])
+    path = None if sample is None else tmp_path / "sample.csv"
+    if path is not None and sample is not None:
+        path.write_text(sample)
+    write_submission(tmp_path / "out.csv", scores, task, path, form)
+    assert (tmp_path / "out.csv").read_text() == expected
+    if path is not None:
+        assert check_submission(tmp_path / "out.csv", path, task, form)["rows"] == 1
+        rows = answer(pl.Series(["r"]), class_matrix(scores, task), task, pl.read_csv(path), form)
+        assert rows.write_csv() == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "sample", "message"),
+    [
+        (WRITTEN, {}, "id,author\nr,0.5\n", r"its cells are fractions(.|\n)*columns=\{ai: author\}"),
+        (WRITTEN, {"values": "probabilities"}, "id,author\nr,ai\n", "unclear of which class"),
+        (
+            DIGITS,
+            {},
+            "id,digit\nr,0\n",
+            r"task.metric=log_loss is of probabilities(.|\n)*data.submission.values=labels",
+        ),
+        (SPAM, {}, "row,label\nr,0.5\n", r"data.submission.id=COLUMN"),
+        (SPAM, {"columns": {"0": "1"}}, "id,1\nr,0.5\n", r"gives several classes the columns \['1'\]"),
+        (SPAM, {"columns": {"2": "p"}}, "id,p\nr,0.5\n", r"maps \['2'\](.|\n)*0, 1, label"),
+        (DIGITS, {"columns": {"1": "p"}}, "id,p\nr,0.5\n", r"can fill \['id', '0', 'p', '2'\] or \['id', 'digit'\]"),
+    ],
+)
+def test_no_hard_label_is_written_silently(
+    tmp_path: Path, task: Task, settings: dict[str, Any], sample: str, message: str
+) -> None:
+    path = tmp_path / "sample.csv"
+    path.write_text(sample)
+    with pytest.raises(DataError, match=message):
+        open_sample(path, task, Submission.model_validate(settings))
+
+
+def test_rows_without_ids_are_those_of_the_sample(tmp_path: Path) -> None:
+    sample = write_sample(tmp_path / "sample.csv", ["7", "9"], LMSYS.classes)
+    assert ids_by_position(2, LMSYS, sample) == ["7", "9"]
+    with pytest.raises(DataError, match="3 rows without ids, and the sample submission 2"):
+        ids_by_position(3, LMSYS, sample)
+
+
 def test_submission_without_a_sample(tmp_path: Path) -> None:
     write_submission(tmp_path / "s.csv", some_scores(["b", "a"]), LMSYS, None)
     assert pl.read_csv(tmp_path / "s.csv").columns == ["id", *LMSYS.classes]
@@ -640,7 +726,7 @@ LISTS = [
     (pa.array([[1, 2]]), "List(Int64)"),
     (pa.array([[["x"]]]), "List(List(String))"),
     (pa.array([{"a": "x"}]), "Struct"),
-    (pa.array([[{"role": "user", "content": "x"}]]), "List(Struct"),
+    (pa.array([[{"role": "user", "content": "x"}]]), "lists of messages with role and content"),
     (pa.array([date(2024, 1, 2)]), "Date"),
     (pa.array([Decimal("7.5")]), "Decimal"),
 ]
@@ -691,14 +777,33 @@ def test_numbers_and_booleans_among_texts_of_jsonl_are_undecodable(tmp_path: Pat
     assert flaws_of(read) == undecodable | {key: {"missing_cell"} for key in ("i5", "i6")}
 
 
+def test_lists_of_messages_are_named(tmp_path: Path) -> None:
+    """Whichever column they stand in; a text that holds such a list in JSON is undecodable, and the remedy names it."""
+    messages = [{"role": "user", "content": "hello"}]
+    texts = {"response_a": ["a"], "response_b": ["b"], **dict(zip(LMSYS.classes, (1, 0, 0), strict=True))}
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({"id": "1", "prompt": messages, **texts}) + "\n")
+    with pytest.raises(DataError, match="'prompt' holds lists of messages with role and content"):
+        read_rows([path], LMSYS, labelled=True)
+    path.write_text(json.dumps({"id": "1", "prompt": json.dumps(messages), **texts}) + "\n")
+    with pytest.raises(DataError, match=r"of messages \(role, content\) write the texts alone"):
+        clean(read_rows([path], LMSYS, labelled=True), LMSYS, Rules(), labelled=True)
+
+
+def test_one_label_may_be_yes_and_no(tmp_path: Path) -> None:
+    for cells in (["yes", "no"], ["True", "false"], ["1", "0"]):
+        path = write_csv(tmp_path / "t.csv", {"id": ["a", "b"], "text": ["x", "y"], "toxic": cells})
+        assert read_rows([path], TOXIC, labelled=True)["target"].to_list() == [[1.0], [0.0]]
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
 def test_booleans_are_labels_in_every_format(tmp_path: Path, suffix: str) -> None:
     wins = np.eye(3, dtype=bool)
     texts = {"id": ["0", "1", "2"], **{name: ['["a"]'] * 3 for name in LMSYS.fields}}
     one_hot = pd.DataFrame(texts | {name: wins[:, at] for at, name in enumerate(LMSYS.classes)})
     named = pd.DataFrame(texts | {"label": [True, False, True]})
-    for classes in (("False", "True"), ("false", "true")):
-        task = Task(name="b", fields=LMSYS.fields, classes=classes, label_column="label")
+    for classes in (("False", "True"), ("false", "true"), ("0", "1")):
+        task = Task(name="b", fields=LMSYS.fields, classes=classes, label_column="label", swap_fields=None)
         path = by_pandas(tmp_path / f"named{suffix}", named)
         read = read_rows([path], task, labelled=True)
         assert read["target"].to_list() == [[0, 1], [1, 0], [0, 1]]

@@ -21,6 +21,7 @@ from pairclf.data.identity import prompt_marks, row_hashes
 from pairclf.data.scores import HASHES, class_matrix, read_scores, scores_frame, write_scores
 from pairclf.data.teachers import out_of_sample, teachers_of
 from pairclf.errors import BundleError, ConfigError, DataError, LeakError
+from pairclf.inference.ensemble import open_ensemble
 from pairclf.inference.pool import ProcessPool
 from pairclf.inference.predict import _trained_on_rows, predict
 from pairclf.run import Run, labelled_rows
@@ -103,7 +104,9 @@ def test_seen_finds_prompts_nearly_trained_on(run: Config, frame: pl.DataFrame) 
     for rows, wanted in ((training, True), (held_out, False)):
         marks = prompt_marks(rows.filter(long).with_columns(prompt=changed), LMSYS)
         assert len(marks) > 1
-        assert set(_trained_on_rows([open_bundle(bundle(run, 0))], marks)[0]) == {wanted}
+        seen = _trained_on_rows(open_ensemble([bundle(run, 0)], None, ()), marks)
+        assert seen is not None
+        assert set(seen[0]) == {wanted}
         assert not marks["prompt"].is_in(prompt_hashes(training, LMSYS).to_list()).any()
 
 

@@ -49,6 +49,12 @@ def test_folders_alone_count_alike(folder: Path) -> None:
     assert ensemble.prior == pytest.approx([0.3, 0.3, 0.4])
 
 
+def test_bundles_of_one_name_are_told_apart(folder: Path) -> None:
+    hollow_bundle(folder / "other-run", Config(), "a", prior=[0.2, 0.2, 0.6])
+    ensemble = open_ensemble([folder / name for name in ("a", "b", "other-run")], None, [])
+    assert [member.name for member in ensemble.members] == ["a (member 1)", "b", "a (member 3)"]
+
+
 def test_a_file_says_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = """
         members:
@@ -107,7 +113,7 @@ def test_all_errors_of_a_file_at_once(folder: Path) -> None:
         "5 settings",
         "members.0.wieght: no such setting; the nearest is members.weight",
         "members.0.share: Input should be less than or equal to 1 (given: 1.5)",
-        "members.1.bundle: Field required",
+        "members.1.bundle is missing: add `bundle` below `members.1`",
         "members.1.weight: Input should be greater than 0",
         "temprature: no such setting; the nearest is temperature",
         "ensemble.yaml",
@@ -175,7 +181,7 @@ def test_nothing_is_hashed_but_a_changed_config_is_found(folder: Path, monkeypat
 
 def ensemble_of(weights: list[float], temperature: float = 1.0, task: Task = LMSYS) -> Ensemble:
     nothing: Any = None
-    members = tuple(EnsembleMember(nothing, None, weight, 1.0, 1.0, 0.0, 0.0) for weight in weights)
+    members = tuple(EnsembleMember("m", nothing, None, weight, 1.0, 1.0, 0.0, 0.0) for weight in weights)
     return Ensemble(members, temperature, task, Predict(), np.array([0.5, 0.3, 0.2]))
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from support.runs import random_bundle, run_config
 
 from pairclf.approaches.protocol import ModelCost
+from pairclf.config import resolve
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.errors import ConfigError, ModelError
 from pairclf.hardware import PROFILES, Profile
@@ -20,6 +21,7 @@ from pairclf.inference import forecast as job
 from pairclf.inference.ensemble import open_ensemble
 from pairclf.inference.forecast import SimulationSetup, _resized_index, _setup_of_profile, _simulate, forecast
 from pairclf.inputs.sequences import SequenceIndex
+from pairclf.runs.fit import fit
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,21 @@ def test_forecast_tables_have_hours_and_deadlines(bundle: Path) -> None:
         console.print(*tables)
     assert "Forecast of 25,000 rows" in shown.get()
     assert "60 min" in shown.get() or "1 h 00 min" in shown.get()
+
+
+def test_forecast_counts_in_the_units_of_the_approach_and_tells_equal_names_apart(tmp_path: Path) -> None:
+    write_lmsys(generate(40, seed=1), tmp_path, n_test=20)
+    bundles = []
+    for seed in (0, 1):
+        sections = {"approach": "classical", "classical": {"n_features": 512}, "folds": {"n_splits": 2}, "seed": seed}
+        data = {"folder": str(tmp_path), "train": ["train.csv"]}
+        bundles.append(fit(resolve({"output_dir": str(tmp_path / f"{seed}" / "run"), "data": data, **sections}), 0))
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(*forecast(bundles, tmp_path / "test.csv", device="t4", deadlines=["1h"]))
+    assert shown.get().count("units of 64 characters") == 2
+    assert "tokens" not in shown.get()
+    assert all(f"run-fold0 (member {number}) AB" in shown.get() for number in (1, 2))
 
 
 def test_forecast_measures_this_machine(bundle: Path) -> None:

@@ -184,7 +184,7 @@ def conduct(
         clock=clock,
         journal=journal or Memory(),
         submission=sink,
-        reporter=ProgressReporter(said.append, lambda name, done, total: None),
+        reporter=ProgressReporter(said.append),
         swap=swap,
         budget=budget,
         stop=stop,
@@ -221,6 +221,18 @@ def test_killed_at_any_moment_it_goes_on_to_the_same() -> None:
         np.testing.assert_array_equal(again.sink.last, whole.sink.last)
 
 
+def test_the_journal_has_the_scores_of_duplicates_for_a_run_that_does_not_know_them() -> None:
+    """A run that is stopped before it has tokenised the rows writes what the journal has."""
+    journal = Memory()
+    whole = conduct([part(rows=150)], journal=journal)
+    unknown = SequenceIndex.empty().padded(150, 2)
+    stopped = conduct([part(inputs=unknown)], journal=journal)
+    assert not whole.outcome.state._inputs[0].is_first.all()
+    np.testing.assert_array_equal(stopped.outcome.state.logits(0), whole.outcome.state.logits(0))
+    assert stopped.crew.done == []
+    assert stopped.outcome.rows_left == {"a (not prepared)": 150}
+
+
 def test_the_same_passes_are_made_after_a_kill() -> None:
     """Bits of a score depend on the company in its pass: it must be the same company."""
     passes: list[list[Any]] = [[], []]
@@ -235,9 +247,16 @@ def test_the_same_passes_are_made_after_a_kill() -> None:
         clock = SimulatedClock()
         crew = Watching([part(rows=200)], clock)
         conductor = PredictionLoop(
-            [part(rows=200)], LMSYS, Judge([1.0]), pool=crew, clock=clock, journal=kept, submission=Written(clock),
-            reporter=ProgressReporter(lambda text: None, lambda name, done, total: None), swap="full", budget=4096,
-        )  # fmt: skip
+            [part(rows=200)],
+            LMSYS,
+            Judge([1.0]),
+            pool=crew,
+            clock=clock,
+            journal=kept,
+            submission=Written(clock),
+            swap="full",
+            budget=4096,
+        )
         conductor.resume()
         conductor.run(stop_signal=lambda: int(end is not None and clock.now > end), tick=60.0)  # noqa: B023
     assert set(passes[1]) == set(passes[0])
@@ -335,13 +354,54 @@ def test_what_a_worker_keeps_for_too_long_is_done_by_another() -> None:
     clock, one = SimulatedClock(), part(inputs=inputs(60, twins=0.0))
     crew, journal = Hanging([one], clock), Memory()  # the journal refuses what is scored twice
     conductor = PredictionLoop(
-        [one], LMSYS, Judge([1.0]), pool=crew, clock=clock, journal=journal, submission=Written(clock), swap="full",
-        reporter=ProgressReporter(lambda text: None, lambda name, done, total: None), budget=8192,
-    )  # fmt: skip
-    outcome = conductor.run(stop_signal=lambda: 0, tick=1.0)
+        [one],
+        LMSYS,
+        Judge([1.0]),
+        pool=crew,
+        clock=clock,
+        journal=journal,
+        submission=Written(clock),
+        swap="full",
+        budget=8192,
+    )
+    outcome = conductor.run(tick=1.0)
     assert outcome.state.is_scored(0).all()
     assert crew.hung is not None
     assert clock.now < 3600
+
+
+class HangingAlone(Crew):
+    """A single worker that hangs in a row, and is ended when the job's limit is over."""
+
+    row = 7
+
+    def do(self, worker: int, work: Job) -> tuple[float, Event]:
+        if self.row in {piece.row for piece in work.row_orders}:
+            self.row = -1 if self.row == 7 else self.row
+            return work.limit, WorkerFailure(worker, work, "died", "hung")
+        return super().do(worker, work)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_single_worker_that_hangs_costs_its_limit_and_no_row_but_one_that_always_hangs(always: bool) -> None:
+    clock, one = SimulatedClock(), part(inputs=inputs(60, twins=0.0))
+    crew = HangingAlone([one], clock, workers=1)
+    crew.row = 8 if always else 7
+    conductor = PredictionLoop(
+        [one],
+        LMSYS,
+        Judge([1.0]),
+        pool=crew,
+        clock=clock,
+        journal=Memory(),
+        submission=Written(clock),
+        swap="full",
+        budget=8192,
+    )
+    outcome = conductor.run(tick=1.0)
+    scored = outcome.state.is_scored(0).all(axis=1)
+    assert np.flatnonzero(~scored).tolist() == ([8] if always else [])
+    assert clock.now < 7200
 
 
 def test_a_model_that_never_loads_is_an_error() -> None:
@@ -353,12 +413,18 @@ def test_a_model_that_never_loads_is_an_error() -> None:
 
     clock = SimulatedClock()
     conductor = PredictionLoop(
-        [part()], LMSYS, Judge([1.0]), pool=Dead([part()], clock), clock=clock, journal=Memory(),
+        [part()],
+        LMSYS,
+        Judge([1.0]),
+        pool=Dead([part()], clock),
+        clock=clock,
+        journal=Memory(),
         submission=Written(clock),
-        reporter=ProgressReporter(lambda text: None, lambda name, done, total: None), swap="full", budget=8192,
-    )  # fmt: skip
+        swap="full",
+        budget=8192,
+    )
     with pytest.raises(ModelError, match="SIGKILL"):
-        conductor.run(stop_signal=lambda: 0, tick=1.0)
+        conductor.run(tick=1.0)
 
 
 def test_the_submission_is_never_older_than_a_minute() -> None:

@@ -11,24 +11,25 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Event as Never
 from threading import Thread
 from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
 import pytest
-from clocks_support import PATIENCE, collect, comes_true
+from clocks_support import PATIENCE, clock_in, collect, comes_true
 from support.forked import forked
 
 from pairclf.approaches.protocol import Assignment, Loaded
 from pairclf.errors import BundleError
-from pairclf.inference.messages import BatchScored, Event, Job, RowOrders, WorkerFailure, WorkerReady
-from pairclf.inference.pool import ProcessPool, WorkerModel
+from pairclf.inference.messages import BatchScored, Clock, Event, Job, RowOrders, WorkerFailure, WorkerReady
+from pairclf.inference.pool import LOAD_LIMIT, ProcessPool, WorkerModel
 from pairclf.inputs.render import Encoded
 from pairclf.inputs.sequences import Item, LargestPass
 from pairclf.scores.metrics import Floats
 
-SLOW, OOM, WRONG, DEADLY = 7, 8, 9, 10
+SLOW, OOM, WRONG, DEADLY, ENDLESS = 7, 8, 9, 10, 11
 """First ids of rows that the stand-in of a model does not take as others."""
 
 
@@ -41,6 +42,8 @@ class Stub:
             time.sleep(0.2)
         if first == OOM:
             raise MemoryError("so many tokens")
+        if first == ENDLESS:
+            Never().wait()
         if first == DEADLY:
             os.kill(os.getpid(), signal.SIGKILL)
         return first
@@ -58,6 +61,8 @@ def load(assignment: Assignment) -> Loaded:
     """Stands in for `load_bundle`."""
     if assignment.bundle.name == "damaged":
         raise BundleError("it is damaged", where=assignment.bundle, rows=["7"], remedy="copy it again")
+    if assignment.bundle.name == "endless":
+        Never().wait()
     if assignment.bundle.name == "noted":
         (assignment.bundle.parent / "loaded").touch()
     return Loaded(Stub(), "padded", f"{assignment.devices} {assignment.threads}")
@@ -87,8 +92,8 @@ Make = Callable[..., ProcessPool]
 def crew_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     crews: list[ProcessPool] = []
 
-    def make(*models: WorkerModel, workers: int = 1) -> ProcessPool:
-        crews.append(ProcessPool(models, [("cpu",)] * workers, load=load))
+    def make(*models: WorkerModel, workers: int = 1, clock: Clock = time.monotonic) -> ProcessPool:
+        crews.append(ProcessPool(models, [("cpu",)] * workers, load=load, clock=clock))
         return crews[-1]
 
     monkeypatch.setattr("pairclf.inference.pool._GRACE", PATIENCE)
@@ -156,6 +161,40 @@ def test_crew_reports_a_dead_worker_with_the_work_it_had_begun(crew_of: Make) ->
     assert isinstance(ready, WorkerReady)
     assert isinstance(scored, BatchScored)
     assert (scored.worker, scored.job) == (other, work(1, 1))
+
+
+def test_crew_ends_a_single_worker_that_hangs_and_its_next_job_is_done(crew_of: Make, tmp_path: Path) -> None:
+    clock = clock_in(tmp_path)
+    crew = crew_of(model("first", 1, ENDLESS, 1), clock=clock)
+    (number,) = crew.load(0)
+    for row in range(3):
+        crew.submit(work(row, row)._replace(limit=60.0))
+    collect(crew, 2)  # ready, and the first job is done
+    clock.turn(59)
+    assert crew.wait(0.0) == []
+    clock.turn(2)
+    (hung,) = collect(crew, 1)
+    assert isinstance(hung, WorkerFailure)
+    assert (hung.kind, hung.job and hung.job.number) == ("died", 1)
+    assert hung.what.endswith("hung: it did not answer for 61 s, and was ended")
+    other = crew.restart(number)
+    _, scored = collect(crew, 2)
+    assert isinstance(scored, BatchScored)
+    assert (scored.worker, scored.job.number) == (other, 2)
+    clock.turn(1e6)  # a worker without a job may be silent
+    assert crew.wait(0.0) == []
+
+
+def test_crew_ends_a_worker_that_hangs_while_it_loads(crew_of: Make, tmp_path: Path) -> None:
+    clock = clock_in(tmp_path)
+    crew = crew_of(model("endless", 1), clock=clock)
+    crew.load(0)
+    crew.wait(0.0)
+    clock.turn(LOAD_LIMIT + 1)
+    (hung,) = collect(crew, 1)
+    assert isinstance(hung, WorkerFailure)
+    assert (hung.kind, hung.job) == ("died", None)
+    assert "hung" in hung.what
 
 
 def test_crew_reports_an_idle_dead_worker_without_work(crew_of: Make) -> None:

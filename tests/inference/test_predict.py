@@ -8,7 +8,7 @@ import random
 import signal
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -26,15 +26,18 @@ from support.faults import PASS, faulty, quick, unloadable
 from support.forked import command, forked
 from support.runs import bundles_of, random_bundle, run_config
 
+from pairclf import files as bundle_files
 from pairclf.bundles.manifest import read_manifest
+from pairclf.data.rows import scan_rows
 from pairclf.data.submission import check_submission
-from pairclf.errors import BundleError, ConfigError, DataError, IncompleteError, PairclfError
+from pairclf.errors import BundleError, ConfigError, DataError, IncompleteError, PairclfError, StopError
 from pairclf.inference import pool as crew
 from pairclf.inference import predict as job
 from pairclf.inference import submission as sink
 from pairclf.inference.ensemble import open_ensemble
 from pairclf.inference.journal import Journal
 from pairclf.inference.predict import predict
+from pairclf.inputs import cache
 from pairclf.scores.metrics import Floats
 from pairclf.task import LMSYS
 
@@ -56,6 +59,10 @@ def whole(run: Path, tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
 def files(run: Path, folder: Path) -> dict[str, Any]:
     """Arguments of `predict`."""
     return {"data": run / "test.csv", "out": folder / "submission.csv", "sample": run / "sample_submission.csv"}
+
+
+def priors_of(run: Path, index: int) -> Floats:
+    return np.asarray(read_manifest(bundles_of(run)[index]).prior)
 
 
 def priors(run: Path, count: int = 1) -> Floats:
@@ -96,6 +103,15 @@ def test_predict_with_two_workers_scores_as_with_one(
     assert not (tmp_path / "one" / "submission.work").exists()
 
 
+def test_predict_writes_scores_alone(run: Path, whole: pl.DataFrame, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.parquet"
+    predict(bundles_of(run)[:1], **files(run, tmp_path) | {"out": None, "scores": scores})
+    assert list(tmp_path.iterdir()) == [scores]
+    assert_frame_equal(pl.read_parquet(scores).drop("seen"), whole.drop("seen"))
+    with pytest.raises(ConfigError, match="neither a submission nor scores"):
+        predict(bundles_of(run)[:1], **files(run, tmp_path) | {"out": None})
+
+
 def test_predict_scores_alike_in_every_layout(run: Path, tmp_path: Path) -> None:
     scores = [
         predict(bundles_of(run)[:1], **files(run, tmp_path / layout), overrides=[f"predict.layout={layout}"])
@@ -130,6 +146,70 @@ def test_predict_swap_split_gives_each_member_one_order(run: Path, tmp_path: Pat
 def test_predict_past_its_deadline_writes_the_prior(run: Path, tmp_path: Path) -> None:
     predict(bundles_of(run)[:1], **files(run, tmp_path), deadline="2020-01-01T00:00:00")
     np.testing.assert_allclose(probabilities(tmp_path / "submission.csv"), np.tile(priors(run), (ROWS, 1)))
+
+
+def test_predict_past_its_deadline_keeps_the_submission_of_an_earlier_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {name: pl.lit(value) for name, value in zip(LMSYS.classes, (0.5, 0.3, 0.2), strict=True)}
+    earlier = pl.read_csv(run / "sample_submission.csv").with_columns(**values)
+    earlier.write_csv(tmp_path / "submission.csv")
+    predict(bundles_of(run)[:1], **files(run, tmp_path), deadline="2020-01-01T00:00:00")
+    assert pl.read_csv(tmp_path / "submission.csv").equals(earlier)
+    assert "holds the submission of an earlier run" in " ".join(capsys.readouterr().err.split())
+
+
+def test_predict_scores_what_a_short_deadline_lets_it_tokenise_and_keeps_it_when_stopped(
+    run: Path, whole: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokenising takes longer than the deadline; then a signal comes while a second run tokenises; a third one ends."""
+    clock, tokenise, passes = clock_in(tmp_path), cache.tokenise_chunk, 0
+    out, arguments = tmp_path / "submission.csv", files(run, tmp_path)
+    monkeypatch.setattr(cache, "ROWS_AT_A_TIME", 4)
+
+    def during(event: Callable[[], object]) -> None:
+        monkeypatch.setattr(cache, "tokenise_chunk", lambda *chunk: (event(), tokenise(*chunk))[1])
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return scan_rows(*arguments, **options)
+
+    monkeypatch.setattr("pairclf.run.scan_rows", counted)
+    during(lambda: clock.turn(20.0))
+    part = predict(bundles_of(run)[:1], **arguments, deadline="120s", clock=clock)
+    assert clock() < 120
+    scored = part["orders"].to_numpy() > 0
+    assert 0 < scored.sum() < ROWS == len(probabilities(out))
+    assert "12 of 24 rows are tokenised" in " ".join(capsys.readouterr().err.split())
+    assert passes == 2  # ids, and tokens
+
+    saved = probabilities(out)
+    out.unlink()
+    during(lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(StopError, match="holds the scores so far"):
+        predict(bundles_of(run)[:1], **arguments)
+    np.testing.assert_array_equal(probabilities(out), saved)
+
+    monkeypatch.undo()
+    assert_frame_equal(predict(bundles_of(run)[:1], **arguments), whole, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("stop", ["deadline", "signal"])
+def test_predict_stopped_while_it_hashes_writes_what_it_has(
+    stop: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, hash_file = clock_in(tmp_path), bundle_files.sha256_file
+
+    def slow(path: Path, between: Callable[[], object]) -> str:
+        clock.turn(100.0) if stop == "deadline" else signal.raise_signal(signal.SIGTERM)
+        return hash_file(path, between)
+
+    monkeypatch.setattr(bundle_files, "sha256_file", slow)
+    monkeypatch.setattr(job, "ProcessPool", partial(crew.ProcessPool, load=unloadable))
+    with pytest.raises(StopError) if stop == "signal" else nullcontext():
+        predict(bundles_of(run)[1:], **files(run, tmp_path), deadline="60s", clock=clock)
+    np.testing.assert_allclose(probabilities(tmp_path / "submission.csv"), np.tile(priors_of(run, 1), (ROWS, 1)))
 
 
 def test_predict_keeps_its_deadline_and_goes_on_when_asked_again(
@@ -234,18 +314,18 @@ def test_predict_replaces_a_submission_by_nothing_worse(run: Path, tmp_path: Pat
 
 
 def test_identity_differs_by_device_dtype_and_torch(
-    run: Path, base_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`auto` is float32 here and float16 on a T4: what was begun there does not go on here."""
     bundle = random_bundle(tmp_path / "bundle", run_config(tmp_path, base_of("llama")))
-    ensemble, data = open_ensemble([bundle], None, ()), run / "test.csv"
-    here = job._identity(ensemble, data)
+    ensemble = open_ensemble([bundle], None, ())
+    here = job._identity(ensemble, "digest")
     with monkeypatch.context() as gpu:
         gpu.setattr(torch.cuda, "device_count", lambda: 2)
         gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        there = job._identity(ensemble, data)
+        there = job._identity(ensemble, "digest")
     monkeypatch.setattr(torch, "__version__", "2.0")
-    later = job._identity(ensemble, data)
+    later = job._identity(ensemble, "digest")
     mine, theirs, newer = (identity.pop("models")[0] for identity in (here, there, later))
     assert [name for name in here if here[name] != there[name]] == ["device"]
     assert here == later
@@ -267,7 +347,7 @@ def test_predict_killed_before_its_first_scores_keeps_the_older_submission(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(job, "_verify_files", killed)
+        patch.setattr(job, "verify_in_time", killed)
         predict(bundles_of(run)[:1], **files(run, tmp_path))
     assert (out.read_bytes(), out.stat().st_mtime) == (before, 3600)
     assert "is still the submission of an earlier run" in " ".join(capsys.readouterr().err.split())

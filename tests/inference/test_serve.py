@@ -25,7 +25,7 @@ from pairclf.config import resolve
 from pairclf.errors import BundleError, ConfigError, DataError, ModelError
 from pairclf.inference import pool as crew
 from pairclf.inference import predict as job
-from pairclf.inference import serve
+from pairclf.inference import resident
 from pairclf.inference.predict import predict
 from pairclf.inference.serve import Server
 from pairclf.rehearsal.shared_clock import SharedClock
@@ -42,7 +42,7 @@ AMPLY = {"seconds": AMPLE, "batch_seconds": AMPLE}
 @pytest.fixture(scope="module", autouse=True)
 def _quick_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (serve, job):
+        for module in (resident, job):
             patch.setattr(module, "ProcessPool", partial(crew.ProcessPool, load=quick))
         yield
 
@@ -96,7 +96,7 @@ def values(scores: pl.DataFrame) -> Floats:
 
 def inject(monkeypatch: pytest.MonkeyPatch, kind: str, row: int | None = None) -> None:
     load = unloadable if kind == "load" else partial(faulty, kind=kind, row=row)
-    monkeypatch.setattr(serve, "ProcessPool", partial(crew.ProcessPool, load=load))
+    monkeypatch.setattr(resident, "ProcessPool", partial(crew.ProcessPool, load=load))
 
 
 # --- one way to a score ----------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_when_the_time_is_over_there_are_priors_at_once(folder: Path, tmp_path: 
 def slowed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> SharedClock:
     """Passes of `PASS` seconds, by the clock that is returned; a row alone is a pass with `ALONE`."""
     clock = clock_in(folder)
-    monkeypatch.setattr(serve, "ProcessPool", turned_crew(clock, partial(faulty, kind="slow", clock=clock)))
+    monkeypatch.setattr(resident, "ProcessPool", turned_crew(clock, partial(faulty, kind="slow", clock=clock)))
     return clock
 
 
@@ -313,6 +313,6 @@ def test_what_can_not_be_served_is_refused_when_the_server_is_made(
     (tmp_path / "cascade.yaml").write_text(f"members: [{{bundle: {first}}}, {{bundle: {second}, share: 0.25}}]")
     with pytest.raises(ConfigError, match=r"members.1.share=0.25"):
         Server([tmp_path / "cascade.yaml"], **AMPLY)
-    monkeypatch.setattr(serve, "process_memory", lambda processes: 1000)
+    monkeypatch.setattr(resident, "process_memory", lambda processes: 1000)
     with pytest.raises(ModelError, match="into memory together"):
         Server([first, second], **AMPLY)

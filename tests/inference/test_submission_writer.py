@@ -232,7 +232,9 @@ def test_an_earlier_runs_submission_is_kept_while_this_run_is_not_done(
     assert (tmp_path / "work" / PREVIOUS_SUBMISSION).read_bytes() == before
     journal.close()
     other = Journal.open(tmp_path / "work" / "journal", {"run": 2})
-    with SubmissionWriter(out, LMSYS, None, ["a", "b"], clock=Hand(), journal=other).reporting_older(tmp_path / "work"):
+    third = SubmissionWriter(out, LMSYS, None, ["a", "b"], clock=Hand(), journal=other)
+    with third.reporting_older(tmp_path / "work"):
+        third.begin(PRIOR)
         assert "is from an earlier run" in " ".join(capsys.readouterr().err.split())
     other.close()
 

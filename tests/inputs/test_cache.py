@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,7 +30,7 @@ from pairclf.config import resolve
 from pairclf.data.rows import to_rows
 from pairclf.errors import DataError
 from pairclf.inputs import cache as module
-from pairclf.inputs.cache import MANIFEST, TOKENS, EncodedRows, TokenCache, token_cache
+from pairclf.inputs.cache import MANIFEST, TOKENS, EncodedRows, RowSource, TokenCache, token_cache
 from pairclf.inputs.render import Encoded, InputBuilder
 from pairclf.inputs.tokenise import TurnTokenizer
 from pairclf.model.backbone import load_tokenizer
@@ -132,6 +133,19 @@ def test_token_cache_is_another_one_if_anything_could_change_a_token(
     assert folders() == 6
 
 
+@pytest.mark.parametrize("rows", [0, 2])
+def test_token_cache_whose_rows_end_early_has_the_first_and_is_built_again(
+    tmp_path: Path, builder: InputBuilder, rows: int
+) -> None:
+    frame = frame_of(ROWS)
+    pieces = iter([False] * (rows // 2) + [True])
+    source = RowSource(lambda: frame.iter_slices(2), "digest", len(frame), lambda: lambda: next(pieces))
+    first = token_cache(tmp_path, source, builder.tokenizer, LMSYS.fields)
+    assert len(first) == len(first.lengths) == rows
+    whole = token_cache(tmp_path, source._replace(step=lambda: lambda: False), builder.tokenizer, LMSYS.fields)
+    assert whole.ids.to_list() == frame["id"].to_list()
+
+
 def test_token_cache_is_built_once(tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
     first = cache_of(tmp_path, frame_of(ROWS), builder)
     monkeypatch.setattr(module, "_build", lambda *_, **__: pytest.fail("built again"))
@@ -161,7 +175,7 @@ def test_token_cache_of_a_stranger_under_fitting_hashes_is_built_again(
         manifest.write_text(json.dumps(made | {"sha256": hashlib.sha256(tokens.read_bytes()).hexdigest()}))
     capsys.readouterr()
     assert cache_of(tmp_path, frame_of(ROWS), builder)[2]["prompt"][0].tolist() == wanted
-    assert "is damaged, and is rebuilt" in " ".join(capsys.readouterr().err.split())
+    assert "is damaged or incomplete, and is rebuilt" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("harm", ["one byte", "cut short", "no tokens", "no manifest", "a manifest of nothing"])
@@ -190,10 +204,10 @@ def test_token_cache_needed_twice_at_once_is_built_once(
     builds = []
     build = module._build
 
-    def slow(*arguments: Any, **settings: Any) -> None:
+    def slow(*arguments: Any, **settings: Any) -> int:
         builds.append(1)
         time.sleep(0.3)
-        build(*arguments, **settings)
+        return build(*arguments, **settings)
 
     monkeypatch.setattr(module, "_build", slow)
     with ThreadPoolExecutor(2) as pool:
@@ -212,9 +226,9 @@ def test_token_cache_that_can_not_be_written_to_is_read(tmp_path: Path, builder:
 
 
 def test_token_cache_is_the_same_from_several_processes(tmp_path: Path, builder: InputBuilder) -> None:
-    frame = frame_of([([f"question {n}"], ["a" * (n % 50)], ["b", None]) for n in range(5000)])
-    cache_of(tmp_path / "one", frame, builder, size=2000)
-    cache_of(tmp_path / "two", frame, builder, size=2000, processes=2)
+    frame = frame_of([([f"question {n}"], ["a" * (n % 50)], ["b", None]) for n in range(1000)])
+    cache_of(tmp_path / "one", frame, builder, size=400)
+    cache_of(tmp_path / "two", frame, builder, size=400, processes=2)
     one, two = (next((tmp_path / name).rglob(TOKENS)).read_bytes() for name in ("one", "two"))
     assert one == two
 
@@ -224,9 +238,9 @@ def test_token_cache_limits_the_processes_that_a_config_asks_for(
 ) -> None:
     asked: list[int] = []
 
-    def counted(chunks: Any, tokenizer: Any, fields: Any, processes: int) -> Any:
+    def counted(chunks: Any, tokenizer: Any, fields: Any, processes: int, is_over: Any) -> Any:
         asked.append(processes)
-        return tokenised(chunks, tokenizer, fields, 1)
+        return tokenised(chunks, tokenizer, fields, 1, is_over)
 
     tokenised = module._tokenised
     monkeypatch.setattr(module, "_tokenised", counted)
@@ -234,18 +248,22 @@ def test_token_cache_limits_the_processes_that_a_config_asks_for(
     assert asked == [max(module.MOST_PROCESSES, len(os.sched_getaffinity(0)))]
 
 
-def test_token_cache_names_a_process_that_died_and_leaves_nothing(
-    tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("over", [False, True])
+def test_token_cache_names_a_process_that_died_and_leaves_nothing_unless_the_time_is_over(
+    tmp_path: Path, builder: InputBuilder, monkeypatch: pytest.MonkeyPatch, over: bool
 ) -> None:
+    """A signal to all processes of a command kills one that has not begun to ignore it."""
     pool = module.ProcessPoolExecutor
 
     def killed(processes: int, context: Any, start: Any, arguments: Any) -> Any:
         return pool(processes, context, signal.raise_signal, (signal.SIGKILL,))
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", killed)
-    with pytest.raises(DataError, match="killed"):
-        cache_of(tmp_path, frame_of(ROWS), builder, processes=2)
-    assert list(tmp_path.rglob(MANIFEST)) == []
+    started = iter([False])
+    source = RowSource(lambda: [frame_of(ROWS)], "digest", len(ROWS), lambda: lambda: over and next(started, True))
+    with nullcontext() if over else pytest.raises(DataError, match="killed"):
+        assert len(token_cache(tmp_path, source, builder.tokenizer, LMSYS.fields, processes=2)) == 0
+    assert len(list(tmp_path.rglob(MANIFEST))) == over
 
 
 def build_until_held(channel: Connection, base: Path, folder: Path) -> None:
@@ -260,8 +278,8 @@ def build_until_held(channel: Connection, base: Path, folder: Path) -> None:
         return tokenise(*arguments)
 
     module.tokenise_chunk = hold
-    frame, tokenizer = frame_of(ROWS * 3000), TurnTokenizer(load_tokenizer(str(base)))
-    token_cache(folder, lambda: frame.iter_slices(4000), tokenizer, LMSYS.fields, processes=1)
+    frame, tokenizer = frame_of(ROWS * 300), TurnTokenizer(load_tokenizer(str(base)))
+    token_cache(folder, lambda: frame.iter_slices(400), tokenizer, LMSYS.fields, processes=1)
 
 
 def test_token_cache_killed_while_it_is_built_leaves_nothing_that_looks_whole(
@@ -275,12 +293,12 @@ def test_token_cache_killed_while_it_is_built_leaves_nothing_that_looks_whole(
     process.join()
     assert any(folder.iterdir())  # something was begun
     assert list(folder.rglob(MANIFEST)) == []
-    assert len(cache_of(folder, frame_of(ROWS * 3000), builder, size=4000)) == 12_000
+    assert len(cache_of(folder, frame_of(ROWS * 300), builder, size=400)) == 1_200
 
 
 def tokenise_until_held(channel: Connection, base: Path) -> None:
     """Tokenise in two processes, which wait for a second chunk."""
-    frame, tokenizer = frame_of(ROWS * 3000), TurnTokenizer(load_tokenizer(str(base)))
+    frame, tokenizer = frame_of(ROWS * 600), TurnTokenizer(load_tokenizer(str(base)))
 
     def frames() -> Iterator[pl.DataFrame]:
         yield frame.head(2000)

@@ -367,3 +367,28 @@ def test_the_fast_call_gives_what_transformers_gives(tokenizer: Any) -> None:
     for special in (True, False):
         expected = tokenizer(texts, split_special_tokens=not special, **plain)["input_ids"]
         assert [ids.tolist() for ids in TurnTokenizer(tokenizer)(texts, special=special)] == expected
+
+
+@pytest.mark.parametrize(
+    ("added", "inputs", "says"),
+    [
+        (["<pad2>"], {}, None),  # a control token that nothing writes
+        (["<pad2>", "covid"], {}, r"below 261, and its tokenizer also writes 'covid' \(262\)$"),
+        (["<judge>"], {"template": {"text": "<judge>{prompt}{response_a}{response_b}:"}}, r"'<judge>' \(261\)$"),
+        (["<cut>"], {"truncation_marker": "<cut>"}, r"'<cut>' \(261\)$"),
+        ([f"word{number}" for number in range(7)], {}, r"'word4' \(265\) and 2 more$"),
+    ],
+)
+def test_tokens_that_the_base_has_no_embedding_for_are_named(
+    base_of: Callable[[str], Path], added: list[str], inputs: dict[str, Any], says: str | None
+) -> None:
+    tokenizer = load_tokenizer(str(base_of("gemma2")))
+    assert len(tokenizer) == 261
+    tokenizer.add_tokens(added)
+    builder = InputBuilder(tokenizer, LMSYS, resolve({"inputs": {"max_length": 130, **inputs}}).inputs)
+    builder.require_embeddings(261 + len(added))
+    if says is None:
+        builder.require_embeddings(261)
+        return
+    with pytest.raises(ModelError, match=r"(?m)" + says):
+        builder.require_embeddings(261)

@@ -12,15 +12,27 @@ import numpy as np
 import pytest
 import torch
 from bundles_support import write_model
+from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2Model
 
-from pairclf.bundles.base import fingerprint, resolve_base
+from pairclf.approaches.finetune.merge import without_adapter
+from pairclf.bundles.base import ask_hub, fingerprint, resolve_base
 from pairclf.bundles.bundle import open_bundle
-from pairclf.config import Config
+from pairclf.config import Config, Lora
 from pairclf.errors import ModelError
 from pairclf.inputs.sequences import Item
-from pairclf.model.backbone import checkpoint_gradients, load_tokenizer, pick_dtype
+from pairclf.model.backbone import (
+    add_adapters,
+    checkpoint_gradients,
+    load_base,
+    load_tokenizer,
+    pick_dtype,
+    read_settings,
+    weight_files,
+)
+from pairclf.model.cost import cost_of_model
 from pairclf.model.engine import build
 from pairclf.model.layouts import packed, padded
 from pairclf.model.weights import load_classifier
@@ -137,7 +149,7 @@ def test_the_seed_decides_the_fresh_weights(config_for: Callable[..., Config]) -
     [
         ({"base": "embedded:gpt-5"}, "not shipped"),
         ({"base": "./nowhere"}, "no folder"),
-        ({"base": "someone/not-cached-here"}, "can't be loaded"),
+        ({"base": "someone/not-cached-here"}, "not in the cache of the hub"),
         ({"lora": {"target_modules": ["query"]}}, "has not"),
         ({"lora": {"first_layer": 2}}, "leaves no layer"),
         ({"lora": {"use_dora": True}, "quantization": "int8"}, "does not run on a CPU"),
@@ -194,3 +206,120 @@ def test_bfloat16_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch
         assert pick_dtype("auto", cuda)[0] == dtype
     assert pick_dtype("auto", CPU)[0] == torch.float32
     assert pick_dtype("bfloat16", CPU) == (torch.bfloat16, "as set")
+
+
+def _quantised_as(method: str) -> Callable[[Path], object]:
+    def change(base: Path) -> None:
+        config = json.loads((base / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", method: True}
+        (base / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def _index_of_others(base: Path) -> None:
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "model-1-of-2.safetensors"}}))
+
+
+LEFT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "adapter": (
+        lambda base: (base / "adapter_config.json").write_text("{}"),
+        r"with an adapter(?s:.*)remedy: remove adapter_config\.json and adapter_model\.safetensors if",
+    ),
+    "index": (_index_of_others, r"both model\.safetensors, which .* remedy: remove the one that was left"),
+    "nf4": (_quantised_as("load_in_4bit"), r"quantised, and .*weight is torch\.float32.* remedy: remove quantization_"),
+    "int8": (
+        _quantised_as("load_in_8bit"),
+        r"quantised, and .*weight is torch\.float32.* remedy: remove quantization_",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_an_earlier_model_left_in_a_folder_is_refused(
+    base_of: Callable[[str], Path], config_for: Callable[..., Config], tmp_path: Path, name: str
+) -> None:
+    """transformers takes all of it without a word: an adapter was loaded and trained along."""
+    base = Path(shutil.copytree(base_of("llama"), tmp_path / "base"))
+    change, says = LEFT[name]
+    change(base)
+    with pytest.raises(ModelError, match=rf"(?s){says}"):
+        build(config_for("llama", model={"base": str(base)}), CPU)
+    if name == "adapter":  # as in a hub's repository, whose files are not looked at before
+        with pytest.raises(ModelError, match=rf"(?s){says}"):
+            load_base(str(base), config_for("llama").model, torch.float32, CPU)
+
+
+def test_the_single_file_counts_where_a_hub_has_an_index_too(base_of: Callable[[str], Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(base_of("llama"), tmp_path / "base"))
+    _index_of_others(base)
+    assert weight_files(str(base)) == [base / "model.safetensors"]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_conv1d_gets_adapters_as_linear_modules_do(
+    base_of: Callable[[str], Path], config_for: Callable[..., Config], tmp_path: Path, quantization: str
+) -> None:
+    """GPT-2's linear modules: no adapter found one, and the error blamed `first_layer`."""
+    base = Path(shutil.copytree(base_of("llama"), tmp_path / "base"))
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    gpt2 = GPT2Model(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+    gpt2.save_pretrained(base)
+    assert cost_of_model(gpt2).linear == 2 * 2 * 12 * 64**2
+    config = config_for("llama", model={"base": str(base), "quantization": quantization, "lora": {"r": 2}})
+    classifier = build(config, CPU)
+    adapted = {name.split(".lora_")[0].split(".h.")[1] for name, _ in classifier.named_parameters() if "lora_" in name}
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert adapted == {f"{layer}.{name}" for layer in (0, 1) for name in names}
+    for parameter in filter(lambda one: one.requires_grad, classifier.parameters()):
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    write_model(
+        folder, classifier, config, load_tokenizer(str(base)), name="g", fold=None, metrics={}, prior=[0.4, 0.3, 0.3],
+        probes=[],
+    )  # fmt: skip
+    batch = padded([Item(0, 0, np.arange(5, 60, dtype=np.int32))])
+    with torch.inference_mode():
+        expected = classifier.eval()(batch.inputs, batch.read_at, batch.lengths)
+        loaded = load_classifier(open_bundle(folder), CPU)
+        assert torch.equal(loaded(batch.inputs, batch.read_at, batch.lengths), expected)
+        if quantization == "none":
+            merged = without_adapter(loaded, torch.float32)
+            assert (merged(batch.inputs, batch.read_at, batch.lengths) - expected).abs().max() <= 1e-4
+
+
+def test_a_base_without_linear_modules_is_named() -> None:
+    with pytest.raises(ModelError, match="Embedding has no linear module"):
+        add_adapters(torch.nn.Embedding(3, 3), Lora())
+
+
+ANSWERS = {
+    "gated": (GatedRepoError, "is gated", "accept its terms on https://huggingface.co/owner/x, and set HF_TOKEN"),
+    "private": (RepositoryNotFoundError, "no public model owner/x", "if it is private, set HF_TOKEN"),
+    "silent": (HTTPError, "can't be reached", "set HF_HUB_OFFLINE=1"),
+    "offline": (None, "not in the cache of the hub", "run `hf download owner/x` before"),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("read", [load_tokenizer, read_settings])
+def test_the_hub_is_asked_once_and_its_answer_is_a_line(
+    answer: str, read: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, what, remedy = ANSWERS[answer]
+    asked: list[str] = []
+
+    def auth_check(_: object, model: str) -> None:
+        asked.append(model)
+        response = SimpleNamespace(headers={}, request=None)
+        raise kind("no", **({} if kind is HTTPError else {"response": response}))
+
+    ask_hub.cache_clear()
+    monkeypatch.setattr("huggingface_hub.HfApi.auth_check", auth_check)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", kind is None)
+    with pytest.raises(ModelError, match=what) as caught:
+        read("owner/x")
+    assert remedy in str(caught.value)
+    assert asked == ["owner/x"] * (kind is not None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,10 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import pairclf
-from pairclf.demo.arena import corpus
 
 EMBEDDED = Path(pairclf.__file__).parent / "embedded"
 NAMES = ["gemma2-tiny", "llama-tiny"]
+corpus = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "pretraining_corpus.py"))["corpus"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,3 +58,14 @@ def test_the_readme_tells_the_figures_of_the_script(name: str) -> None:
     text = (EMBEDDED / "README.md").read_text()
     assert f"{figures['parameters']:,}" in text
     assert f"{figures['held_out_perplexity']}" in text
+
+
+def test_corpus_is_seeded_and_names_no_winner() -> None:
+    documents = list(corpus(900, seed=3))
+    assert documents == list(corpus(900, seed=3))
+    assert documents != list(corpus(300, seed=4))
+    text = "\n".join(documents)
+    assert not any(word in text.casefold() for word in ("winner", "better", "prefer", " tie"))
+    verdicts = set(re.findall("### Verdict\n(.*)", text))
+    traits = ("wrong", "right", "broke", "kept", "short", "long", "fair", "misjudged", "stray", "relevant")
+    assert verdicts == {word + name for word in traits for name in ("", "A", "B")}, "one word on one response"

@@ -324,7 +324,7 @@ def test_build_refuses_positions_that_depend_on_the_longest_row(
     """transformers takes the frequencies of all rows from the longest one: a short row scores by its neighbours."""
     tiny("llama", **ROTARY[kind]).save_pretrained(tmp_path)  # type: ignore[operator]
     model = {"base": str(tmp_path), "lora": None}
-    with pytest.raises(ModelError, match=r"inputs\.max_length=33: .*32 tokens.*\n.*set inputs\.max_length=32"):
+    with pytest.raises(ModelError, match=r"inputs\.max_length=33 .*32 tokens.*\n.*set inputs\.max_length=32"):
         build(config_for("llama", model=model, inputs={"max_length": 33}), CPU)
     allowed = build(config_for("llama", model=model, inputs={"max_length": 32}), CPU).eval()
     short, long = rows()[4], Item(9, 0, np.arange(1, 41, dtype=np.int32))

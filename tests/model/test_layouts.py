@@ -25,7 +25,7 @@ from models_support import (
 )
 from transformers import AutoConfig
 
-from pairclf.approaches.finetune.estimate import _sample_steps, measure_kept_bytes
+from pairclf.approaches.finetune.resource_forecast import _sample_steps, measure_kept_bytes
 from pairclf.config import Config, Predict, Train
 from pairclf.errors import ModelError
 from pairclf.inference.messages import RowOrders
@@ -38,7 +38,7 @@ from pairclf.model.backbone import checkpoint_gradients
 from pairclf.model.batch import Batch, end_to_end
 from pairclf.model.engine import Classifier, build
 from pairclf.model.layouts import BATCH_LAYOUTS, BatchLayout, MakeBatch, packed, padded, shared
-from pairclf.model.memory import footprint
+from pairclf.model.prediction_memory import footprint
 from pairclf.model.scoring import ClassifierScorer, score
 
 BACKBONES = ["gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"]
@@ -66,7 +66,7 @@ def test_layouts_score_each_row_as_alone(
         assert (logits_of(classifier, batch) - alone).abs().max() <= 1e-5
         sequences = zip(batch.row_at.tolist(), batch.order.tolist(), batch.lengths.tolist(), strict=True)
         assert list(sequences) == [(item.row, item.order, len(item.ids)) for item in rows()]
-        assert batch.tokens == sum(len(item.ids) for item in rows())
+        assert int(batch.lengths.sum()) == sum(len(item.ids) for item in rows())
 
 
 def _attend_to_padding(batch: Batch) -> Batch:

@@ -49,7 +49,7 @@ def test_mean_is_over_a_sequence_alone(layout: MakeBatch) -> None:
     (ours,) = torch.autograd.grad(found.square().sum(), hidden, retain_graph=True)
     (plain,) = torch.autograd.grad(expected.square().sum(), hidden)
     assert (ours - plain).float().abs().max() <= 1e-2
-    assert int((ours.abs().sum(dim=-1) > 0).sum()) == batch.tokens
+    assert int((ours.abs().sum(dim=-1) > 0).sum()) == int(batch.lengths.sum())
 
 
 @pytest.mark.parametrize("layout", [padded, packed])
@@ -168,3 +168,8 @@ def test_label_words_of_two_tokens_or_without_lm_head_are_refused(
     assert not any("lm_head" in name for name in load_file(base / "model.safetensors"))
     with pytest.raises(ModelError, match=r"no lm_head\.weight"):
         build(config_for("llama", model={"base": str(base), "label_words": WORDS}), CPU)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<{number}>" for number in range(len(tokenizer), 321)])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(ModelError, match="'<320>' is a token that the base has no embedding for"):
+        build(config_for("llama", model={"base": str(base), "label_words": {**WORDS, "winner_tie": "<320>"}}), CPU)

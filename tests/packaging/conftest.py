@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from tests_support import hollow_bundle
 from wheels_support import freeze_here, registry_of
 
 from pairclf.config import Config
-from pairclf.packaging import profiles
+from pairclf.packaging import image_profiles
 
 SMALL = "iniconfig"  # stands for what Kaggle's image lacks: pure Python, and nothing in the notebook needs it
 
@@ -26,13 +25,8 @@ def bundle(tmp_path: Path, config: Config) -> Path:
 
 
 @pytest.fixture
-def write_bundle() -> Callable[[Path, Config, str], Path]:
-    return hollow_bundle
-
-
-@pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that stands for the package registry, and images that hold what is installed here, less `SMALL`."""
     images = freeze_here(tmp_path / "images", ("3.11", "3.12", "3.13"), {SMALL})
-    monkeypatch.setattr(profiles, "shipped", lambda name: images)
+    monkeypatch.setattr(image_profiles, "shipped", lambda name: images)
     return registry_of(tmp_path / "registry", SMALL, monkeypatch)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -14,26 +13,24 @@ import numpy as np
 import pytest
 import yaml
 from support.packages import hollow_wheelhouse
+from tests_support import hollow_bundle as write_bundle
 
-from pairclf.config import Config, Data
+from pairclf.config import Config, Data, resolve
 from pairclf.errors import BundleError, ConfigError, PackagingError, PairclfError
 from pairclf.files import sha256_file, sha256_tree
 from pairclf.inference.ensemble import Ensemble, open_ensemble
 from pairclf.packaging import build, payload
 from pairclf.packaging.build import package
-from pairclf.packaging.metadata import KERNEL_METADATA, Limits
+from pairclf.packaging.build_record import identity_of, read_build
+from pairclf.packaging.metadata import KERNEL_METADATA, READ_BY_THE_CLIENT, Limits
+from pairclf.packaging.package_inputs import read_package_inputs
 from pairclf.packaging.payload import verify_package
-from pairclf.packaging.record import identity_of, read_build
-from pairclf.packaging.request import read_request
-from pairclf.rehearsal.mounts import READ_BY_THE_CLIENT
 from pairclf.task import Task
 from pairclf.trust import Trust, grant
 
-Write = Callable[..., Path]
 
-
-@pytest.fixture
-def wheels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _wheels(monkeypatch: pytest.MonkeyPatch) -> None:
     hollow_wheelhouse(monkeypatch)
 
 
@@ -46,7 +43,6 @@ def metadata_of(made: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.usefixtures("wheels")
 @pytest.mark.parametrize("kernel", ["notebook", "script", "server"])
 def test_folder_is_complete_and_the_same_each_time(config: Config, bundle: Path, tmp_path: Path, kernel: str) -> None:
     config = changed(config, kernel_type=kernel)
@@ -71,7 +67,6 @@ def test_folder_is_complete_and_the_same_each_time(config: Config, bundle: Path,
     assert re.search(r"\| log loss 1\.0100(, [^|]*)? \| equal \| `", code)  # the fold's metric, and a plain mean
 
 
-@pytest.mark.usefixtures("wheels")
 @pytest.mark.parametrize("kernel", ["notebook", "server"])
 def test_kernel_runs_a_models_code_only_if_package_was_told_to(
     config: Config, bundle: Path, tmp_path: Path, kernel: str
@@ -92,25 +87,22 @@ def test_kernel_runs_a_models_code_only_if_package_was_told_to(
     assert "**Python files that come with the model are run here**" in trusting
 
 
-def test_settings_of_a_strangers_bundle_choose_no_files_and_no_wheels(
-    config: Config, tmp_path: Path, write_bundle: Write
-) -> None:
+def test_settings_of_a_strangers_bundle_choose_no_files_and_no_wheels(config: Config, tmp_path: Path) -> None:
     hostile = changed(config, ensemble=tmp_path / "e.yaml", image_freezes=tmp_path, extra_packages=["evil"])
-    folder = write_bundle(tmp_path / "b", hostile.model_copy(update={"data": Data(test=Path("x.csv"))}), "fold0")
-    read, bundles, _ = read_request([folder], ["package.time_limit_hours=3"])
+    folder = write_bundle(
+        tmp_path / "b", hostile.model_copy(update={"data": resolve({"data": {"test": "x.csv"}}).data}), "fold0"
+    )
+    read, bundles, _ = read_package_inputs([folder], ["package.time_limit_hours=3"])
     assert bundles == [folder]
     assert (read.package.ensemble, read.package.image_freezes, read.package.extra_packages) == (None, None, [])
-    assert read.data.test is None
+    assert read.data.test_file is None
     assert (read.package.time_limit_hours, read.package.owner) == (3, config.package.owner)
     (folder / "config.yaml").write_text("extends: /etc/hostname\n")
     with pytest.raises(BundleError, match="changed, added or removed"):
-        read_request([folder], [])
+        read_package_inputs([folder], [])
 
 
-@pytest.mark.usefixtures("wheels")
-def test_identity_is_that_of_what_is_uploaded(
-    config: Config, bundle: Path, tmp_path: Path, write_bundle: Write
-) -> None:
+def test_identity_is_that_of_what_is_uploaded(config: Config, bundle: Path, tmp_path: Path) -> None:
     first = read_build(package(config, [bundle], tmp_path / "out"))
     elsewhere = config.model_copy(update={"output_dir": tmp_path / "runs" / "lmsys" / "x"})
     again = read_build(package(elsewhere, [bundle], tmp_path / "out"))
@@ -123,8 +115,7 @@ def test_identity_is_that_of_what_is_uploaded(
     assert len({first.identity, *(one.identity for one in others)}) == 3
 
 
-@pytest.mark.usefixtures("wheels")
-def test_out_of_fold_loss_is_over_the_rows_of_all_folds(config: Config, tmp_path: Path, write_bundle: Write) -> None:
+def test_out_of_fold_loss_is_over_the_rows_of_all_folds(config: Config, tmp_path: Path) -> None:
     def written(name: str, loss: float, rows: float) -> Path:
         return write_bundle(tmp_path / name, config, name, metrics={"log_loss": loss, "rows": 7.0, "weight": rows})
 
@@ -134,7 +125,6 @@ def test_out_of_fold_loss_is_over_the_rows_of_all_folds(config: Config, tmp_path
     assert read_build(twice).out_of_fold is None, "both held out fold 0"
 
 
-@pytest.mark.usefixtures("wheels")
 def test_full_disk_leaves_the_older_package_and_nothing_half_built(
     config: Config, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,10 +146,7 @@ def test_full_disk_leaves_the_older_package_and_nothing_half_built(
     assert [path.name for path in out.parent.iterdir()] == ["package"]
 
 
-@pytest.mark.usefixtures("wheels")
-def test_path_of_this_machine_is_not_published(
-    config: Config, tmp_path: Path, write_bundle: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_path_of_this_machine_is_not_published(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone-private")
     told = config.model_copy(deep=True)
     told.data.folder = Path("/home/someone-private/data")
@@ -168,8 +155,7 @@ def test_path_of_this_machine_is_not_published(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("wheels")
-def test_bundles_that_do_not_go_together(config: Config, bundle: Path, tmp_path: Path, write_bundle: Write) -> None:
+def test_bundles_that_do_not_go_together(config: Config, bundle: Path, tmp_path: Path) -> None:
     other = Config.model_validate({"task": "wsdm"})
     with pytest.raises(BundleError, match="different tasks"):
         package(config, [bundle, write_bundle(tmp_path / "other", other, "fold1")], tmp_path / "out")
@@ -179,10 +165,7 @@ def test_bundles_that_do_not_go_together(config: Config, bundle: Path, tmp_path:
         package(config, [], tmp_path / "out")
 
 
-@pytest.mark.usefixtures("wheels")
-def test_base_models_are_asked_for_where_they_are_needed(
-    config: Config, bundle: Path, tmp_path: Path, write_bundle: Write
-) -> None:
+def test_base_models_are_asked_for_where_they_are_needed(config: Config, bundle: Path, tmp_path: Path) -> None:
     def on(base: str, name: str, *, whole: bool = False) -> Path:
         told = config.model_copy(deep=True)
         told.model.base = base
@@ -207,8 +190,7 @@ def test_base_models_are_asked_for_where_they_are_needed(
     assert read_build(needless).package.base_model_source is None, "nothing asks for it later"
 
 
-@pytest.mark.usefixtures("wheels")
-def test_ensemble_keeps_its_weights_and_finds_its_members(config: Config, tmp_path: Path, write_bundle: Write) -> None:
+def test_ensemble_keeps_its_weights_and_finds_its_members(config: Config, tmp_path: Path) -> None:
     priors = [0.6, 0.2, 0.2], [0.2, 0.6, 0.2]
     for name, prior in zip(("one", "two"), priors, strict=True):
         write_bundle(tmp_path / "runs" / name, config, name, prior=prior)
@@ -235,7 +217,6 @@ def test_ensemble_keeps_its_weights_and_finds_its_members(config: Config, tmp_pa
     assert len(re.findall(r"\| 3 \| `|\| 1 \| `", code)) == 2, "the table has their weights"
 
 
-@pytest.mark.usefixtures("wheels")
 @pytest.mark.parametrize("bundles_as", ["dataset", "model"])
 def test_package_is_proven_file_by_file(config: Config, bundle: Path, tmp_path: Path, bundles_as: str) -> None:
     made = package(changed(config, bundles_as=bundles_as), [bundle], tmp_path / "out")
@@ -260,8 +241,7 @@ def test_package_is_proven_file_by_file(config: Config, bundle: Path, tmp_path: 
         verify_package(made, build)
 
 
-@pytest.mark.usefixtures("wheels")
-def test_prior_of_labels_is_the_likeliest_class(tmp_path: Path, write_bundle: Write) -> None:
+def test_prior_of_labels_is_the_likeliest_class(tmp_path: Path) -> None:
     config = Config.model_validate({"task": "wsdm", "package": {"owner": "someone", "name": "a-notebook"}})
     with pytest.raises(PackagingError, match="answer model_a, model_b, and lmsys-chatbot-arena asks for"):
         package(config, [write_bundle(tmp_path / "other", config, "other")], tmp_path / "out")
@@ -271,7 +251,6 @@ def test_prior_of_labels_is_the_likeliest_class(tmp_path: Path, write_bundle: Wr
     assert '\\"winner\\": \\"model_b\\"' in (made / "kernel" / "a-notebook.ipynb").read_text()
 
 
-@pytest.mark.usefixtures("wheels")
 def test_parts_are_datasets_or_instances_of_their_own(
     config: Config, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,14 +268,12 @@ def test_parts_are_datasets_or_instances_of_their_own(
         assert f"{told['ownerSlug']}/{told['modelSlug']}/{told['framework']}/{told['instanceSlug']}" == part.source
 
 
-@pytest.mark.usefixtures("wheels")
 def test_changed_bundle_is_not_packaged(config: Config, bundle: Path, tmp_path: Path) -> None:
     (bundle / "head.safetensors").write_text("other weights")
     with pytest.raises(BundleError, match=r"head\.safetensors"):
         package(config, [bundle], tmp_path / "out")
 
 
-@pytest.mark.usefixtures("wheels")
 @pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "pipe"])
 def test_bundle_that_brings_other_files_along_is_refused(
     config: Config, bundle: Path, tmp_path: Path, kind: str
@@ -314,6 +291,33 @@ def test_bundle_that_brings_other_files_along_is_refused(
 
 
 def test_a_prior_that_is_a_tie_names_the_class_that_submissions_name() -> None:
-    task = Task(name="t", fields=("text",), classes=("x", "y"), label_column="label")
-    ensemble = cast(Ensemble, SimpleNamespace(task=task, prior=np.array([0.5 - 1e-9, 0.5 + 1e-9])))
-    assert build._prior(ensemble)["label"] == "x"
+    task = Task(name="t", fields=("text",), classes=("x", "y"), label_column="label", metric="accuracy")
+    ensemble = cast(Ensemble, SimpleNamespace(task=task, prior=np.array([0.5 - 1e-9, 0.5 + 1e-9]), data=Data()))
+    assert build._prior(ensemble, None)["label"] == "x"
+
+
+def test_priors_are_probabilities_in_the_columns_of_the_submission(tmp_path: Path) -> None:
+    """Where the metric is of probabilities no name is written, and a known sample decides alone."""
+    task = Task(name="t", fields=("text",), classes=("0", "1"), label_column="label")
+    ensemble = cast(Ensemble, SimpleNamespace(task=task, prior=np.array([0.75, 0.25]), data=Data()))
+    assert build._prior(ensemble, None) == {"0": "0.750000000", "1": "0.250000000", "label": "0.250000000"}
+    sample = tmp_path / "sample.csv"
+    sample.write_text("row,p\n1,0\n")
+    ensemble.data.submission.id, ensemble.data.submission.columns = "row", {"0": "p"}
+    assert build._prior(ensemble, sample) == {"p": "0.750000000"}
+
+
+@pytest.mark.usefixtures("_wheels")
+def test_kernel_predicts_with_the_columns_of_the_config(config: Config, bundle: Path, tmp_path: Path) -> None:
+    data = resolve(
+        {"data": {"test": {"columns": {"id": "row"}}, "submission": {"columns": {"winner_tie": "tie"}}}}
+    ).data
+    made = package(config.model_copy(update={"data": data}), [bundle], tmp_path / "out")
+    record = read_build(made)
+    cells = json.loads((made / "kernel" / record.code_file).read_text())["cells"]
+    code = "".join("".join(cell["source"]) for cell in cells)
+    (settings,) = re.findall(r"^SETTINGS = (.*?)  #", code, re.MULTILINE)
+    opened = open_ensemble([bundle], None, json.loads(settings))
+    assert opened.data.test.columns == record.columns == {"id": "row"}
+    assert opened.data.submission == record.submission == data.submission
+    assert '"tie": "' in code

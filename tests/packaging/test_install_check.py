@@ -10,11 +10,10 @@ from packaging.version import Version
 from wheels_support import LINUX, fake_wheel, only_registry
 
 from pairclf.errors import PackagingError
-from pairclf.packaging import install_check as closure
-from pairclf.packaging import interpreters
+from pairclf.packaging import install_check, interpreters
+from pairclf.packaging.image_profiles import read_profile
 from pairclf.packaging.install_check import BY_TAGS, check_wheels_suffice, resolve
 from pairclf.packaging.interpreters import find_interpreter, full_version
-from pairclf.packaging.profiles import read_profile
 
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 OTHER = "3.13" if HERE != "3.13" else "3.12"
@@ -53,7 +52,9 @@ def solve(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Re
         own = fake_wheel(tmp_path / "own", "pairclf", "0.1.0", needs)
         profile = tmp_path / "profile.txt"
         profile.write_text(image)
-        monkeypatch.setattr(closure, "_installed_here", lambda: {name: Version(text) for name, text in here.items()})
+        monkeypatch.setattr(
+            install_check, "_installed_here", lambda: {name: Version(text) for name, text in here.items()}
+        )
         found = resolve(own, extra, read_profile(python, profile))
         carried, kept = ({n: str(v) for n, v in one.items()} for one in (found.carried, found.kept))
         return carried, kept, list(found.notes)
@@ -64,30 +65,39 @@ def solve(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Re
 TORCH = "torch==2.11.0+cu128\n"
 
 
-def test_what_the_image_has_stays_its_own(solve: Resolve) -> None:
-    carried, kept, notes = solve(["torch>=2.6", "alone>=1"], f"{TORCH}alone==1.0\n", {"alone": "2.0"})
-    assert carried == {}
-    assert kept == {"torch": "2.11.0+cu128", "alone": "1.0"}
-    assert notes == []
-
-
-def test_what_it_lacks_comes_in_the_version_of_here(solve: Resolve) -> None:
-    carried, kept, notes = solve(["needy>=1"], f"{TORCH}alone==2.0\n", {"needy": "1.0"})
-    assert carried == {"needy": "1.0"}
-    assert kept == {"torch": "2.11.0+cu128", "alone": "2.0"}
-    assert notes == []
-
-
-def test_what_will_not_do_is_replaced_by_the_version_of_here(solve: Resolve) -> None:
-    carried, _, notes = solve(["alone>=2"], f"{TORCH}alone==1.0\n", {"alone": "2.0"})
-    assert carried == {"alone": "2.0"}
-    assert notes == ["Python 3.12: alone 2.0 is carried: the image's 1.0 will not do"]
-
-
-def test_what_a_carried_package_asks_for_is_carried_too(solve: Resolve) -> None:
-    carried, _, notes = solve(["needy>=2"], f"{TORCH}alone==1.0\n", {"needy": "2.0", "alone": "2.0"})
-    assert carried == {"needy": "2.0", "alone": "2.0"}
-    assert len(notes) == 1
+@pytest.mark.parametrize(
+    ("needs", "image", "here", "carried", "kept", "notes"),
+    [
+        (
+            ["torch>=2.6", "alone>=1"], "alone==1.0", {"alone": "2.0"},
+            {}, {"torch": "2.11.0+cu128", "alone": "1.0"}, [],
+        ),
+        (
+            ["needy>=1"], "alone==2.0", {"needy": "1.0"},
+            {"needy": "1.0"}, {"torch": "2.11.0+cu128", "alone": "2.0"}, [],
+        ),
+        (
+            ["alone>=2"], "alone==1.0", {"alone": "2.0"},
+            {"alone": "2.0"}, {}, ["Python 3.12: alone 2.0 is carried: the image's 1.0 will not do"],
+        ),
+        (
+            ["needy>=2"], "alone==1.0", {"needy": "2.0", "alone": "2.0"},
+            {"needy": "2.0", "alone": "2.0"}, {"torch": "2.11.0+cu128"},
+            ["Python 3.12: alone 2.0 is carried: the image's 1.0 will not do"],
+        ),
+    ],
+    ids=["has all", "lacks one", "has one too old", "needs of what is carried"],
+)  # fmt: skip
+def test_the_image_keeps_its_own_and_gets_what_it_lacks(
+    solve: Resolve,
+    needs: list[str],
+    image: str,
+    here: dict[str, str],
+    carried: dict[str, str],
+    kept: dict[str, str],
+    notes: list[str],
+) -> None:
+    assert solve(needs, f"{TORCH}{image}\n", here) == (carried, kept, notes)
 
 
 def test_newest_comes_where_the_version_of_here_does_not_run(solve: Resolve) -> None:
@@ -132,7 +142,7 @@ def test_no_answer_is_told_in_the_resolvers_words(solve: Resolve) -> None:
 def prover(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the running interpreter, and as where there is none of that Python."""
     if request.param == "uv":
-        monkeypatch.setattr(closure, "find_interpreter", lambda python: None)
+        monkeypatch.setattr(install_check, "find_interpreter", lambda python: None)
     return str(request.param)
 
 
@@ -204,7 +214,7 @@ def test_settings_of_this_machine_close_nothing(
     fake_wheel(tmp_path / "wheels", "pairclf", "0.1.0", ["alone"])
     with pytest.raises(PackagingError, match="alone"):
         prove(["pairclf==0.1.0"])
-    monkeypatch.setattr(closure, "find_interpreter", lambda python: None)
+    monkeypatch.setattr(install_check, "find_interpreter", lambda python: None)
     with pytest.raises(PackagingError, match="alone"):
         prove(["pairclf==0.1.0"])
 

@@ -5,41 +5,21 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from slugify import slugify  # the rule of Kaggle's client
+from support.records import make_package, make_part
 
 from pairclf.config import Package, load_config
 from pairclf.errors import PackagingError
 from pairclf.hardware import MACHINES
 from pairclf.packaging.metadata import (
     LICENCES,
-    PackagePart,
     Payload,
     check_package,
     dataset_metadata,
     deadline_seconds,
     kernel_metadata,
-    model_metadata,
-    slugify,
     source_of,
 )
-
-GOOD = {"owner": "someone", "name": "a-notebook"}
-
-
-def parts_of(package: Package, bundles: int = 1) -> list[PackagePart]:
-    as_model = package.bundles_as == "model"
-    payloads: list[tuple[Payload, int]] = [*(("bundle", number + 1) for number in range(bundles)), ("wheels", 1)]
-    return [
-        PackagePart(
-            payload=payload,
-            kind="model" if as_model and payload == "bundle" else "dataset",
-            folder="",
-            source=source_of(package, payload, number),
-            marker="",
-            sha256="0" * 64,
-            bytes=0,
-        )
-        for payload, number in payloads
-    ]
 
 
 @pytest.mark.parametrize(
@@ -71,14 +51,14 @@ def parts_of(package: Package, bundles: int = 1) -> list[PackagePart]:
 )
 def test_setting_is_refused_by_name_value_and_rule(setting: str, value: object, rule: str) -> None:
     with pytest.raises(PackagingError) as caught:
-        check_package(Package.model_validate(GOOD | {setting: value}))
+        check_package(make_package(**{setting: value}))
     assert f"package.{setting}={value!r}" in str(caught.value)
     assert rule in str(caught.value)
 
 
 def test_all_broken_rules_are_told_at_once() -> None:
     with pytest.raises(PackagingError, match="Kaggle would refuse these settings") as caught:
-        kernel_metadata(Package(owner="?", name="a-notebook", competition="?", license=""), "a.ipynb", [])
+        check_package(Package(owner="?", name="a-notebook", competition="?", license=""))
     assert all(f"package.{name}" in str(caught.value) for name in ("owner", "competition", "license"))
 
 
@@ -100,13 +80,13 @@ def test_placeholder_is_no_owner(owner: str) -> None:
     ],
 )
 def test_hours_and_deadline_follow_from_the_competition(settings: dict[str, object], limit: float, due: str) -> None:
-    package = Package.model_validate(GOOD | settings)
+    package = make_package(**settings)
     check_package(package)
     assert (package.limit / 3600, package.due) == (limit, due)
 
 
 def test_deadline_just_in_time_is_kept() -> None:
-    check_package(Package.model_validate(GOOD | {"time_limit_hours": 9, "deadline": "8h55m"}))
+    check_package(make_package(time_limit_hours=9, deadline="8h55m"))
     assert deadline_seconds(Package(deadline="1h30m")) == 5400
 
 
@@ -118,46 +98,22 @@ def test_shipped_configs_need_an_owner_only(name: str) -> None:
     assert config.task.name == name
 
 
-def test_kernel_has_no_internet_and_attaches_what_is_made_beside_it() -> None:
-    source = "google/gemma-2/transformers/gemma-2-9b-it/2"
-    package = Package.model_validate(GOOD | {"base_model_source": source})
-    made = kernel_metadata(package, "a-notebook.ipynb", parts_of(package, bundles=2))
-    assert made["enable_internet"] is False
-    assert (made["enable_gpu"], made["machine_shape"]) == (True, "NvidiaTeslaT4")
-    assert made["is_private"] is True
-    assert made["kernel_type"] == "notebook"
-    assert made["dataset_sources"] == [f"someone/a-notebook-{name}" for name in ("bundle", "bundle-2", "wheels")]
-    assert made["model_sources"] == [source]
-
-
 def test_base_model_may_be_a_dataset_and_a_script_is_one() -> None:
-    package = Package.model_validate(GOOD | {"base_model_source": "someone/gemma", "machine_shape": "None"})
-    made = kernel_metadata(package, "a-notebook.py", parts_of(package))
+    package = make_package(base_model_source="someone/gemma", machine_shape="None")
+    made = kernel_metadata(package, "a-notebook.py", [make_part(package, "bundle")])
     assert made["kernel_type"] == "script"
     assert made["dataset_sources"][-1] == "someone/gemma"
     assert made["model_sources"] == []
     assert (made["enable_gpu"], made["machine_shape"]) == (False, "")
 
 
-def test_bundles_become_instances_of_one_model() -> None:
-    package = Package.model_validate(GOOD | {"bundles_as": "model"})
-    made = kernel_metadata(package, "a-notebook.ipynb", parts_of(package, bundles=2))
-    instances = [f"someone/a-notebook-bundle/other/part-{number}" for number in (1, 2)]
-    assert made["model_sources"] == [f"{one}/1" for one in instances]
-    assert made["dataset_sources"] == ["someone/a-notebook-wheels"]
-    model, instance = model_metadata(package, instances[1]).values()
-    assert slugify(model["title"]) == model["slug"] == instance["modelSlug"] == "a-notebook-bundle"
-    assert model["isPrivate"] is True
-    assert (instance["instanceSlug"], instance["licenseName"]) == ("part-2", "Apache 2.0")
-
-
 @pytest.mark.parametrize("given_as", ["apache-2.0", "Apache 2.0", "APACHE 2.0"])
 def test_licence_is_known_in_the_words_of_datasets_and_of_models(given_as: str) -> None:
-    package = Package.model_validate(GOOD | {"license": given_as})
+    package = make_package(license=given_as)
     assert dataset_metadata(package, "bundle", "someone/x-bundle")["licenses"] == [{"name": "apache-2.0"}]
     assert LICENCES["apache-2.0"] == "Apache 2.0"
     with pytest.raises(PackagingError, match="none that a model may have"):
-        check_package(Package.model_validate(GOOD | {"license": "other", "bundles_as": "model"}))
+        check_package(make_package(license="other", bundles_as="model"))
 
 
 def test_machines_say_what_a_rehearsal_holds_them_to() -> None:
@@ -170,7 +126,7 @@ words = st.lists(st.text("abz019", min_size=1, max_size=8), min_size=1, max_size
 
 @given(words.map("-".join).filter(lambda name: 5 <= len(name) <= 40), st.integers(1, 99))
 def test_titles_turn_into_the_slugs_of_their_ids_within_the_limits(name: str, number: int) -> None:
-    package = Package(owner="someone", name=name)
+    package = make_package(name=name)
     kernel = kernel_metadata(package, f"{name}.ipynb", [])
     payloads: tuple[Payload, ...] = ("bundle", "wheels")
     datasets = [dataset_metadata(package, payload, source_of(package, payload, number)) for payload in payloads]

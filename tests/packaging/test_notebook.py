@@ -25,7 +25,7 @@ from pairclf.demo.arena import generate, write_lmsys
 from pairclf.errors import PackagingError
 from pairclf.inference.predict import predict
 from pairclf.packaging.notebook import Value, make_notebook, make_script
-from pairclf.packaging.sources import shipped
+from pairclf.packaging.own_files import shipped
 from pairclf.rehearsal.gateway import DefaultInferenceServer
 from pairclf.trust import Trust
 
@@ -46,6 +46,7 @@ VALUES: dict[str, Value] = {
     "parts": {"bundle": {}, "wheels": {}},
     "wheelhouse": "wheels-0",
     "prior": {"winner_model_a": "0.5", "winner_model_b": "0.3", "winner_tie": "0.2"},
+    "settings": [],
     "trust": [],
     "note_of_trust": "",
     "gpus": 2,
@@ -117,8 +118,9 @@ def test_template_without_a_value_or_a_cell_is_refused() -> None:
 class Inputs:
     """Mounts that the first cell finds, and their hashes."""
 
-    def __init__(self, root: Path, layout: str, spread: bool = False) -> None:
-        self.root, self.layout = root, layout
+    def __init__(self, root: Path, layout: str, patch: pytest.MonkeyPatch, spread: bool = False) -> None:
+        self.root, self.layout, self.patch = root, layout, patch
+        patch.setenv("PAIRCLF_KAGGLE_INPUT", str(root))
         self.competition = root / {"flat": "lmsys-chatbot-arena", "typed": "competitions/lmsys-chatbot-arena"}[layout]
         self.base = root / {"flat": "", "typed": "models/google"}[layout] / "gemma-2/pytorch/gemma-2-9b-it/2"
         self.parts: dict[str, dict[str, str]] = {"bundle": {}, "wheels": {}}
@@ -185,17 +187,19 @@ def inputs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "tmp").mkdir()
     monkeypatch.chdir(tmp_path / "working")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setenv("PAIRCLF_KAGGLE_INPUT", str(tmp_path / "input"))
-    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "3000")
-    monkeypatch.delenv("KAGGLE_IS_COMPETITION_RERUN", raising=False)
-    return Inputs(tmp_path / "input", request.param)
+    return Inputs(tmp_path / "input", request.param, monkeypatch)
 
 
-def check(inputs: Inputs, **changed: Value) -> dict[str, Any]:
+def check(inputs: Inputs, *, rerun: bool = False, speed: int = 3000, **changed: Value) -> dict[str, Any]:
     """Run the first cell; returns its names."""
     seen: dict[str, Any] = {}
     source = cells(real(changed={**changed, "parts": inputs.parts}))["check"]
-    exec(compile(source, "check", "exec"), seen)
+    with inputs.patch.context() as patch:
+        patch.setenv("PAIRCLF_CLOCK_SPEED", str(speed))
+        patch.delenv("KAGGLE_IS_COMPETITION_RERUN", raising=False)
+        if rerun:
+            patch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+        exec(compile(source, "check", "exec"), seen)
     return seen
 
 
@@ -225,11 +229,8 @@ def test_no_priors_are_written_for_a_sample_whose_quotes_take_rows_along(inputs:
         check(inputs, prior={"winner": "model_b"})
 
 
-def test_parts_come_together_and_an_older_build_beside_them_is_no_harm(
-    tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PAIRCLF_KAGGLE_INPUT", str(tmp_path / "other"))
-    spread = Inputs(tmp_path / "other", inputs.layout, spread=True)
+def test_parts_come_together_and_an_older_build_beside_them_is_no_harm(tmp_path: Path, inputs: Inputs) -> None:
+    spread = Inputs(tmp_path / "other", inputs.layout, inputs.patch, spread=True)
     marker = spread.one("pairclf-bundle-*.json")
     spread.write(marker.with_name("pairclf-bundle-000000000000.json"), '{"files": {"old/config.yaml": "0"}}')
     assert len(spread.parts["bundle"]) == 2
@@ -263,27 +264,17 @@ def test_mount_that_fills_late_is_waited_for(inputs: Inputs, waits: Waits, capsy
 
 
 @pytest.mark.parametrize("rerun", [False, True])
-def test_changed_file_stops_every_run_and_is_named(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, rerun: bool
-) -> None:
-    if rerun:
-        monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+def test_changed_file_and_other_python_stop_every_run_and_are_named(inputs: Inputs, rerun: bool) -> None:
+    with pytest.raises(RuntimeError, match=rf"wheels are for Python \['3\.99'\], and this image has {HERE}"):
+        check(inputs, rerun=rerun, pythons=["3.99"])
     inputs.write(inputs.one("fold1-*") / "config.yaml", "twp")
     with pytest.raises(RuntimeError, match=r"fold1-89abcdef/config\.yaml was changed"):
-        check(inputs)
-
-
-@pytest.mark.parametrize("rerun", [False, True])
-def test_other_python_stops_every_run(inputs: Inputs, monkeypatch: pytest.MonkeyPatch, rerun: bool) -> None:
-    if rerun:
-        monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
-    with pytest.raises(RuntimeError, match=rf"wheels are for Python \['3\.99'\], and this image has {HERE}"):
-        check(inputs, pythons=["3.99"])
+        check(inputs, rerun=rerun)
 
 
 @pytest.mark.parametrize("missing", ["base", "bundle", "wheels", "marker"])
 def test_input_that_never_comes_stops_a_saved_run_and_leaves_the_rerun_its_priors(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
+    inputs: Inputs, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
     base = BASE if missing == "base" else ""
     what = {"base": "base model", "bundle": "the bundle", "wheels": "the wheels", "marker": "the wheels"}[missing]
@@ -293,22 +284,19 @@ def test_input_that_never_comes_stops_a_saved_run_and_leaves_the_rerun_its_prior
         inputs.one({"bundle": "config.yaml", "wheels": "one.whl"}[missing]).unlink()
     with pytest.raises(RuntimeError, match=what):
         check(inputs, base=base)
-    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
-    seen = check(inputs, base=base)
+    seen = check(inputs, rerun=True, base=base)
     assert len(seen["lacking"]) == 1
     assert what in seen["lacking"][0]
     assert "WARNING" in capsys.readouterr().out
     assert Path("submission.csv").read_text().count("0.5,0.3,0.2") == 2
 
 
-def test_rerun_without_base_model_has_the_bundles_that_need_none(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
-    seen = check(inputs, base=BASE, standalone=["fold1-89abcdef"])
+def test_rerun_without_base_model_has_the_bundles_that_need_none(inputs: Inputs) -> None:
+    seen = check(inputs, rerun=True, base=BASE, standalone=["fold1-89abcdef"])
     assert (seen["lacking"], seen["MEMBERS"]) == ([], ["fold1-89abcdef"])
     inputs.write_base()
-    assert check(inputs, base=BASE, standalone=["fold1-89abcdef"])["MEMBERS"] == ["ensemble-0123.yaml"]
+    seen = check(inputs, rerun=True, base=BASE, standalone=["fold1-89abcdef"])
+    assert seen["MEMBERS"] == ["ensemble-0123.yaml"]
 
 
 def test_what_is_served_is_the_only_submission(inputs: Inputs) -> None:
@@ -328,25 +316,23 @@ def test_file_that_is_listed_and_can_not_be_read_yet_is_waited_for(inputs: Input
     assert len(waits.slept) > 2
 
 
-def test_without_the_competition_no_run_can_go_on(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+def test_without_the_competition_no_run_can_go_on(inputs: Inputs) -> None:
     (inputs.competition / "sample_submission.csv").unlink()
     with pytest.raises(RuntimeError, match="no input holds lmsys-chatbot-arena"):
-        check(inputs)
+        check(inputs, rerun=True)
 
 
 @pytest.mark.parametrize("late", ["test.csv", "sample_submission.csv"])
 def test_competition_is_waited_for_until_it_is_whole(
-    inputs: Inputs, waits: Waits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], late: str
+    inputs: Inputs, waits: Waits, capsys: pytest.CaptureFixture[str], late: str
 ) -> None:
-    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "20")  # a look each 0.05 s, and a file is still after a second
     text = (inputs.competition / late).read_text()
     (inputs.competition / late).unlink()
     inputs.write(inputs.competition / "test.csv.gz", "what comes first")
     inputs.write(inputs.competition / "examples" / "sample_submission.csv", "id,winner_model_a\n1,1\n")
     inputs.write(inputs.competition / "examples" / "test.csv", "id\n1\n")
     waits.during = lambda count: count == 4 and inputs.write(inputs.competition / late, text)
-    seen = check(inputs)
+    seen = check(inputs, speed=20)  # a look each 0.05 s, and a file is still after a second
     assert (seen["competition"], seen["test"]) == (inputs.competition, inputs.competition / "test.csv")
     assert seen["lacking"] == []
     assert Path("submission.csv").read_text().count("0.5,0.3,0.2") == 2
@@ -374,26 +360,21 @@ def test_what_still_changes_is_not_taken(tmp_path: Path, monkeypatch: pytest.Mon
     assert check_names(tmp_path, rerun=True)["wait_for"]("it", lambda: next(sizes)) == 3
 
 
-def test_rerun_without_test_rows_keeps_its_priors(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rerun_without_test_rows_keeps_its_priors(inputs: Inputs) -> None:
     (inputs.competition / "test.csv").unlink()
     with pytest.raises(RuntimeError, match="no test rows"):
         check(inputs)
-    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
-    assert "no test rows" in check(inputs)["lacking"][0]
+    assert "no test rows" in check(inputs, rerun=True)["lacking"][0]
     assert Path("submission.csv").read_text().count("0.5,0.3,0.2") == 2
 
 
-def test_file_that_is_being_written_is_waited_for_while_it_grows(
-    inputs: Inputs, waits: Waits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "200")
+def test_file_that_is_being_written_is_waited_for_while_it_grows(inputs: Inputs, waits: Waits) -> None:
     still = 20 / 200  # seconds, after which a file that has not grown is no longer being written
     file = inputs.one("fold1-*") / "config.yaml"
     inputs.write(file, "")
-
     ends = iter(("t", "tw", "two"))
     waits.during = lambda count: waits.slept[-1] == still and inputs.write(file, next(ends))
-    seen = check(inputs)
+    seen = check(inputs, speed=200)
     assert next(ends, None) is None, "it was looked at each time that it had grown"
     assert (seen["bundles"] / "fold1-89abcdef" / "config.yaml").read_text() == "two"
 
@@ -439,8 +420,9 @@ class Later:
         codes = self.codes.get(str(command[1]), [])
         return codes.pop(0) if codes else 0
 
-    def cell(self, name: str) -> None:
-        exec(cells(real("server" if name == "serve" else "submission"))[name], self.names)
+    def run_cells(self, *names: str) -> None:
+        for name in names:
+            exec(cells(real("server" if name == "serve" else "submission"))[name], self.names)
 
     def count(self, name: str) -> int:
         return sum(call[1] == name for call in self.calls)
@@ -460,8 +442,7 @@ def check_names(folder: Path, rerun: bool) -> dict[str, Any]:
 def test_killed_predict_is_started_again_and_goes_on(tmp_path: Path, killed: int) -> None:
     later = Later(tmp_path, rerun=True)
     later.codes["predict"] = [killed, killed]
-    later.cell("verify")
-    later.cell("predict")
+    later.run_cells("verify", "predict")
     assert later.count("predict") == 3
     assert later.names["lacking"] == []
     assert later.calls[-1][2] == str(tmp_path / "ensemble-0123.yaml")
@@ -471,15 +452,13 @@ def test_killed_predict_is_started_again_and_goes_on(tmp_path: Path, killed: int
 def test_predict_is_not_started_for_ever_nor_after_the_deadline(tmp_path: Path) -> None:
     later = Later(tmp_path, rerun=True)
     later.codes["predict"] = [-9] * 99
-    later.cell("verify")
-    later.cell("predict")
+    later.run_cells("verify", "predict")
     assert later.count("predict") == 6
     assert later.names["lacking"]
     late = Later(tmp_path, rerun=True)
     late.codes["predict"] = [-9] * 99
     late.names["STARTED"] -= 40_000
-    late.cell("verify")
-    late.cell("predict")
+    late.run_cells("verify", "predict")
     assert late.count("predict") == 1
 
 
@@ -490,20 +469,17 @@ def test_failures_stop_a_saved_run_and_are_warnings_in_the_rerun(
         saved, rerun = Later(tmp_path, rerun=False), Later(tmp_path, rerun=True)
         for later in (saved, rerun):
             later.codes[command] = [3]
-        rerun.cell("verify")
-        rerun.cell("predict")
+        rerun.run_cells("verify", "predict")
         assert rerun.count("predict") == 1, "a bundle that can't be loaded is left out by predict itself"
         assert "WARNING" in capsys.readouterr().out
         with pytest.raises(RuntimeError, match="says w"):
-            saved.cell("verify")
-            saved.cell("predict")
+            saved.run_cells("verify", "predict")
 
 
 def test_deadline_is_counted_from_the_first_second(tmp_path: Path) -> None:
     later = Later(tmp_path, rerun=True)
     later.names["STARTED"] = 0.0
-    later.cell("verify")
-    later.cell("predict")
+    later.run_cells("verify", "predict")
     assert later.calls[-1][later.calls[-1].index("--deadline") + 1] == "1970-01-01T08:30:00+00:00"
 
 
@@ -542,8 +518,7 @@ def test_predict_that_hangs_has_time_to_end_after_the_deadline(tmp_path: Path) -
         return 0
 
     later.names["run"] = note
-    later.cell("verify")
-    later.cell("predict")
+    later.run_cells("verify", "predict")
     assert given[1] == {"seconds": 31_500}, "in the middle between the deadline, 30,600, and the limit, 32,400"
 
 
@@ -560,7 +535,7 @@ def test_verify_that_hangs_leaves_time_to_predict_and_to_serve(
 
     later.names["run"] = hang
     with nullcontext() if rerun else pytest.raises(RuntimeError, match="took too long"):
-        later.cell("verify")
+        later.run_cells("verify")
     assert given == [{"seconds": seconds}]
     assert later.names["lacking"] == []
 
@@ -572,7 +547,7 @@ def test_ids_of_any_kind_can_be_looked_at(
     monkeypatch.chdir(tmp_path)
     many = text.replace("1,0.5\n", "1,0.5\n" * 200)  # types are told by the first hundred rows
     Path("submission.csv").write_text(many)
-    Later(tmp_path, rerun=False).cell("look")
+    Later(tmp_path, rerun=False).run_cells("look")
     assert "201 rows" in capsys.readouterr().out
 
 
@@ -584,10 +559,10 @@ def test_look_that_fails_does_not_lose_the_rerun(
     if without == "polars":
         Path("submission.csv").write_text("id,a\n1,0.5\n")
         monkeypatch.setitem(sys.modules, "polars", None)
-    Later(tmp_path, rerun=True).cell("look")
+    Later(tmp_path, rerun=True).run_cells("look")
     assert "WARNING: no look at the submission" in capsys.readouterr().out
     with pytest.raises((ImportError, FileNotFoundError)):
-        Later(tmp_path, rerun=False).cell("look")
+        Later(tmp_path, rerun=False).run_cells("look")
 
 
 # --- server ----------------------------------------------------------------------------------------------------------
@@ -658,8 +633,7 @@ PRIORS = {"id": [7, 3], "winner_model_a": [0.5, 0.5], "winner_tie": [0.2, 0.2], 
 def serve(folder: Path, *, rerun: bool, lacking: tuple[str, ...] = ()) -> dict[str, Any]:
     later = Later(folder, rerun)
     later.names["lacking"] = [*lacking]
-    later.cell("verify")
-    later.cell("serve")
+    later.run_cells("verify", "serve")
     served: dict[str, Any] = json.loads(Path("served.json").read_text())
     return served
 
@@ -726,8 +700,7 @@ def test_serve_cell_gives_the_submission_of_predict(
         monkeypatch.setitem(sys.modules, module.__name__, module)
     later = Later(tmp_path, rerun=False)
     later.names |= {"MEMBERS": [bundle.name], "sample": tmp_path / "sample_submission.csv", "SPEED": 1e-6}
-    later.cell("verify")
-    later.cell("serve")
+    later.run_cells("verify", "serve")
     predict([bundle], tmp_path / "test.csv", tmp_path / "here.csv", sample=tmp_path / "sample_submission.csv")
     assert json.loads(Path("served.json").read_text())["both"] == 8
     assert alike(Path("submission.csv"), tmp_path / "here.csv", tolerance=1e-5)

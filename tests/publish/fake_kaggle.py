@@ -73,9 +73,7 @@ class Run:
     polls: int = 2
     status: str = "COMPLETE"
     failure: str = ""
-    log: str = (
-        '[{"stream_name":"stdout","time":1.5,"data":"hello\\n"},{"stream_name":"stdout","time":61.0,"data":"done\\n"}]'
-    )
+    log: str = '[{"time": 1.5, "data": "hello\\n"}, {"time": 61.0, "data": "done\\n"}]'
     files: tuple[str, ...] = ("submission.csv", "scores.parquet")
 
 
@@ -238,10 +236,7 @@ class FakeKaggle:
 
     def ListModelInstanceVersionFiles(self, asked: Any) -> Any:
         files = self.instances[self._instance(asked, asked.instance_slug, asked.framework)][-1]
-        made = [
-            {"name": name, "size": len(content), "creationDate": "2026-01-01T00:00:00Z"}
-            for name, content in files.items()
-        ]
+        made = [{"name": name, "size": len(content)} for name, content in files.items()]
         return answer("ApiListModelInstanceVersionFilesResponse", files=made)
 
     # --- kernels -----------------------------------------------------------------------------------------------------
@@ -250,14 +245,10 @@ class FakeKaggle:
         versions = self.kernels[asked.slug]
         versions.append(Saved(asked.to_dict(), self.runs.popleft() if self.runs else Run()))
         ready = {source for source, found in self.datasets.items() if found.versions}
-        said: dict[str, Any] = {
-            "invalidDatasetSources": [one for one in asked.dataset_data_sources if one not in ready]
-        }
-        said |= self.errors.pop("SaveKernel", {})
-        version = len(versions)
-        return answer(
-            "ApiSaveKernelResponse", ref=asked.slug, url=f"{self.url}/v{version}", versionNumber=version, **said
-        )
+        said: dict[str, Any] = {"ref": asked.slug, "url": f"{self.url}/v{len(versions)}"}
+        said["invalidDatasetSources"] = [one for one in asked.dataset_data_sources if one not in ready]
+        said |= {"versionNumber": len(versions), **self.errors.pop("SaveKernel", {})}
+        return answer("ApiSaveKernelResponse", **said)
 
     def _saved(self, asked: Any) -> list[Saved]:
         versions = self.kernels.get(f"{asked.user_name}/{asked.kernel_slug}")
@@ -268,15 +259,9 @@ class FakeKaggle:
     def GetKernel(self, asked: Any) -> Any:
         versions = self._saved(asked)
         saved = versions[-1].request
-        same = (
-            "datasetDataSources",
-            "modelDataSources",
-            "competitionDataSources",
-            "enableInternet",
-            "isPrivate",
-            "machineShape",
-        )
-        metadata = {name: saved[name] for name in same if name in saved} | {"currentVersionNumber": len(versions)}
+        same = {"enableInternet", "isPrivate", "machineShape"}
+        metadata = {name: value for name, value in saved.items() if name in same or name.endswith("DataSources")}
+        metadata["currentVersionNumber"] = len(versions)
         source = json.dumps(json.loads(saved["text"]), indent=4) if saved["kernelType"] == "notebook" else saved["text"]
         return answer("ApiGetKernelResponse", metadata=metadata, blob={"source": source})
 

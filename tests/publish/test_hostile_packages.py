@@ -12,7 +12,7 @@ from fake_kaggle import FakeKaggle, Fault
 from kaggle_support import Ticks, small_package
 
 from pairclf.errors import PackagingError, PairclfError
-from pairclf.packaging.record import identity_of, read_build
+from pairclf.packaging.build_record import identity_of, read_build
 from pairclf.publish.client import KaggleClient, KaggleError, WaitClock
 from pairclf.publish.push import push
 from pairclf.publish.submit import submit

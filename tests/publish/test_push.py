@@ -13,13 +13,16 @@ import pytest
 import requests
 from fake_kaggle import KEY, TOKEN, FakeKaggle, Fault, Run
 from kaggle_support import Ticks, small_package
+from slugify import slugify
 
 from pairclf.errors import PackagingError
 from pairclf.files import cache_folder
-from pairclf.packaging.record import read_build
+from pairclf.hardware import MACHINES
+from pairclf.packaging.build_record import own_note, read_build
+from pairclf.packaging.metadata import DATASET_METADATA, KERNEL_METADATA, LICENCES
 from pairclf.publish import push as push_module
-from pairclf.publish.client import KaggleClient, KaggleError
-from pairclf.publish.push import push, pushed_path, read_pushed
+from pairclf.publish.client import KaggleClient, KaggleError, WaitClock
+from pairclf.publish.push import push, read_pushed
 
 DROPPED = Fault()
 LOST = Fault(after=True)
@@ -70,6 +73,63 @@ def test_push_brings_parts_and_kernel_and_waits_for_the_run(package: Path, kaggl
     assert uploads() == []
 
 
+BASE = "google/gemma-2/transformers/gemma-2-9b-it/2"
+SETTINGS: list[dict[str, str]] = [
+    *({"machine_shape": shape} for shape in MACHINES),
+    {"kernel_type": "script", "base_model_source": BASE},
+    {"name": "a-run", "license": "CC-BY-SA-4.0"},
+    {"name": "n" * 40, "bundles_as": "model", "license": "CC BY-SA 4.0"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings.values()))
+def test_all_is_private_offline_and_under_its_name(
+    tmp_path: Path, kaggle: FakeKaggle, ticks: Ticks, settings: dict[str, str]
+) -> None:
+    """As Kaggle's own client reads our metadata, and sends them."""
+    build = read_build(small_package(tmp_path / "package", **settings))
+    push(tmp_path / "package", go=True, clock=ticks.clock)
+    package, (kernel,) = build.package, kaggle.bodies("SaveKernel")
+    assert (kernel["slug"], slugify(kernel["newTitle"])) == (build.kernel, package.name)
+    assert (kernel["language"], kernel["kernelType"]) == ("python", package.kernel_type)
+    assert (kernel["isPrivate"], kernel["enableInternet"], kernel.get("enableTpu", False)) == (True, False, False)
+    shape = package.machine_shape.replace("None", "")
+    assert (kernel["enableGpu"], kernel.get("machineShape", "")) == (shape != "", shape)
+    assert kernel["competitionDataSources"] == [package.competition]
+    assert kernel["datasetDataSources"] == [part.source for part in build.parts if part.kind == "dataset"]
+    models = [f"{part.source}/1" for part in build.parts if part.kind == "model"]
+    assert kernel.get("modelDataSources", []) == models + ([BASE] if package.base_model_source else [])
+    for dataset in kaggle.bodies("CreateDataset"):
+        assert f"{dataset['ownerSlug']}/{dataset['slug']}" in kernel["datasetDataSources"]
+        assert (dataset["isPrivate"], slugify(dataset["title"])) == (True, dataset["slug"])
+        assert dataset["licenseName"] in LICENCES
+        assert 20 <= len(dataset["subtitle"]) <= 80
+    for model, instance in zip(kaggle.bodies("CreateModel"), kaggle.bodies("CreateModelInstance"), strict=True):
+        assert (model["isPrivate"], slugify(model["title"])) == (True, model["slug"])
+        assert (model["ownerSlug"], model["slug"]) == (instance["ownerSlug"], instance["modelSlug"])
+        body = instance["body"]
+        assert (body["instanceSlug"], body["framework"]) == ("part-1", "MODEL_FRAMEWORK_OTHER")
+        assert body["licenseName"] in LICENCES.values()
+
+
+def test_kaggles_client_turns_the_internet_on_where_nothing_is_said_and_refuses_long_slugs(
+    package: Path, kaggle: FakeKaggle
+) -> None:
+    """Why the one is always written, and names are limited."""
+    client = KaggleClient(WaitClock())
+    for path, changes in (
+        (package / "kernel" / KERNEL_METADATA, {"enable_internet": None}),
+        (package / "bundle" / DATASET_METADATA, {"id": "someone/" + "n" * 51}),
+    ):
+        tree = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+    with pytest.raises(KaggleError, match="did not attach"):  # the datasets are not there
+        client.push_kernel(package / "kernel")
+    assert kaggle.bodies("SaveKernel")[0]["enableInternet"] is True
+    with pytest.raises(PackagingError, match="slug must be between 6 and 50"):
+        client.create_dataset(package / "bundle", str)
+
+
 def test_repeated_push_changes_nothing(package: Path, kaggle: FakeKaggle, ticks: Ticks) -> None:
     push(package, go=True, clock=ticks.clock)
     before, received = held(kaggle), kaggle.received
@@ -86,7 +146,7 @@ def test_dry_run_prints_every_request_and_sends_none(
     push(package, go=False)
     shown = capsys.readouterr().out
     assert kaggle.calls == []
-    assert not pushed_path(read_build(package)).exists()
+    assert not own_note("pushed", read_build(package).identity).exists()
     push(package, go=True, clock=ticks.clock)
     changing = {name for name in kaggle.names() if not name.startswith(("Get", "List")) and name != "PUT"}
     for name in changing:
@@ -164,7 +224,7 @@ print(bool(asked) + 0)
 
 def test_another_machine_is_another_kernel(package: Path, kaggle: FakeKaggle, ticks: Ticks) -> None:
     push(package, go=True, clock=ticks.clock)
-    push(small_package(package, machine="NvidiaL4"), go=True, clock=ticks.clock)
+    push(small_package(package, machine_shape="NvidiaL4"), go=True, clock=ticks.clock)
     assert [body["machineShape"] for body in kaggle.bodies("SaveKernel")] == ["NvidiaTeslaT4", "NvidiaL4"]
 
 
@@ -297,6 +357,7 @@ def test_version_waits_while_the_last_one_is_processed(
     kaggle.faults["CreateDatasetVersion"].extend([Fault(403, "the dataset is being processed")] * 2)
     push(newer, go=True, clock=ticks.clock)
     older, both = kaggle.datasets["someone/a-notebook-bundle"].versions
+    assert not kaggle.bodies("CreateDatasetVersion")[-1]["body"].get("deleteOldVersions")
     (marker,) = (part.marker for part in read_build(package).of("bundle"))
     added = {path.relative_to(newer / "bundle").as_posix() for path in (newer / "bundle").rglob("*") if path.is_file()}
     kept = {f"{marker.removesuffix('.json')}/{name}": content for name, content in older.items()}
@@ -404,7 +465,7 @@ def test_error_in_an_answer_of_status_200_is_an_error(
     kaggle.errors[name] = said
     with pytest.raises(KaggleError, match=match):
         push(package, go=True, clock=ticks.clock)
-    assert not pushed_path(read_build(package)).exists()
+    assert not own_note("pushed", read_build(package).identity).exists()
 
 
 def test_failed_kernel_is_told_with_the_end_of_its_log(package: Path, kaggle: FakeKaggle, ticks: Ticks) -> None:
@@ -545,7 +606,7 @@ def test_push_that_is_killed_at_any_request_can_be_repeated(
         for store in (kaggle.datasets, kaggle.models, kaggle.instances, kaggle.kernels, kaggle.blobs):
             store.clear()
         kaggle.received, left[0] = 0, stop
-        pushed_path(read_build(package)).unlink(missing_ok=True)
+        own_note("pushed", read_build(package).identity).unlink(missing_ok=True)
         with pytest.raises(Killed):
             push(package, go=True, clock=Ticks().clock)
         left[0] = -1

@@ -7,7 +7,7 @@ from fake_kaggle import KEY, FakeKaggle, Fault
 from kaggle_support import Ticks, small_package
 
 from pairclf.errors import ConfigError, PackagingError, PairclfError
-from pairclf.packaging.record import read_build
+from pairclf.packaging.build_record import read_build
 from pairclf.publish import ledger as table
 from pairclf.publish.client import KaggleError
 from pairclf.publish.push import push

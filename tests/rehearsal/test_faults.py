@@ -67,7 +67,6 @@ def test_base_model_is_missing_before_the_bundles_are() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=list(FAULTS))
 def test_hooks_are_python_and_every_fault_says_what_must_come(fault: InjectedFault) -> None:
-    assert fault.what
     assert (fault.expected == "first cell fails") == bool(fault.error_pattern)
     if fault.hook:
         assert fault.markers or fault.skips_waits

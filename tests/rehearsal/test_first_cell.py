@@ -15,7 +15,7 @@ from wheels_support import freeze_here
 from pairclf.config import Config, resolve
 from pairclf.errors import PackagingError
 from pairclf.packaging.build import package
-from pairclf.packaging.record import identity_of, read_build, write_build
+from pairclf.packaging.build_record import identity_of, read_build, write_build
 from pairclf.rehearsal.rehearse import Options, rehearse
 from pairclf.rehearsal.report import RehearsalReport
 from pairclf.task import LMSYS

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
 from clocks_support import comes_true
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from pairclf.errors import PackagingError
 from pairclf.rehearsal.hidden_test import enlarge, read_raw, write_raw
 from pairclf.rehearsal.mounts import LAYOUTS, Mount, fill, lay_out
-from pairclf.rehearsal.resource_monitor import ResourceMonitor, descendants, memory_of
+from pairclf.rehearsal.resource_monitor import ResourceMonitor, memory_of, with_descendants
 from pairclf.task import LMSYS
 
 MOUNTS = [
@@ -129,6 +130,16 @@ def test_ids_that_look_like_ours_stay_apart(tmp_path: Path) -> None:
         assert read_raw(made)["id"].n_unique() == 9
 
 
+def test_hidden_test_has_the_ids_in_the_columns_of_its_files(tmp_path: Path) -> None:
+    pl.DataFrame({"row": [7, 8], "text": ["a", "b"]}).write_csv(tmp_path / "test.csv")
+    pl.DataFrame({"p": [0, 0], "key": [8, 7]}).write_csv(tmp_path / "sample.csv")
+    (tmp_path / "made").mkdir()
+    made = enlarge(tmp_path / "test.csv", tmp_path / "sample.csv", 4, tmp_path / "made", ["text"], ("row", "key"))
+    test, sample = map(read_raw, made)
+    assert test["text"].to_list() == ["a", "b", "a (2)", "b (2)"]
+    assert sorted(test["row"]) == sorted(sample["key"]) == ["10", "7", "8", "9"]
+
+
 def test_hidden_test_of_files_that_do_not_belong_together_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("id,prompt\n1,a\n")
     (tmp_path / "sample.csv").write_text("id,p\n2,0.5\n")
@@ -155,7 +166,11 @@ def test_meter_sees_children_and_kills_the_largest(tmp_path: Path) -> None:
             process.kill()
 
 
-def test_meter_of_what_has_ended(tmp_path: Path) -> None:
-    assert os.getpid() in descendants(os.getppid())
-    assert memory_of(os.getpid()) > 10e6
-    assert memory_of(2**22 + 1) == 0
+def test_meter_of_what_has_ended() -> None:
+    this = psutil.Process()
+    assert this in with_descendants(os.getppid())
+    assert memory_of(this) > 10e6
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        ended = psutil.Process(process.pid)
+    assert memory_of(ended) == 0
+    assert with_descendants(process.pid) == []

@@ -17,32 +17,28 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
-import nbformat
 import polars as pl
 import pytest
 from clocks_support import comes_true
 from rich.console import Console
 from support.forked import forked
 from support.kernels import forecast_nothing, rehearse_lightly, use_light_image
+from support.records import BUNDLE, make_package, write_package
 
-from pairclf.config import Config, Package, dump_config
+from pairclf.config import Config, dump_config
 from pairclf.errors import PackagingError, PairclfError
-from pairclf.files import cache_folder, locked, state_folder, write_json
-from pairclf.packaging.metadata import KERNEL_METADATA, PackagePart, Payload, kernel_metadata, part_metadata
-from pairclf.packaging.payload import seal
-from pairclf.packaging.record import Build, PackedBundle, identity_of, write_build
-from pairclf.rehearsal import confine, sandbox
-from pairclf.rehearsal import projection as clock
+from pairclf.files import cache_folder, locked, state_folder
+from pairclf.packaging.metadata import Payload
+from pairclf.rehearsal import isolated_root, projection, sandbox
 from pairclf.rehearsal import rehearse as rehearsal
 from pairclf.rehearsal import workspace as stage
 from pairclf.rehearsal.image import needed_by
 from pairclf.rehearsal.rehearse import Options, rehearse
 from pairclf.rehearsal.report import RehearsalReport, RehearsalReports, ScoredRows, read_passed
 from pairclf.rehearsal.workspace import Workspace
-from pairclf.task import LMSYS, hidden_rows
+from pairclf.task import hidden_rows
 
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
-BUNDLE = "fold0-01234567"
 FIND = """
 import json, os, pathlib, subprocess, sys, time
 INPUT = pathlib.Path(os.environ["PAIRCLF_KAGGLE_INPUT"])
@@ -80,13 +76,15 @@ def isolation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, t
     return str(request.param)
 
 
-def has_namespaces(folder: Path) -> bool:
-    python, top = Path(sys.executable).resolve(), folder / "namespaces"
+def has_namespaces(folder: Path, program: Path | None = None) -> bool:
+    """Whether the running interpreter, or another program that reads no file, starts in namespaces."""
+    top = folder / (program.name if program else "namespaces")
     for name in ("root", "working"):
         (top / name).mkdir(parents=True)
-    shown = [str(path) for path in needed_by(Path(sys.executable))]
-    view = confine.View(root=str(top / "root"), readable=shown, writable=[], working=str(top / "working"), disk=1 << 20)
-    return sandbox.namespaces(view, top, python) is not None
+    readable = [] if program else [str(path) for path in needed_by(Path(sys.executable))]
+    root, working = str(top / "root"), str(top / "working")
+    view = isolated_root.View(root=root, readable=readable, writable=[], working=working, disk=1 << 20)
+    return sandbox.namespaces(view, top, program or Path(sys.executable).resolve()) is not None
 
 
 @pytest.fixture
@@ -106,54 +104,15 @@ def packaged(tmp_path: Path, competition: tuple[Path, Path]) -> Packager:
     """`packaged({id: code}, setting=...)`: a package whose kernel has these cells."""
 
     def make(cells: Mapping[str, str], **settings: object) -> Path:
-        return make_package(tmp_path / "package", cells, competition, settings)
+        package = make_package(**{"python_versions": [RUNNING], "kernel_type": "script", **settings})
+        payloads: dict[Payload, dict[str, str]] = {
+            "bundle": {f"{BUNDLE}/config.yaml": dump_config(Config())},
+            "wheels": {"iniconfig-2.0.0-py3-none-any.whl": "a wheel"},
+        }
+        test, sample = competition
+        return write_package(tmp_path / "package", package, cells, payloads, test=test, sample=sample)
 
     return make
-
-
-def make_package(
-    folder: Path, cells: Mapping[str, str], competition: tuple[Path, Path], settings: Mapping[str, object]
-) -> Path:
-    package = Package.model_validate(
-        {"owner": "someone", "name": "a-notebook", "python_versions": [RUNNING], "kernel_type": "script", **settings}
-    )
-    parts = [_part(folder, package, "bundle", f"{BUNDLE}/config.yaml", dump_config(Config()))]
-    parts.append(_part(folder, package, "wheels", "iniconfig-2.0.0-py3-none-any.whl", "a wheel"))
-    shutil.rmtree(folder / "kernel", ignore_errors=True)
-    (folder / "kernel").mkdir()
-    code = f"{package.name}.{'py' if package.kernel_type == 'script' else 'ipynb'}"
-    (folder / "kernel" / code).write_text(_code(cells, script=package.kernel_type == "script"))
-    write_json(folder / "kernel" / KERNEL_METADATA, kernel_metadata(package, code, parts))
-    bundle = PackedBundle(folder=BUNDLE, name="fold0", seal="0" * 64, fold=0, metrics={}, base="embedded:x")
-    build = Build(
-        pairclf="0", identity=identity_of(folder, code, parts), package=package, task=LMSYS,
-        kernel="someone/a-notebook", code_file=code, parts=parts, bundles=[bundle], requirements={RUNNING: []},
-        config="demo", test=competition[0], sample=competition[1], out_of_fold=None,
-    )  # fmt: skip
-    write_build(folder, build)
-    return folder
-
-
-def _part(folder: Path, package: Package, payload: Payload, name: str, text: str) -> PackagePart:
-    shutil.rmtree(folder / payload, ignore_errors=True)
-    path, source = folder / payload / name, f"someone/a-notebook-{payload}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    marker, digest = seal(folder / payload, payload, 1)
-    for metadata, tree in part_metadata(package, payload, source).items():
-        write_json(folder / payload / metadata, tree)
-    return PackagePart(
-        payload=payload, kind="dataset", folder=payload, source=source, marker=marker.name, sha256=digest,
-        bytes=len(text),
-    )  # fmt: skip
-
-
-def _code(cells: Mapping[str, str], *, script: bool) -> str:
-    if script:
-        return "".join(f"# %% {name}\n{code}\n" for name, code in cells.items())
-    made = [nbformat.v4.new_code_cell(code, id=name) for name, code in cells.items()]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title", id="about"), *made])
-    return str(nbformat.writes(notebook))
 
 
 def run(folder: Path, **options: object) -> RehearsalReport:
@@ -272,7 +231,7 @@ def test_dead_kernel_is_a_failed_cell(packaged: Packager) -> None:
 
 
 def test_rehearse_tells_all_that_does_not_pass(packaged: Packager) -> None:
-    """What there can be, test_judge.py has."""
+    """What there can be, test_result_checks.py has."""
     predict = PREDICT.replace("orders=2", "orders=0").replace("1e-07", "0.5")
     said, _ = failing(packaged({"check": FIND, "predict": predict}))
     assert "2 of 2 rows have nothing but the prior" in said
@@ -291,7 +250,7 @@ def test_what_takes_too_long_does_not_pass(packaged: Packager) -> None:
 def test_deadline_that_the_hidden_rows_would_miss_does_not_pass(
     packaged: Packager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clock, "hidden_rows", hidden_rows)
+    monkeypatch.setattr(projection, "hidden_rows", hidden_rows)
     said, report = failing(packaged({"check": FIND, "predict": PREDICT + "time.sleep(1)"}, deadline="1h"))
     assert "25,000 rows take" in said
     assert report.projections[0].judged
@@ -676,12 +635,7 @@ def test_launcher_needs_nothing_that_is_hidden(tmp_path: Path) -> None:
     """The kernel may have another interpreter, and the launcher's library is not there for it."""
     if not has_namespaces(tmp_path):
         pytest.skip("this machine allows no namespaces")
-    top = tmp_path / "hollow"
-    for name in ("root", "working"):
-        (top / name).mkdir(parents=True)
-    true = Path(shutil.which("true") or "/bin/true").resolve()
-    view = confine.View(root=str(top / "root"), readable=[], writable=[], working=str(top / "working"), disk=1 << 20)
-    assert sandbox.namespaces(view, top, true) is not None
+    assert has_namespaces(tmp_path, Path(shutil.which("true") or "/bin/true").resolve())
 
 
 def test_links_that_a_kernel_leaves_are_not_followed(packaged: Packager, isolation: str, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.kernels import make_build, make_report
+from support.kernels import make_report
+from support.records import make_build
 
 from pairclf.errors import PackagingError
-from pairclf.packaging.record import write_build
+from pairclf.packaging.build_record import own_note, write_build
 from pairclf.rehearsal.report import (
     Parity,
     Projection,
@@ -18,7 +19,6 @@ from pairclf.rehearsal.report import (
     ScoredRows,
     read_passed,
     read_report,
-    rehearsal_path,
     write_report,
 )
 
@@ -115,14 +115,14 @@ def test_faults_and_trials_alone_are_not_let_through(build: Path, changes: dict[
     with pytest.raises(PackagingError, match=r"was never rehearsed[\s\S]*without --commit"):
         read_passed(build)
     write_report(build / "rehearsal", make_report())
-    rehearsal_path(report.build).write_text(report.model_dump_json())
+    own_note("rehearsals", report.build).write_text(report.model_dump_json())
     with pytest.raises(PackagingError, match="not of a hidden rerun without faults"):
         read_passed(build)
 
 
 def test_changed_report_is_refused(build: Path) -> None:
     write_report(build / "rehearsal", make_report())
-    path = rehearsal_path("a" * 64)
+    path = own_note("rehearsals", "a" * 64)
     path.write_text(path.read_text()[:-10])
     with pytest.raises(PackagingError, match="is not JSON"):
         read_passed(build)
@@ -134,12 +134,12 @@ def test_changed_report_is_refused(build: Path) -> None:
 def test_a_report_that_came_with_the_package_is_none(build: Path) -> None:
     """Whoever made the package can have written it; what counts is what this machine rehearsed."""
     write_report(build / "rehearsal", make_report())
-    rehearsal_path("a" * 64).unlink()
+    own_note("rehearsals", "a" * 64).unlink()
     with pytest.raises(PackagingError, match=r"report\.json in it does not count[\s\S]*pairclf rehearse"):
         read_passed(build)
 
 
 def test_reports_of_this_machine_are_its_users_alone(build: Path) -> None:
     write_report(build / "rehearsal", make_report())
-    path = rehearsal_path("a" * 64)
+    path = own_note("rehearsals", "a" * 64)
     assert [one.stat().st_mode & 0o777 for one in (path.parent, path)] == [0o700, 0o600]

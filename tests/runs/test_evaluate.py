@@ -21,7 +21,7 @@ from scipy.special import softmax
 from pairclf.approaches.finetune.drift import HeldOutSample, compare
 from pairclf.approaches.finetune.drift import render as render_shift
 from pairclf.bundles.bundle import Bundle, open_bundle
-from pairclf.config import Config, Predict, override, resolve
+from pairclf.config import Config, Predict, dump_config, override, resolve
 from pairclf.data.identity import row_hashes
 from pairclf.data.rows import read_rows, to_rows
 from pairclf.data.scores import class_matrix, read_scores, scores_frame, write_logits, write_scores
@@ -29,12 +29,12 @@ from pairclf.demo import demo
 from pairclf.errors import DataError
 from pairclf.inference.state import PredictionState
 from pairclf.packaging import build
-from pairclf.packaging.record import Build, PackedBundle
+from pairclf.packaging.build_record import Build, PackedBundle
 from pairclf.publish import ledger, submit
 from pairclf.publish.push import Pushed
-from pairclf.run import Paths, labelled_rows, output_of
+from pairclf.run import Paths, labelled_rows, out_of_fold_metric, output_of, trained_as
 from pairclf.runs import cv, fit
-from pairclf.runs.evaluate import Evaluation, evaluate, out_of_fold, render, scored
+from pairclf.runs.evaluate import Evaluation, evaluate, evaluate_run, out_of_fold, render, scored
 from pairclf.scores.metrics import METRICS, Floats, Metric, measure, metrics_of, title
 from pairclf.scores.probabilities import mean_of_orders
 from pairclf.task import LMSYS, WSDM, Task
@@ -186,13 +186,13 @@ def assert_every_command_prints(config: Config, printed: str) -> None:
         f"merged_{name}": value for name, value in shift.after.items()
     }
     for name, figure in wanted.items():  # what a package says of its folds
-        assert build._out_of_fold(bundles, name) == (pytest.approx(figure) if METRICS[name].by_row else None)
+        assert out_of_fold_metric(bundles, name) == (pytest.approx(figure) if METRICS[name].by_row else None)
     assert_the_ledger_prints(task, bundles, run)
 
 
 def assert_the_ledger_prints(task: Task, bundles: Sequence[Bundle], run: Path) -> None:
     metric = METRICS[task.metric]
-    out_of_fold_figure = build._out_of_fold(bundles, task.metric)
+    out_of_fold_figure = out_of_fold_metric(bundles, task.metric)
     packed = [
         PackedBundle(folder=bundle.name, **{name: getattr(bundle.manifest, name) for name in PACKED})
         for bundle in bundles
@@ -231,6 +231,8 @@ def test_a_new_metric_is_one_record(
     )
     assert metrics_of(task)[0] == "brier"
     assert "Brier score" in printed
+    first = Paths(output_of(config), 0)
+    assert open_bundle(first.bundle).manifest.metrics["kept_step"] == trained_as(first)["training"]["kept_step"] == 1
     assert_every_command_prints(config, printed)
 
 
@@ -246,10 +248,13 @@ def shown(judged: Evaluation, task: Task) -> str:
 
 def test_the_output_says_how_several_labels_come_together(config_of: Callable[[str], tuple[Config, str]]) -> None:
     config, printed = config_of("tags")
-    text = shown(evaluate(labelled_rows(config), out_of_fold(output_of(config), TAGS, Predict()), TAGS), TAGS)
-    for words in ("log loss (label sum)", "accuracy (label mean)"):
+    evaluation = evaluate(labelled_rows(config), out_of_fold(output_of(config), TAGS, Predict()), TAGS)
+    text = shown(evaluation, TAGS)
+    for words in ("log loss: label sum", "accuracy: label mean"):
         assert words in printed
         assert words in text
+    mean = f"adds up 3 labels; their mean, as Kaggle has it, is {evaluation.model['log_loss'] / 3:.4f}"
+    assert mean in text
     assert "label" not in config_of("topics")[1]
 
 
@@ -429,7 +434,7 @@ def test_scores_of_other_rows_with_the_same_ids_are_refused(
 
 
 def test_figures_of_rows_that_were_trained_on_say_so(
-    config_of: Callable[[str], tuple[Config, str]], tmp_path: Path
+    config_of: Callable[[str], tuple[Config, str]], tmp_path: Path, cli: Callable[..., tuple[int, str]]
 ) -> None:
     config, _ = config_of("lmsys")
     run, task, rows = output_of(config), config.task, labelled_rows(config)
@@ -439,8 +444,35 @@ def test_figures_of_rows_that_were_trained_on_say_so(
     judged = evaluate(rows, scored(tmp_path / "scores.parquet", task), task)
     assert judged.seen == 2
     assert "in sample: the models were trained on prompts of 2 of these rows" in str(render(judged, task).caption)
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    line = ["evaluate", tmp_path / "c.yaml", "--scores"]
+    code, text = cli(*line, tmp_path / "scores.parquet")
+    assert (code, "--in-sample accepts them" in text) == (1, True)
+    assert cli(*line, tmp_path / "scores.parquet", "--in-sample")[0] == cli(*line, run / "oof.parquet")[0] == 0
     out = evaluate(rows, scored(run / "oof.parquet", task), task)
     assert (out.seen, "in sample" in str(render(out, task).caption)) == (0, False)
+
+
+def test_one_fold_is_evaluated(config_of: Callable[[str], tuple[Config, str]]) -> None:
+    config, _ = config_of("lmsys")
+    alone = evaluate_run(config, None, folds=[1])
+    held_out = open_bundle(Paths(output_of(config), 1).bundle).manifest.metrics
+    assert (alone.rows, alone.model["log_loss"]) == (held_out["rows"], pytest.approx(held_out["log_loss"]))
+    assert evaluate_run(config, None, folds=[0, 1]).model == pytest.approx(evaluate_run(config, None).model)
+
+
+def test_bad_scores_are_called_so(tmp_path: Path) -> None:
+    labelled, _ = biased(tmp_path / "run", 30)
+    wrong = 0.05 + 0.425 * (1 - np.array(labelled["target"].to_list()))
+    for values, words in (
+        (wrong, ["worse than the class prior: log loss 2.9957 against", "20 is at the bound of its range"]),
+        ((1.0 - wrong) / 2, ["was fitted on these very rows"]),
+    ):
+        frame = scores_frame(labelled["id"].to_list(), values / values.sum(axis=1, keepdims=True), LMSYS, 1, ["m"])
+        write_scores(tmp_path / "s.parquet", frame)
+        text = shown(evaluate(labelled, scored(tmp_path / "s.parquet", LMSYS), LMSYS), LMSYS)
+        assert [part for part in words if part not in text] == []
+        assert ("worse than" in text) == (values is wrong)
 
 
 def test_folds_of_other_data_are_not_joined(config_of: Callable[[str], tuple[Config, str]], tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_fit_leaves_a_finished_fold_until_something_changes(config: Config, tmp_
         assert seal(config, 0) == first
     fit(config, 0, resume=False)
     assert seal(config, 0)[1] != first[1]
-    fit(override(config, ["train.learning_rate=2e-3"]), 0, resume=True)
+    fit(override(config, ["train.learning_rate=2e-3"]), 0, resume=False)
     changed = seal(config, 0)
     assert changed[0] != first[0]
     write_csv(tmp_path / "train.csv", make_rows(21))  # other rows, the same settings
@@ -77,7 +77,7 @@ def test_fit_goes_on_with_a_stopped_training_beside_an_old_bundle(
     with monkeypatch.context() as patch:
         patch.setattr(module, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            fit(new, 0)
+            fit(new, 0, resume=False)
     assert seal(config, 0) == old
     with pytest.raises(CheckpointError, match="unfinished training"):
         fit(new, 0)
@@ -104,10 +104,22 @@ def test_cross_validate_joins_and_shows_the_folds_of_these_settings(
     assert text.count("exists for these settings and rows") == 2
     assert "Out of fold: 3 of 3 folds" in text
     assert "is of another training" not in text
-    cross_validate(override(one[1], ["train.learning_rate=2e-3"]))
-    assert rows() < 24  # the other folds are of other settings
+    log = (config.output_dir or Path()) / "log.txt"
+    assert log.read_text().count("Out of fold: 3 of 3 folds") == 1
+    seals = [seal(config, fold) for fold in range(3)]
+    for resume in (None, True, False):  # the other folds would be left behind
+        with pytest.raises(ConfigError, match=r"train\.learning_rate=0\.002 \(was 0\.001\)") as caught:
+            cross_validate(override(one[1], ["train.learning_rate=2e-3"]), resume=resume)
+        assert ("fold1 would be replaced" in str(caught.value)) == (resume is not False)
+        assert "the scores of fold0, fold2 could not be joined" in str(caught.value)
+        assert f"output_dir={config.output_dir}/learning_rate-0.002;" in str(caught.value)
+    assert [seal(config, fold) for fold in range(3)] == seals
+    assert rows() == 24
+    assert "error: this run was trained with other settings" in log.read_text()
+    cross_validate(override(one[0], ["train.learning_rate=2e-3", "folds.run=null", "train.max_steps=1"]), resume=False)
+    assert rows() == 24  # all folds together may be replaced
     said = " ".join(capsys.readouterr().err.split())
-    assert "is of another training (different: train.learning_rate); the new bundle replaces it" in said
+    assert "(different: train.max_steps, train.learning_rate); the new bundle replaces it" in said
 
 
 def test_fit_refuses_evaluations_without_held_out_rows(config: Config) -> None:
@@ -120,4 +132,6 @@ def test_fit_writes_settings_by_dotted_names(config: Config) -> None:
     fit(config, None)
     trained = json.loads(((config.output_dir or Path()) / "all" / "trained.json").read_text())
     assert trained["train.learning_rate"] == 1e-3
+    assert trained["training"]["steps"] == 2
+    assert trained["training"]["seconds"] > 0
     assert "train.logging_steps" not in trained

@@ -182,8 +182,14 @@ def area_under_curve(values: Floats, targets: Floats, weights: Floats | None, *,
     return float(sklearn.metrics.roc_auc_score(targets[:, 1], values[:, 1], sample_weight=weights))
 
 
+def lacking_for_auc(targets: Floats) -> str | None:
+    if not np.isin(targets, (0, 1)).all():
+        return "one label a row"
+    return None if targets.any(axis=0).all() else "labels of both classes"
+
+
 def test_a_metric_is_measured_where_it_applies_and_has_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = Metric(area_under_curve, 1, "AUC", kinds=("binary",), by_row=False, needs="single_label")
+    record = Metric(area_under_curve, 1, "AUC", kinds=("binary",), by_row=False, lacks=lacking_for_auc)
     monkeypatch.setitem(METRICS, "auc", record)
     binary = WSDM.model_copy(update={"metric": "auc"})
     values, targets, weights = random_scores(30, 2, 0)
@@ -191,7 +197,8 @@ def test_a_metric_is_measured_where_it_applies_and_has_what_it_needs(monkeypatch
     figures = measure(values, targets, binary, weights)
     assert figures["auc"] == pytest.approx(expected)
     assert list(titled(figures, binary)) == ["AUC", "log loss", "accuracy", "calibration error"]
-    assert "auc" not in measure(values, 0.9 * targets + 0.05, binary)
+    for unfit in (0.9 * targets + 0.05, np.tile([1.0, 0.0], (30, 1))):
+        assert list(measure(values, unfit, binary)) == ["log_loss", "accuracy", "expected_calibration_error"]
     for task in (LMSYS, SEVERAL):
         assert "auc" not in metrics_of(task)
         with pytest.raises(ConfigError, match=f"train.metric_for_best_model='auc' is no metric of a {task.kind} task"):

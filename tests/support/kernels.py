@@ -1,4 +1,4 @@
-"""Rehearsals without a model: an image that costs nothing, a package's record, and a report."""
+"""Rehearsals without a model: an image that costs nothing, and a report."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pairclf.config import Package
 from pairclf.hardware import MACHINES
-from pairclf.packaging.record import Build, PackedBundle
 from pairclf.rehearsal import projection, workspace
 from pairclf.rehearsal.rehearse import Options, rehearse
 from pairclf.rehearsal.report import Parity, Projection, RehearsalReport, ScoredRows
-from pairclf.task import LMSYS
 
 
 def make_light_image(folder: Path, hidden: Collection[str]) -> Path:
@@ -50,20 +47,6 @@ def rehearse_lightly(package: Path, isolation: str, environment: Mapping[str, st
     if isolation == "guards":
         workspace.namespaces = lambda view, folder, python: None
     rehearse(package, Options(layouts=("flat",), late=0.0))
-
-
-BUNDLE = "fold0-01234567"
-
-
-def make_build(kernel: str = "notebook") -> Build:
-    """The record of a package with one bundle, whose parts are not there."""
-    bundle = PackedBundle(folder=BUNDLE, name="fold0", seal="0" * 64, fold=0, metrics={}, base="embedded:x")
-    package = Package.model_validate({"owner": "someone", "name": "a-notebook", "kernel_type": kernel})
-    return Build(
-        pairclf="0.1.0", identity="a" * 64, package=package, task=LMSYS, kernel="someone/a-notebook",
-        code_file="a-notebook.ipynb", parts=[], bundles=[bundle], requirements={}, config="demo", out_of_fold=None,
-        test=None, sample=None,
-    )  # fmt: skip
 
 
 def make_report(**changes: object) -> RehearsalReport:

@@ -98,10 +98,12 @@ def predicted(package: Path, out: Path, folds: Sequence[int]) -> Path:
     return out / "here.csv"
 
 
-def assert_scores_as_here(package: Path, report: RehearsalReport, out: Path, folds: Sequence[int] = (0,)) -> None:
+def assert_scores_as_here(
+    package: Path, report: RehearsalReport, out: Path, folds: Sequence[int] = (0,), tolerance: float = 1e-4
+) -> None:
     """The rehearsal passed, and its submission is that of `predict` in this process."""
     assert report.passed
     assert len(report.parity) == len(folds)
-    assert alike(predicted(package, out, folds), package / "rehearsal" / "submission.csv", tolerance=1e-4)
+    assert alike(predicted(package, out, folds), package / "rehearsal" / "submission.csv", tolerance)
     assert report.scored is not None
     assert report.scored.both_orders == TEST_ROWS

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import gc
 
+gc.disable()  # collecting takes a quarter of an import's time
 import hypothesis  # noqa: F401
 import polars.testing  # noqa: F401
 import pytest  # noqa: F401
+import sklearn.model_selection  # noqa: F401 - transformers imports it with its first model
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+import pairclf.approaches.finetune.approach
+import pairclf.approaches.finetune.train
 import pairclf.inference.pool
-import pairclf.inference.predict  # noqa: F401
+import pairclf.inference.predict
+import pairclf.runs.fit  # noqa: F401
 from support import faults  # noqa: F401
 
 get_checkpoint_conversion_mapping("llama")  # a process makes it when it first loads a model
 gc.collect()
 gc.freeze()  # a worker collects garbage after each batch that failed, and need not walk through libraries
+gc.enable()

@@ -97,7 +97,7 @@ def random_bundle(
 ) -> Path:
     """Write a bundle whose head is random and whose adapters change nothing; probe rows are picked from `rows`."""
     folder.mkdir(parents=True)
-    config, tokenizer, builder = open_inputs(config)
+    config, tokenizer, builder, _ = open_inputs(config)
     classifier = build(config, torch.device("cpu")).eval()
     torch.manual_seed(seed)
     torch.nn.init.normal_(classifier.head.weight, std=0.5)  # type: ignore[arg-type]

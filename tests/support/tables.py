@@ -22,6 +22,6 @@ def canonical(
     targets = [[float(place == winner) for place in range(3)] for winner in winners] if winners else [None] * count
     turns = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
     texts = {"prompt": turns, "response_a": [[a]] * count, "response_b": [[b]] * count}
-    kinds = {**dict.fromkeys(texts, pl.List(pl.String)), "target": pl.List(pl.Float64)}
-    columns = {"id": [f"{prefix}{row}" for row in range(count)], **texts, "target": targets}
+    kinds = {**dict.fromkeys(texts, pl.List(pl.String)), "target": pl.List(pl.Float64), "group": pl.String()}
+    columns = {"id": [f"{prefix}{row}" for row in range(count)], **texts, "target": targets, "group": [None] * count}
     return pl.DataFrame(columns, schema_overrides=kinds).with_columns(weight=pl.lit(1.0), train_only=pl.lit(False))

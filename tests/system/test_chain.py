@@ -13,11 +13,12 @@ import polars as pl
 import pytest
 from safetensors.torch import load_file
 from support.runs import TEST_ROWS, bundles_of, run_config
+from support.wsdm import write_wsdm
 
 from pairclf.bundles.bundle import open_bundle
 from pairclf.config import dump_config, load_config
 from pairclf.data.scores import read_scores
-from pairclf.demo.arena import generate, write_lmsys, write_wsdm
+from pairclf.demo.arena import generate, write_lmsys
 from pairclf.inference.predict import predict
 from pairclf.model.inputs import builder_of, open_inputs
 from pairclf.run import labelled_rows
@@ -26,6 +27,7 @@ from pairclf.runs.fit import fit
 from pairclf.task import LMSYS
 
 PACKAGE = ["package", "{config}", "package.owner=somebody"]
+pytestmark = pytest.mark.usefixtures("quick_workers")
 
 
 def write_config(folder: Path, base: Path, task: str = "lmsys", suffix: str = "csv") -> Path:
@@ -144,7 +146,7 @@ def test_evaluate_calls_perfect_scores_the_best_possible(run: Path, tmp_path: Pa
         (["train", "missing.yaml"], "can't be read"),
         (["train", "{config}", "data.train=[gone.csv]"], "gone.csv"),
         (["train", "{config}", "data.train=[]"], "data.train names no file"),
-        (["cv", "{config}", "folds.run=[5]"], "[5]"),
+        (["cv", "{config}", "folds.run=[5]"], "fold 5 does not exist"),
         (["cv", "{config}", "folds.run=[0,0]"], "a fold twice"),
         (["cv", "{config}", "folds.n_splits=3"], "folds.csv"),
         (["evaluate", "{config}", "output_dir=nowhere"], "nowhere"),
@@ -338,7 +340,7 @@ def test_train_and_predict_on_real_rows_and_a_real_checkpoint(
     """Rows that people wrote, and a Llama that nobody here made."""
     config = write_config(tmp_path, shared / "models" / "stories260K", task, suffix)
     data = shared / "data" / name
-    code, text = cli("train", config, f"data.folder={data}", "data.max_rows=150", "--fold", "0", "folds.n_splits=2")
+    code, text = cli("train", config, f"data.folder={data}", "data.max_rows=60", "--fold", "0", "folds.n_splits=2")
     assert code == 0, text
     test = (
         pl.read_csv(data / "test.csv", infer_schema=False)
@@ -347,7 +349,7 @@ def test_train_and_predict_on_real_rows_and_a_real_checkpoint(
     )
     sample = pl.read_csv(data / "sample_submission.csv", infer_schema=False)
     files = {"test": tmp_path / f"test.{suffix}", "sample": tmp_path / "sample.csv", "out": tmp_path / "submission.csv"}
-    few = test.sample(100, seed=0, shuffle=True)
+    few = test.sample(40, seed=0, shuffle=True)
     few.write_csv(files["test"]) if suffix == "csv" else few.write_parquet(files["test"])
     sample = sample.filter(pl.col("id").is_in(few["id"].implode()))
     sample.write_csv(files["sample"])

@@ -20,7 +20,7 @@ from pairclf.config import load_config
 from pairclf.data.scores import class_matrix, read_scores
 from pairclf.inference.predict import predict
 from pairclf.inference.serve import Server
-from pairclf.packaging.record import read_build
+from pairclf.packaging.build_record import read_build
 from pairclf.runs.fit import fit
 from pairclf.task import LMSYS
 
@@ -98,27 +98,41 @@ def without_torch(tmp_path: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(places)}
 
 
+COMMANDS = """import sys
+from pairclf.cli import main
+for line in sys.argv[1].splitlines():
+    sys.argv = ["pairclf", *line.split("|")]
+    try:
+        main()
+    except SystemExit as left:
+        assert not left.code, line
+"""
+
+
 @pytest.mark.slow
 def test_nothing_imports_torch(config: Path, run: Path, tmp_path: Path, without_torch: dict[str, str]) -> None:
     """Neither the command nor its workers: all that is done with a classical model at home."""
 
-    def pairclf(*arguments: object) -> str:
-        command = [sys.executable, "-m", "pairclf", *map(str, arguments)]
-        done = subprocess.run(command, env=without_torch, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", *arguments]
+        return subprocess.run(command, env=without_torch, cwd=tmp_path, capture_output=True, text=True, check=False)
 
-    output = f"output_dir={tmp_path / 'run'}"
-    bundle = Path(pairclf("cv", config, "folds.run=[0]", output).strip())
-    assert "class prior" in pairclf("evaluate", config, output)
-    out, devices = tmp_path / "submission.csv", "predict.devices=[cpu,cpu]"
-    pairclf("predict", bundle, "--data", run / "test.csv", "--out", out, "--strict", devices)
+    output, out = f"output_dir={tmp_path / 'run'}", tmp_path / "submission.csv"
+    bundle, test = tmp_path / "run" / "fold0" / "bundle", run / "test.csv"
+    commands = [
+        ["cv", config, "folds.run=[0]", output],
+        ["evaluate", config, output],
+        ["predict", bundle, "--data", test, "--out", out, "--strict", "predict.devices=[cpu,cpu]"],
+        ["verify", bundle],
+        ["forecast", bundle, "--data", test],
+    ]
+    done = python(COMMANDS, "\n".join("|".join(map(str, command)) for command in commands))
+    assert done.returncode == 0, done.stderr
+    for words in (str(bundle), "class prior", "verified"):
+        assert words in done.stdout
     assert pl.read_csv(out).height == TEST_ROWS
-    assert "verified" in pairclf("verify", bundle)
-    pairclf("forecast", bundle, "--data", run / "test.csv")
     assert not (tmp_path / "blocked" / "imported").exists()
-    command = [sys.executable, "-c", "import pairclf.model.engine"]
-    assert subprocess.run(command, env=without_torch, capture_output=True, check=False).returncode
+    assert python("import pairclf.model.engine").returncode
     assert (tmp_path / "blocked" / "imported").exists(), "it would have been found"
 
 

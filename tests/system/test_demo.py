@@ -7,15 +7,23 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from support.packages import RUNNING, alike
 
-from pairclf.demo.demo import demo
+from pairclf.demo.demo import RUN, TEST_ROWS, demo
+from pairclf.inference.predict import predict
+from pairclf.rehearsal.report import read_passed
+
+SMALLER = [
+    "data.max_rows=2500", "data.sampling=head", "folds.n_splits=5", "folds.run=[0]", "train.num_train_epochs=1",
+    f"package.python_versions=['{RUNNING}']",
+]  # fmt: skip
+"""As many rows to learn from as in a fold of `make demo`, which takes them half again, and holds as many out."""
 
 
 @pytest.mark.slow
 def test_demo_learns_and_ends_with_a_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # `make demo` trains the other fold too.
-    judged = demo(tmp_path / "demo", ["folds.run=[0]"])
     folder = tmp_path / "demo"
+    judged = demo(folder, SMALLER)
     assert judged.best is not None
     assert judged.best < judged.model["log_loss"] < judged.prior["log_loss"]
     assert judged.way is not None
@@ -23,9 +31,22 @@ def test_demo_learns_and_ends_with_a_submission(tmp_path: Path, capsys: pytest.C
     assert judged.swap_gain is not None
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["test_log_loss"] < (judged.prior["log_loss"] + judged.best) / 2
-    sample = pl.read_csv(folder / "data" / "sample_submission.csv", infer_schema=False)
-    submission = pl.read_csv(folder / "kaggle" / "rehearsal" / "submission.csv", infer_schema=False)
-    assert submission["id"].to_list() == sample["id"].to_list()
     printed = capsys.readouterr().out
     for words in ("class prior", "best possible", "gained by the swap", "accuracy", "seconds: training", "submission"):
         assert words in printed
+
+    test, sample = folder / "data" / "test.csv", folder / "data" / "sample_submission.csv"
+    submission = folder / "kaggle" / "rehearsal" / "submission.csv"
+    ids = [pl.read_csv(path, infer_schema=False)["id"].to_list() for path in (sample, submission)]
+    assert ids[0] == ids[1]
+    predict([folder / RUN / "fold0" / "bundle"], test, tmp_path / "here.csv", sample=sample)
+    assert alike(tmp_path / "here.csv", submission, tolerance=1e-5)
+    report = read_passed(folder / "kaggle")
+    assert report.scored is not None
+    assert report.scored.both_orders == report.rows == TEST_ROWS
+    here, there = report.projections
+    assert there.judged
+    assert (there.machine, there.rows) == ("2 x Tesla T4", 25_000)
+    assert 0 < there.predict < 3600, "a model of a million parameters"
+    assert here.predict > report.seconds["cell predict"]
+    assert report.memory_peak > 200e6

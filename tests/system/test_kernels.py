@@ -13,15 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from support.kernels import use_light_image
-from support.packages import (
-    TEST_ROWS,
-    alike,
-    assert_scores_as_here,
-    classical_package,
-    files_of,
-    predicted,
-    random_package,
-)
+from support.packages import TEST_ROWS, alike, assert_scores_as_here, classical_package, files_of, random_package
 
 from pairclf.files import sha256_tree
 from pairclf.rehearsal.rehearse import Options, rehearse
@@ -42,14 +34,24 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def package(top: Path) -> Path:
+def notebook(top: Path) -> Path:
     """A package with a notebook, rehearsed without faults."""
-    made = random_package(top / "notebook")
-    before = sha256_tree(made)
-    test, sample = files_of(made.parent)
-    rehearse(made, Options(test=test, sample=sample, layouts=("flat",)))
-    assert before.items() <= sha256_tree(made).items(), "a package is not changed by its rehearsal"
-    return made
+    return undisturbed(random_package(top / "notebook"))
+
+
+@pytest.fixture(scope="module")
+def classical(top: Path) -> Path:
+    """A package of a bundle without a language model, for a machine without a GPU, rehearsed without faults."""
+    return undisturbed(classical_package(top / "classical", machine_shape="None"))
+
+
+def undisturbed(package: Path) -> Path:
+    """Rehearse a package without faults."""
+    before = sha256_tree(package)
+    test, sample = files_of(package.parent)
+    rehearse(package, Options(test=test, sample=sample, layouts=("flat",)))
+    assert before.items() <= sha256_tree(package).items(), "a package is not changed by its rehearsal"
+    return package
 
 
 def run(package: Path, name: str) -> RehearsalReport:
@@ -66,14 +68,33 @@ def submission(package: Path, name: str | None = None) -> Path:
     return package / "rehearsal" / ("submission.csv" if name is None else f"submission-{name}.csv")
 
 
-def test_notebook_gives_the_submission_of_predict(package: Path, tmp_path: Path) -> None:
+def test_classical_notebook_gives_the_submission_of_predict(classical: Path, tmp_path: Path) -> None:
     """Its batches follow another pace, under its deadline."""
-    assert alike(predicted(package, tmp_path, [0]), submission(package), tolerance=1e-5)
-    report = read_passed(package)
-    assert len(report.parity) == 1
-    assert report.scored is not None
-    assert report.scored.both_orders == report.rows == TEST_ROWS
+    report = read_passed(classical)
+    assert_scores_as_here(classical, report, tmp_path, tolerance=1e-5)
     assert {"cell check", "cell install", "cell verify", "cell predict"} <= report.seconds.keys()
+
+
+NOTEBOOKS = ["classical", pytest.param("notebook", marks=pytest.mark.thorough)]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_goes_on_after_kills(request: pytest.FixtureRequest, name: str) -> None:
+    package = request.getfixturevalue(name)
+    report = run(package, "kill")
+    assert report.scored is not None
+    assert report.scored.both_orders == TEST_ROWS
+    assert "predict was killed" in (package / "rehearsal" / "executed-kill.ipynb").read_text()
+    assert alike(submission(package), submission(package, "kill"), tolerance=1e-5)
+
+
+# --- what cheaper kernels show too, and the demo's, which is undisturbed ---------------------------------------------
+
+
+@pytest.mark.thorough
+def test_notebook_gives_the_submission_of_predict(notebook: Path, tmp_path: Path) -> None:
+    report = read_passed(notebook)
+    assert_scores_as_here(notebook, report, tmp_path, tolerance=1e-5)
     assert report.memory_peak > 200e6
     here, there = report.projections
     assert there.judged
@@ -83,76 +104,40 @@ def test_notebook_gives_the_submission_of_predict(package: Path, tmp_path: Path)
     assert here.predict > report.seconds["cell predict"]
 
 
-def test_notebook_goes_on_after_kills(package: Path) -> None:
-    report = run(package, "kill")
-    assert report.scored is not None
-    assert report.scored.both_orders == TEST_ROWS
-    assert "predict was killed" in (package / "rehearsal" / "executed-kill.ipynb").read_text()
-    assert alike(submission(package), submission(package, "kill"), tolerance=1e-5)
-
-
-@pytest.fixture(scope="module")
-def classical(top: Path) -> Path:
-    """A package of a bundle without a language model, for a machine without a GPU."""
-    return classical_package(top / "classical", machine_shape="None")
-
-
-def test_notebook_of_a_classical_bundle_gives_the_submission_of_predict(classical: Path, tmp_path: Path) -> None:
-    test, sample = files_of(classical.parent)
-    (report,) = rehearse(classical, Options(test=test, sample=sample, layouts=("flat",))).runs
-    assert_scores_as_here(classical, report, tmp_path)
-
-
-# --- what cheaper kernels show too -----------------------------------------------------------------
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["notebook", "classical"])
+def test_server_gives_the_submission_of_predict(top: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "classical":
+        package = classical_package(top / "classical-server", kernel_type="server", machine_shape="None")
+    else:
+        package = random_package(top / "server", kernel_type="server")
+    assert_scores_as_here(package, read_passed(undisturbed(package)), tmp_path)
 
 
 @pytest.mark.thorough
-def test_server_gives_the_submission_of_predict(top: Path, tmp_path: Path) -> None:
-    package = random_package(top / "server", kernel_type="server")
-    test, sample = files_of(package.parent)
-    (report,) = rehearse(package, Options(test=test, sample=sample, layouts=("flat",))).runs
-    assert_scores_as_here(package, report, tmp_path)
-
-
-@pytest.mark.thorough
-def test_notebook_scores_what_fits_in_memory(package: Path) -> None:
-    report = run(package, "oom")
+@pytest.mark.parametrize("name", ["classical", "notebook"])
+def test_notebook_scores_what_fits_in_memory(request: pytest.FixtureRequest, name: str) -> None:
+    report = run(request.getfixturevalue(name), "oom")
     assert report.scored is not None
     assert report.scored.both_orders + report.scored.one_order > TEST_ROWS / 2, "what fits is scored"
 
 
 @pytest.mark.thorough
-def test_notebook_ends_in_time_with_passes_that_are_too_slow(package: Path) -> None:
-    report = run(package, "slow")
+def test_notebook_ends_in_time_with_passes_that_are_too_slow(notebook: Path) -> None:
+    report = run(notebook, "slow")
     assert report.speed == 1, "the machine's own slowness uses up nothing of the time"
     assert report.deadline / 2 < report.notebook < 3600 * report.hours, "the passes used it up, and the end was in time"
     assert report.scored is not None
     assert report.scored.prior > 0, "there was no time for all"
-    scores = pl.read_parquet(package / "rehearsal" / "scores-slow.parquet")
-    prior = pl.read_csv(submission(package, "slow")).filter(pl.Series(scores["orders"] == 0))
+    scores = pl.read_parquet(notebook / "rehearsal" / "scores-slow.parquet")
+    prior = pl.read_csv(submission(notebook, "slow")).filter(pl.Series(scores["orders"] == 0))
     assert prior.drop("id").unique().height == 1
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["null-rows", "extra-columns"])
-def test_notebook_scores_strange_test_files(package: Path, name: str) -> None:
-    report = run(package, name)
+def test_notebook_scores_strange_test_files(notebook: Path, name: str) -> None:
+    report = run(notebook, name)
     assert report.scored is not None
     assert report.scored.both_orders == TEST_ROWS
-    assert alike(submission(package), submission(package, name)) is (name == "extra-columns")
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", ["kill", "oom"])
-def test_notebook_of_a_classical_bundle_goes_on(classical: Path, name: str) -> None:
-    report = run(classical, name)
-    assert report.scored is not None
-    assert report.scored.both_orders + report.scored.one_order > TEST_ROWS / 2
-
-
-@pytest.mark.thorough
-def test_server_of_a_classical_bundle_gives_the_submission_of_predict(top: Path, tmp_path: Path) -> None:
-    package = classical_package(top / "classical-server", kernel_type="server", machine_shape="None")
-    test, sample = files_of(package.parent)
-    (report,) = rehearse(package, Options(test=test, sample=sample, layouts=("flat",))).runs
-    assert_scores_as_here(package, report, tmp_path)
+    assert alike(submission(notebook), submission(notebook, name)) is (name == "extra-columns")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,28 @@ from pairclf.approaches.finetune.checkpoints import CHECKPOINTS, discard, identi
 from pairclf.approaches.finetune.distributed import check_settings, make_accelerator
 from pairclf.approaches.finetune.monitor import check_trackers
 from pairclf.approaches.finetune.step import Examples, HeldOut, make_examples
-from pairclf.approaches.finetune.train import train
+from pairclf.approaches.finetune.train import Trained, train
 from pairclf.approaches.protocol import Assignment, Loaded, ModelCost, Prepared, Process
 from pairclf.bundles.bundle import Bundle, Saved
 from pairclf.bundles.probes import probe_rows
 from pairclf.config import SECTIONS, Config
-from pairclf.console import Advance, progress
+from pairclf.console import Advance, console, progress
 from pairclf.data.identity import fingerprint
 from pairclf.data.rows import targets_of, to_rows
 from pairclf.data.teachers import teachers_of
 from pairclf.hardware import SUSTAINED
-from pairclf.inputs.cache import EncodedRows, Frames, token_cache
+from pairclf.inputs.cache import EncodedRows, RowSource, token_cache
 from pairclf.inputs.render import Encoded, InputBuilder
 from pairclf.inputs.sequences import Item, SequenceIndex, index_sequences
 from pairclf.model import vllm
-from pairclf.model.backbone import pick_device, pick_dtype
+from pairclf.model.backbone import name_of, pick_device, pick_dtype
 from pairclf.model.cost import cost_of, model_bytes
 from pairclf.model.device_memory import free_memory
 from pairclf.model.engine import Classifier
 from pairclf.model.inputs import builder_of, encoded_rows, open_inputs
-from pairclf.model.memory import fitting_budget, footprint
-from pairclf.model.scoring import ClassifierScorer, by_order, dtype_of, items_of, keep_freed_memory, score
+from pairclf.model.positions import require_positions
+from pairclf.model.prediction_memory import fitting_budget, footprint
+from pairclf.model.scoring import ClassifierScorer, by_order, items_of, keep_freed_memory, score
 from pairclf.model.weights import load_classifier, save_weights
 from pairclf.run import Run, Split
 from pairclf.scores.metrics import Floats
@@ -52,8 +54,9 @@ DEQUANTISED = 2.2
 class FittedClassifier:
     """A trained classifier, in the main process."""
 
-    def __init__(self, classifier: Classifier, config: Config, tokenizer: Any, encoded: EncodedRows) -> None:
-        self._classifier: Classifier | None = classifier
+    def __init__(self, trained: Trained, config: Config, tokenizer: Any, encoded: EncodedRows) -> None:
+        self._classifier: Classifier | None = trained.classifier
+        self.record: Mapping[str, float] = trained.record
         self._config = config
         self._tokenizer = tokenizer
         self._encoded = encoded
@@ -80,7 +83,10 @@ class FinetuneTrainer:
     """A run's rows, tokenised once for all folds."""
 
     def __init__(self, run: Run, accelerator: Accelerator) -> None:
-        self.config, self._tokenizer, builder = open_inputs(run.config)
+        self.config, self._tokenizer, builder, settings = open_inputs(run.config)
+        limit = require_positions(self.config, settings)
+        if limit is not None and accelerator.is_main_process:
+            console.print(f"note: inputs.max_length={self.config.inputs.max_length}, and {limit}", style="yellow")
         self._accelerator = accelerator
         self._encoded = encoded_rows(self.config, builder, run.frame)
         self._examples: tuple[Split, Examples, HeldOut | None] | None = None
@@ -92,7 +98,7 @@ class FinetuneTrainer:
         self, split: Split, folder: Path, *, resume: bool | None, trust_checkpoint: bool
     ) -> FittedClassifier | None:
         examples, held_out = self._laid_out(split)
-        classifier = train(
+        trained = train(
             self.config,
             examples,
             folder,
@@ -104,7 +110,7 @@ class FinetuneTrainer:
         self._examples = None
         if not self._accelerator.is_main_process:
             return None
-        return FittedClassifier(classifier, self.config, self._tokenizer, self._encoded)
+        return FittedClassifier(trained, self.config, self._tokenizer, self._encoded)
 
     def finish(self, folder: Path) -> None:
         discard(folder / CHECKPOINTS)  # the bundle holds what they were kept for
@@ -158,6 +164,7 @@ class FinetuneApproach:
     sections = frozenset(SECTIONS["finetune"])
     module = __name__
     uses_gpu = True
+    unit = "tokens"
 
     def __init__(self) -> None:
         self._builders: dict[Path, InputBuilder] = {}
@@ -179,18 +186,18 @@ class FinetuneApproach:
 
     def recipe(self, bundle: Bundle) -> str:
         inputs = bundle.config.inputs.model_dump(mode="json", exclude={"processes"})
-        rules = bundle.config.data.rules.model_dump(mode="json")
-        return json.dumps(["finetune", self._builder(bundle).tokenizer.fingerprint, inputs, rules])
+        data = bundle.config.data.of_bundle.model_dump(mode="json")
+        return json.dumps(["finetune", self._builder(bundle).tokenizer.fingerprint, inputs, data])
 
     def encode(self, bundle: Bundle, rows: Sequence[Row]) -> Sequence[tuple[Encoded, ...]]:
         return self._builder(bundle).encode(rows)
 
-    def prepare(self, bundle: Bundle, frames: Frames, folder: Path) -> Prepared:
+    def prepare(self, bundle: Bundle, source: RowSource, folder: Path) -> Prepared:
         builder, config = self._builder(bundle), bundle.config
         fields, processes = config.task.fields, config.inputs.num_proc
-        encoded = EncodedRows(token_cache(folder, frames, builder.tokenizer, fields, processes=processes), builder)
+        encoded = EncodedRows(token_cache(folder, source, builder.tokenizer, fields, processes=processes), builder)
         with progress("lengths", total=len(encoded)) as advance:
-            return Prepared(encoded, index_sequences(_watched(encoded, advance)))
+            return Prepared(encoded, index_sequences(_watched(encoded, advance, source.step())))
 
     def _builder(self, bundle: Bundle) -> InputBuilder:
         """Made once: a tokenizer takes a while to load."""
@@ -212,7 +219,7 @@ class FinetuneApproach:
 
     def identity(self, bundle: Bundle, devices: Sequence[str]) -> dict[str, object]:
         model, predict = bundle.config.model, bundle.config.predict
-        dtypes = {str(pick_dtype(model.dtype, torch.device(device))[0]).removeprefix("torch.") for device in devices}
+        dtypes = {name_of(pick_dtype(model.dtype, torch.device(device))[0]) for device in devices}
         return {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -232,28 +239,37 @@ class FinetuneApproach:
             return Loaded(DeviceScorer(served, devices), served.layout, f"{_name(devices[0])}, {served.why}")
         if devices[0].type == "cuda":  # pinned memory and peft go to the current device, which would else be the first
             torch.cuda.set_device(devices[0])
-        classifier = load_classifier(bundle, devices[0], assignment.base, others=devices[1:])
+        classifier = self._classifier(bundle, devices[0], assignment.base, devices[1:])
         if devices[0].type == "cpu":
             keep_freed_memory()
         scorer = ClassifierScorer(classifier, config.predict.layout)
         names = " + ".join(_name(device) for device in devices)
         memory, budget = ("", None) if devices[1:] else _memory(scorer, assignment)
-        what = f"{names}, {dtype_of(classifier)}; {scorer.why}{memory}"
+        what = f"{names}, {name_of(classifier.dtype)}; {scorer.why}{memory}"
         return Loaded(DeviceScorer(scorer, devices), scorer.layout, what, budget)
+
+    def _classifier(
+        self, bundle: Bundle, device: torch.device, base: Path | None, others: Sequence[torch.device] = ()
+    ) -> Classifier:
+        """`load_classifier`, with an embedding for every token of its inputs."""
+        classifier = load_classifier(bundle, device, base, others=others)
+        embedding: Any = classifier.backbone.get_input_embeddings()  # type: ignore[operator]
+        self._builder(bundle).require_embeddings(len(embedding.weight))
+        return classifier
 
     def score_probes(self, bundle: Bundle, base: Path | None) -> tuple[Floats, str]:
         rows = probe_rows(bundle)
         free_memory()
-        classifier, settings = load_classifier(bundle, pick_device(), base), bundle.config.predict
+        classifier, settings = self._classifier(bundle, pick_device(), base), bundle.config.predict
         items = items_of(self.encode(bundle, rows), orders=2)
         logits = score(
             classifier, items, tokens_per_batch=settings.tokens_per_batch, layout=settings.layout, title="probes"
         )
-        return by_order(items, logits, len(rows)), dtype_of(classifier)
+        return by_order(items, logits, len(rows)), name_of(classifier.dtype)
 
 
-def _watched(encoded: EncodedRows, advance: Advance) -> Iterator[tuple[Encoded, ...]]:
-    for row in encoded:
+def _watched(encoded: EncodedRows, advance: Advance, is_over: Callable[[], bool]) -> Iterator[tuple[Encoded, ...]]:
+    for row in takewhile(lambda row: not is_over(), encoded):
         yield row
         advance()
 

@@ -32,8 +32,7 @@ from torch import Tensor
 from pairclf.approaches.finetune.optimizers import copy_weights
 from pairclf.approaches.finetune.signatures import is_signed, key_path, signature
 from pairclf.approaches.finetune.step import Examples, HeldOut, TrainState
-from pairclf.config import Config
-from pairclf.config.load import flat_settings
+from pairclf.config import Config, deciding_settings, setting_changes
 from pairclf.console import console
 from pairclf.errors import CheckpointError
 from pairclf.files import MAX_JSON, atomic_file, atomic_folder, parsed, read_plain, sha256_file, write_json
@@ -47,23 +46,6 @@ FORMAT = 2
 _CHECKPOINT_NAME = re.compile(
     rf"step-\d{{8,}}({STOPPED_SUFFIX})?|\.tmp-step-\d{{8,}}({STOPPED_SUFFIX})?(-[0-9a-f]{{8}})?"
 )
-
-FREE_SETTINGS = (
-    *("output_dir", "data", "folds", "inputs.num_proc", "predict.swap", "predict.tokens_per_batch", "package"),
-    *("train.per_device_train_batch_size", "train.tokens_per_batch", "train.layout", "train.gradient_checkpointing"),
-    *(
-        "train.logging_steps",
-        "train.report_to",
-        "train.save_steps",
-        "train.save_total_limit",
-        "train.max_skipped_steps",
-    ),
-)
-"""Settings that may change when a training is resumed: they change no weight, except by rounding and by dropout masks,
-which are drawn for each batch.
-
-Paths of data and folds may change too, as the rows themselves are compared.
-"""
 
 
 @dataclass(slots=True)
@@ -213,10 +195,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoint has format {tree['format']}, this pairclf reads {FORMAT}", where=path
             )
-        saved, identity = dict(tree["identity"]), self._identity
-        if differing := [
-            f"{key}={identity.get(key)} (was {saved.get(key)})" for key in identity if identity[key] != saved.get(key)
-        ]:
+        if differing := list(setting_changes(self._identity, dict(tree["identity"])).values()):
             raise CheckpointError(
                 "the checkpoints belong to another training: " + ", ".join(differing[:5]),
                 where=path,
@@ -304,18 +283,9 @@ def discard(folder: Path) -> None:
 
 
 def identity_of(config: Config, examples: Examples, held_out: HeldOut | None) -> dict[str, Any]:
-    """What decides weights and scores: `settings_of`, and the fingerprints of the rows."""
+    """What decides weights and scores: `deciding_settings`, and the fingerprints of the rows."""
     unseen = None if held_out is None else held_out.fingerprint
-    return {**settings_of(config), "rows": examples.fingerprint, "held-out rows": unseen}
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """All settings except `FREE_SETTINGS`, by dotted name, as JSON values."""
-    free = tuple(
-        f"{name}." for name in FREE_SETTINGS if name != "train.save_steps" or config.train.average_checkpoints == 1
-    )
-    flat = flat_settings(config)
-    return {key: value for key, value in flat.items() if not f"{key}.".startswith(free)}
+    return {**deciding_settings(config), "rows": examples.fingerprint, "held-out rows": unseen}
 
 
 def check_disk(folder: Path, need: int) -> None:

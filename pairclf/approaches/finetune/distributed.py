@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from pairclf.config import Config
 from pairclf.console import counted
 from pairclf.errors import ConfigError
-from pairclf.model.backbone import pick_device, pick_dtype
+from pairclf.model.backbone import name_of, pick_device, pick_dtype
 from pairclf.model.engine import Classifier
 
 Mode = Literal["plain", "zero2", "zero3", "fsdp"]
@@ -139,7 +139,7 @@ def check_settings(config: Config, accelerator: Accelerator) -> None:
 
 def _value(config: Config, key: str, device: torch.device) -> Any:
     if key == "model.dtype":
-        return str(pick_dtype(config.model.dtype, device)[0]).removeprefix("torch.")
+        return name_of(pick_dtype(config.model.dtype, device)[0])
     value: Any = config
     for name in key.split("."):
         value = getattr(value, name)

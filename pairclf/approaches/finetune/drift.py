@@ -203,8 +203,7 @@ def reference(bundles: Sequence[Bundle], sample: HeldOutSample, base: Path | Non
     """The probabilities `(N, C)` with which the new bundle's are compared.
 
     One fold: its out-of-fold scores. Several: the mean of the sources' probabilities on the same rows. Each row is in
-    the training data of all sources but one, and so of their mean;
-    a comparison with out-of-fold scores would be unfair.
+    the training data of all sources but one, so that a comparison with out-of-fold scores would be unfair.
     """
     if len(bundles) == 1 and sample.out_of_fold is not None:
         return sample.out_of_fold

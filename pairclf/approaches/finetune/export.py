@@ -27,7 +27,7 @@ from pairclf.approaches.finetune.drift import (
     sample_rows,
     sample_unseen_rows,
 )
-from pairclf.approaches.finetune.merge import check_choice, check_folders, load_whole, without_adapter
+from pairclf.approaches.finetune.merge import check_target, load_whole, refuse_other_bundle, without_adapter
 from pairclf.bundles.bundle import Bundle, open_bundle, write_bundle
 from pairclf.bundles.contents import MANIFEST, BundleFiles
 from pairclf.bundles.manifest import Probe, amend
@@ -62,7 +62,7 @@ def export(
     config: Config,
     out: Path,
     *,
-    to: str,
+    to: To,
     fold: int | None = None,
     bundle: Path | None = None,
     max_shift: float = 0.01,
@@ -73,7 +73,7 @@ def export(
 
     Args:
         config: of the run.
-        out: folder of the new bundle; an older bundle there is replaced.
+        out: folder of the new bundle; an older one of the same bundle is replaced.
         to: a dtype for full weights; int8 (bitsandbytes), gptq (8 bits) or awq (4 bits) for quantised weights.
         fold: fold of the bundle; None: the run's only bundle.
         bundle: another bundle than the run's, e.g. a merged one.
@@ -88,9 +88,9 @@ def export(
         DataError: the out-of-fold scores belong to another bundle or other rows.
     """
     config.require("model", "export")
-    check_choice("to", to, To)
     _check_installed(to)
     source = _source(config, fold, bundle, out)
+    refuse_other_bundle(out, f"{source.name}-{to}")
     of_run = source.folder == Paths(output_of(config), source.manifest.fold).bundle
     sample = sample_rows(config, [source], rows) if of_run else sample_unseen_rows(config, source, rows)
     with atomic_folder(out, known_by=MANIFEST) as new:
@@ -138,9 +138,8 @@ def _source(config: Config, fold: int | None, bundle: Path | None, out: Path) ->
     """The bundle to export, which must have an adapter or unquantised weights."""
     if bundle is not None and fold is not None:
         raise ConfigError(f"--bundle {bundle} and --fold {fold} name two bundles", remedy="give only one of them")
-    named = [bundle] if bundle is not None else [] if fold is None else [Paths(output_of(config), fold).bundle]
-    folders = named or bundles_of(config)
-    check_folders(folders, out)
+    folders = [bundle] if bundle is not None else bundles_of(config, [] if fold is None else [fold])
+    check_target(folders, out)
     if len(folders) > 1:
         raise ConfigError(
             f"the run has {len(folders)} bundles, and export takes one",

@@ -10,15 +10,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import polars as pl
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from peft.utils import get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pairclf.approaches.finetune.drift import (
     HeldOutSample,
@@ -32,18 +31,18 @@ from pairclf.approaches.finetune.drift import (
 )
 from pairclf.bundles.bundle import Bundle, open_bundle, write_bundle
 from pairclf.bundles.contents import MANIFEST
-from pairclf.bundles.manifest import Probe, amend
+from pairclf.bundles.manifest import Probe, amend, read_manifest
 from pairclf.bundles.probes import pick_probes
 from pairclf.config import Config, Lora, override
 from pairclf.console import console
 from pairclf.errors import BundleError, ConfigError
 from pairclf.files import atomic_folder
-from pairclf.model.backbone import add_adapters, empty_model, load_tokenizer, pick_device, read_settings
+from pairclf.model.backbone import add_adapters, empty_model, load_tokenizer, name_of, pick_device, read_settings
 from pairclf.model.device_memory import free_memory
 from pairclf.model.engine import Classifier
 from pairclf.model.scoring import by_order
-from pairclf.model.weights import load_classifier, save_weights
-from pairclf.run import Paths, bundles_of, output_of
+from pairclf.model.weights import fill_adapter, load_classifier, save_weights
+from pairclf.run import bundles_of, output_of, refuse_mixed_bundles
 from pairclf.scores.metrics import Floats
 
 Average = Literal["exact", "factors"]
@@ -65,8 +64,8 @@ def merge(
     *,
     max_shift: float,
     folds: Sequence[int] = (),
-    average: str = "exact",
-    into: str | None = None,
+    average: Average = "exact",
+    into: Into | None = None,
     rows: int | None = None,
     base: Path | None = None,
 ) -> Path:
@@ -74,7 +73,7 @@ def merge(
 
     Args:
         config: of the run.
-        out: folder of the new bundle; an older bundle there is replaced.
+        out: folder of the new bundle; an older one of the same bundles is replaced.
         max_shift: largest move of the log loss, in nats a row; see `require_within`.
         folds: folds whose bundles are merged; empty: all of the run.
         average: how several adapters are averaged: exact, the mean of their products BA; factors, the products of
@@ -89,12 +88,11 @@ def merge(
         DataError: the out-of-fold scores belong to other bundles or other rows.
     """
     config.require("model", "merge")
-    check_choice("average", average, Average)
-    check_choice("into", into or "bfloat16", Into)
     parts = open_parts(config, folds, out, into)
     bundles = [part.bundle for part in parts]
-    sample = sample_rows(config, bundles, rows)
     name = "-".join([*output_of(config).parts[-1:], *(part.bundle.folder.parent.name for part in parts), "merged"])
+    refuse_other_bundle(out, name)
+    sample = sample_rows(config, bundles, rows)
     with atomic_folder(out, known_by=MANIFEST) as new:
         factor_error = _build(parts, new, name, average=average, into=into, base=base)
         free_memory()
@@ -111,12 +109,6 @@ def merge(
     return out
 
 
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Raise `ConfigError` unless the value of `--name` is one of a Literal's."""
-    if value not in get_args(choices):
-        raise ConfigError(f"--{name} {value} is unknown", remedy=f"one of {', '.join(get_args(choices))}")
-
-
 def _probes(sample: HeldOutSample, logits: Floats) -> list[Probe]:
     return pick_probes(sample.rows, by_order(sample.items, logits, len(sample.rows)))
 
@@ -128,35 +120,44 @@ def open_parts(config: Config, folds: Sequence[int], out: Path, into: str | None
     """Open the bundles of `folds` (empty: all folds), which must be compatible.
 
     Raises:
-        ConfigError: a fold is named twice or has no bundle; one bundle and no `into`; `out` would overwrite a source.
+        ConfigError: as `bundles_of`, `check_target` and `refuse_mixed_bundles`; one bundle and no `into`.
         BundleError: a bundle was changed, has no adapter, or is incompatible with the others.
     """
-    if len(set(folds)) != len(folds):
-        raise ConfigError(f"--fold names a fold twice: {', '.join(map(str, folds))}")
-    folders = [Paths(output_of(config), fold).bundle for fold in folds] or bundles_of(config)
-    check_folders(folders, out)
+    folders = bundles_of(config, folds)
+    check_target(folders, out)
     if len(folders) == 1 and into is None:
         raise ConfigError(
             f"{folders[0]} is a single bundle, and no --into is given: there is nothing to merge",
             remedy="give --into bfloat16 to merge the adapter into the weights, or several folds to average",
         )
     bundles = [open_bundle(folder) for folder in folders]
+    refuse_mixed_bundles(bundles)
     check_alike(bundles)
     return [
         MergeSource(bundle, load_file(bundle.files.adapter_weights), load_file(bundle.files.head)) for bundle in bundles
     ]
 
 
-def check_folders(folders: Sequence[Path], out: Path) -> None:
-    """Check that the bundles' folders exist, and that `out` is not one of them or inside one.
+def check_target(folders: Sequence[Path], out: Path) -> None:
+    """Check that `out` is not one of the bundles' folders that are read, or inside one.
 
     Raises:
-        ConfigError: a folder is missing, or would be overwritten.
+        ConfigError: a folder would be overwritten.
     """
-    if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise ConfigError(f"{missing[0]} does not exist", remedy="run `pairclf train CONFIG --fold N` first")
     if overwritten := [folder for folder in folders if folder.resolve() in (out.resolve(), *out.resolve().parents)]:
         raise ConfigError(f"--out {out} would overwrite {overwritten[0]}, which is read", remedy="give a new folder")
+
+
+def refuse_other_bundle(out: Path, name: str) -> None:
+    """Refuse to replace a bundle that was not made in the same way of the same bundles.
+
+    Raises:
+        ConfigError: the bundle in `out` has another name.
+    """
+    if (out / MANIFEST).is_file() and (there := read_manifest(out).name) != name:
+        raise ConfigError(
+            f"--out {out} holds the bundle {there}, and {name} would replace it", remedy="give another folder"
+        )
 
 
 def check_alike(bundles: Sequence[Bundle]) -> None:
@@ -319,23 +320,6 @@ def _average(classifier: Classifier, parts: Sequence[MergeSource], average: str)
     return lora, factor_error
 
 
-def fill_adapter(backbone: nn.Module, weights: Weights) -> None:
-    """Load all weights of the backbone's adapter.
-
-    Raises:
-        BundleError: a weight is missing or unknown.
-    """
-    set_peft_model_state_dict(backbone, dict(weights))
-    filled = get_peft_model_state_dict(backbone, save_embedding_layers=False)
-    both = weights.keys() & filled.keys()
-    lost = [name for name in both if not torch.equal(weights[name], filled[name].cpu().to(weights[name]))]
-    if wrong := sorted({*lost, *(weights.keys() ^ filled.keys())}):
-        raise BundleError(
-            f"{len(wrong)} averaged weights could not be loaded into the model, first {wrong[0]}",
-            remedy="use the versions of peft and transformers in the bundles' bundle.json",
-        )
-
-
 def load_whole(bundle: Bundle, new: Path, into: str, base: Path | None) -> tuple[Classifier, Config]:
     """Load a bundle's classifier over unquantised weights, to be written as dtype `into`; returns it and its config.
 
@@ -374,7 +358,7 @@ def _loading_dtype(source: str, config: Config, new: Path, into: str) -> str:
     weights = sum(weight.numel() for weight in empty_model(settings).parameters())
     target: torch.dtype = getattr(torch, into)
     loaded = target if getattr(settings, "dtype", None) == target else torch.float32
-    name = str(loaded).removeprefix("torch.")
+    name = name_of(loaded)
     need, free = weights * target.itemsize, shutil.disk_usage(new).free
     console.print(
         f"merging {weights:,} weights takes {_gib(weights * loaded.itemsize)} of memory ({name}), {_gib(need)} of disk "

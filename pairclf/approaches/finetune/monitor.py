@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 
 from pairclf.approaches.finetune.checkpoints import check_disk
-from pairclf.approaches.finetune.estimate import (
+from pairclf.approaches.finetune.optimizers import trained_weights
+from pairclf.approaches.finetune.resource_forecast import (
     ResourceForecast,
     busy,
     describe,
@@ -26,10 +27,9 @@ from pairclf.approaches.finetune.estimate import (
     state_bytes,
     training_operations,
 )
-from pairclf.approaches.finetune.optimizers import trained_weights
 from pairclf.approaches.finetune.step import Examples, StepResult, TrainState
 from pairclf.config import Config, Train
-from pairclf.config.load import flat_settings
+from pairclf.config.dump import flat_settings
 from pairclf.console import console, counted
 from pairclf.errors import ConfigError
 from pairclf.files import open_to_append
@@ -191,18 +191,21 @@ def print_plan(state: TrainState, steps: int, estimate: TrainingEstimate, folder
         CheckpointError: the disk is too small.
     """
     config, rows, processes = state.config, len(state.examples.ids), state.accelerator.num_processes
-    settings = config.train
+    settings, cut = config.train, state.examples.cut
     _, why = pick_dtype(config.model.dtype, state.accelerator.device)
     check_disk(folder, estimate.disk)
     limit = f" or {settings.tokens_per_batch:,} tokens" if settings.tokens_per_batch else ""
     most = f", train.max_steps={settings.max_steps}" if settings.max_steps else ""
     peaks = ", ".join(f"{peak:g}" for peak in dict.fromkeys(state.peaks))
     rows_a_step = counted(settings.global_batch_size, "row")
+    epochs = "epoch" if settings.num_train_epochs == 1 else "epochs"
+    orders = f" x {counted(settings.orders, 'order')}" if config.task.swappable else ""
     console.print(
         f"{config.model.base} {config.model.quantization}, {state.classifier.dtype} ({why}), "
         f"{state.accelerator.device}; {estimate.trained:,} trained parameters, {settings.optim}\n"
-        f"{counted(rows, 'row')} x {settings.num_train_epochs:g} epochs / {rows_a_step} a step{most} = "
-        f"{counted(steps, 'step')}; a step = up to {rows_a_step} x {counted(settings.orders, 'order')}, "
+        f"{counted(cut, 'row is', 'rows are')} cut to inputs.max_length={config.inputs.max_length} ({cut / rows:.0%})\n"
+        f"{counted(rows, 'row')} x {settings.num_train_epochs:g} {epochs} / {rows_a_step} a step{most} = "
+        f"{counted(steps, 'step')}; a step = up to {rows_a_step}{orders}, "
         f"{settings.layout} in batches of up to {counted(settings.per_device_train_batch_size, 'row')}{limit}, over "
         f"{counted(processes, 'process', 'processes')}\n"
         f"rates rise for {counted(math.ceil(settings.warmup_ratio * steps), 'step')} to {peaks} "

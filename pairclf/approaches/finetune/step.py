@@ -46,6 +46,7 @@ class Examples:
         ids: the rows' ids.
         encoded: each row in its orders; rows of a token cache are encoded on access.
         lengths: tokens of each row, the same in either order.
+        cut: number of rows that were truncated to `inputs.max_length`.
         targets: `(N, 2, C)`, smoothed targets for each order.
         weights: `(N,)`.
         teachers: `(N, 2, C)` probabilities, NaN for rows without a teacher; None: no teachers.
@@ -55,6 +56,7 @@ class Examples:
     ids: list[str]
     encoded: Sequence[tuple[Encoded, ...]]
     lengths: list[int]
+    cut: int
     targets: Tensor
     weights: Tensor
     teachers: Tensor | None
@@ -86,11 +88,13 @@ def make_examples(
     if wrong := [row.id for row, weight in zip(rows, weights.tolist(), strict=True) if not 0 < weight < math.inf]:
         raise DataError("weights must be above zero and within float32's range", rows=wrong)
     task = config.task
+    shown = [(len(orders[AB].ids), any(orders[AB].dropped.values())) for orders in encoded]
     targets = smoothed(torch.tensor([row.target for row in rows]), config.train.label_smoothing_factor, task)
     return Examples(
         ids=[row.id for row in rows],
         encoded=encoded,
-        lengths=[len(orders[AB].ids) for orders in encoded],
+        lengths=[length for length, _ in shown],
+        cut=sum(is_cut for _, is_cut in shown),
         targets=_in_both_orders(targets, task.swapped_columns),
         weights=weights,
         teachers=None

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ from pairclf.approaches.finetune.step import (
     accumulate_with_oom_retry,
     optimizer_step,
 )
+from pairclf.approaches.protocol import KEPT_STEP
 from pairclf.config import Config, dump_config
 from pairclf.console import console, counted
 from pairclf.console import progress as show_progress
@@ -59,7 +60,7 @@ from pairclf.model.cost import cost_of_model
 from pairclf.model.device_memory import forget_peak
 from pairclf.model.engine import Classifier, build
 from pairclf.model.scoring import by_order, items_of, score
-from pairclf.scores.metrics import METRICS, Floats, measure
+from pairclf.scores.metrics import METRICS, Floats, measure, title
 from pairclf.scores.probabilities import mean_of_orders
 from pairclf.signals import Signals, signals
 
@@ -77,6 +78,13 @@ class _Training:
     """Optimizer steps of the whole training."""
 
 
+class Trained(NamedTuple):
+    """A trained classifier, and the record of its training as in `protocol.Fitted`."""
+
+    classifier: Classifier
+    record: dict[str, float]
+
+
 def train(
     config: Config,
     examples: Examples,
@@ -86,7 +94,7 @@ def train(
     held_out: HeldOut | None = None,
     resume: bool | None = None,
     trust_checkpoint: bool = False,
-) -> Classifier:
+) -> Trained:
     """Fine-tune on `examples`; writes `config.yaml`, `metrics.jsonl` and `checkpoints/` into `folder`.
 
     Args:
@@ -131,11 +139,19 @@ def train(
         report_forecast_error(estimate, share_done, log.seconds - seconds_before, accelerator.device)
     for tracker in accelerator.trackers:
         tracker.finish()  # not `end_training`: it would end the process group, which the next fold needs
+    record = {"steps": float(progress.step), "seconds": log.seconds}
+    if (best := progress.best) is not None and config.train.keep_weights == "best":
+        record[KEPT_STEP] = float(best.step)
+        if accelerator.is_main_process:
+            console.print(
+                f"kept the weights of step {best.step:,} of {progress.step:,}, which had the best "
+                f"{title(config.train.metric_for_best_model, config.task)} of the evaluations: {best.score:.4f}"
+            )
     _load_selected_weights(state, checkpoints, progress)
-    return _gather_model(state).eval()
+    return Trained(_gather_model(state).eval(), record)
 
 
-def _run_steps(training: _Training, title: str) -> None:
+def _run_steps(training: _Training, name: str) -> None:
     """Run the remaining optimizer steps, with logging, evaluations and checkpoints.
 
     Raises:
@@ -147,7 +163,7 @@ def _run_steps(training: _Training, title: str) -> None:
     patience, budget = settings.early_stopping_patience or math.inf, settings.tokens_per_batch
     state.model.train()
     visible = state.accelerator.is_main_process
-    with signals() as caught, show_progress(title, steps, done=progress.step, visible=visible) as advance:
+    with signals() as caught, show_progress(name, steps, done=progress.step, visible=visible) as advance:
         for step, row_indices in _remaining_steps(state.config, len(examples.ids), steps, progress):
             log.start()
             set_rates(state.optimizer, state.peaks, rate_factor(settings, step - 1, steps))
@@ -255,7 +271,8 @@ def _evaluate(
         name = settings.metric_for_best_model
         if name not in figures:
             raise ConfigError(
-                f"train.metric_for_best_model={name} needs one label a row, and the held-out rows have soft labels",
+                f"train.metric_for_best_model={name} can't be measured: the held-out rows lack "
+                f"{METRICS[name].lacks(held_out.targets[rows])}",
                 remedy=f"one of {', '.join(figures)}",
             )
         score = figures[name]

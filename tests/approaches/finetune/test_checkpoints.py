@@ -34,7 +34,7 @@ from pairclf.approaches.finetune.monitor import estimate_resources
 from pairclf.approaches.finetune.step import HeldOut, make_examples
 from pairclf.approaches.finetune.train import train
 from pairclf.config import Config
-from pairclf.config.load import flat_settings
+from pairclf.config.dump import flat_settings
 from pairclf.errors import CheckpointError, StopError
 from pairclf.model.engine import Classifier
 from pairclf.model.inputs import open_inputs
@@ -50,7 +50,8 @@ def run(config: Config, folder: Path, resume: bool | None = None) -> Classifier:
     targets = torch.tensor([row.target for row in ROWS[:6]]).numpy()
     held_out = HeldOut(encoded[:6], targets, np.ones(6), "")
     accelerator = make_accelerator(config)
-    return train(config, make_examples(ROWS, encoded, config), folder, accelerator, held_out=held_out, resume=resume)
+    examples = make_examples(ROWS, encoded, config)
+    return train(config, examples, folder, accelerator, held_out=held_out, resume=resume).classifier
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

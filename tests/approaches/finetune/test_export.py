@@ -144,6 +144,8 @@ def test_a_merged_bundle_is_exported_without_its_base(
     metrics = read_manifest(out).metrics
     assert metrics["exported_rows"] == 10  # those that the fold held out, as its bundle has not seen their prompts
     assert metrics["exported_reference"] == pytest.approx(read_manifest(whole).metrics["merged_log_loss"], abs=1e-3)
+    with pytest.raises(ConfigError, match="holds the bundle run-fold0-merged, and run-fold0-int8 would replace it"):
+        export(config, whole, to="int8", fold=0)
     with pytest.raises(BundleError, match="holds int8 weights"):
         export(config, tmp_path / "again", to="int8", bundle=out)
 
@@ -192,7 +194,6 @@ def test_what_can_not_be_exported_is_said(run_of: Callable[[str], Path], tmp_pat
     shutil.copytree(source, tmp_path / "run" / "fold0" / "bundle")
     several = config.model_copy(update={"output_dir": tmp_path / "run"})
     for settings, words, options in (
-        (config, "--to int4 is unknown", {"to": "int4"}),
         (config, "does not exist", {"to": "int8", "fold": 1}),
         (config, "name two bundles", {"to": "int8", "fold": 0, "bundle": source}),
         (several, "the run has 2 bundles", {"to": "int8"}),

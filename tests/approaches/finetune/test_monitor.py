@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -91,7 +92,8 @@ def test_train_gives_tensorboard_its_lines_and_settings_and_says_how_right_the_f
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     trained(config_for, tmp_path / "fold0", "tensorboard")
     said = " ".join(capsys.readouterr().err.split())
-    assert "24 rows x 1 epochs / 8 rows a step = 3 steps" in said
+    assert re.search(r"\d+ rows? (is|are) cut to inputs\.max_length=160 \(\d+%\)", said)
+    assert "24 rows x 1 epoch / 8 rows a step = 3 steps" in said
     assert "fit check: predicted" in said
     events: Any = accumulator.EventAccumulator(str(tmp_path / "fold0" / "pairclf"))
     events.Reload()

@@ -156,7 +156,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str) -> None:
 def run(config: Config, folder: Path) -> Classifier:
     rows = make_rows(24)
     examples = make_examples(rows, open_inputs(config).builder.encode(rows), config)
-    return train(config, examples, folder, make_accelerator(config))
+    return train(config, examples, folder, make_accelerator(config)).classifier
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -230,11 +230,20 @@ def test_train_in_float16_lowers_its_scale_where_a_gradient_overflows(
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # Accelerate makes one on GPUs alone
     accelerator.native_amp = True
     examples = make_examples(rows, open_inputs(config).builder.encode(rows), config)
-    trained = train(config, examples, tmp_path, accelerator)
+    trained = train(config, examples, tmp_path, accelerator).classifier
     assert accelerator.scaler.get_scale() == 512.0
     assert all(one.isfinite().all() for one in trained.parameters())
     lines = log_lines(tmp_path)
     assert [line["skipped"] for line in lines] == [0, 1, 1]
+
+
+def test_prepare_counts_the_rows_that_are_cut(config_for: Callable[..., Config]) -> None:
+    rows = make_rows(24)
+    uncut = open_inputs(config_for("llama", inputs={"max_length": 1000})).builder.encode(rows)
+    lengths = sorted(len(orders[0].ids) for orders in uncut)
+    config = config_for("llama", inputs={"max_length": lengths[12]})
+    examples = make_examples(rows, open_inputs(config).builder.encode(rows), config)
+    assert examples.cut == sum(length > lengths[12] for length in lengths) > 0
 
 
 @pytest.mark.parametrize("weight", [1e300, 1e-300])

@@ -128,7 +128,7 @@ def run(config: Config, folder: Path, rows: list[Row], teachers: Any = None) -> 
     encoded = encode(config, rows)
     examples = make_examples(rows, encoded, config, teachers)
     held_out = HeldOut(encoded[:9], np.array([row.target for row in rows[:9] if row.target]), np.ones(9), "")
-    return train(config, examples, folder, make_accelerator(config), held_out=held_out)
+    return train(config, examples, folder, make_accelerator(config), held_out=held_out).classifier
 
 
 def test_train_learns_what_the_text_says_and_logs_it(
@@ -239,7 +239,7 @@ def test_train_refuses_no_rows_and_rows_without_labels(config_for: Callable[...,
 
 
 def test_train_keeps_the_best_evaluation_and_patience_ends_it(
-    config_for: Callable[..., Config], tmp_path: Path
+    config_for: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At a rate that is far too high the loss on what was held out goes up and down."""
     rows, kept = make_rows(24), {}
@@ -257,6 +257,8 @@ def test_train_keeps_the_best_evaluation_and_patience_ends_it(
     assert len(looks["best"]) == 15
     best = looks["best"].index(min(looks["best"])) + 1
     assert best < 15
+    said = f"kept the weights of step {best} of 15, which had the best log loss of the evaluations"
+    assert " ".join(capsys.readouterr().err.split()).count(said) == 1
     saved = load_file(tmp_path / "last" / "checkpoints" / f"step-{best:08d}" / "weights.safetensors")
     assert torch.equal(kept["best"], torch.cat([saved[name].flatten() for name in trained_names(config_for("llama"))]))
     assert not torch.equal(kept["best"], kept["last"])

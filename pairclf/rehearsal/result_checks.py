@@ -14,7 +14,7 @@ from pairclf.console import counted
 from pairclf.data.submission import check_submission
 from pairclf.errors import DataError, PackagingError
 from pairclf.files import parsed
-from pairclf.packaging.record import Build
+from pairclf.packaging.build_record import Build
 from pairclf.rehearsal.faults import MARKER_PREFIX, InjectedFault
 from pairclf.rehearsal.hidden_test import read_raw
 from pairclf.rehearsal.kernel_run import SCORES, SERVED, SUBMISSION, VERIFIED
@@ -32,15 +32,7 @@ MAX_DIFFERENCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class RunChecks:
-    """Checks the results of a run.
-
-    Attributes:
-        build: the package's record.
-        sample: its sample submission.
-        fault: the injected fault; None: none.
-        spoiled: file that the fault spoiled.
-        undisturbed: submission of a run without faults, for faults that are compared with one.
-    """
+    """Checks the results of a run; `spoiled`: by the fault; `undisturbed`: submission of a run without faults."""
 
     build: Build
     sample: Path
@@ -51,6 +43,10 @@ class RunChecks:
     @property
     def _serves(self) -> bool:
         return self.build.package.kernel_type == "server"
+
+    @property
+    def _row_id(self) -> str:
+        return self.build.submission.id or "id"
 
     def check(self, workspace: Workspace, report: RehearsalReport) -> None:
         """Fill in results, problems and verdict of the report."""
@@ -84,7 +80,7 @@ class RunChecks:
             yield f"there is no {SUBMISSION}"
             return
         try:
-            report.submission = check_submission(path, self.sample, self.build.task)
+            report.submission = check_submission(path, self.sample, self.build.task, self.build.submission)
         except DataError as error:
             yield f"Kaggle would refuse the submission: {error}"
             return
@@ -93,7 +89,7 @@ class RunChecks:
         report.scored = _served(kept / SERVED) if self._serves else _scored(kept / SCORES, self.build.task)
         yield from self._row_problems(kept, report)
         if self.fault is not None and self.fault.same_scores:
-            yield from _differences(path, self.undisturbed)
+            yield from _differences(path, self.undisturbed, self._row_id)
 
     def _row_problems(self, kept: Path, report: RehearsalReport) -> Iterator[str]:
         """Check how many rows were scored."""
@@ -102,11 +98,11 @@ class RunChecks:
             expected = "some"  # at a faster clock, some rows may be left for lack of time
         scored, rows = report.scored, report.rows
         if scored is None:
-            if expected == "none":
-                yield from _scores_without_model(kept / SUBMISSION)
-            else:
+            if expected != "none":
                 name, program = (SERVED, "the server") if self._serves else (SCORES, "`pairclf predict`")
                 yield f"there is no {name}: {program} failed, see the output of its cell"
+            elif read_raw(kept / SUBMISSION).drop(self._row_id).unique().height > 1:
+                yield "no row can have been scored, but the submission is not the prior"
             return
         if (total := scored.both_orders + scored.one_order + scored.prior) != rows:
             yield f"the scores are of {counted(total, 'row')}, and the sample submission has {rows:,}"
@@ -118,7 +114,9 @@ class RunChecks:
         elif expected == "none" and scored_rows:
             yield f"{counted(scored_rows, 'row was', 'rows were')} scored, which can't be"
         if not self._serves:
-            yield from _differing_priors(kept / SCORES, self.build.task)
+            unscored = pl.read_parquet(kept / SCORES).filter(pl.col("orders") == 0).select(self.build.task.classes)
+            if unscored.unique().height > 1:
+                yield f"{unscored.height:,} rows were not scored, and do not all have the prior"
 
     def _fault_problems(self, workspace: Workspace, report: RehearsalReport) -> Iterator[str]:
         report.affected = [Path(self.spoiled).name] if self.spoiled else []
@@ -157,25 +155,13 @@ def _served(path: Path) -> ScoredRows | None:
         raise PackagingError(f"{SERVED} is not what `Server.report` gives: {error!r}") from error
 
 
-def _differing_priors(path: Path, task: Task) -> Iterator[str]:
-    """All rows without scores must have the same probabilities."""
-    frame = pl.read_parquet(path).filter(pl.col("orders") == 0).select(task.classes)
-    if frame.unique().height > 1:
-        yield f"{frame.height:,} rows were not scored, and do not all have the prior"
-
-
-def _scores_without_model(path: Path) -> Iterator[str]:
-    if read_raw(path).drop("id").unique().height > 1:
-        yield "no row can have been scored, but the submission is not the prior"
-
-
-def _differences(path: Path, undisturbed: Path) -> Iterator[str]:
+def _differences(path: Path, undisturbed: Path, row_id: str) -> Iterator[str]:
     """Differences from the undisturbed run."""
     actual, expected = read_raw(path), read_raw(undisturbed)
-    if actual["id"].to_list() != expected["id"].to_list():
+    if actual[row_id].to_list() != expected[row_id].to_list():
         yield "the rows are not those of the undisturbed run"
         return
-    for name in actual.columns[1:]:
+    for name in actual.columns:
         if actual[name].equals(expected[name]):
             continue
         numbers = (actual[name].cast(pl.Float64, strict=False), expected[name].cast(pl.Float64, strict=False))
@@ -198,15 +184,17 @@ def _parity_of_bundles(path: Path, build: Build) -> list[Parity]:
             results = {str(result["bundle"]): result for result in parsed(path.read_text(encoding="utf-8"))}
         except (ValueError, TypeError, KeyError) as error:
             raise PackagingError(f"{VERIFIED} is not what `pairclf verify` writes: {error!r}") from error
-    return [_of_bundle(bundle.folder, results.get(bundle.folder)) for bundle in build.bundles]
-
-
-def _of_bundle(folder: str, result: dict[str, Any] | None) -> Parity:
-    if result is None or result["largest_difference"] is None:
-        return Parity(bundle=folder)
-    return Parity(
-        bundle=folder, rows=result["rows"], difference=result["largest_difference"], tolerance=result["tolerance"]
-    )
+    parity = []
+    for bundle in build.bundles:
+        result, scored = results.get(bundle.folder), {}
+        if result is not None and result["largest_difference"] is not None:
+            scored = {
+                "rows": result["rows"],
+                "difference": result["largest_difference"],
+                "tolerance": result["tolerance"],
+            }
+        parity.append(Parity(bundle=bundle.folder, **scored))
+    return parity
 
 
 def _parity_problems(parity: list[Parity]) -> Iterator[str]:

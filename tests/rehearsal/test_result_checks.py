@@ -10,11 +10,12 @@ from typing import Any
 
 import polars as pl
 import pytest
-from support.kernels import BUNDLE, make_build, make_report
+from support.kernels import make_report
+from support.records import BUNDLE, make_build, make_package
 
-from pairclf.rehearsal.checks import RunChecks
 from pairclf.rehearsal.faults import FAULTS
 from pairclf.rehearsal.report import RehearsalReport, ScoredRows
+from pairclf.rehearsal.result_checks import RunChecks
 from pairclf.rehearsal.workspace import Workspace, workspace
 from pairclf.task import LMSYS
 
@@ -96,7 +97,7 @@ def test_judge_names_what_does_not_pass(judge: RunChecks, spoil: Spoil, says: st
     ids=["all", "a-prior", "a-row-too-few", "nobody-counted"],
 )
 def test_judge_counts_what_a_server_served(judge: RunChecks, served: dict[str, Any], says: str | None) -> None:
-    serving = replace(judge, build=make_build("server"))
+    serving = replace(judge, build=make_build(package=make_package(kernel_type="server")))
     with workspace() as stage:
         leave(stage, served=served)
         report = judged(serving, stage)

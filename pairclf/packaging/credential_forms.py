@@ -1,10 +1,10 @@
-"""What credentials look like: one table of forms, each with where the form is known from.
+"""The forms of credentials: one table, each form with its source.
 
-A form is a regular expression of bounded length over bytes, and the words of which one must be there (in small letters)
-before the expression is tried: most content has none, and finding a word is a hundred times as fast.
+A form has a regular expression of bounded length over bytes, and words in small letters. The expression is tried only
+if one of the words is there: most content has none, and to find a word is a hundred times as fast.
 
-`detect-secrets` 1.5.0 and its fork `bc-detect-secrets` 1.5.52 were tried in the place of this table: they found 11 and
-8 of 23 shapes, at 0.3 MB a second, in text files alone.
+`detect-secrets` 1.5.0 and its fork `bc-detect-secrets` 1.5.52 were tried instead: they found 11 and 8 of 23 forms, at
+0.3 MB a second, in text files alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VARIABLES = (
 
 @dataclass(frozen=True, slots=True)
 class SecretForm:
-    """What is looked for.
+    """One form of a credential.
 
     Attributes:
         kind: what it is called in a finding.
@@ -42,7 +42,7 @@ class SecretForm:
     """Whether it is this machine's own, and no placeholder whatever it looks like."""
 
     def find(self, content: bytes, words: WordIndex) -> int | None:
-        """Where the first match begins that is no placeholder, or None; looked for around the words alone."""
+        """The place of the first match that is no placeholder, or None. It searches around the words alone."""
         for start, end in words.around(self.words):
             for match in self.pattern.finditer(content, start, end):
                 if match.end() == end < len(content):
@@ -57,7 +57,7 @@ BEFORE, AFTER = 512, 2048
 
 
 class WordIndex:
-    """Where words stand in some content, each looked for once, however many forms have it.
+    """Finds words in some content; each word is searched for once, however many forms have it.
 
     Args:
         content: bytes to look through, in small letters.
@@ -88,7 +88,7 @@ _FEWEST_LETTERS = 6  # different ones, in a secret that is not a row of x
 
 
 def _is_placeholder(secret: bytes) -> bool:
-    """`hf_xxxxxxxx`, `AKIA...EXAMPLE`, `https://user:password@host`: what documentation writes, or is published."""
+    """Whether it is a placeholder of documentation, such as `hf_xxxxxxxx` or `AKIA...EXAMPLE`, or was published."""
     if hashlib.sha256(secret).hexdigest() in PUBLISHED:
         return True
     last = re.split(rb"[_-]", secret.lower())[-1]  # of my-password, your_token
@@ -97,7 +97,7 @@ def _is_placeholder(secret: bytes) -> bool:
 
 
 def _is_row(secret: bytes) -> bool:
-    """Whether it is its prefix (`hf_`) and then hardly any different letters."""
+    """Whether only few different letters follow its prefix (`hf_`)."""
     return len(secret) >= 12 and len(set(secret[secret.rfind(b"_", 0, 12) + 1 :])) < _FEWEST_LETTERS
 
 
@@ -115,7 +115,7 @@ _BEGIN = rb"(?<![a-z0-9])"
 
 
 def _form(kind: str, words: str, *patterns: bytes, anywhere: bool = True) -> list[SecretForm]:
-    """Forms of one kind, any of whose words may announce any of its patterns."""
+    """Forms of one kind; each pattern is tried if one of the words is there."""
     announcing = tuple(word.encode() for word in words.split())
     return [SecretForm(kind, announcing, re.compile(pattern), anywhere) for pattern in patterns]
 
@@ -272,7 +272,7 @@ SECRET_FORMS: tuple[SecretForm, ...] = tuple(chain.from_iterable(_TABLE))
 
 
 def literal_form(kind: str, values: Iterable[bytes], whole: bytes, flags: re.RegexFlag = re.NOFLAG) -> SecretForm:
-    """Any of these values as they stand; `whole` is what surrounds one, with `%s` in its place."""
+    """A form that matches any of these values; `whole` surrounds a value, with `%s` in its place."""
     listed = sorted(set(values))
     pattern = b"|".join(whole.replace(b"%s", re.escape(value)) for value in listed)
     return SecretForm(kind, tuple(value.lower() for value in listed), re.compile(pattern, flags), is_own=True)

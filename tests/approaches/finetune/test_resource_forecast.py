@@ -13,8 +13,8 @@ from conftest import tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
-from pairclf.approaches.finetune import estimate
-from pairclf.approaches.finetune.estimate import (
+from pairclf.approaches.finetune import resource_forecast
+from pairclf.approaches.finetune.resource_forecast import (
     Clocks,
     ResourceForecast,
     busy,
@@ -112,13 +112,13 @@ def test_peak_of_name_knows_a_gpu_by_the_words_of_its_name() -> None:
         "Tesla T4": 65e12, "Tesla P100-PCIE-16GB": 18.7e12, "Tesla V100-SXM2-16GB": 125e12,
         "NVIDIA GeForce RTX 4090": 165e12, "Quadro K2000": None,
     }  # fmt: skip
-    assert {name: estimate.peak_of_name(name) for name in names} == names
-    assert estimate.peak_of(CPU) is None
+    assert {name: resource_forecast.peak_of_name(name) for name in names} == names
+    assert resource_forecast.peak_of(CPU) is None
 
 
 def parts_of(config: Config, lengths: list[int] = LENGTHS) -> ResourceForecast:
     classifier = build(config, CPU)
-    return estimate.forecast_resources(config, classifier, lengths, rows_seen=100, device=CPU, processes=1)
+    return resource_forecast.forecast_resources(config, classifier, lengths, rows_seen=100, device=CPU, processes=1)
 
 
 def test_forecast_parts_move_with_their_dials(config_for: Callable[..., Config]) -> None:
@@ -161,7 +161,7 @@ def test_state_bytes_are_what_an_optimizer_keeps(optimizer: str, shape: tuple[in
     from pairclf.approaches.finetune.optimizers import OPTIMIZERS
 
     weight = torch.nn.Parameter(torch.ones(shape))
-    assert estimate.state_bytes(optimizer, weight) == size
+    assert resource_forecast.state_bytes(optimizer, weight) == size
     made = OPTIMIZERS[optimizer]([{"params": [weight], "lr": 1e-3}], betas=(0.9, 0.999))
     weight.grad = torch.ones(shape)
     made.step()
@@ -184,8 +184,8 @@ def test_kept_by_length_tells_what_a_long_batch_keeps(
 ) -> None:
     config = config_for(kind, model={"lora": lora}, train={"layout": layout})
     classifier = build(config, CPU)
-    coefficients = estimate.kept_coefficients(config, classifier)
-    shape, exact = estimate.measure_kept_bytes(config, classifier, 500)
+    coefficients = resource_forecast.kept_coefficients(config, classifier)
+    shape, exact = resource_forecast.measure_kept_bytes(config, classifier, 500)
     tokens = np.array(shape, dtype=float)
     found = coefficients @ np.array([1.0, tokens.sum(), (tokens**2).sum()])
     assert found == pytest.approx(exact, rel=0.02)
@@ -204,7 +204,7 @@ def test_kept_bytes_frees_what_it_kept(config_for: Callable[..., Config]) -> Non
 
     for module in classifier.modules():
         module.register_forward_pre_hook(look)
-    estimate.measure_kept_bytes(config, classifier, 64)
+    resource_forecast.measure_kept_bytes(config, classifier, 64)
     assert len(seen) > 10
     assert not any(one() is not None for one in seen)
 
@@ -241,11 +241,11 @@ def test_grown_by_layer_ends_when_enough_layers_have_run(
         read.append(read.pop() + 1)
         return 990 * (read[0] > 0) + 10 * read[0]
 
-    monkeypatch.setattr(estimate, "memory_now", memory)
+    monkeypatch.setattr(resource_forecast, "memory_now", memory)
     classifier.eval()
-    grown = estimate.heap_growth_of_layer(config, classifier, [9, 7], skipped=skipped)
+    grown = resource_forecast.heap_growth_of_layer(config, classifier, [9, 7], skipped=skipped)
     assert grown == (10 if skipped < 11 else 0)  # of one layer nothing can be said
-    assert run == [min(12, skipped + estimate.WATCHED_LAYERS)]
+    assert run == [min(12, skipped + resource_forecast.WATCHED_LAYERS)]
     assert not any(one.training for one in classifier.modules())
     assert not any(one._forward_pre_hooks for one in layers)
 
@@ -261,17 +261,19 @@ def test_activations_count_the_heap_of_every_layer_that_keeps_something(
         skips.append(skipped)
         return 1e9
 
-    monkeypatch.setattr(estimate, "heap_growth_of_layer", grown)
-    small = estimate._activations(config, classifier, [[50, 40], [90]])
+    monkeypatch.setattr(resource_forecast, "heap_growth_of_layer", grown)
+    small = resource_forecast._activations(config, classifier, [[50, 40], [90]])
     assert not skips  # a heap that is small beside the process
-    monkeypatch.setattr(estimate, "MIN_WATCHED_BYTES", 0)
-    assert estimate._activations(config, classifier, [[50, 40], [90]]) == pytest.approx(1e9 * (12 - first), rel=0.01)
+    monkeypatch.setattr(resource_forecast, "MIN_WATCHED_BYTES", 0)
+    assert resource_forecast._activations(config, classifier, [[50, 40], [90]]) == pytest.approx(
+        1e9 * (12 - first), rel=0.01
+    )
     checkpointed = override(config, ["train.gradient_checkpointing=true"])
-    assert estimate._activations(checkpointed, classifier, [[50, 40]]) == pytest.approx(12e9, rel=0.01)
+    assert resource_forecast._activations(checkpointed, classifier, [[50, 40]]) == pytest.approx(12e9, rel=0.01)
     assert skips == [first, first]
-    monkeypatch.setattr(estimate, "heap_growth_of_layer", lambda *_, skipped: 0.0)  # never less than is kept
-    least = estimate._activations(config, classifier, [[50, 40], [90]])
-    assert small > least > small * (12 - first) / (12 - first + estimate.BACKWARD_LAYERS["cpu"])
+    monkeypatch.setattr(resource_forecast, "heap_growth_of_layer", lambda *_, skipped: 0.0)  # never less than is kept
+    least = resource_forecast._activations(config, classifier, [[50, 40], [90]])
+    assert small > least > small * (12 - first) / (12 - first + resource_forecast.BACKWARD_LAYERS["cpu"])
 
 
 def test_forecast_leaves_no_trace(config_for: Callable[..., Config]) -> None:
@@ -281,7 +283,7 @@ def test_forecast_leaves_no_trace(config_for: Callable[..., Config]) -> None:
     checkpoint_gradients(classifier.backbone)
     classifier.eval()
     state = torch.get_rng_state()
-    estimate.forecast_resources(config, classifier, LENGTHS, rows_seen=100, device=CPU, processes=1)
+    resource_forecast.forecast_resources(config, classifier, LENGTHS, rows_seen=100, device=CPU, processes=1)
     assert torch.equal(state, torch.get_rng_state())
     assert not any(one.training for one in classifier.modules())
     assert all(one.grad is None for one in classifier.parameters())
@@ -291,13 +293,13 @@ def test_forecast_leaves_no_trace(config_for: Callable[..., Config]) -> None:
 def test_forecast_hours_grow_with_rows_and_shrink_with_processes(
     config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "_measured_speed", lambda *_: (1e9, 1.0))
+    monkeypatch.setattr(resource_forecast, "_measured_speed", lambda *_: (1e9, 1.0))
     config = config_for("llama", train={"swap": "none", "layout": "packed", "gradient_checkpointing": False})
     classifier = build(config, CPU)
 
     def seconds(config: Config, rows: float, processes: int = 1) -> float:
         lengths = [50] * 64
-        return estimate.forecast_resources(
+        return resource_forecast.forecast_resources(
             config, classifier, lengths, rows_seen=rows, device=CPU, processes=processes
         ).seconds
 
@@ -324,7 +326,7 @@ def test_hours_are_a_free_machines_however_busy_it_is(
         return Clocks(wall=slow * cpu, cpu=cpu)
 
     lengths = [50] * 64
-    found = estimate.forecast_resources(
+    found = resource_forecast.forecast_resources(
         config, classifier, lengths, rows_seen=640, device=CPU, processes=1, clock=clock
     )
     cost = cost_of_model(classifier.backbone)
@@ -346,7 +348,7 @@ def test_describe_and_verdict_are_sentences() -> None:
     text = describe(FORECAST)
     assert text.startswith("fit check: 21.3 GB of 24.0 GB (base 5.90, activations 12.50), about 7.4 h (1 GFLOP a row)")
     assert describe_error(FORECAST, 20.1e9, 8 * 3600).endswith("took 20.1 GB (-6%) and 8.0 h (+8%)")
-    assert estimate.peak_memory(CPU) > 50e6
+    assert resource_forecast.peak_memory(CPU) > 50e6
 
 
 def test_warning_has_a_remedy_for_what_does_not_fit(config_for: Callable[..., Config]) -> None:

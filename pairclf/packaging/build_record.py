@@ -1,7 +1,4 @@
-"""`build.json`: the record of a package. It lies at the top of the folder, and is not uploaded.
-
-`rehearse`, `push`, `submit` and the ledger read it instead of guessing from folder names.
-"""
+"""`build.json`: the record of a package, which the later commands read. It is not uploaded."""
 
 from __future__ import annotations
 
@@ -9,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
-from pairclf.config import Package, Section, checked
+from pairclf.config import Package, Section, Submission, checked
 from pairclf.errors import PackagingError
 from pairclf.files import (
     MAX_JSON,
@@ -34,8 +32,7 @@ from pairclf.packaging.metadata import (
     PackagePart,
     Payload,
     check_package,
-    folder_of,
-    source_of,
+    package_part,
 )
 from pairclf.task import Task
 
@@ -54,7 +51,7 @@ class PackedBundle(Section):
 
 
 class Build(Section):
-    """All of a package."""
+    """The record of a package."""
 
     pairclf: str = Field(description="version that built it")
     identity: str = Field(
@@ -73,6 +70,8 @@ class Build(Section):
     out_of_fold: float | None = Field(None, description="the task's metric over the rows of all folds; null: not known")
     test: Path | None = Field(None, description="test file to rehearse with; null: not known")
     sample: Path | None = Field(None, description="its sample submission")
+    columns: dict[str, str | None] = Field({}, description="data.test.columns of the bundles")
+    submission: Submission = Field(default_factory=Submission, description="data.submission of the bundles")
 
     def of(self, payload: Payload) -> list[PackagePart]:
         return [part for part in self.parts if part.payload == payload]
@@ -81,22 +80,18 @@ class Build(Section):
 def write_build(folder: Path, build: Build) -> None:
     """Write the record, and note on this machine which files outside the package it names."""
     write_text(folder / BUILD, build.model_dump_json(indent=2) + "\n")
-    write_private(_own_path(build), _outside(build))
+    write_private(own_note("packages", build.identity), _outside(build))
 
 
 def is_own(build: Build) -> bool:
     """Whether this machine made this package, and its record still names the same files outside of it."""
-    path = _own_path(build)
+    path = own_note("packages", build.identity)
     return is_regular(path) and path.read_text(encoding="utf-8") == _outside(build)
 
 
-def _own_path(build: Build) -> Path:
-    return own_packages() / f"{build.identity}.json"
-
-
-def own_packages() -> Path:
-    """The folder with notes on the packages made by this machine."""
-    return state_folder() / "packages"
+def own_note(kind: Literal["packages", "rehearsals", "pushed"], identity: str) -> Path:
+    """The file in which this machine notes what it did with a build: `$XDG_STATE_HOME/pairclf/KIND/IDENTITY.json`."""
+    return state_folder() / kind / f"{identity}.json"
 
 
 def _outside(build: Build) -> str:
@@ -105,7 +100,7 @@ def _outside(build: Build) -> str:
 
 
 def read_build(folder: Path) -> Build:
-    """What `package` wrote into `folder`.
+    """Read the record that `package` wrote into `folder`.
 
     The folder may come from somebody else. So all names in the record must be those that `package` writes, and
     links, pipes and devices are refused.
@@ -143,13 +138,8 @@ def _check_names(build: Build, where: Path) -> None:
     ]
     for payload in PAYLOADS:
         for number, part in enumerate(build.of(payload), 1):
-            as_model = payload == "bundle" and package.bundles_as == "model"
-            checks += [
-                ("parts.folder", part.folder, folder_of(payload, number)),
-                ("parts.source", part.source, source_of(package, payload, number)),
-                ("parts.kind", part.kind, "model" if as_model else "dataset"),
-                ("parts.marker", part.marker, marker_name(payload, part.sha256)),
-            ]
+            expected_part = package_part(package, payload, number, sha256=part.sha256, size=part.bytes)
+            checks += [(f"parts.{name}", value, getattr(expected_part, name)) for name, value in part]
     for name, actual, expected in checks:
         if actual != expected:
             raise PackagingError(
@@ -161,13 +151,8 @@ def _check_names(build: Build, where: Path) -> None:
         check_name(bundle.folder, f"a bundle in {where}")
 
 
-def marker_name(payload: Payload, digest: str) -> str:
-    """Of the marker file with this SHA-256: `pairclf-bundle-0123456789ab.json`."""
-    return f"pairclf-{payload}-{digest[:12]}.json"
-
-
 def read_marker(path: Path) -> dict[str, str]:
-    """`{posix path: hex SHA-256}` of a marker: the files of its part, all inside the marker's folder.
+    """Read a marker: `{posix path: hex SHA-256}` of the files of its part, all inside the marker's folder.
 
     Raises:
         PackagingError: it is not a marker.
@@ -183,13 +168,7 @@ def read_marker(path: Path) -> dict[str, str]:
 def identity_of(folder: Path, kernel_file: str, parts: Sequence[PackagePart]) -> str:
     """A build's identity, in hex: a hash of the names and contents of its files.
 
-    Args:
-        folder: of the package.
-        kernel_file: name of the kernel's file in kernel/.
-        parts: represented by their markers, see `payload.verify_package`.
-
-    Raises:
-        OSError: a file is missing.
+    Each part is represented by its marker, see `payload.verify_package`.
     """
     names = [f"{KERNEL}/{kernel_file}", f"{KERNEL}/{KERNEL_METADATA}"]
     names += [f"{part.folder}/{part.marker}" for part in parts]

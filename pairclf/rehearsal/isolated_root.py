@@ -1,8 +1,8 @@
-"""Runs a command in a file system of its own, without any right to change it.
+"""Run a command in a new file system, without any right to change it.
 
-Started by path, with isolated imports, inside the namespaces that `unshare` made for it (see `sandbox.namespaces`), so
-it imports nothing of ours. It builds a root from the system's read-only folders, the folders that it is given and empty
-ones, makes it the only file system that is there, gives up all of root's capabilities, and becomes the command.
+It is started by path in the namespaces that `unshare` made (see `sandbox.namespaces`), so it imports nothing of ours.
+It builds a root from read-only system folders, the folders of a `View` and empty ones, makes it the only file system,
+drops all capabilities, and executes the command.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class View(TypedDict):
-    """What the command is to see.
+    """What the command can see.
 
     Attributes:
         root: an empty folder, where its file system is put together.
@@ -52,7 +52,7 @@ class View(TypedDict):
 
 
 def _call(name: str, *arguments: object) -> None:
-    """A function of the C library; raises `OSError` where it fails."""
+    """Call a function of the C library; raises `OSError` if it fails."""
     if getattr(_libc, name)(*arguments) < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}{arguments}: {os.strerror(number)}")
@@ -64,13 +64,13 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
 
 
 def _restrict(target: str, attributes: int, *, below: bool = True) -> None:
-    """Add attributes to a mount, and to those below it; what it has already stays."""
+    """Add attributes to a mount, and to those below it; its other attributes stay."""
     mount_attr = struct.pack("QQQQ", attributes, 0, 0, 0)
     _call("syscall", _SETATTR, _HERE, os.fsencode(target), _RECURSIVE if below else 0, mount_attr, len(mount_attr))
 
 
 def _bind(root: str, path: str, attributes: int) -> None:
-    """Let what is at `path` be seen there in the new root; a read-only mount above it lets nothing be made."""
+    """Show what is at `path` in the new root. Bind before a mount above it becomes read-only."""
     source, target = os.path.realpath(path), root + path
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
@@ -100,7 +100,7 @@ def _build_system(root: str, disk: int) -> None:
 
 
 def _build_devices(root: str) -> None:
-    """Those that hold no data and the GPUs; terminals of its own."""
+    """Make the devices that hold no data, the GPUs, and new terminals."""
     top = f"{root}/dev"
     os.mkdir(top)
     _mount("tmpfs", top, "tmpfs", _NOSUID, "mode=755")
@@ -118,7 +118,7 @@ def _build_devices(root: str) -> None:
 
 
 def enter(view: View) -> None:
-    """Make the new root, and leave the old one for good."""
+    """Build the new root and leave the old one for good."""
     root = view["root"]
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "mode=755")
     _build_system(root, view["disk"])
@@ -137,7 +137,7 @@ def enter(view: View) -> None:
 
 
 def raise_loopback() -> None:
-    """Bring `lo` up, which is down in a new network namespace; the notebook's kernel talks over it."""
+    """Bring `lo` up, which is down in a new network namespace; the notebook's kernel needs it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
         answer = fcntl.ioctl(channel, _GET_FLAGS, struct.pack("16sh14x", b"lo", 0))
         flags = struct.unpack("16sh14x", answer)[1]
@@ -145,13 +145,13 @@ def raise_loopback() -> None:
 
 
 def last_capability() -> int:
-    """Number of the last one that this kernel knows."""
+    """The number of the last capability that this system knows."""
     with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as stream:
         return int(stream.read())
 
 
 def give_up_rights(last: int) -> None:
-    """No capability up to `last` is left, and none can come back, by no program that is executed."""
+    """Drop all capabilities up to `last`, so that no program that is executed can get one back."""
     _call("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
     _call("prctl", _AMBIENT, _CLEAR_AMBIENT, 0, 0, 0)
     for capability in range(last + 1):

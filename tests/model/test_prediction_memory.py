@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pairclf.config import Config, resolve
 from pairclf.inputs.sequences import Item, LargestPass
-from pairclf.model import memory
+from pairclf.model import prediction_memory
 from pairclf.model.device_memory import peak_memory
 from pairclf.model.engine import build
-from pairclf.model.memory import fitting_budget, footprint
+from pairclf.model.prediction_memory import fitting_budget, footprint
 from pairclf.model.scoring import ClassifierScorer
 
 CPU = torch.device("cpu")
@@ -31,12 +31,14 @@ Configs = Callable[..., Config]
 
 
 def rehearsed(scorer: ClassifierScorer, largest: LargestPass) -> float:
-    items = memory._synthetic_items(scorer.layout, largest)
-    return memory._count_pass(scorer, items, FakeTensorMode(allow_non_fake_inputs=True)).live
+    items = prediction_memory._synthetic_items(scorer.layout, largest)
+    return prediction_memory._count_pass(scorer, items, FakeTensorMode(allow_non_fake_inputs=True)).live
 
 
 def made(scorer: ClassifierScorer, largest: LargestPass) -> float:
-    return memory._count_pass(scorer, memory._synthetic_items(scorer.layout, largest), nullcontext()).live
+    return prediction_memory._count_pass(
+        scorer, prediction_memory._synthetic_items(scorer.layout, largest), nullcontext()
+    ).live
 
 
 PLAIN, NF4_LORA = {"lora": None}, {"quantization": "nf4"}
@@ -66,7 +68,7 @@ def test_rehearsal_of_a_padded_pass_has_no_less_than_the_pass(config_for: Config
 
 
 def test_counter_forgets_what_is_freed() -> None:
-    with memory._StorageCounter() as counter:
+    with prediction_memory._StorageCounter() as counter:
         for _ in range(3):
             kept = torch.ones(1000) + 1  # two at once, the first of which goes, as does the one of the round before
         view = kept[:10]
@@ -79,18 +81,18 @@ def test_counter_forgets_what_is_freed() -> None:
 def test_rehearsal_extrapolates_operations_without_shapes(config_for: Configs) -> None:
     scorer = ClassifierScorer(build(config_for("llama", model={"quantization": "int8"}), CPU), "packed")
     largest = LargestPass(longest=640, tokens_per_batch=2048, orders=1)
-    with pytest.raises(memory._NOT_REHEARSED):
+    with pytest.raises(prediction_memory._NOT_REHEARSED):
         rehearsed(scorer, largest)
-    assert memory._tensors(scorer, largest).live == pytest.approx(made(scorer, largest), rel=0.1)
+    assert prediction_memory._tensors(scorer, largest).live == pytest.approx(made(scorer, largest), rel=0.1)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 def test_made_up_pass_computes_what_was_asked(layout: str) -> None:
-    items = memory._synthetic_items(layout, LARGEST)
+    items = prediction_memory._synthetic_items(layout, LARGEST)
     assert max(len(item.ids) for item in items) == 300
     total, common = sum(len(item.ids) for item in items), int(300 / 8)
     assert total == {"padded": 600, "packed": 700, "shared": 700 + common}[layout]
-    alone = memory._synthetic_items(layout, LargestPass(300, 100, 2))
+    alone = prediction_memory._synthetic_items(layout, LargestPass(300, 100, 2))
     assert [len(item.ids) for item in alone][:2] == [300, 300]  # a row goes alone, in both orders
 
 
@@ -107,7 +109,7 @@ def test_counter_sees_parameters_of_other_classes_as_tensors() -> None:
             self.seen.extend(type(one) for one in args if isinstance(one, torch.Tensor))
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), Below(), memory._StorageCounter():
+    with torch.no_grad(), Below(), prediction_memory._StorageCounter():
         Packed(torch.zeros(2, 2)).view(4)
     assert set(Below.seen) == {torch.Tensor}
 
@@ -125,11 +127,11 @@ def test_footprint_leaves_the_model_as_it_was(config_for: Configs) -> None:
 def test_fitting_budget_is_halved_until_it_fits(config_for: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = ClassifierScorer(build(config_for("llama"), CPU), "packed")
     largest = LargestPass(longest=250, tokens_per_batch=2_000, orders=2)
-    monkeypatch.setattr(memory, "peak_memory", lambda device: 0)  # of what ran before this test
-    monkeypatch.setattr(memory, "memory_now", lambda device: 10**9)
+    monkeypatch.setattr(prediction_memory, "peak_memory", lambda device: 0)  # of what ran before this test
+    monkeypatch.setattr(prediction_memory, "memory_now", lambda device: 10**9)
 
     def budget_with(spare: float) -> int:
-        monkeypatch.setattr(memory, "memory_to_have", lambda device, processes: 10**9 + int(spare))
+        monkeypatch.setattr(prediction_memory, "memory_to_have", lambda device, processes: 10**9 + int(spare))
         return fitting_budget(scorer, largest)
 
     needed = footprint(scorer, largest)
@@ -140,7 +142,11 @@ def test_fitting_budget_is_halved_until_it_fits(config_for: Configs, monkeypatch
 
 
 def test_footprint_reads_as_a_sentence(config_for: Configs) -> None:
-    said = str(memory.Footprint(before=1, held=600_000_000, live=500_000_000, heap=100_000_000, available=21 * 10**9))
+    said = str(
+        prediction_memory.Footprint(
+            before=1, held=600_000_000, live=500_000_000, heap=100_000_000, available=21 * 10**9
+        )
+    )
     assert said == "1.20 GB of 21.00 GB (held 0.60, a pass 0.50, heap 0.10)"
 
 

@@ -19,10 +19,10 @@ import polars as pl
 import pytest
 
 from pairclf.errors import PackagingError
-from pairclf.packaging import credentials, secrets, unpack
-from pairclf.packaging.credentials import SECRET_FORMS as KNOWN
-from pairclf.packaging.credentials import VARIABLES, WordIndex
-from pairclf.packaging.secrets import refuse_secrets
+from pairclf.packaging import credential_forms, secret_search, unpack
+from pairclf.packaging.credential_forms import SECRET_FORMS as KNOWN
+from pairclf.packaging.credential_forms import VARIABLES, WordIndex
+from pairclf.packaging.secret_search import refuse_secrets
 
 PLACES = ("KAGGLE_CONFIG_DIR", "HF_HOME", "HF_TOKEN_PATH", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
 
@@ -348,13 +348,13 @@ def test_half_a_hash_is_no_key_within_a_piece(folder: Path) -> None:
 def test_a_published_credential_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = "hf_" + MIXED[:34]
     assert "a Hugging Face token" in told(folder, "kernel/a.py", token)
-    monkeypatch.setattr(credentials, "PUBLISHED", frozenset({hashlib.sha256(token.encode()).hexdigest()}))
+    monkeypatch.setattr(credential_forms, "PUBLISHED", frozenset({hashlib.sha256(token.encode()).hexdigest()}))
     assert told(folder, "kernel/a.py", token) == ""
 
 
 def test_our_own_sources_pass(folder: Path) -> None:
     """Else no wheel of pairclf could be uploaded; and nobody's scanner should find anything in them."""
-    top = Path(secrets.__file__).parents[1]
+    top = Path(secret_search.__file__).parents[1]
     for path in sorted(top.rglob("*.py")):
         (folder / "kernel" / "-".join(path.relative_to(top).parts)).write_bytes(path.read_bytes())
     assert told(folder, "kernel/a.py", "") == ""

@@ -1,6 +1,6 @@
-"""Secrets that no uploaded file may contain: credentials, and names and folders of this machine's user.
+"""The search for secrets that no uploaded file may contain: credentials, and this machine's user, host and folders.
 
-Three kinds are searched for: anything that looks like a credential (`credentials.SECRET_FORMS`), in all files made
+Three kinds are searched for: anything that looks like a credential (`credential_forms.SECRET_FORMS`), in all files made
 here; this machine's own credentials, folders, user name and host name; and home folders of anybody. A finding names
 the file, the line and the kind, and never shows the secret.
 
@@ -10,7 +10,7 @@ To keep false alarms rare, some files are searched for less:
     third-party wheels                          the same, without opening archives or decoding
     probe rows of a bundle                      are people's prompts, and may contain paths: own credentials only
     weights (safetensors)                       are numbers: only their header
-    a name that is a word of our own sources    only where it stands for a user or a host: /adam/, ~adam, adam@
+    a name that is a word of our own sources    only where it names a user or a host: /adam/, ~adam, adam@
 
 Archives are opened, and encoded text is decoded (`unpack`). Files that can't be searched are refused: pickles,
 encrypted or damaged archives, and archives that unpack to too much.
@@ -35,8 +35,8 @@ import pairclf
 from pairclf.bundles.contents import MANIFEST, BundleFiles
 from pairclf.errors import PackagingError
 from pairclf.files import home_folder
-from pairclf.packaging.credentials import SECRET_FORMS, VARIABLES, SecretForm, WordIndex, literal_form
-from pairclf.packaging.sources import checkout, shipped
+from pairclf.packaging.credential_forms import SECRET_FORMS, VARIABLES, SecretForm, WordIndex, literal_form
+from pairclf.packaging.own_files import checkout, shipped
 from pairclf.packaging.unpack import (
     UnpackBudget,
     UnpackedFile,
@@ -93,9 +93,8 @@ def refuse_secrets(folder: Path, owner: str, parts: Iterable[str]) -> None:
     """Search all files to be uploaded.
 
     Args:
-        folder: of the package.
+        folder: of the package, which has these `parts`.
         owner: the Kaggle user, whose name is in every address and may equal the local user's.
-        parts: names of the folders to be uploaded.
 
     Raises:
         PackagingError: names files, lines and kinds.
@@ -127,7 +126,7 @@ def _search(owner: str) -> SecretForms:
 
 
 def _any_of(kind: str, values: Iterable[str], whole: bytes = _WHOLE) -> SecretForm:
-    """Any of these values as whole words, plain or in JSON's escaping."""
+    """A form that matches any of these values as a whole word, plain or escaped as in JSON."""
     return literal_form(kind, [form.encode() for value in values for form in (value, json.dumps(value)[1:-1])], whole)
 
 
@@ -144,7 +143,7 @@ def _folders() -> Iterator[Path]:
 
 
 def _names(owner: str) -> Iterator[SecretForm]:
-    """Patterns of user and host name. A word of our own sources (adam, gemma, mark) counts only where it is a name."""
+    """Forms of the user's and the host's name. A word of our own sources (adam) counts only where it is a name."""
     host = socket.gethostname()
     public, ours = ANYBODY | {owner.lower()}, _our_words()
     for kind, name in (("user", _user()), ("host", host), ("host", host.partition(".")[0])):
@@ -171,17 +170,21 @@ def _credentials() -> dict[str, list[str]]:
     home = home_folder() or Path("/")  # where there is none, nothing is kept in it
     kept = {f"the value of {name}": [os.environ.get(name, "")] for name in VARIABLES}
     settings = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config") / "kaggle"
-    folders = [home / ".kaggle", settings, *map(Path, filter(None, [os.environ.get("KAGGLE_CONFIG_DIR")]))]
+    folders = [home / ".kaggle", settings, *_named("KAGGLE_CONFIG_DIR")]
     kept["the credential in kaggle.json"] = [_entry(value / "kaggle.json", "key") for value in folders]
     kept["the credential in access_token"] = [_content(value / "access_token") for value in folders]
     tokens = [_entry(value / "credentials.json", key) for value in folders for key in ("refresh_token", "access_token")]
     kept["a credential in .kaggle/credentials.json"] = tokens
-    caches = [home / ".cache", *map(Path, filter(None, [os.environ.get("XDG_CACHE_HOME")]))]
-    hubs = [*(value / "huggingface" for value in caches), *map(Path, filter(None, [os.environ.get("HF_HOME")]))]
-    paths = [*(value / "token" for value in hubs), *map(Path, filter(None, [os.environ.get("HF_TOKEN_PATH")]))]
+    hubs = [*(cache / "huggingface" for cache in (home / ".cache", *_named("XDG_CACHE_HOME"))), *_named("HF_HOME")]
+    paths = [*(value / "token" for value in hubs), *_named("HF_TOKEN_PATH")]
     kept["the credential of the Hugging Face client"] = [_content(path) for path in paths]
     kept["a password in .netrc"] = _passwords(home / ".netrc")
     return {kind: [value for value in values if len(value) >= _SHORTEST_CREDENTIAL] for kind, values in kept.items()}
+
+
+def _named(variable: str) -> list[Path]:
+    """The folder or file that an environment variable names, if it is set."""
+    return [Path(os.environ[variable])] if os.environ.get(variable) else []
 
 
 def _content(path: Path) -> str:
@@ -236,9 +239,7 @@ def _leaf(leaf: UnpackedFile, path: Path, name: str, search: SecretForms, budget
         return  # compressed: its members come one by one
     if inner.endswith(".safetensors") and (weights_header := header(leaf.content)) is not None:
         forms = search.library if is_library else search.everything
-        yield from _matches(weights_header, f"{where}: its header", forms)
-        for encoding, text in decoded(weights_header) if not is_library else ():
-            yield from _matches(text, f"{where}: its header ({encoding})", forms)
+        yield from _texts(weights_header, f"{where}: its header", forms, behind_encodings=not is_library)
         return
     if not is_library and (inner.endswith(_PICKLES) or is_pickle(leaf.content)):
         yield f"{where}: a pickle, which runs code when it is loaded and can't be searched"
@@ -248,48 +249,28 @@ def _leaf(leaf: UnpackedFile, path: Path, name: str, search: SecretForms, budget
     by_chance = is_binary or path.parent == BundleFiles(path.parents[1]).tokenizer
     forms = search.library if is_library else search.binary if by_chance else search.everything
     wide = forms if by_chance and not is_binary else search.everything
-    yield from _pieces(leaf, where, forms, wide, budget, is_library=is_library, is_text=b"\0" not in head)
-
-
-def _pieces(
-    leaf: UnpackedFile,
-    where: str,
-    forms: Sequence[SecretForm],
-    wide: Sequence[SecretForm],
-    budget: UnpackBudget,
-    *,
-    is_library: bool,
-    is_text: bool,
-) -> Iterator[str]:
-    """The first match of each kind in the content, and behind its encodings."""
     for piece, lines in pieces(leaf.content):
-        yield from _matches(piece, where, forms, lines=lines if is_text else None)
-        if is_library:
-            continue
-        for encoding, text in decoded(piece):
-            yield from _matches(text, f"{where} ({encoding})", wide if encoding.startswith("UTF") else forms)
-        for content in packed_in_base64(piece):
+        at = None if b"\0" in head else lines
+        yield from _texts(piece, where, forms, wide, lines=at, behind_encodings=not is_library)
+        for content in () if is_library else packed_in_base64(piece):
             yield from _packed(content, where, forms, wide, budget)
 
 
 def _packed(
     content: bytes, where: str, forms: Sequence[SecretForm], wide: Sequence[SecretForm], budget: UnpackBudget
 ) -> Iterator[str]:
-    """An archive that stood in a text as base64. What only begins like one is none."""
+    """Search an archive that stood in a text as base64. Content that only begins like an archive is ignored."""
     try:
         for leaf in unpacked_files(io.BytesIO(content), budget, ("(base64)",)):
             for piece, _ in pieces(leaf.content):
-                inside = ": ".join([where, *leaf.names])
-                yield from _matches(piece, inside, forms)
-                for encoding, text in decoded(piece):
-                    yield from _matches(text, f"{inside} ({encoding})", wide if encoding.startswith("UTF") else forms)
+                yield from _texts(piece, ": ".join([where, *leaf.names]), forms, wide)
     except UnsearchableError:
         if budget.left < 0:
             raise
 
 
 def _is_wide(head: bytes) -> bool:
-    """Whether it is text in UTF-16 or UTF-32: most bytes of every second place are zero, or of three in four."""
+    """Whether it is text in UTF-16 or UTF-32: most bytes of every second place are zero, or of three in four places."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
         return True
     zeros = [head[place::4].count(0) * 4 for place in range(4)]
@@ -299,13 +280,29 @@ def _is_wide(head: bytes) -> bool:
 
 
 def _matches(content: bytes, where: str, forms: Sequence[SecretForm], *, lines: int | None = None) -> Iterator[str]:
-    """The first match of each kind; with `lines`, the number of lines before `content`, its line is reported."""
+    """The first match of each kind; with `lines`, the number of lines before `content`, its line is shown."""
     words, reported = WordIndex(content.lower()), set[str]()
     for form in forms:
         if form.kind not in reported and (place := form.find(content, words)) is not None:
             reported.add(form.kind)
             before = content.count(b"\n", 0, place)
             yield f"{where}{'' if lines is None else f', line {lines + before + 1}'}: {form.kind}"
+
+
+def _texts(
+    content: bytes,
+    where: str,
+    forms: Sequence[SecretForm],
+    wide: Sequence[SecretForm] | None = None,
+    *,
+    lines: int | None = None,
+    behind_encodings: bool = True,
+) -> Iterator[str]:
+    """The first match of each kind in the content, and in each text behind its encodings; `wide`: in UTF-16 or 32."""
+    yield from _matches(content, where, forms, lines=lines)
+    for encoding, text in decoded(content) if behind_encodings else ():
+        encoded_forms = wide if wide is not None and encoding.startswith("UTF") else forms
+        yield from _matches(text, f"{where} ({encoding})", encoded_forms)
 
 
 def _manifest(path: Path, name: str, search: SecretForms) -> Iterator[str]:
@@ -319,7 +316,5 @@ def _manifest(path: Path, name: str, search: SecretForms) -> Iterator[str]:
         yield from _matches(text, name, search.everything, lines=0)
         return
     yield from _matches(text, name, search.credentials, lines=0)
-    ours = json.dumps({key: value for key, value in tree.items() if key != "probes"}, ensure_ascii=False).encode()
-    yield from _matches(ours, name, search.everything)
-    for encoding, decoded_text in decoded(ours):
-        yield from _matches(decoded_text, f"{name} ({encoding})", search.everything)
+    ours = json.dumps({key: value for key, value in tree.items() if key != "probes"}, ensure_ascii=False)
+    yield from _texts(ours.encode(), name, search.everything)

@@ -1,7 +1,7 @@
-"""What Kaggle's images hold: a freeze for each version of Python, and stubs that stand for what it lists.
+"""Profiles of Kaggle's images: a freeze for each Python version, and stubs that stand for the packages in it.
 
-A profile is a text file such as `kaggle/images/python3.12.txt`, as `pip freeze` prints it, with `-r` to take another
-one's lines; a later line wins. Kaggle publishes none: `kaggle/images/freeze.ipynb`, run there, writes one.
+A profile is a text file such as `kaggle/images/python3.12.txt`, as `pip freeze` prints it. `-r` includes another one;
+a later line overrides an earlier one. Kaggle publishes none: `kaggle/images/freeze.ipynb`, run there, writes one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from packaging.utils import (
 from packaging.version import InvalidVersion, Version
 
 from pairclf.errors import PackagingError, cut, quoted
-from pairclf.files import check_name, read_plain
-from pairclf.packaging.sources import shipped
+from pairclf.files import check_name, read_plain, zip_member
+from pairclf.packaging.own_files import shipped
 
 IMAGES = "kaggle/images"
 IMAGE_LABEL = "image"
@@ -44,7 +44,7 @@ _REFRESH = "run kaggle/images/freeze.ipynb on Kaggle, and name the folder with w
 
 @dataclass(frozen=True, slots=True)
 class ImageProfile:
-    """What one image holds."""
+    """The packages of one image."""
 
     python: str
     """Its Python: 3.12."""
@@ -54,13 +54,13 @@ class ImageProfile:
     """Projects that it holds in a version which the freeze does not tell."""
 
     def without(self, projects: Collection[str]) -> ImageProfile:
-        """The image as if it lacked these: what is carried replaces what is there."""
+        """The image without these projects: carried packages replace the image's."""
         left = {name: version for name, version in self.versions.items() if name not in projects}
         return ImageProfile(self.python, left, self.unknown - set(projects))
 
 
 def profile_path(python: str, images: Path | None) -> Path:
-    """The profile of the image with this Python, in `images` or, where that is None, among pairclf's own.
+    """The profile of the image with this Python, in `images` or, if that is None, among pairclf's own.
 
     Raises:
         PackagingError: there is none.
@@ -83,22 +83,15 @@ def read_profile(python: str, path: Path) -> ImageProfile:
     Raises:
         PackagingError: a line is none that `pip freeze` writes; names file, line and text.
     """
-    versions: dict[str, Version] = {}
-    unknown: set[str] = set()
-    for name, version in _entries(path, frozenset(), []):
-        versions.pop(name, None)
-        unknown.discard(name)
-        if version is None:
-            unknown.add(name)
-        else:
-            versions[name] = version
+    entries = dict(_entries(path, frozenset(), []))  # a later line overrides an earlier one
+    versions = {name: version for name, version in entries.items() if version is not None}
     if not versions:
         raise PackagingError(f"{path} lists no package", remedy=_REFRESH)
-    return ImageProfile(python, versions, frozenset(unknown))
+    return ImageProfile(python, versions, frozenset(entries.keys() - versions.keys()))
 
 
 def _entries(path: Path, including: frozenset[Path], read: list[Path]) -> Iterator[tuple[str, Version | None]]:
-    """`(project, version)` of each line; the version is None where the line does not tell it.
+    """`(project, version)` of each line; the version is None if the line does not name it.
 
     `including`: the files that lead here; `read`: all that were read before, each as often as it was included.
     """
@@ -124,7 +117,7 @@ def _entries(path: Path, including: frozenset[Path], read: list[Path]) -> Iterat
 
 
 def _editable(line: str, before: str | None, where: str) -> Iterator[tuple[str, Version | None]]:
-    """An editable install is named in its address or in the comment before; one that is not is passed over."""
+    """An editable install, named in its address or in the comment before it; one without a name is skipped."""
     if match := _EDITABLE.match(before or ""):
         name, _, version = match["pin"].partition("==")
         yield _project(name, where), parse_version(version)
@@ -133,7 +126,7 @@ def _editable(line: str, before: str | None, where: str) -> Iterator[tuple[str, 
 
 
 def _entry(line: str, where: str) -> tuple[str, Version | None]:
-    """`name==version`, or `name @ address`, the file name of which may tell the version."""
+    """An entry `name==version`, or `name @ address`, whose file name may contain the version."""
     name, exact, version = line.partition("===" if "===" in line else "==")
     if exact and "@" not in name:
         return _project(name.strip(), where), parse_version(version.partition(" ")[0].partition(";")[0])
@@ -148,7 +141,7 @@ def _entry(line: str, where: str) -> tuple[str, Version | None]:
 
 
 def _project(name: str, where: str) -> str:
-    """The normalised name of a project: a file is named after it, so it must be a name.
+    """The normalised name of a project. A file is named after it, so it must be a valid name.
 
     Raises:
         PackagingError: it is none.
@@ -160,7 +153,7 @@ def _project(name: str, where: str) -> str:
 
 
 def parse_version(text: str) -> Version | None:
-    """None where it is of before PEP 440, as old distributions still have them."""
+    """The version; None if it does not follow PEP 440, as those of some old distributions."""
     try:
         return Version(text.strip())
     except InvalidVersion:
@@ -178,7 +171,7 @@ def _version_in(address: str) -> Version | None:
 
 
 def write_stubs(profile: ImageProfile, folder: Path) -> None:
-    """Write an empty wheel without dependencies for everything that the image holds, its version labelled `+image`.
+    """Write an empty wheel without requirements for each package of the image, its version labelled `+image`.
 
     Without dependencies, because an image's packages need not agree with each other, and are there all the same.
     """
@@ -200,16 +193,19 @@ def is_stub(version: Version) -> bool:
 def write_stub(folder: Path, project: str, version: Version) -> Path:
     """A wheel that holds its own name and nothing else."""
     stem = f"{project.replace('-', '_')}-{version}"
-    files = {
-        f"{stem}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n",
-        f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: pairclf\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = [f"{name},sha256={record_digest(text.encode())},{len(text)}\n" for name, text in files.items()]
+    wheel = "Wheel-Version: 1.0\nGenerator: pairclf\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = {"METADATA": f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n", "WHEEL": wheel}
     path = folder / f"{stem}-py3-none-any.whl"
+    return write_wheel(path, {f"{stem}.dist-info/{name}": text.encode() for name, text in files.items()})
+
+
+def write_wheel(path: Path, files: Mapping[str, bytes]) -> Path:
+    """Write a wheel of these files, and their RECORD; equal files give equal bytes."""
+    info = next(name.partition("/")[0] for name in files if ".dist-info/" in name)
+    record = [f"{name},sha256={record_digest(content)},{len(content)}\n" for name, content in files.items()]
     with zipfile.ZipFile(path, "w") as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-        archive.writestr(f"{stem}.dist-info/RECORD", "".join(record) + f"{stem}.dist-info/RECORD,,\n")
+        for name, content in {**files, f"{info}/RECORD": "".join([*record, f"{info}/RECORD,,\n"]).encode()}.items():
+            archive.writestr(zip_member(name), content, zipfile.ZIP_DEFLATED)
     return path
 
 

@@ -30,14 +30,14 @@ from pairclf.inputs.plan import LAYOUTS
 from pairclf.inputs.sequences import Item, LargestPass
 from pairclf.model.device_memory import memory_now, memory_to_have, peak_memory
 from pairclf.model.layouts import BATCH_LAYOUTS
-from pairclf.model.scoring import ClassifierScorer
+from pairclf.model.scoring import ClassifierScorer, evaluating
 
 HEAP_LARGEST = 1 << 25
 """Bytes of the largest tensor that glibc takes from its heap, once it has freed one like it (M_MMAP_THRESHOLD's limit
 on 64 bits); larger ones are given back to the system when they are freed."""
 
 HEAP_HOLES = 4.5
-"""What the heap keeps in holes at the peak, in tensors of the largest kind that lie in it: 3 to 7 were measured (30M
+"""Memory in the heap's holes at the peak, in multiples of the largest tensor in the heap: 3 to 7 were measured (30M
 Llama and Gemma-2, float32, packed and shared, 2,048 and 16,384 tokens)."""
 
 SHARED_SHARE = 1 / 8
@@ -80,7 +80,7 @@ class Footprint:
 
     @property
     def peak(self) -> int:
-        """To be compared with `jobs.estimate.peak_memory` in the end."""
+        """Expected peak in bytes, comparable with `device_memory.peak_memory`."""
         return max(self.before, self.held + self.live + self.heap)
 
     @property
@@ -131,7 +131,7 @@ class _LiveBytes(NamedTuple):
 
 
 def _tensors(scorer: ClassifierScorer, largest: LargestPass) -> _LiveBytes:
-    """Of the largest pass; where an operation has no shape function (LLM.int8's), extrapolated from smaller passes."""
+    """The live bytes of the largest pass, extrapolated from smaller passes if an operation has no shape function."""
     try:
         return _count_pass(scorer, _synthetic_items(scorer.layout, largest), FakeTensorMode(allow_non_fake_inputs=True))
     except _NOT_REHEARSED:
@@ -147,13 +147,8 @@ def _count_pass(scorer: ClassifierScorer, items: Sequence[Item], how: AbstractCo
     """Count in a pass as the scorer makes it, within `how`."""
     classifier, counter = scorer.classifier, _StorageCounter()
     batch = BATCH_LAYOUTS[scorer.layout].lay_out(items).to(classifier.device)
-    was_training = classifier.training
-    classifier.eval()
-    try:
-        with how, counter:
-            classifier(batch.inputs, batch.read_at, batch.lengths, trim=scorer.trim)
-    finally:
-        classifier.train(was_training)
+    with evaluating(classifier), how, counter:
+        classifier(batch.inputs, batch.read_at, batch.lengths, trim=scorer.trim)
     return _LiveBytes(counter.peak, counter.largest)
 
 

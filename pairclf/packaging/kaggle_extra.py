@@ -6,11 +6,11 @@ from importlib.util import find_spec
 
 from pairclf.errors import PackagingError
 
-PACKAGES = ("hatchling", "ipykernel", "nbclient", "nbformat", "uv")
+PACKAGES = ("hatchling", "ipykernel", "nbclient", "nbformat", "psutil", "uv")
 
 
 def require_extra() -> None:
-    """Refuse to begin what would end in an ImportError.
+    """Refuse to start without the packages that are imported later.
 
     Raises:
         PackagingError: a package is not installed.

@@ -1,7 +1,7 @@
-"""Runs a kernel inside the sandbox, cell by cell.
+"""Run a kernel inside the sandbox, cell by cell.
 
-Started by path with the stand-in's interpreter, where pairclf is not installed: it imports nothing of ours. It reads a
-plan (see `Plan`), proves that the sandbox holds, and prints one line of JSON for each thing that happens:
+It is started by path with the stand-in's interpreter, where pairclf is not installed, so it imports nothing of ours. It
+reads a `Plan`, checks that the sandbox is closed, and prints one line of JSON for each event:
 
     {"python": "3.12.1", "blocked": {"network": why, "input": why, "files": why}}
     {"begun": id}
@@ -44,7 +44,7 @@ _SIGN = "\x1e"  # record separator: nothing else prints it
 
 
 class Plan(TypedDict):
-    """What is to be run.
+    """What to run.
 
     Attributes:
         code: the .ipynb, or the .py of a script in percent format.
@@ -71,7 +71,7 @@ def say(**event: Any) -> None:
 
 
 def end_with(parent: int) -> None:
-    """When the rehearsal is killed, end with all that was started: a notebook's kernel has a session of its own."""
+    """When the rehearsal is killed, kill all processes below this one: a notebook's kernel has its own session."""
     while os.getppid() == parent:
         time.sleep(_LOOK)
     while below := children(os.getpid()):
@@ -84,13 +84,13 @@ def end_with(parent: int) -> None:
 
 
 def children(process: int) -> list[int]:
-    """Of all its threads."""
+    """The children of all threads of a process."""
     lists = Path("/proc", str(process), "task").glob("*/children")
     return [int(number) for path in lists for number in path.read_text().split()]
 
 
 def why_no_network() -> str | None:
-    """The system's word when a route to the outside is asked for; `None` if there is one. Nothing is sent."""
+    """The system's message when a route to the outside is opened; `None` if there is one. Nothing is sent."""
     reason = None
     for host, family in _OUTSIDE:
         with socket.socket(family, socket.SOCK_DGRAM) as channel:
@@ -104,9 +104,7 @@ def why_no_network() -> str | None:
 
 
 def why_no_writing(inputs: Path) -> str | None:
-    """The system's word when a file is made, or one is opened for writing, in the input; `None` if either went, or
-    if the input can be mounted anew so that it went.
-    """
+    """The system's message when a file of the input is opened for writing; `None` if that, or a new mount, succeeds."""
     reason = None
     if ctypes.CDLL(None).mount(None, os.fsencode(inputs), None, ctypes.c_ulong(_REMOUNT), None) == 0:
         return None
@@ -121,7 +119,7 @@ def why_no_writing(inputs: Path) -> str | None:
 
 
 def why_not_found(hidden: str) -> str | None:
-    """The system's word when a file of this machine that is hidden is looked for; `None` if it is there."""
+    """The system's message when a hidden file of this machine is looked up; `None` if it is there."""
     if not hidden:
         return ""
     try:
@@ -132,7 +130,7 @@ def why_not_found(hidden: str) -> str | None:
 
 
 def run_notebook(plan: Plan) -> bool:
-    """Execute the code cells in order; whether all went well."""
+    """Execute the code cells in order; returns whether all succeeded."""
     notebook = nbformat.read(plan["code"], as_version=4)
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     client = NotebookClient(notebook, km=manager, timeout=None)
@@ -161,7 +159,7 @@ def run_notebook(plan: Plan) -> bool:
 
 
 def run_script(plan: Plan) -> bool:
-    """Execute a script as one process; its cells tell when they begin. Whether all went well.
+    """Execute a script as one process, whose cells report their start; returns whether it succeeded.
 
     The line that opens a cell is a comment: a statement in its place leaves all others where they are.
     """
@@ -179,24 +177,27 @@ def run_script(plan: Plan) -> bool:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
     ):
         cell, start, printed = "", time.perf_counter(), ""
+
+        def end(*, failed: bool) -> None:
+            keep(plan)
+            say(cell=cell, seconds=time.perf_counter() - start, failed=failed, output=_ANSI.sub("", printed))
+
         for line in process.stdout or ():
             if not line.startswith(_SIGN):
                 printed += line
                 log.write(_ANSI.sub("", line))
                 continue
             if cell:
-                keep(plan)
-                say(cell=cell, seconds=time.perf_counter() - start, failed=False, output=_ANSI.sub("", printed))
+                end(failed=False)
             cell, start, printed = line[1:].strip(), time.perf_counter(), ""
             say(begun=cell)
         failed = process.wait() != 0
-    keep(plan)
-    say(cell=cell, seconds=time.perf_counter() - start, failed=failed, output=_ANSI.sub("", printed))
+        end(failed=failed)
     return not failed
 
 
 def keep(plan: Plan) -> None:
-    """Copy what there is of the results: the working folder goes when the sandbox does. What is gone is not kept."""
+    """Copy the results, as the working folder vanishes with the sandbox; what the kernel deleted is not kept."""
     for name in plan["results"]:
         if Path(name).is_file():
             shutil.copyfile(name, Path(plan["results_folder"], name))
@@ -205,7 +206,7 @@ def keep(plan: Plan) -> None:
 
 
 def text_of(outputs: Any) -> str:
-    """What a cell printed, as plain text; of an error its last line alone."""
+    """The output of a cell as plain text; of an error, only its last line."""
     return _ANSI.sub("", "".join(_texts(outputs)))
 
 

@@ -1,4 +1,4 @@
-"""A dry run: requests are printed and answered locally, as by a Kaggle account without any datasets or kernels."""
+"""A dry run: print requests and answer them locally, as Kaggle would for an account without datasets or kernels."""
 
 from __future__ import annotations
 
