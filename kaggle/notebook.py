@@ -52,6 +52,7 @@ STANDALONE = "{{standalone}}"  # bundles that need no base model
 BASE = "{{base}}"  # owner/model/framework/instance/version, or owner/slug of a dataset; empty: in the bundles
 PRIOR = "{{prior}}"  # by column of the submission
 SETTINGS = "{{settings}}"  # of the test's and the submission's columns
+IDS = "{{ids}}"  # the test's column of ids, and the submission's
 TRUST = "{{trust}}"  # flags that `pairclf package` was given, and that the commands below are given
 GPUS = "{{gpus}}"
 DEADLINE = "{{deadline}}"  # seconds from now on
@@ -380,7 +381,9 @@ server = None
 def give_priors(test, others):
     """The answer to a batch that no model sees: its sample submission, or its ids, with the priors."""
     wanted = [one for one in others if PRIOR.keys() & set(getattr(one, "columns", ()))]
-    rows = wanted[0] if wanted else test[["id"]]
+    rows = wanted[0] if wanted else test[IDS[:1]]
+    if not wanted:
+        rows.columns = IDS[1:]
     names = wanted[0].columns if wanted else columns(sample) if sample.is_file() else PRIOR
     texts = {name: PRIOR[name] for name in names if name in PRIOR}
     values = {name: float(text) if re.fullmatch(r"\d\.\d+", text) else text for name, text in texts.items()}

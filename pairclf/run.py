@@ -13,14 +13,15 @@ import numpy as np
 import polars as pl
 from rich.console import Group
 
+from pairclf.bundles.base import resolve_base
 from pairclf.bundles.bundle import Bundle
-from pairclf.config import Config, deciding_settings, setting_changes
+from pairclf.config import SECTIONS, Config, deciding_settings, setting_changes
 from pairclf.console import console
-from pairclf.data.audit import ACROSS_ROWS, Finding, clean, exclude_overlap, note_changes
+from pairclf.data.audit import ACROSS_ROWS, Finding, clean, exclude_overlap, note_absent_classes, note_changes
 from pairclf.data.folds import assert_apart, assert_no_leak, draw_rows, make_folds, read_folds, report, write_folds
 from pairclf.data.formats import check_is_file, expand
 from pairclf.data.rows import read_rows, scan_rows
-from pairclf.errors import ConfigError, DataError
+from pairclf.errors import ConfigError, DataError, quoted
 from pairclf.files import MAX_JSON, locked, parsed, read_plain
 from pairclf.inputs.cache import Frames
 from pairclf.scores.metrics import METRICS
@@ -115,6 +116,18 @@ def trained_as(paths: Paths) -> dict[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
+def trained_otherwise(config: Config, trained: Mapping[str, Any]) -> dict[str, str]:
+    """The settings of a training (`trained_as`) that differ from those of a config, with both values."""
+    now = deciding_settings(config)
+    if config.inputs.template.apply_chat_template:  # a training has the chat template written out
+        now = {key: value for key, value in now.items() if not key.startswith("inputs.template.")}
+    return {
+        key: f"{key}={quoted(trained.get(key))} (now {quoted(value)})"
+        for key, value in now.items()
+        if trained.get(key) != value
+    }
+
+
 def refuse_mixed_folds(run: Path, settings: Mapping[int, Mapping[str, Any]]) -> None:
     """Refuse folds of one run that were trained with different settings, by their number.
 
@@ -137,9 +150,10 @@ def refuse_mixed_bundles(bundles: Sequence[Bundle]) -> None:
     """`refuse_mixed_folds` for the bundles that lie in their run folder; those of different runs may differ."""
     runs: dict[Path, dict[int, Mapping[str, Any]]] = {}
     for bundle in bundles:
-        paths = Paths(bundle.folder.parent.parent, bundle.manifest.fold)
-        if paths.fold is not None and bundle.folder == paths.bundle:
-            runs.setdefault(paths.output.resolve(), {})[paths.fold] = deciding_settings(bundle.config)
+        folder = bundle.folder.resolve()  # it may have been named from within the run
+        paths = Paths(folder.parent.parent, bundle.manifest.fold)
+        if paths.fold is not None and folder == paths.bundle:
+            runs.setdefault(paths.output, {})[paths.fold] = deciding_settings(bundle.config)
     for run, settings in runs.items():
         refuse_mixed_folds(run, settings)
 
@@ -193,14 +207,14 @@ def labelled_rows(config: Config) -> pl.DataFrame:
     frame = read_rows(data.sources, task, labelled=True, max_rows=head, group=config.folds.group)
     if len(frame) == head and any(source.train_only for source in data.train) and not frame["train_only"].any():
         console.print(f"note: data.max_rows={data.max_rows} leaves no room for train_only rows, which are read last")
-    near, columns = config.folds.near_duplicate_threshold, data.test.columns
-    frame, excluded = exclude_overlap(frame, data.sources, task, near, columns=columns)
+    frame, excluded = exclude_overlap(frame, data.sources, config)
     frame, findings = clean(frame, task, data.rules, labelled=True)
     note_changes([*excluded, *findings])
     if frame.is_empty():
         raise DataError("no row of data.train is left", remedy="look at data.rules and at exclude_overlap")
     if data.max_rows is not None and len(frame) > data.max_rows:
         frame = draw_rows(frame, task, data.max_rows, config.seed)
+    note_absent_classes(frame, task)
     return frame
 
 
@@ -239,6 +253,17 @@ def check_rows(config: Config, folds: Sequence[int]) -> None:
     """`check_folds` and `check_files`: what is mistyped shows at once, and not after slow imports."""
     check_folds(config, folds)
     check_files(config)
+
+
+def check_training(config: Config, folds: Sequence[int]) -> None:
+    """As `check_rows`; and whether the base model is there, if it is a folder or an embedded one.
+
+    Raises:
+        ModelError: as `resolve_base`.
+    """
+    check_rows(config, folds)
+    if "model" in SECTIONS[config.approach]:
+        resolve_base(config.model.base)
 
 
 class Split(NamedTuple):

@@ -20,6 +20,9 @@ AB, BA = 0, 1
 _OWN_WORDS = {"id", "target", "weight", "group", "file", "flaws", "train_only", "template", "marker", "rounds"}
 _BESIDE_CLASSES = {"orders", "models", "seen", "prompt", "row_hash"}  # columns of scores
 
+SIDE = "response"
+"""The place of either side's text in a template that shows one side."""
+
 Kind = Literal["binary", "multiclass", "multilabel"]
 """The kind of a task: one of two classes, one of several, or any number of labels. A metric applies to some kinds."""
 
@@ -124,6 +127,11 @@ class Task(BaseModel):
     @property
     def swappable(self) -> bool:
         return self.swap_fields is not None
+
+    def places(self, *, one_sided: bool) -> tuple[str, ...]:
+        """What a template has a place for: the fields, or one side (`SIDE`) after those that are no side's."""
+        sides = self.swap_fields or ()
+        return (*(name for name in self.fields if name not in sides), SIDE) if one_sided else self.fields
 
     @property
     def swapped_fields(self) -> dict[str, str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pairclf.config import Config
 from pairclf.inputs.sequences import Item
@@ -72,3 +74,12 @@ def with_topology(change: Callable[[tuple[Span, ...]], tuple[Span, ...]]) -> Cal
 
 forget_what_went_before = with_topology(lambda sees: sees[-1:])
 see_the_siblings = with_topology(lambda sees: ((0, sees[-1][1]),))
+
+
+def with_lm_head(base: Path, folder: Path, *, tied: bool, shard: str = "1GB", **settings: object) -> Path:
+    """The base again, saved with its LM head and with other settings in its config; the tokenizer comes along."""
+    torch.manual_seed(3)
+    config = AutoConfig.from_pretrained(base, tie_word_embeddings=tied, **settings)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder, max_shard_size=shard)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder

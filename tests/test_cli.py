@@ -90,7 +90,11 @@ WITH_CONFIG = {
 @pytest.mark.parametrize(("command", "arguments"), [*WITH_PATHS.items(), *WITH_CONFIG.items()])
 @pytest.mark.parametrize(
     ("option", "form"),
-    [(["--train.batch-size", "2"], "train.batch_size=VALUE"), (["--owner", "me"], "package.owner=VALUE")],
+    [
+        (["--train.batch-size", "2"], "train.batch_size=VALUE"),
+        (["--owner", "me"], "package.owner=VALUE"),
+        (["--lr", "1"], "train.learning_rate=VALUE"),
+    ],
 )
 def test_settings_given_as_options_are_refused_with_the_right_form(
     cli: Callable[..., tuple[int, str]], command: str, arguments: list[str], option: list[str], form: str
@@ -167,6 +171,12 @@ TYPOS: dict[str, list[str]] = {
     "export c.yaml --out x --to int8 --bundle nosuch": ["no bundle"],
     "show c.yaml --row nosuch": ["no row has this id"],
     "lengths c.yaml --at many": ["no list of whole numbers"],
+    "cv c.yaml model.base=./nosuch": ["model.base=./nosuch is no folder here"],
+    "cv c.yaml model.base=run": ["base model folder run holds no config.json"],
+    "train c.yaml model.base=embedded:lama-tiny": [
+        "not shipped",
+        "model.base=embedded:gemma2-tiny or embedded:llama-tiny",
+    ],
     "lengths c.yaml --data nosuch.csv": ["no such file"],
     "pseudo c.yaml --data nosuch --scores nosuch": ["no such file"],
 }

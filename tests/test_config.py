@@ -95,6 +95,11 @@ def test_a_misspelt_former_key_leads_to_todays() -> None:
         ("epochs", "its whole name is train.num_train_epochs"),
         ("train.temperature", "its whole name is predict.temperature or train.distill.temperature"),
         ("train.learnin_rate", "the nearest is train.learning_rate"),
+        ("task.label", "pairclf calls it task.label_column"),
+        ("task.target", "pairclf calls it task.label_column"),
+        ("train.trainBatchSize", "pairclf calls it train.global_batch_size"),
+        ("folds.folds", "pairclf calls it folds.n_splits"),
+        ("train.zebra", "no name is near to it"),
     ],
 )
 def test_a_name_of_another_library_or_section_leads_to_ours(key: str, meant: str) -> None:
@@ -286,6 +291,8 @@ WORDS = {"winner_model_a": "a", "winner_model_b": "b", "winner_tie": "c"}
         ({"model": {"label_words": WORDS, "head": "two_layer"}}, "label_words initialise a linear head"),
         ({"model": {"label_words": {"winner_tie": "c"}}}, "it must name each class"),
         ({"model": {"label_words": WORDS | {"winner_tie": "a"}}}, "gives two classes the same word"),
+        ({"model": {"label_words": WORDS | {"winner_tie": ["c", "d"]}}}, "needs one word for each class"),
+        ({"model": {"label_scoring": "joint"}}, "changes nothing with readout=head"),
         (
             {
                 "task": {"name": "t", "fields": ["text"], "classes": ["u", "v"], "multi_label": True},
@@ -315,6 +322,30 @@ def test_characters_that_no_path_can_have_are_refused(text: str, escape: str) ->
         parse_yaml(text.format(escape), "a.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {folder: a}\nseed: 1\ndata: {train: b.csv}", "the key 'data' stands twice in line 3, column 1"),
+        ("members:\n- bundle: a\n  bundle: b", "the key 'bundle' stands twice in line 3, column 3"),
+        ("task:\n\tname: a", "cannot start any token in line 2, column 1"),
+    ],
+)
+def test_flaws_of_a_yaml_file_name_their_line(text: str, message: str) -> None:
+    """YAML itself takes the last of two equal keys, and all that stands below the first would be lost."""
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_yaml(text, "a.yaml")
+    assert "indent with spaces, never tabs; write each key once" in str(error.value)
+
+
+def test_a_runs_folder_in_place_of_a_config_leads_to_its_config(tmp_path: Path) -> None:
+    (tmp_path / "run/fold0").mkdir(parents=True)
+    (tmp_path / "run/fold0/config.yaml").write_text("seed: 1\n")
+    with pytest.raises(ConfigError, match=r"of this run: .*run/fold0/config\.yaml"):
+        load_config(tmp_path / "run")
+    with pytest.raises(ConfigError, match="without blanks around `=`"):
+        override(Config(), ["seed", "=", "3"])
+
+
 def test_missing_setting_is_explained_by_a_remedy_that_works(
     tmp_path: Path, cli: Callable[..., tuple[int, str]]
 ) -> None:
@@ -333,16 +364,20 @@ def test_missing_setting_is_explained_by_a_remedy_that_works(
 def test_labels_and_words_of_a_config_may_be_numbers() -> None:
     task = {"name": "t", "fields": ["text"], "classes": [0, 1], "label_column": "y"}
     data = {"train": {"files": "a.csv", "label_column": "y", "labels": {0: 1, True: 0}}}
-    config = resolve({"task": task, "data": data, "model": {"label_words": {0: "no", 1: "yes"}}})
+    config = resolve({"task": task, "data": data, "model": {"label_words": {0: "no", 1: 1}}})
     assert config.data.train[0].labels == {"0": "1", "true": "0"}
-    assert config.model.label_words == {"0": "no", "1": "yes"}
+    assert config.model.label_words == {"0": ["no"], "1": ["1"]}
 
 
 def test_test_file_is_a_name_or_a_mapping() -> None:
     for value, file in (("t.csv", Path("data/t.csv")), ({"file": "t.csv"}, Path("data/t.csv")), (None, None)):
         assert resolve({"data": {"folder": "data", "test": value}}).data.test_file == file
     data = resolve({"data": {"test": {"file": "t.csv", "columns": {"id": "row", "prompt": "q"}}}}).data
-    assert data.submission.id == "row"
+    assert data.settled_submission.id == "row"
+    data.submission.columns = {"winner_tie": "\N{HANDSHAKE} égalité"}
     assert data.of_bundle.test.columns == {"id": "row", "prompt": "q"}
     assert data.of_bundle.test_file is None
-    assert override(resolve({}), data.naming).data.of_bundle == data.of_bundle
+    bundle = override(resolve({}), data.naming)
+    assert bundle.data.of_bundle == data.of_bundle
+    other = override(bundle, ["data.test.columns.id=key", "data.submission.columns={}"]).data.settled_submission
+    assert (other.id, other.columns) == ("key", {})

@@ -27,7 +27,7 @@ from pairclf.errors import LeakError
 from pairclf.model.backbone import load_base, load_tokenizer
 from pairclf.model.engine import Classifier, build
 from pairclf.model.inputs import open_inputs
-from pairclf.model.readout import TwoLayerHead
+from pairclf.model.readout import LabelTokenHead, TwoLayerHead
 from pairclf.run import Run as TrainedRun
 from pairclf.run import labelled_rows
 from pairclf.runs.fit import fit
@@ -41,6 +41,7 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 SIZES = {
     "public-gemma2-qlora": ["model.lora.first_layer=3"],  # of 6 layers
     "public-llama3-qlora": ["model.label_words.winner_tie=' t'"],  # their tokenizer has no ` tie`
+    "label-tokens-llama3": ["model.label_words.winner_tie=' t'"],
     "lmsys-3rd": ["train.eval_steps=1", "train.early_stopping_patience=1"],
     "arxiv-2512.12677-head": ["train.eval_steps=1", "train.early_stopping_patience=1", "train.num_train_epochs=1"],
     "lmsys-1st": ["train.eval_steps=1", "train.num_train_epochs=1"],
@@ -169,7 +170,7 @@ def test_recipe_says_what_is_theirs_and_has_a_folder_of_its_own(recipe: str) -> 
 
 def test_recipes_make_packages_of_different_names() -> None:
     names = [load_config(FOLDER / f"{recipe}.yaml").package.name for recipe in RECIPES]
-    assert len(set(names)) == len(names) == 7
+    assert len(set(names)) == len(names) == 10
 
 
 def test_sources_of_the_second_place_can_be_uncommented() -> None:
@@ -221,6 +222,16 @@ def test_second_place_trains_the_embedding_without_padding(train: Start) -> None
 def test_public_llama_trains_its_head(train: Start) -> None:
     run = train("public-llama3-qlora")
     assert not torch.equal(load_file(run.folder / "head.safetensors")["weight"], run.first_head["weight"])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("recipe", ["arxiv-2512.12677-instruction", "label-tokens-llama3", "reward-gemma"])
+def test_recipes_of_other_readouts_train_and_verify(train: Start, recipe: str) -> None:
+    run = train(recipe)
+    labels = run.config.model.readout == "label_tokens"
+    assert ("label_mass" in run.log[0]) == labels
+    first, last = run.first_head["weight"], load_file(run.folder / "head.safetensors")["weight"]
+    assert torch.equal(first, last) == labels, "label tokens are frozen, a reward is not"
 
 
 @pytest.mark.thorough
@@ -305,3 +316,14 @@ def assert_stopped(run: Run) -> None:
     """The second look was no better than the first: two steps of three, and the first one's weights are kept."""
     assert [line["held_out_log_loss"] for line in run.log if "held_out_log_loss" in line] == [1.0, 1.1]
     assert max(line["step"] for line in run.log) == 2
+
+
+def test_instruction_tuning_starts_from_the_lm_and_a_reward_from_one_order(start: Start) -> None:
+    instruction, reward = start("arxiv-2512.12677-instruction"), start("reward-gemma")
+    head = instruction.learner.classifier.head
+    assert isinstance(head, LabelTokenHead)
+    assert not [name for name in instruction.learner.weights if name.startswith("head.")]
+    embedding = instruction.learner.classifier.backbone.get_input_embeddings().weight  # type: ignore[operator]
+    assert torch.equal(head.weight, embedding[[37, 38, 39]].float())  # A, B, C
+    assert reward.config.train.orders == 1
+    assert reward.learner.weights.keys() >= {"head.weight", "head.tie"}

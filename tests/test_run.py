@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,14 @@ def config_at(run: Path, **train: float) -> Config:
     return resolve({"output_dir": str(run), "folds": {"n_splits": 2}, "train": train})
 
 
+def predict_from_within(config: Config, out: Path) -> None:
+    with chdir(Path(str(config.output_dir), "fold1")):
+        open_ensemble([Path("../fold0/bundle"), Path("bundle")], None, [])
+
+
 JOINED: dict[str, Callable[[Config, Path], object]] = {
     "predict": lambda config, out: open_ensemble(bundles_of(config), None, []),
+    "predict from within the run": predict_from_within,
     "merge": lambda config, out: merge(config, out, max_shift=1.0),
     "merge of chosen folds": lambda config, out: merge(config, out, max_shift=1.0, folds=[0, 1]),
     "evaluate": lambda config, out: evaluate_run(config, None),
@@ -64,3 +71,6 @@ def test_runs_are_listed(tmp_path: Path, cli: Callable[..., tuple[int, str]]) ->
     assert " b 0 of 3 - 1.50 2026-01-02 03:04 nothing: as" in text
     file.unlink()
     assert "can't be read" in cli("runs", tmp_path / "runs")[1]
+    assert ".. 0 of 3 - 1.50" in cli("runs", tmp_path / "runs/b/fold0")[1]
+    hollow_run(tmp_path / "damaged", trained, seconds="long", finished=5, config_file=[])
+    assert ". 0 of 3 - - - (its config file is unknown)" in cli("runs", tmp_path / "damaged")[1]

@@ -125,14 +125,14 @@ def test_config_of_the_page_goes_from_csv_to_submission(
         assert code == 0, text
         assert "its rows are those of the sample submission, in its order" in text
         assert pl.read_csv("second.csv").sort("id").equals(before)
-    check_submission(Path("submission.csv"), sample, task, config.data.submission)
+    check_submission(Path("submission.csv"), sample, task, config.data.settled_submission)
     assert_right(Path("submission.csv"), sample, config, targets)
     assert_together(config)
 
 
 def assert_right(submission: Path, sample: Path, config: Config, targets: list[list[int]]) -> None:
     """The submission tells the classes of nearly all test rows."""
-    form, _ = open_sample(sample, config.task, config.data.submission)
+    form, _ = open_sample(sample, config.task, config.data.settled_submission)
     rows = pl.read_csv(submission, infer_schema=False)
     values = form.read(rows)[[rows[form.id].to_list().index(f"r{TRAINING + row}") for row in range(TEST)]]
     truth = np.array([[float(place in held) for place in range(len(config.task.classes))] for held in targets])

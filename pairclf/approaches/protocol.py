@@ -50,12 +50,16 @@ class Process(NamedTuple):
 KEPT_STEP = "kept_step"
 """In `Fitted.record` and a bundle's metrics: the step whose weights were kept, where it was chosen by evaluations."""
 
+LABEL_MASS = "label_mass"
+"""In the same and in metrics.jsonl: the share of the vocabulary's probability that the labels' tokens hold."""
+
 
 class Fitted(Protocol):
     """A trained model.
 
     Attributes:
-        record: figures of the training: `seconds` (over all interruptions), `steps`, `KEPT_STEP`, as far as there are.
+        record: figures of the training: `seconds` (over all interruptions), `steps`, `KEPT_STEP`, `LABEL_MASS`, as far
+            as there are.
     """
 
     record: Mapping[str, float]

@@ -29,21 +29,17 @@ def resolve_base(base: str, override: Path | None = None) -> str:
         ModelError: the folder or the embedded model does not exist, or a file in the folder asks for what the person at
             the command has not permitted.
     """
-    if override is not None:
-        if not (override / "config.json").is_file():
-            raise ModelError(
-                f"base model folder {override} holds no config.json", remedy="give the folder of the model"
-            )
-        check_model_folder(override)
-        return str(override)
-    if base.startswith(EMBEDDED):
+    if base.startswith(EMBEDDED) and override is None:
         folder = Path(str(files("pairclf"))) / "embedded" / base.removeprefix(EMBEDDED)
         if not (folder / "config.json").is_file():
-            shipped = sorted(entry.parent.name for entry in folder.parent.glob("*/config.json"))
-            raise ModelError(f"model.base={base} is not shipped with pairclf", remedy=f"one of {shipped}")
+            shipped = sorted(EMBEDDED + entry.parent.name for entry in folder.parent.glob("*/config.json"))
+            remedy = f"model.base={' or '.join(shipped)}"
+            raise ModelError(f"model.base={base} is not shipped with pairclf", remedy=remedy)
         return str(folder)
-    folder = Path(os.path.expanduser(base))  # Path's own raises for a user who is not there
-    if folder.is_dir():
+    folder = override or Path(os.path.expanduser(base))  # Path's own raises for a user who is not there
+    if override or folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"base model folder {folder} holds no config.json", remedy="give the folder of the model")
         check_model_folder(folder)
         return str(folder)
     if not base.startswith((".", "/", "~")) and base.count("/") <= 1:

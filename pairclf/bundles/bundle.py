@@ -222,7 +222,7 @@ def verify_files(bundle: Bundle, between: Callable[[], object] = lambda: None) -
 def _contradiction(manifest: Manifest, config: Config) -> str | None:
     """How a manifest contradicts its config; None: it does not."""
     task: Task = config.task
-    classes, orders = len(task.classes), 2 if task.swappable else 1
+    classes, orders = len(task.classes), config.orders
     if manifest.classes != list(task.classes):
         return f"classes {quoted(manifest.classes)}, and the task has {quoted(list(task.classes))}"
     if manifest.approach != config.approach:

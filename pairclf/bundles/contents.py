@@ -11,7 +11,8 @@ of a fine-tuned model (`model/weights.py`):
     backbone/           instead of adapter/, where the whole model was trained, or adapters were merged into it; as its
                         own config.json says it may hold quantised weights (`pairclf export`)
     head.safetensors    float32; linear: weight (C, H) and bias (C,); two_layer: inner.weight (H, H), inner.bias (H,),
-                        outer.weight (C, H), outer.bias (C,)
+                        outer.weight (C, H), outer.bias (C,); label_tokens: weight (E, H), bias (E,),
+                        the LM head's rows of the E tokens in the labels' trie; reward: weight (1, H), tie ()
 
 of a classical one (`approaches/classical.py`):
 

@@ -145,8 +145,10 @@ def _keys_like(name: str) -> list[str]:
     """Keys of the settings that an option's name can mean."""
     if "." in name:
         return [name]
-    from pairclf.config import Config, settings
+    from pairclf.config import ELSEWHERE, Config, settings
 
+    if name in ELSEWHERE:
+        return [ELSEWHERE[name]]
     keys = [key for key, _ in settings(Config)]
     sections = {key.rpartition(".")[0] for key in keys}
     return [key for key in keys if key.rpartition(".")[2] == name and key not in sections]

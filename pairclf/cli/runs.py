@@ -62,20 +62,20 @@ def _run_processes(processes: int | None) -> None:
         raise typer.Exit(exit_code)
 
 
-def _check_rows(config: Config, folds: list[int] | None) -> None:
+def _check_training(config: Config, folds: list[int] | None) -> None:
     """Find what is mistyped before torch is imported, which takes seconds."""
-    from pairclf.run import check_rows
+    from pairclf.run import check_training
 
-    check_rows(config, folds or [])
+    check_training(config, folds or [])
 
 
 def _check_bundles(config: Config, command: str, folds: list[int] | None, bundle: Path | None = None) -> None:
-    """As `_check_rows`, for commands that read language models of a run, or one that is named."""
+    """As `_check_training`, for commands that read language models of a run, or one that is named."""
     from pairclf.bundles.manifest import read_manifest
-    from pairclf.run import bundles_of
+    from pairclf.run import bundles_of, check_rows
 
     config.require("model", command)
-    _check_rows(config, folds)
+    check_rows(config, folds or [])
     for folder in [bundle] if bundle else bundles_of(config, folds or []):
         read_manifest(folder)
 
@@ -124,7 +124,7 @@ def train(
 
     settings, held_out = load(config, overrides), one_fold(fold, "pairclf cv CONFIG --fold 0 --fold 1")
     _run_processes(processes)
-    _check_rows(settings, fold)
+    _check_training(settings, fold)
     from pairclf.runs.fit import fit
 
     _print_once(fit(settings, held_out, resume=resume, trust_checkpoint=trust_checkpoint, config_file=config))
@@ -145,7 +145,7 @@ def cv(
 
     settings = load(config, [*(overrides or []), *([f"folds.run={fold}"] if fold else [])])
     _run_processes(processes)
-    _check_rows(settings, settings.folds.run)
+    _check_training(settings, settings.folds.run)
     from pairclf.runs.cv import cross_validate
 
     _print_once(*cross_validate(settings, resume=resume, trust_checkpoint=trust_checkpoint, config_file=config))

@@ -29,7 +29,7 @@ class Source(Section):
         [], description="further columns that the files may have and that are not read; all: any column not in columns"
     )
     exclude_overlap: list[Path] = Field(
-        [], description="files or globs; rows whose prompt equals or nearly equals one of theirs are dropped"
+        [], description="files or globs; rows that share a folds.group, or (nearly) a prompt, with theirs are dropped"
     )
     train_only: bool = Field(
         False, description="train on these rows in every fold and never hold them out (pseudo-labels, extra data)"
@@ -186,12 +186,16 @@ class Data(Section):
     def naming(self) -> list[str]:
         """`key=value` overrides that give a trained bundle the `test.columns` and `submission` of these settings."""
         trees = {"test.columns": self.test.columns, "submission": self.submission.model_dump(exclude_defaults=True)}
-        return [f"data.{key}.{name}={json.dumps(value)}" for key, tree in trees.items() for name, value in tree.items()]
+        return [
+            f"data.{key}.{name}={json.dumps(value, ensure_ascii=False)}"
+            for key, tree in trees.items()
+            for name, value in tree.items()
+        ]
 
-    @model_validator(mode="after")
-    def _derive(self) -> Data:
-        self.submission.id = self.submission.id or self.test.columns.get("id")
-        return self
+    @property
+    def settled_submission(self) -> Submission:
+        """`submission`, with the test files' column of ids where it names none."""
+        return self.submission.model_copy(update={"id": self.submission.id or self.test.columns.get("id")})
 
     @property
     def names(self) -> list[Path]:

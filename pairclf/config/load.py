@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,9 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise ConfigError(f"extends comes back to {path}", where=seen[0])
         text = read_plain(path, MAX_YAML)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"config {cut(path)} can't be read: {cut(error)}", remedy="give the path of a YAML file"
-        ) from error
+        of_run = sorted(path.glob("*/config.yaml"))[:1] if os.path.isdir(path) else []
+        remedy = "give the path of a YAML file" + "".join(f"; of this run: {name}" for name in of_run)
+        raise ConfigError(f"config {cut(path)} can't be read: {cut(error)}", remedy=remedy) from error
     tree = parse_yaml(text, path)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -79,7 +80,7 @@ def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
     for text in overrides:
         key, equals, yaml_text = text.partition("=")
         if not equals or not key:
-            remedy = "e.g. train.num_train_epochs=2"
+            remedy = "e.g. train.num_train_epochs=2, without blanks around `=`"
             raise ConfigError(f"override {quoted(text)} is not of the form key=value", remedy=remedy)
         value = parse_yaml(yaml_text, f"override {quoted(text)}")
         for part in reversed(key.split(".")):
@@ -89,10 +90,10 @@ def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` merged into `base`, section by section; lists and scalars are replaced."""
+    """`over` merged into `base`, section by section; lists and scalars are replaced, and so is what `over` empties."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        both = isinstance(value, Mapping) and bool(value) and isinstance(below, Mapping)
         merged[key] = _merge(dict(below), value) if both and below is not None else value
     return merged

@@ -1,13 +1,13 @@
-"""`model`: the base model, its quantisation, its adapters and its classification head."""
+"""`model`: the base model, its quantisation, its adapters, and how logits are read out of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from pairclf.config.section import Section
+from pairclf.config.section import Section, as_list
 from pairclf.task import Label
 from pairclf.trust import REMOTE_CODE
 
@@ -38,14 +38,31 @@ class Model(Section):
         "auto", description="auto: pairclf's own, which supports padded and packed batches; others: as in transformers"
     )
     lora: Lora | None = Field(default_factory=Lora, description="LoRA adapters; null: train all weights")
+    readout: Literal["head", "label_tokens", "reward"] = Field(
+        "head",
+        description="how states become logits: head (a classification head of our own), label_tokens (the LM head's "
+        "own logits of label_words as the next token; frozen), reward (a score of each side's text alone)",
+    )
+    tie_model: Literal["davidson", "rao_kupper"] | None = Field(
+        None,
+        description="with readout=reward: probability of a tie of two rewards; null: davidson where the task has "
+        "ties, else Bradley-Terry",
+    )
     head: Literal["linear", "two_layer"] = Field(
         "linear", description="classification head: one linear layer, or two with a GELU between them"
     )
     pooling: Literal["last", "mean"] = Field(
         "last", description="input of the head: the last token's hidden state, or the mean over the sequence"
     )
-    label_words: dict[Label, Label] = Field(
-        {}, description="maps each class to a word; the linear head is initialised with the LM head's rows of the words"
+    label_words: dict[Label, Annotated[list[Label], BeforeValidator(as_list)]] = Field(
+        {},
+        description="maps each class to a word, or to synonyms, that may follow the text; with readout=head the linear "
+        "head is initialised with the LM head's rows of the words",
+    )
+    label_scoring: Literal["trie", "joint"] = Field(
+        "trie",
+        description="words of several tokens with readout=label_tokens: trie (each token's probability among the "
+        "labels' own tokens at its place), joint (among the whole vocabulary)",
     )
 
     @model_validator(mode="before")
@@ -61,13 +78,34 @@ class Model(Section):
             )
         return {name: value for name, value in tree.items() if name != "trust_remote_code"}
 
+    @property
+    def scored_words(self) -> dict[str, list[str]]:
+        """The words whose tokens are scored behind the text; none unless the readout is of label tokens."""
+        return self.label_words if self.readout == "label_tokens" else {}
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether the model sees one of a row's two sides at a time, and so no order of them."""
+        return self.readout == "reward"
+
     @model_validator(mode="after")
     def _legal(self) -> Model:
-        if self.quantization != "none" and self.lora is None:
-            raise ValueError(
-                f"quantization={self.quantization} freezes the base weights, and lora=null trains no adapters: only "
-                "the head would be trained; set quantization=none or lora={}"
-            )
         if self.label_words and self.head != "linear":
             raise ValueError(f"label_words initialise a linear head, not head={self.head}; set head=linear")
+        if self.readout == "head" and any(len(words) != 1 for words in self.label_words.values()):
+            raise ValueError("label_words with readout=head needs one word for each class; set readout=label_tokens")
+        if self.label_scoring != "trie" and self.readout != "label_tokens":
+            raise ValueError(f"label_scoring changes nothing with readout={self.readout}; set readout=label_tokens")
+        if self.readout == "label_tokens" and not all(self.label_words.values() or [None]):
+            raise ValueError("readout=label_tokens needs label_words, a word for each class")
+        if self.readout != "head" and self.pooling != "last":
+            raise ValueError(
+                f"readout={self.readout} reads the last token, not pooling={self.pooling}; set pooling=last"
+            )
+        if self.readout == "reward" and (self.label_words or self.head != "linear"):
+            raise ValueError("readout=reward has a linear head of its own, and reads neither head nor label_words")
+        if self.tie_model and self.readout != "reward":
+            raise ValueError(
+                f"tie_model={self.tie_model} changes nothing with readout={self.readout}; set readout=reward"
+            )
         return self

@@ -33,7 +33,8 @@ def _expanded(node: yaml.Node, counts: dict[int, int]) -> int:
     """Values that a node stands for. A node within itself stands for more than any limit.
 
     Raises:
-        yaml.YAMLError: a text has a character that neither a file's name nor any other text can have.
+        yaml.YAMLError: a text has a character that neither a file's name nor any other text can have; or a mapping has
+            a key twice, of which YAML would drop the first.
     """
     if isinstance(node, yaml.ScalarNode):
         if match := _UNUSABLE.search(node.value):
@@ -42,6 +43,10 @@ def _expanded(node: yaml.Node, counts: dict[int, int]) -> int:
     if id(node) not in counts:
         counts[id(node)] = MAX_NODES + 1  # until it is counted: a node that meets it lies within it
         pairs = isinstance(node, yaml.MappingNode)
+        names: dict[str, yaml.Node] = {}
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if pairs else []:
+            if names.setdefault(key.value, key) is not key:
+                raise yaml.YAMLError(f"the key {quoted(key.value)} stands twice\n{key.start_mark}")
         children = [child for pair in node.value for child in pair] if pairs else node.value
         counts[id(node)] = min(1 + sum(_expanded(child, counts) for child in children), MAX_NODES + 1)
     return counts[id(node)]
@@ -68,4 +73,6 @@ def parse_yaml(text: str, where: object) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        raise ConfigError(f"not valid YAML: {cut(' '.join(str(error).split()), 1000)}", where=where) from error
+        said = " ".join(str(error).replace(' "<unicode string>",', "").split())
+        remedy = "indent with spaces, never tabs; write each key once; put texts with `: ` or ` #` in quotes"
+        raise ConfigError(f"not valid YAML: {cut(said, 1000)}", where=where, remedy=remedy) from error

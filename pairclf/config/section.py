@@ -33,8 +33,8 @@ _S = TypeVar("_S", bound=Section)
 
 
 def as_list(value: Any) -> Any:
-    """One name, or one mapping, as a list of one."""
-    return [value] if isinstance(value, str | Path | Mapping) else value
+    """One name, number or mapping, as a list of one."""
+    return [value] if isinstance(value, str | int | float | Path | Mapping) else value
 
 
 def settings(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -82,7 +82,14 @@ def _meant(key: str, keys: Mapping[str, str], elsewhere: Mapping[str, str]) -> s
         return f"its whole name is {' or '.join(sorted(same))}"
     if name in elsewhere:
         return f"pairclf calls it {elsewhere[name]}"
-    return f"the nearest is {keys[difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]]}"
+    spelled = {known.rpartition(".")[2].replace("_", "").lower(): current for known, current in elsewhere.items()}
+    if current := spelled.get(name.replace("_", "").lower()):
+        return f"pairclf calls it {current}"
+    alike = difflib.get_close_matches(name, {known.rpartition(".")[2] for known in keys}, n=5)
+    near = difflib.get_close_matches(
+        key, [known for known in keys if known.rpartition(".")[2] in alike], n=1, cutoff=0.0
+    )
+    return f"the nearest is {keys[near[0]]}" if near else "no name is near to it"
 
 
 def _explain(error: ValidationError, section: type[Section]) -> Iterator[str]:

@@ -37,7 +37,11 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 class Train(Section):
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the training rows; may be a fraction")
-    max_steps: int | None = Field(None, ge=1, description="stop after N optimizer steps; null: after num_train_epochs")
+    max_steps: int | None = Field(
+        None,
+        ge=0,
+        description="stop after N optimizer steps; null: after num_train_epochs; 0: the base as it is, zero-shot",
+    )
     global_batch_size: int = Field(16, ge=1, description="rows per optimizer step, over all processes")
     per_device_train_batch_size: int = Field(
         8, ge=1, description="maximum rows per forward pass and process; affects memory and speed, not results"
@@ -48,8 +52,10 @@ class Train(Section):
         description="maximum tokens per forward pass, padding and both orders included (a longer row runs alone); "
         "affects memory and speed, not results; null: no limit",
     )
-    layout: Literal["padded", "packed"] = Field(
-        "packed", description="padded: pad the rows of a batch to the longest; packed: concatenate them without padding"
+    layout: Literal["padded", "packed", "shared"] = Field(
+        "packed",
+        description="padded: pad the rows of a batch to the longest; packed: concatenate them without padding; shared: "
+        "packed, with common prefixes computed once (model.readout=reward has no other)",
     )
     optim: Optimizer = Field("adamw_torch", description="8bit: 8-bit states; paged: states can move to CPU memory")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of the adapters (or of the whole model)")
@@ -75,6 +81,11 @@ class Train(Section):
     label_smoothing_factor: float = Field(
         0.0, ge=0, lt=1, description="fraction of each target that is spread evenly over all classes"
     )
+    loss: Literal["labels", "vocabulary"] = Field(
+        "labels",
+        description="cross-entropy over the labels, or (model.readout=label_tokens) over the whole vocabulary at the "
+        "place where the label is read",
+    )
     swap: Literal["none", "random", "both"] = Field(
         "both",
         description="order augmentation: none (as in the file), random (one random order per row and step), both (both "
@@ -82,6 +93,12 @@ class Train(Section):
     )
     consistency_weight: float = Field(
         0.0, ge=0, description="weight of the symmetric KL divergence between the predictions of a row's two orders"
+    )
+    center_rewards_coefficient: float | None = Field(
+        None,
+        gt=0,
+        description="with model.readout=reward: weight of the squared sum of a row's two rewards, which keeps their "
+        "mean at 0; null: none",
     )
     distill: Distill = Field(default_factory=Distill, description="distillation from teachers' scores")
     ema_decay: float | None = Field(

@@ -55,10 +55,22 @@ class Config(Section):
     @model_validator(mode="after")
     def _derive(self) -> Config:
         self._refuse_unread()
-        complete_template(self.inputs.template, self.task)
+        self._check_sides()
+        complete_template(self.inputs.template, self.task, one_sided=self.model.one_sided)
         self._complete_truncation()
         self._check_training()
+        self._check_readout()
         return self
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights of the base are trained."""
+        return self.model.lora is None and self.train.max_steps != 0
+
+    @property
+    def orders(self) -> int:
+        """Orders of a row's two sides that a model sees differently."""
+        return 2 if self.task.swappable and not self.model.one_sided else 1
 
     def unread(self) -> list[str]:
         """Sections that the approach does not read."""
@@ -113,26 +125,86 @@ class Config(Section):
 
     def _check_training(self) -> None:
         train, task, words = self.train, self.task, self.model.label_words
-        if not task.swappable and (train.swap == "random" or train.consistency_weight):
-            raise ValueError(
-                "train.swap=random and train.consistency_weight need a task with swap_fields; the task "
-                f"{task.name} has none"
-            )
-        if train.swap == "both" and not task.swappable:
+        different = {word for synonyms in words.values() for word in synonyms}
+        if self.orders == 1 and (train.swap == "random" or train.consistency_weight):
+            why = f"the task {task.name} has none" if not task.swappable else "model.readout=reward sees one at a time"
+            raise ValueError(f"train.swap=random and train.consistency_weight need a task with swap_fields; {why}")
+        if train.swap == "both" and self.orders == 1:
             train.swap = "none"
-        if train.layout == "packed" and self.model.attn_implementation in ("eager", "sdpa"):
+        if train.layout != "padded" and self.model.attn_implementation in ("eager", "sdpa"):
             raise ValueError(
                 f"model.attn_implementation={self.model.attn_implementation} would let packed rows attend to each "
                 "other; set train.layout=padded or model.attn_implementation=auto"
             )
         if words and set(words) != set(task.classes):
             raise ValueError(f"model.label_words names {sorted(words)}; it must name each class: {list(task.classes)}")
-        if len(set(words.values())) < len(words):
+        if len(different) < sum(map(len, words.values())):
+            raise ValueError(f"model.label_words {words} gives two classes the same word, or one class a word twice")
+        if train.max_steps == 0:
+            self.model.lora = None  # nothing trains it
+        if self.trains_all and self.model.quantization != "none":
             raise ValueError(
-                f"model.label_words {words} gives two classes the same word, and so the same initial weights"
+                f"model.quantization={self.model.quantization} freezes the base weights, and model.lora=null trains no "
+                "adapters: only the head would be trained; set model.quantization=none or model.lora={}"
             )
         if train.distill.scores and task.multi_label:
             raise ValueError(
                 "train.distill needs probabilities that sum to 1; the task is multi_label, with a probability for each "
                 "label"
+            )
+
+    def _check_sides(self) -> None:
+        """What a reward for each side needs."""
+        model, train, task, layout = self.model, self.train, self.task, self.predict.layout
+        if not model.one_sided:
+            if train.center_rewards_coefficient is not None:
+                raise ValueError(
+                    f"train.center_rewards_coefficient changes nothing with model.readout={model.readout}; remove it"
+                )
+            return
+        if task.swap_fields is None or len(task.classes) > 3:
+            raise ValueError(
+                f"model.readout=reward scores two sides that win or tie, and the task {task.name} has "
+                f"swap_fields {task.swap_fields} and {len(task.classes)} classes; set model.readout=head"
+            )
+        if model.tie_model and len(task.classes) == 2:
+            raise ValueError(
+                f"model.tie_model={model.tie_model} needs a class for ties, and the task {task.name} has only "
+                f"{list(task.classes)}; remove it"
+            )
+        if train.layout == "packed":
+            train.layout = "shared"
+        if train.layout == "padded" or layout not in ("auto", "shared"):
+            raise ValueError(
+                "model.readout=reward computes a row's prompt once for both sides: set train.layout=shared and "
+                "predict.layout=auto"
+            )
+
+    def _check_readout(self) -> None:
+        model, train = self.model, self.train
+        if model.readout != "label_tokens" and train.max_steps == 0:
+            raise ValueError(
+                f"train.max_steps=0 leaves the head of model.readout={model.readout} at random; set "
+                "model.readout=label_tokens"
+            )
+        if model.readout == "label_tokens":
+            if train.head_learning_rate is not None:
+                raise ValueError(
+                    f"train.head_learning_rate={train.head_learning_rate} changes nothing: model.readout=label_tokens "
+                    "has no trained head"
+                )
+            if model.label_scoring == "joint" and self.trains_all:
+                raise ValueError(
+                    "model.label_scoring=joint reads the base's LM head, and model.lora=null trains the base away from "
+                    "it; set model.label_scoring=trie or model.lora={}"
+                )
+            if self.task.multi_label:
+                raise ValueError(
+                    f"model.readout=label_tokens gives one label, and the task {self.task.name} is multi_label; set "
+                    "model.readout=head"
+                )
+        elif train.loss == "vocabulary":
+            raise ValueError(
+                f"train.loss=vocabulary scores words, and model.readout={model.readout} gives none; set "
+                "model.readout=label_tokens"
             )

@@ -14,7 +14,7 @@ rows only. Test rows are never dropped: they are repaired if a repair exists, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -22,12 +22,13 @@ from typing import get_args
 import polars as pl
 from rich.table import Table
 
-from pairclf.config import Rules, Source
+from pairclf.config import Config, Rules, Source
 from pairclf.console import console, counted, table
 from pairclf.data.duplicates import near_overlap, normalised_prompts
-from pairclf.data.formats import CONTROL, Flaw, expand, refuse
+from pairclf.data.folds import same_group
+from pairclf.data.formats import CONTROL, Flaw, existing, expand, refuse
 from pairclf.data.rows import read_rows
-from pairclf.errors import DataError, visible
+from pairclf.errors import DataError, cut, visible
 from pairclf.files import write_json
 from pairclf.task import Task
 
@@ -81,41 +82,48 @@ def clean(frame: pl.DataFrame, task: Task, rules: Rules, *, labelled: bool) -> t
 
 
 def exclude_overlap(
-    frame: pl.DataFrame,
-    sources: Sequence[Source],
-    task: Task,
-    near: float | None,
-    *,
-    columns: Mapping[str, str | None] | None = None,
-    labelled: bool = True,
+    frame: pl.DataFrame, sources: Sequence[Source], config: Config, *, labelled: bool = True
 ) -> tuple[pl.DataFrame, list[Finding]]:
-    """Remove the rows of each source whose prompt is (nearly) equal to one in the files of its `exclude_overlap`.
+    """Remove the rows of each source that share a group, or (nearly) a prompt, with the files of its `exclude_overlap`.
 
     Args:
         frame: canonical table of the sources, as `read_rows` has it.
-        near: `folds.near_duplicate_threshold`; None: equal prompts only.
-        columns: `data.test.columns`, which the files have; ids are not read.
+        config: says what shared prompts and groups are (`folds`), and names the columns of the files: those of
+            `data.train` for its own, of `data.test` for others. They need no ids, and no column of groups.
         labelled: training rows; test rows are reported and kept.
 
     Returns:
         The remaining rows; a finding for each list of files.
     """
-    findings = []
+    findings, near, group = [], config.folds.near_duplicate_threshold, config.folds.group
     for names in dict.fromkeys(tuple(source.exclude_overlap) for source in sources if source.exclude_overlap):
         files = [
             str(path) for source in sources if tuple(source.exclude_overlap) == names for path in expand(source.files)
         ]
         concerned = frame["file"].is_in(files)
-        unseen = Source(files=list(names), columns={**(columns or {}), "id": None})
-        seen = read_rows([unseen], task, labelled=False)
-        near_rows = concerned.arg_true().filter(near_overlap(frame.filter(concerned), seen, task, near))
-        gone = _mask(near_rows, len(frame))
+        rows = frame.filter(concerned)
+        seen = read_rows(_unseen(names, config), config.task, labelled=False, group=group)
+        shared = near_overlap(rows, seen, config.task, near) | same_group(rows, seen)
+        gone = _mask(concerned.arg_true().filter(shared), len(frame))
         ids = frame["id"].filter(gone)
         action, word = ("drop", "dropped") if labelled else ("keep", "kept")
-        done = f"{word}: a prompt (nearly) equal to one in {', '.join(map(str, names))}"
+        or_group = "" if group is None else f", or the {group} of one,"
+        done = f"{word}: a prompt (nearly) equal to one{or_group} in {', '.join(map(str, names))}"
         findings.append(Finding("exclude_overlap", len(ids), tuple(ids.head(IDS_KEPT)), action, done))
         frame = frame.filter(~gone) if labelled else frame
     return frame, findings
+
+
+def _unseen(names: Sequence[Path], config: Config) -> list[Source]:
+    """Files of `exclude_overlap` as sources: one that is trained on, too, has the columns of its source."""
+    trained = {path: source for source in config.data.sources for path in existing(source.files)}
+    read = {*config.task.fields, *(() if config.folds.group is None else ("group",))}
+    unseen = []
+    for path in expand(names):
+        source = trained.get(path, config.data.unlabelled(path))
+        own = {name: column for name, column in source.columns.items() if name in read}
+        unseen.append(Source(files=[path], columns={**own, "id": None}, escape=source.escape))
+    return unseen
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
@@ -377,6 +385,19 @@ def note_changes(findings: Sequence[Finding]) -> None:
             console.print(text)
 
 
+def note_absent_classes(frame: pl.DataFrame, task: Task) -> None:
+    """Print the classes that no row of a training table has: the scores of the others then say nothing.
+
+    In a pair, the class of one side's victory stands for the other's too: the swapped row has it.
+    """
+    target = pl.col("target").list
+    shares = frame.select(target.get(place).sum().alias(name) for place, name in enumerate(task.classes)).row(0)
+    swapped = task.swapped_columns
+    if absent := [name for place, name in enumerate(task.classes) if not shares[place] + shares[swapped[place]]]:
+        names = cut(", ".join(map(repr, absent)))
+        console.print(f"note: no row has the label {names}: look at task.classes, and whether the files are whole")
+
+
 def render(findings: Sequence[Finding]) -> Table:
     """The findings as a table; its caption lists the rules without rows."""
     audit_table = table("Audit", "rule", "rows", "first ids", "what is done")
@@ -386,6 +407,7 @@ def render(findings: Sequence[Finding]) -> Table:
         if finding.count:
             examples = (name if len(name) <= 12 else f"{name[:11]}…" for name in finding.ids[:2])
             audit_table.add_row(finding.rule, f"{finding.count:,}", visible(", ".join(examples)), finding.done)
+    audit_table.show_header = audit_table.row_count > 0
     clean = [finding.rule for finding in findings if not finding.count]
     if clean:
         audit_table.caption, audit_table.caption_justify = f"no row: {', '.join(clean)}", "left"

@@ -134,6 +134,11 @@ def expand(names: Iterable[Path]) -> list[Path]:
     return paths
 
 
+def existing(names: Sequence[Path]) -> list[Path]:
+    """The existing files of a source's names; a name without a file is skipped."""
+    return [path for name in names if name.exists() or glob.glob(str(name), recursive=True) for path in expand([name])]
+
+
 # --- paths to chunks -------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ from pairclf.data.formats import (
     refuse,
     with_plain_texts,
 )
-from pairclf.errors import DataError
+from pairclf.errors import DataError, cut, quoted
 from pairclf.files import atomic_file
 from pairclf.scores.metrics import Floats
 from pairclf.task import Row, Task
@@ -114,13 +115,15 @@ def _tables(
         layout = _layout(source, task, labelled, group)
         before = 0  # rows of the source in files before this one
         for path in expand(source.files):
-            number, columns = 0, None
+            number, columns, told = 0, None, False
             for raw in read_file(path, rows=left, lossy=not labelled, size=size, escape=source.escape is not None):
                 if raw.columns != columns:
                     columns = raw.columns
                     file_layout = _found(layout, raw, task, labelled)
                     _check_columns(columns, path, task, file_layout, labelled)
-                yield _canonical(raw, path, task, file_layout, number, before)
+                rows = _canonical(raw, path, task, file_layout, number, before)
+                told = told or _note_bad_labels(raw.filter(rows["target"].is_null()), file_layout, task, path)
+                yield rows
                 number += len(raw)
             before += number
             left = None if left is None else left - number
@@ -310,30 +313,55 @@ def _check_columns(columns: list[str], path: Path, task: Task, layout: _Layout, 
         expected.add("id")
     missing = [name for name in layout.wanted if name not in columns]
     unknown = [name for name in columns if name not in expected]
+    meant = _meant(missing, unknown)
     problems = []
-    if missing and (shape := _known_shape(columns)):
+    shape = _known_shape(columns) if missing else None
+    if shape:
         problems.append(shape)
     elif missing:
+        remedy = "; ".join(_ways(missing, meant, task, layout))
+        problems.append(DataError(f"columns {missing} are missing; the file has {columns}", remedy=remedy))
+    odd = [name for name in unknown if name not in meant.values()]
+    if odd and labelled and not shape:
+        hint = " ('' is a column without a name: an index that was written along)" if "" in odd else ""
         problems.append(
             DataError(
-                f"columns {missing} are missing; the file has {columns}",
-                remedy=f"task {task.name!r} needs the columns {layout.wanted}; give another task or map them "
-                "(columns of a source, docs/data.md); test files have no labels (`check --unlabelled`)"
-                + "; a source without folds.group says columns: {group: null}"
-                * (layout.group in missing),
-            )
-        )
-    if unknown and labelled and not (missing and _known_shape(columns)):
-        hint = " ('' is a column without a name: an index that was written along)" if "" in unknown else ""
-        problems.append(
-            DataError(
-                f"columns {unknown} are not known to task {task.name!r}{hint}",
-                remedy=f"remove them, or accept them unread with data.ignore_columns={json.dumps(unknown)}",
+                f"columns {odd} are not known to task {task.name!r}{hint}",
+                remedy=f"remove them, or accept them unread with data.ignore_columns={json.dumps(odd)}",
             )
         )
     refuse(problems, path)
     if unknown:
         console.print(f"note: {path.name}: columns {unknown} are not read")
+
+
+def _meant(missing: Sequence[str], unknown: Sequence[str]) -> dict[str, str]:
+    """`{missing column: column of the file}` where the two differ by case, blanks, `_` or a slip.
+
+    >>> _meant(["answer_1", "id", "text"], [" Answer 1", "ID", "date"])
+    {'answer_1': ' Answer 1', 'id': 'ID'}
+    """
+    plain = {re.sub(r"[\W_]", "", name).lower(): name for name in unknown}
+    near = {name: difflib.get_close_matches(re.sub(r"[\W_]", "", name).lower(), plain, 1, 0.8) for name in missing}
+    return {name: plain[match[0]] for name, match in near.items() if match}
+
+
+def _ways(missing: Sequence[str], meant: Mapping[str, str], task: Task, layout: _Layout) -> Iterator[str]:
+    """What can be done about missing columns."""
+    ours = {column: name for name, column in layout.columns.items()}
+    if meant:
+        pairs = ", ".join(f"{ours.get(name, name)}: {json.dumps(column)}" for name, column in meant.items())
+        yield f"correct the names, or map them with columns: {{{pairs}}} of the source or of data.test (docs/data.md)"
+    if meant.keys() == {*missing}:
+        return
+    more = "" if meant else " or map them (columns of a source or of data.test, docs/data.md)"
+    yield f"task {task.name!r} needs the columns {layout.wanted}; give another task{more}"
+    if layout.columns["id"] in missing and layout.columns["id"] not in meant:
+        yield "a file without ids says columns: {id: null}"
+    if {*missing} & {*layout.labels}:
+        yield "test files have no labels (`check --unlabelled`)"
+    if layout.group in missing:
+        yield "a source without folds.group says columns: {group: null}"
 
 
 def _known_shape(columns: Sequence[str]) -> DataError | None:
@@ -344,6 +372,11 @@ def _known_shape(columns: Sequence[str]) -> DataError | None:
             "content, as LMSYS's releases of 33,000 and 140,000 conversations have them), which are not read",
             remedy="write a file with the users' messages as `prompt`, the assistants' as `response_a` and "
             "`response_b`, each a list of texts; `both_bad` and `tie (bothbad)` are ties: map them in `labels`",
+        )
+    if len(columns) == 1 and (separator := next((sign for sign in ";\t|" if sign in columns[0]), None)):
+        return DataError(
+            f"the file has one column, {quoted(columns[0])}, as if {separator!r} stood between the cells",
+            remedy="write the file with commas between the cells",
         )
     if {"chosen", "rejected"} <= set(columns):
         return DataError(
@@ -384,11 +417,14 @@ def _canonical(raw: pl.DataFrame, path: Path, task: Task, layout: _Layout, numbe
 
 
 def _groups(raw: pl.DataFrame, path: Path, layout: _Layout) -> pl.Series:
-    """The rows' values of the column `folds.group`, without white space around them; null where a cell is empty."""
+    """The rows' values of the column `folds.group`, without white space around them; null where a cell is empty.
+
+    `1.0` is `1`: pandas writes whole numbers so where another row of the column has none.
+    """
     if layout.group is None:
         return pl.repeat(None, len(raw), dtype=pl.String, eager=True).alias("group")
     texts = as_text(raw[layout.group], path).cast(pl.String).str.strip_chars().alias("group")
-    return texts.replace("", None)
+    return texts.replace("", None).str.replace(r"^(-?\d+)\.0+$", "$1")
 
 
 def _weights(raw: pl.DataFrame, path: Path, layout: _Layout, ids: pl.Series) -> pl.Series:
@@ -431,13 +467,29 @@ def _named_targets(raw: pl.DataFrame, source: Source, task: Task, path: Path) ->
     return pl.select(pl.when(pl.lit(names).is_in(list(task.classes))).then(one_hot)).to_series()
 
 
+def _note_bad_labels(flawed: pl.DataFrame, layout: _Layout, task: Task, path: Path) -> bool:
+    """Say what the labels of flawed rows are, and what would be one: the audit tells the ids alone."""
+    if flawed.is_empty() or not layout.labels:
+        return False
+    cells = flawed.select(layout.labels).unique(maintain_order=True).head(5)
+    shown = ", ".join(quoted(row[0] if len(row) == 1 else row) for row in cells.rows())
+    rule = "probabilities: each is from 0 to 1" + ("" if task.multi_label else ", and a row's add up to 1")
+    if layout.named:
+        classes = cut(", ".join(map(repr, task.classes)))
+        rule = f"classes, which are {classes}: correct the cells, or map them in `labels` of the source (docs/data.md)"
+    console.print(f"note: {path.name}: column {cut(', '.join(cells.columns))}: {shown} are no {rule}")
+    return True
+
+
 def _spellings(names: Sequence[str]) -> dict[str, str]:
     """Map the spellings of true and false, yes and no, to the name that equals them up to case, or to 1 and 0.
 
-    >>> _spellings(["True", "False"])["false"], _spellings(["0", "1"])["True"]
-    ('False', '1')
+    And a whole number with `.0`, as pandas writes a column that lacks a label, to the name without.
+
+    >>> _spellings(["True", "False"])["false"], _spellings(["0", "1"])["True"], _spellings(["0", "1"])["1.0"]
+    ('False', '1', '1')
     """
-    spellings = {}
+    spellings = {f"{name}.0": name for name in names if re.fullmatch(r"-?\d+", name) and f"{name}.0" not in names}
     for word in TRUTH:
         alike = {name for name in names if name.lower() == word.lower()} or {TRUTH[word]} & {*names}
         if len(alike) == 1:

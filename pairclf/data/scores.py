@@ -151,7 +151,7 @@ def write_logits(path: Path, ids: pl.Series, logits: Floats, hashes: pl.DataFram
     Args:
         path: the file.
         ids: `(N,)`.
-        logits: `(N, O, C)`, order AB and, where the task can swap, order BA.
+        logits: `(N, O, C)`, order AB and, where the model sees an order, order BA.
         hashes: `identity.row_hashes` of the rows.
     """
     cells = pl.Series("logits", logits.tolist(), dtype=_LOGITS)
@@ -171,8 +171,8 @@ def read_logits(path: Path, task: Task) -> pl.DataFrame:
         what = f"the file has {_shown(frame.schema)}; logits have {_shown(schema)}"
         raise DataError(what, where=path, remedy="run `pairclf cv` again, which writes it")
     shapes = {(len(orders), len(classes)) for orders in frame["logits"].to_list() for classes in orders}
-    expected = {(1 + task.swappable, len(task.classes))}
-    if shapes - expected:
+    expected = {(orders, len(task.classes)) for orders in (1, 1 + task.swappable)}  # a reward model sees no order
+    if shapes - expected or len(shapes) > 1:
         what = f"the logits have shapes {sorted(shapes)} a row; task {task.name!r} has {sorted(expected)}"
         raise DataError(what, where=path, remedy="give logits that were written for this task")
     refuse(_repeated(frame["id"], "the logits"), path)

@@ -128,6 +128,10 @@ def _check_settings(task: Task, settings: Submission) -> None:
     if unknown := [name for name in settings.columns if name not in ours]:
         remedy = f"our names stand on the left: {', '.join(ours)}"
         raise DataError(f"data.submission.columns maps {unknown}, which task {task.name!r} has not", remedy=remedy)
+    row_id = settings.id or "id"
+    if taken := [name for name in ours if settings.columns.get(name, name) == row_id]:
+        what = f"the column {row_id!r} of the submission is that of the ids, and that of {taken[0]!r} too"
+        raise DataError(what, remedy="name another column: data.submission.id, or data.submission.columns")
     columns = [settings.columns.get(name, name) for name in task.classes]
     if twice := sorted({column for column in columns if columns.count(column) > 1}):
         what = f"data.submission.columns={settings.columns} gives several classes the columns {twice}"

@@ -135,6 +135,11 @@ class Ensemble:
         return self.members[0].bundle.config.data
 
     @property
+    def orders(self) -> int:
+        """The most orders of a row that a member sees differently."""
+        return max(member.bundle.config.orders for member in self.members)
+
+    @property
     def temperatures(self) -> list[float]:
         """Temperature of each member."""
         return [member.temperature for member in self.members]
@@ -250,7 +255,7 @@ def _told_apart(members: Sequence[EnsembleMember]) -> tuple[EnsembleMember, ...]
 
 def _gain_swap(config: Config, manifest: Manifest) -> float:
     """Gain of the second order on held-out rows, if the bundle measured it; 0 if it made the loss worse."""
-    if not config.task.swappable:
+    if config.orders == 1:
         return 0.0
     one_order, both = (manifest.metrics.get(f"log_loss{suffix}") for suffix in (ONE_ORDER, ""))
     return DEFAULT_SWAP_GAIN if one_order is None or both is None else max(0.0, one_order - both)
@@ -266,7 +271,7 @@ def _common_task(members: Sequence[EnsembleMember]) -> Task:
                 f"bundles {first.bundle.name} and {other.bundle.name} were trained for different tasks",
                 remedy="give bundles of one task with the same classes in the same order",
             )
-        if other.bundle.config.data.submission != first.bundle.config.data.submission:
+        if other.bundle.config.data.settled_submission != first.bundle.config.data.settled_submission:
             raise ConfigError(
                 f"bundles {first.bundle.name} and {other.bundle.name} differ in data.submission",
                 remedy="set it for all, such as data.submission.values=auto data.submission.columns={}",

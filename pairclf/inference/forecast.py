@@ -315,7 +315,7 @@ def _by_pass(
     (index, repeats), swap = inputs[0], ensemble.settings.swap
     rows, tokens = round(repeats * len(index.shared)), repeats * float(index.lengths.sum())
     unit = approach_of(ensemble.members[0].bundle.config).unit
-    both_orders = " in both orders" if ensemble.task.swappable else ""
+    both_orders = " in both orders" if index.lengths.shape[1] > 1 else ""
     report = table(f"Forecast of {counted(rows, 'row')}, {tokens / 1e6:,.1f} M {unit}{both_orders}", "", "")
     report.add_row("devices", setup.placement.why)
     report.add_row("forward passes of", f"{setup.budget:,} {unit}, {setup.layout}")
@@ -340,16 +340,14 @@ def _seconds(setup: SimulationSetup, member: int, pending: PendingSequences, ran
 
 
 def _by_deadline(ensemble: Ensemble, unlimited: DeadlineResult, results: Sequence[DeadlineResult]) -> Table:
-    report = table("What a deadline buys", "deadline", "used", *unlimited.scored, "log loss lower by")
-    for result in (*results, unlimited):
-        limit = "none" if result.seconds == float("inf") else format_duration(result.seconds)
-        report.add_row(
-            limit,
-            format_duration(result.used),
-            *(f"{share:.0%}" for share in result.scored.values()),
-            f"{result.gain:.4f}",
-        )
-    hint, one_order = (f" ({ORDERS_HINT})", " in one order") if ensemble.task.swappable else ("", "")
+    columns = [*results, unlimited]  # a row for each pass: an ensemble has more passes than 80 columns can hold
+    limits = ["none" if column.seconds == float("inf") else format_duration(column.seconds) for column in columns]
+    report = table("What a deadline buys", "deadline", *limits)
+    report.add_row("used", *(format_duration(column.used) for column in columns))
+    for scored in unlimited.scored:
+        report.add_row(scored, *(f"{column.scored[scored]:.0%}" for column in columns))
+    report.add_row("log loss lower by", *(f"{column.gain:.4f}" for column in columns))
+    hint, one_order = (f" ({ORDERS_HINT})", " in one order") if ensemble.orders > 1 else ("", "")
     report.caption = (
         f"rows that have each pass{hint}; the log loss is a guess, over the first model{one_order}, by what bundles "
         "measured or the ensemble's file says"

@@ -152,6 +152,12 @@ class Journal:
         """The text stored by `write_note`, or None."""
         return next((str(value) for (value,) in self._read("SELECT value FROM note WHERE key = ?", key)), None)
 
+    def clear(self) -> None:
+        """Remove all that an earlier run wrote; the file stays locked. If that fails, the run continues without it."""
+        self._write(*((f"DELETE FROM {table}", [()]) for table in (*_INSERT, "note")))
+        if self.write_error:
+            self.close()
+
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:

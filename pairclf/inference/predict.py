@@ -123,7 +123,7 @@ def predict(
     _check_paths(out, scores, data, sample, work)
     out = out or work / PRIVATE_SUBMISSION
     ensemble = open_ensemble(paths, base, overrides)
-    names = ensemble.data.submission
+    names = ensemble.data.settled_submission
     submission = SubmissionWriter(out, ensemble.task, sample, None, settings=names, clock=clock)
     with signals() as caught, submission.reporting_older(work):
         console.print(f"{out}: {describe_form(ensemble.task, sample, names)}")
@@ -135,7 +135,9 @@ def predict(
             console.print("note: the test file has no ids: its rows are those of the sample submission, in its order")
         check_ids(rows.ids, ensemble.task, sample, names)
         submission.ids = rows.ids
-        with closing(_journal(work / JOURNAL, _identity(ensemble, rows.digest), resume=resume)) as journal:
+        with closing(Journal.open(work / JOURNAL, _identity(ensemble, rows.digest))) as journal:
+            if not resume:
+                journal.clear()
             submission.journal = journal
             submission.begin(ensemble.prior)  # an existing file may be better than priors
             warm_up_workers(ensemble)
@@ -176,15 +178,6 @@ def _check_paths(out: Path | None, scores: Path | None, data: Path, sample: Path
         raise ConfigError("two of the files to read and to write are the same", remedy="give each its own path")
     for path in written:
         check_file_target(path)
-
-
-def _journal(path: Path, identity: dict[str, object], *, resume: bool) -> Journal:
-    """The run's journal, locked against other processes; without `resume` an empty one."""
-    journal = Journal.open(path, identity)
-    if resume:
-        return journal
-    journal.remove()
-    return Journal.open(path, identity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +369,7 @@ def _summary_table(ensemble: Ensemble, rows: pl.DataFrame, result: PredictionRes
         summary.add_row(f"(not scored for lack of time: {name})", f"{count:,}")
     if result.rescored:
         summary.add_row("(in float32, as float16 overflowed)", f"{result.rescored:,}")
-    if ensemble.task.swappable:
+    if ensemble.orders > 1:
         summary.caption, summary.caption_justify = ORDERS_HINT, "left"
     return summary
 
@@ -384,12 +377,16 @@ def _summary_table(ensemble: Ensemble, rows: pl.DataFrame, result: PredictionRes
 def _clean_up(work: Path, journal: Journal, *, done: bool) -> None:
     """Remove the tokens, and the journal if the run is complete; other files in the folder stay."""
     shutil.rmtree(work / TOKEN_FOLDER, ignore_errors=True)
-    if done:
+    if not done:
+        return
+    try:
         journal.remove()
         for name in (PREVIOUS_SUBMISSION, PRIVATE_SUBMISSION):
             (work / name).unlink(missing_ok=True)
         if work.is_dir() and not any(work.iterdir()):
             work.rmdir()
+    except OSError as error:  # all is written: what can't be tidied up does not make the run fail
+        console.print(f"note: {work} can't be removed: {error}")
 
 
 def _report_incomplete(

@@ -95,21 +95,22 @@ def prepare(
     Returns:
         For each model, all rows of the file; those that the time did not suffice for are not known.
     """
-    by_recipe: dict[str, Prepared] = {}
+    by_recipe: dict[tuple[str, int], Prepared] = {}
     prepared = []
     for index, member in enumerate(members):
         config = member.bundle.config
         approach = approach_of(config)
         recipe = "" if index in left_out else approach.recipe(member.bundle)
-        if recipe not in by_recipe:
+        key = recipe, config.orders  # nothing is encoded alike only in as many orders
+        if key not in by_recipe:
             source, rows = source_of(member, recipe), Prepared((), SequenceIndex.empty())
             if recipe and not source.step()():
                 rows = approach.prepare(member.bundle, source, folder)
             if (known := len(rows.inputs.shared)) < source.rows:
                 console.print(f"{known:,} of {source.rows:,} rows are tokenised: a signal or the deadline ended it")
-            padded = rows.inputs.padded(source.rows, 2 if config.task.swappable else 1)
-            by_recipe[recipe] = replace(rows, inputs=padded)
-        prepared.append(by_recipe[recipe])
+            padded = rows.inputs.padded(source.rows, config.orders)
+            by_recipe[key] = replace(rows, inputs=padded)
+        prepared.append(by_recipe[key])
     return prepared
 
 

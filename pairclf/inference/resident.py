@@ -67,8 +67,7 @@ class ResidentModel:
         self._cost = self.approach.cost(member.bundle, member.base)
         self.speed, self.is_measured = self._cost.speed_on(placement.gpu), False
         self._placement = placement
-        orders = 2 if member.bundle.config.task.swappable else 1
-        largest = LargestPass(self.approach.longest(member.bundle), budget, orders)
+        largest = LargestPass(self.approach.longest(member.bundle), budget, member.bundle.config.orders)
         model = worker_model_of(member, self.encoded, overrides, largest)
         self.pool = ProcessPool([model], placement.groups, clock=clock)
         self.workers = list(self.pool.load(0))

@@ -158,7 +158,7 @@ class Server:
         self._counts.update(rows=len(rows), batches=1, both=int((orders > 1).sum()), one=int((orders == 1).sum()))
         self._counts.update(priors=int((orders == 0).sum()))
         self._seconds_spent += self._clock() - start
-        return answer(rows[row_id], probabilities, task, sample, self._ensemble.data.submission)
+        return answer(rows[row_id], probabilities, task, sample, self._ensemble.data.settled_submission)
 
     @property
     def _row_id(self) -> str:
@@ -170,7 +170,7 @@ class Server:
             frame
             for frame in others
             if hasattr(frame, "columns")
-            and can_fill(list(frame.columns), self._ensemble.task, self._ensemble.data.submission)
+            and can_fill(list(frame.columns), self._ensemble.task, self._ensemble.data.settled_submission)
         )
         sample = next(tables, None)
         return None if sample is None else in_memory(sample)

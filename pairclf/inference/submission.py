@@ -127,12 +127,12 @@ class SubmissionWriter:
             self._note_written()
             return
         self.is_from_earlier_run = self.is_from_earlier_run and not self._is_of_this_run()
+        valid = self._is_valid()
         if self.is_from_earlier_run:
             written_at = datetime.fromtimestamp(self.out.stat().st_mtime).astimezone().isoformat(" ", "seconds")
-            console.print(
-                f"{self.out} is from an earlier run, written at {written_at}; it is kept until this run has scores"
-            )
-        if not self._is_valid():
+            fate = "is kept until this run has scores" if valid else "is of other rows or columns, and is replaced"
+            console.print(f"{self.out} is from an earlier run, written at {written_at}; it {fate}")
+        if not valid:
             self.write_prior(prior)
             return
         if self.is_from_earlier_run and self._work:

@@ -23,10 +23,15 @@ from pairclf.config import Inputs, Template
 from pairclf.errors import ConfigError, ModelError
 from pairclf.inputs.tokenise import TurnTokenizer, settle_template
 from pairclf.inputs.truncate import Ids, Kept, allot, cut, pick_rounds
-from pairclf.task import AB, BA, Row, Task
+from pairclf.task import AB, BA, SIDE, Row, Task
 
 TEMPLATE, MARKER = "template", "marker"
 ROUNDS = "rounds"
+BRANCH = -1
+"""Stands in a sequence's ids before each of its branches: what they all begin with is there once, before the first.
+
+A sequence without one is one branch. Lengths count the mark as a token.
+"""
 _NOTHING: Ids = np.zeros(0, dtype=np.int32)
 _MARKERS = 100  # are tokenised at a time
 
@@ -51,7 +56,8 @@ class Encoded:
     """One row in one order.
 
     Attributes:
-        ids: `(T,)` int32, never longer than `max_length`; the logits are read at the last one.
+        ids: `(T,)` int32, never longer than `max_length`; the logits are read at the last one, or at the last one of
+            each branch (`BRANCH`).
         spans: every segment in reading order; they tile `ids` without gaps. A field's spans are slices of its text.
         dropped: tokens cut away, by the place of the field (not by whose text stands there).
     """
@@ -69,6 +75,11 @@ class InputBuilder:
         task: the fields and what a swap exchanges.
         inputs: budget, wording and cuts. A template for chat models is put into the tokenizer's chat template here,
             unless `settle_template` did so before.
+        one_sided: the template shows one of the two sides, `task.SIDE`; a row is one sequence, with a branch a side.
+
+    Attributes:
+        ending: the template's words behind the last field, which the model reads last.
+        closing: what the tokenizer puts behind them, most often nothing.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or `inputs.max_length` has no room for the wording and the
@@ -76,10 +87,11 @@ class InputBuilder:
         ModelError: the tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Any, task: Task, inputs: Inputs) -> None:
+    def __init__(self, tokenizer: Any, task: Task, inputs: Inputs, *, one_sided: bool = False) -> None:
         template = settle_template(inputs.template, tokenizer)
         self.tokenizer = TurnTokenizer(tokenizer)
         self._task = task
+        self._places = task.places(one_sided=one_sided)
         self._inputs = inputs
         ratio = inputs.head_ratio
         self._head_ratio = ratio if isinstance(ratio, dict) else dict.fromkeys(task.fields, ratio)
@@ -88,8 +100,12 @@ class InputBuilder:
         self._longest_marker = max(map(len, self.tokenizer(longest, special=True)))
         self._turn_break = self._wording(template.turn_separator)
         self._outer, self._round = self._segments(template)
+        self.ending = self._parts(template.text)[-1]
+        self.closing = self.tokenizer.after if template.add_special_tokens else _NOTHING
         self._orders: dict[int, dict[str, str]] = {AB: {name: name for name in task.fields}}
-        if task.swappable:
+        if one_sided:
+            self._outer = self._branched(self._outer)
+        elif task.swappable:
             self._orders[BA] = task.swapped_fields
         self.smallest = self._smallest()
         self._check(inputs.max_length)
@@ -144,15 +160,31 @@ class InputBuilder:
                 "for each token (`resize_token_embeddings` of transformers)",
             )
 
+    def continued_by(self, branches: Ids) -> InputBuilder:
+        """The same recipe with branches behind the text of every row, which count towards its budget.
+
+        Raises:
+            ConfigError: the budget is too small.
+        """
+        other = copy(self)
+        other._outer = [*self._outer, (TEMPLATE, branches)] if len(branches) else self._outer
+        other.smallest = other._smallest()
+        other._check(self.max_length)
+        return other
+
     def _wording(self, text: str) -> Ids:
         return self.tokenizer([text], special=True)[0]
 
+    def _parts(self, text: str) -> list[str]:
+        """The words of a template and, at every second place, the name of the place holder between them."""
+        holders = "|".join(map(re.escape, (*self._places, ROUNDS)))
+        return re.split(rf"\{{({holders})\}}", text)
+
     def _segments(self, template: Template) -> tuple[list[_Segment], list[_Segment]]:
         """The segments of the whole and of one round, in reading order; a place holder has no ids yet."""
-        holders = "|".join(map(re.escape, (*self._task.fields, ROUNDS)))
 
         def parse(text: str, *, whole: bool) -> list[_Segment]:
-            pieces = re.split(rf"\{{({holders})\}}", text)
+            pieces = self._parts(text)
             segments: list[_Segment] = []
             for place, piece in enumerate(pieces):
                 if place % 2:
@@ -165,6 +197,13 @@ class InputBuilder:
             return segments
 
         return parse((template.instruction or "") + template.text, whole=True), parse(template.round, whole=False)
+
+    def _branched(self, outer: list[_Segment]) -> list[_Segment]:
+        """The segments of both sides: those from the place of the one side on, a branch for each."""
+        at = [name for name, _ in outer].index(SIDE)
+        mark: _Segment = (TEMPLATE, np.array([BRANCH], dtype=np.int32))
+        branches = [[mark, (side, _NOTHING), *outer[at + 1 :]] for side in self._task.swap_fields or ()]
+        return [*outer[:at], *chain.from_iterable(branches)]
 
     def _with_special_tokens(self, ids: Ids, *, first: bool, last: bool) -> Ids:
         """Add the tokens that `tokenizer(text)` puts before the first piece and after the last, if they are missing."""

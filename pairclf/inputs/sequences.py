@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pairclf.inputs.render import Encoded
+from pairclf.inputs.render import BRANCH, Encoded
 from pairclf.inputs.truncate import Ids
 
 Ints = NDArray[np.int64]
@@ -96,6 +96,21 @@ class Item(NamedTuple):
     row: int
     order: int
     ids: Any
+
+
+def branches_of(ids: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+    """The branches of a sequence, each with what it shares.
+
+    >>> [branch.tolist() for branch in branches_of(np.array([7, 8, -1, 5, -1, 6, 4], dtype=np.int32))]
+    [[7, 8, 5], [7, 8, 6, 4]]
+    """
+    start, *parts = np.split(ids, np.flatnonzero(ids == BRANCH))
+    return [np.concatenate([start, part[1:]]) for part in parts] or [ids]
+
+
+def with_branches(ids: NDArray[np.int32], branches: int) -> NDArray[np.int32]:
+    """Dummy ids and so many branches of a token each, for passes that only measure."""
+    return ids if branches == 1 else np.concatenate([ids, np.tile(np.array([BRANCH, 1], dtype=np.int32), branches)])
 
 
 class LargestPass(NamedTuple):

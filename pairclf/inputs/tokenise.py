@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pairclf.config import PLACE, Template
-from pairclf.errors import ConfigError, ModelError, cut
+from pairclf.errors import ConfigError, ModelError, cut, quoted
 from pairclf.inputs.chat import REMEDY, render_chat_template
 from pairclf.inputs.truncate import Ids
 
@@ -45,6 +45,7 @@ class TurnTokenizer:
         control: ids of the control tokens.
         before: ids that the tokenizer itself puts before a text, most often none or its BOS.
         after: ids that the tokenizer itself puts after a text, most often none.
+        unknown: the id that stands for what has none; empty: everything has one.
 
     Raises:
         ModelError: the tokenizer is not a fast one, or it fails. So does every call: some fail at a few texts alone.
@@ -53,6 +54,7 @@ class TurnTokenizer:
     control: frozenset[int]
     before: Ids
     after: Ids
+    unknown: frozenset[int]
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -88,6 +90,9 @@ class TurnTokenizer:
         control = {number: token.content for number, token in added.items() if token.special}
         self.control, self._names = frozenset(control), tuple(control.values())
         self.before, self.after = _around(self._backend)
+        model = settings["model"]  # Unigram names the id, the others the token
+        number = model.get("unk_id", self._backend.token_to_id(model.get("unk_token") or ""))
+        self.unknown = frozenset() if number is None else frozenset({number})
 
     def to_json(self) -> str:
         return self._backend.to_str()
@@ -96,6 +101,10 @@ class TurnTokenizer:
         """The tokens with ids of `first` or more, by their ids."""
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         return {number: token for token, number in vocabulary.items() if number >= first}
+
+    def names(self, ids: Ids) -> list[str]:
+        """What each token is called in the vocabulary, quoted."""
+        return [quoted(self._backend.id_to_token(token)) for token in ids.tolist()]
 
     @property
     def fingerprint(self) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 from pairclf.config import Config, Source, load_config, override, resolve
-from pairclf.data.audit import Finding, audit, clean, exclude_overlap, write_audit
-from pairclf.data.formats import expand
+from pairclf.console import console, counted
+from pairclf.data.audit import Finding, audit, clean, exclude_overlap, note_absent_classes, write_audit
+from pairclf.data.formats import existing, expand
 from pairclf.data.rows import read_rows, write_rows
 from pairclf.errors import ConfigError
 from pairclf.files import check_file_target
@@ -48,7 +48,7 @@ def check(
         out: the JSON file.
         labelled: they are training files.
         ignore: further columns to accept and not read.
-        unseen: files that must stay unseen; rows with a prompt (nearly) equal to one of theirs go.
+        unseen: files that must stay unseen; rows with (nearly) a prompt, or a folds.group, of theirs go.
         write: where to write the rows that stay, if no rule with the action `error` met a row.
 
     Returns:
@@ -64,8 +64,10 @@ def check(
     sources = _sources(named, config, ignore, unseen, labelled)
     group = config.folds.group
     read = read_rows(sources, config.task, labelled=labelled, group=group)
-    near, columns = config.folds.near_duplicate_threshold, config.data.test.columns
-    frame, excluded = exclude_overlap(read, sources, config.task, near, columns=columns, labelled=labelled)
+    console.print(f"{counted(len(read), 'row')} in {counted(len(named), 'file')}")
+    if labelled:
+        note_absent_classes(read, config.task)
+    frame, excluded = exclude_overlap(read, sources, config, labelled=labelled)
     findings = [*excluded, *audit(frame, config.task, config.data.rules, labelled=labelled)]
     write_audit(out, read, config.task, findings)
     if write is not None and not any(refuses(finding) for finding in findings):
@@ -96,7 +98,7 @@ def _sources(
     """
     plain = Source(files=[Path()]) if labelled else config.data.unlabelled(Path())
     plain = plain.model_copy(update={"ignore_columns": config.data.ignore_columns})
-    files_by_source = [(source, {path.resolve() for path in _existing(source.files)}) for source in config.data.sources]
+    files_by_source = [(source, {path.resolve() for path in existing(source.files)}) for source in config.data.sources]
 
     def source_of(path: Path) -> Source:
         return next((source for source, files in files_by_source if path.resolve() in files), plain)
@@ -108,8 +110,3 @@ def _sources(
         changes = {"files": list(group), "ignore_columns": ignored, "exclude_overlap": excluded}
         sources.append(source.model_copy(update=changes))
     return sources
-
-
-def _existing(names: Sequence[Path]) -> list[Path]:
-    """The existing files of a source's names; a name without a file is skipped."""
-    return [path for name in names if name.exists() or glob.glob(str(name), recursive=True) for path in expand([name])]

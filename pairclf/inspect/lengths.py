@@ -75,7 +75,7 @@ def compare(
     """
     config.require("inputs", "lengths")
     budgets, uncut = measure(config, lengths_of(at, config), data)
-    scale = Scale(rows or len(uncut), 2 if config.task.swappable else 1, tflops)
+    scale = Scale(rows or len(uncut), config.orders, tflops)
     title = f"pairclf lengths: {data or ', '.join(map(str, config.data.names))}, {config.model.base}"
     tables = render(budgets, scale)
     from pairclf.model.backbone import read_settings

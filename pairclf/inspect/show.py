@@ -13,7 +13,7 @@ from rich.text import Text
 from pairclf.config import Config
 from pairclf.data.rows import to_rows
 from pairclf.errors import DataError, visible
-from pairclf.inputs.render import MARKER, TEMPLATE, Encoded
+from pairclf.inputs.render import BRANCH, MARKER, TEMPLATE, Encoded
 from pairclf.run import chunks_of
 from pairclf.task import AB, Row, Task
 
@@ -72,7 +72,7 @@ def show(opened: Opened, row: Row, *, coloured: bool) -> list[Text]:
     encoded = opened.builder.encode([row])[0]
     texts = []
     for order, order_input in enumerate(encoded):
-        named = f", order {'AB' if order == AB else 'BA'}" if task.swappable else ""
+        named = f", order {'AB' if order == AB else 'BA'}" if len(encoded) > 1 else ""
         text = Text(f"row {visible(row.id)}{named}: {_figures(opened, order_input)}\n", style="bold")
         for place in (*task.fields, MARKER, TEMPLATE):
             text.append(f" {place} ", style=styles[place] if place == MARKER else f"{styles[place]} reverse")
@@ -93,5 +93,7 @@ def _figures(opened: Opened, order_input: Encoded) -> str:
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
+    if BRANCH in ids:  # the text of each side begins after one
+        return "\n⟨branch⟩"
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return visible(text)

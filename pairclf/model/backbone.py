@@ -11,8 +11,8 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, TaskType, get_peft_model
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -24,7 +24,7 @@ from pairclf.bundles.base import ask_hub
 from pairclf.bundles.model_files import adapter_beside, weight_map
 from pairclf.config import Lora, Model
 from pairclf.console import console
-from pairclf.errors import ModelError, cut, quoted
+from pairclf.errors import ModelError, cut
 from pairclf.model import attention
 from pairclf.model.families import family_of
 from pairclf.trust import granted
@@ -211,33 +211,6 @@ def _attention(model: Model, config: Any) -> str | None:
     return attention.NAME if attention.reads_topology(kind) else None
 
 
-def lm_head_rows(source: str, model: Model, words: Sequence[str], backbone: nn.Module) -> Tensor:
-    """The rows of the base's LM head that score `words` as the next token, `(len(words), H)` float32.
-
-    Where head and embedding are tied they are the embedding's; otherwise they alone are read from the base's files.
-
-    Raises:
-        ModelError: a word is not one token, or one that the base does not know, or the base has no LM head.
-    """
-    if why := family_of(backbone.config).refuses.get("label_words"):  # type: ignore[arg-type]
-        raise ModelError(f"model.label_words: {why}", remedy="remove model.label_words")
-    tokenizer = load_tokenizer(source)
-    ids = [_one_token(tokenizer, word) for word in words]
-    config: Any = backbone.config
-    embedding: Tensor = backbone.get_input_embeddings().weight  # type: ignore[operator]
-    if unknown := [word for word, token in zip(words, ids, strict=True) if token >= len(embedding)]:
-        raise ModelError(
-            f"model.label_words: {quoted(unknown[0])} is a token that the base has no embedding for",
-            remedy="give a word of the tokenizer that the base model was published with",
-        )
-    if getattr(config, "tie_word_embeddings", False):
-        return embedding.detach()[ids].float()
-    path, name = _find_lm_head(source)
-    with safe_open(path, framework="pt") as weights:
-        rows = weights.get_slice(name)
-        return torch.cat([rows[index : index + 1] for index in ids]).float()
-
-
 def weight_files(source: str) -> list[Path]:
     """The safetensors files of a model, in a folder or in the hub's cache, where they are fetched to if need be.
 
@@ -255,29 +228,6 @@ def weight_files(source: str) -> list[Path]:
             f"the weights of {source} are not there: {' '.join(str(error).split())[:300]}",
             remedy="copy the model again: config.json and every *.safetensors, from one source",
         ) from error
-
-
-def _one_token(tokenizer: Any, word: str) -> int:
-    ids: list[int] = tokenizer(word, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise ModelError(
-            f"model.label_words: {quoted(word)} is {len(ids)} tokens of the base's tokenizer; it must be one",
-            remedy="give a word that is one token; a leading blank often decides it, e.g. ' A' in place of 'A'",
-        )
-    return ids[0]
-
-
-def _find_lm_head(source: str) -> tuple[Path, str]:
-    """The safetensors file that holds the base's LM head, and the weight's name in it."""
-    for path in weight_files(source):
-        with safe_open(path, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - it is no dict
-                if name.endswith("lm_head.weight"):
-                    return path, name
-    raise ModelError(
-        f"model.label_words needs the LM head of {source}, whose files hold no lm_head.weight",
-        remedy="remove model.label_words, or give a base that was saved with its LM head",
-    )
 
 
 def _load_strictly(loader: Any, source: str, **options: Any) -> nn.Module:

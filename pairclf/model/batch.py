@@ -63,13 +63,15 @@ BackboneInputs = dict[str, Tensor | int | Topology]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The inputs of one forward pass, and the row and order of each logit. R is the number of logits.
+    """The inputs of one forward pass, and the row and order of each logit. R is the number of items, S of sequences.
+
+    They are one, unless items have branches (`inputs.render.BRANCH`): all have as many, which lie side by side.
 
     Attributes:
         inputs: keyword arguments of the backbone; `input_ids` and `position_ids` are `(B, T)` int64. What else there is
             says which tokens see each other: `attention_mask` `(B, T)`, or `topology` and FlashAttention's keywords.
-        read_at: `(R,)` int64, places in the flattened `(B * T)` hidden states whose logits are wanted.
-        lengths: `(R,)` int64, tokens of each sequence; unless some of them are shared, it lies at
+        read_at: `(S,)` int64, places in the flattened `(B * T)` hidden states whose logits are wanted.
+        lengths: `(S,)` int64, tokens of each sequence; unless some of them are shared, it lies at
             `read_at - lengths + 1` to `read_at`.
         row_at: `(R,)` int64, index of the row in its table.
         order: `(R,)` int64, `task.AB` or `task.BA`.

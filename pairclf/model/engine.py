@@ -14,23 +14,25 @@ from pairclf.bundles.base import resolve_base
 from pairclf.config import Config
 from pairclf.errors import ModelError
 from pairclf.model.attention import NAME, AttentionCalls, recording_calls
-from pairclf.model.backbone import add_adapters, lm_head_rows, load_base, pick_dtype
+from pairclf.model.backbone import add_adapters, load_base, load_tokenizer, pick_dtype
 from pairclf.model.batch import BackboneInputs
 from pairclf.model.families import REMEDY, family_of
+from pairclf.model.inputs import builder_for
 from pairclf.model.isolation import isolation_of
 from pairclf.model.layouts import BATCH_LAYOUTS, layout_of
+from pairclf.model.lm_head import lm_head_of
 from pairclf.model.positions import require_positions
 from pairclf.model.precision import in_float32
-from pairclf.model.readout import HEADS, POOLINGS, Head, LinearHead
+from pairclf.model.readout import POOLINGS, READOUTS, BaseParts, Head
 from pairclf.model.trim import reading_at
 
 
 class Classifier(nn.Module):
-    """Backbone and head: `(inputs, read_at, lengths)` -> logits `(R, C)` in float32.
+    """Backbone and head: `(inputs, read_at, lengths)` -> logits `(R, C)` in float32; R and S as in `Batch`.
 
     Args:
         backbone: returns an output with `last_hidden_state` `(B, T, H)`.
-        head: `(R, H)` -> `(R, C)`.
+        head: `(S, H)` -> `(R, C)`.
         dtype: what the backbone computes in.
         pooling: a key of `readout.POOLINGS`.
 
@@ -58,8 +60,8 @@ class Classifier(nn.Module):
 
         Args:
             inputs: `Batch.inputs`, and so on.
-            read_at: `(R,)`.
-            lengths: `(R,)`.
+            read_at: `(S,)`.
+            lengths: `(S,)`.
             trim: compute the last layer at `read_at` alone; for evaluation, and where `why_not_trimmed` is None.
         """
         topology = inputs.get("topology")
@@ -101,7 +103,10 @@ class Classifier(nn.Module):
 
     def why_not(self, layout: str) -> str | None:
         """Why sequences can't lie so; None: they can."""
-        return self.family.refuses.get(layout) or BATCH_LAYOUTS[layout].why_not(self.isolation, self.pooling)
+        record = BATCH_LAYOUTS[layout]
+        if self.head.branches > 1 and not record.branches:
+            return f"a row has {self.head.branches} branches, which the layout shared alone can lay out"
+        return self.family.refuses.get(layout) or record.why_not(self.isolation, self.pooling)
 
     def _require_topology_received(self, calls: AttentionCalls, layout: str) -> None:
         """Every layer's attention knew in a forward pass where the rows lie. In training, layers may be dropped."""
@@ -137,35 +142,50 @@ def build(config: Config, device: torch.device, base: Path | None = None) -> Cla
     torch.manual_seed(config.seed)
     classifier = build_frozen(config, device, base, training=True)
     if why := classifier.why_not(config.train.layout):
+        legal = [name for name in BATCH_LAYOUTS if classifier.why_not(name) is None]
         raise ModelError(
             f"train.layout={config.train.layout} does not go with model.base={config.model.base}: {why}",
-            remedy="set train.layout=padded",
+            remedy=f"set train.layout={legal[-1]}" if legal else "use another base",
         )
-    if config.model.lora is None and not any(weight.requires_grad for weight in classifier.backbone.parameters()):
+    if config.trains_all and not any(weight.requires_grad for weight in classifier.backbone.parameters()):
         raise ModelError(
             f"model.base={config.model.base} holds quantised weights: model.lora=null leaves only the head to train",
             remedy="give model.lora, or a base whose weights are not quantised",
         )
-    if config.model.label_words and isinstance(classifier.head, LinearHead):  # the config allows no other head
-        words = [config.model.label_words[name] for name in config.task.classes]
-        source = resolve_base(config.model.base, base)
-        classifier.head.start_from(lm_head_rows(source, config.model, words, classifier.backbone))
+    READOUTS[config.model.readout].start(classifier.head, config, _parts_of(config, base, classifier.backbone, None))
     if config.model.lora is not None:
         classifier.backbone = add_adapters(classifier.backbone, config.model.lora)
     return classifier
 
 
+def _parts_of(config: Config, base: Path | None, backbone: nn.Module, tokenizer: Path | None) -> BaseParts:
+    source = resolve_base(config.model.base, base)
+    return BaseParts(
+        builder=lambda: builder_for(config, load_tokenizer(str(tokenizer or source))),
+        lm_head=lambda setting: lm_head_of(source, backbone, setting),
+    )
+
+
 def build_frozen(
-    config: Config, device: torch.device, base: Path | None, *, training: bool, others: Sequence[torch.device] = ()
+    config: Config,
+    device: torch.device,
+    base: Path | None,
+    *,
+    training: bool,
+    others: Sequence[torch.device] = (),
+    tokenizer: Path | None = None,
 ) -> Classifier:
     """The base with a head that a bundle or the training will fill; no adapters yet. `others`: see `load_base`.
+
+    Args:
+        tokenizer: its folder; None: it is the base's.
 
     Raises:
         ModelError: the base can't be loaded, or rows of its batches have a say in each other's states.
     """
     dtype, _ = pick_dtype(config.model.dtype, device)
     # Full fine-tuning keeps its weights in float32 and computes under autocast: bf16 weights swallow small updates.
-    stored = torch.float32 if training and config.model.lora is None else dtype
+    stored = torch.float32 if training and config.trains_all else dtype
     backbone = load_base(resolve_base(config.model.base, base), config.model, stored, device, others)
     hidden_size: int | None = getattr(backbone.config.get_text_config(), "hidden_size", None)  # type: ignore[union-attr, operator]
     if hidden_size is None:
@@ -173,5 +193,7 @@ def build_frozen(
             f"model.base={config.model.base}: the config of {type(backbone).__name__} has no hidden_size", remedy=REMEDY
         )
     require_positions(config, backbone.config)  # type: ignore[arg-type]
-    head = HEADS[config.model.head](hidden_size, len(config.task.classes)).to(device)
+    readout, parts = READOUTS[config.model.readout], _parts_of(config, base, backbone, tokenizer)
+    head = readout.make(config, hidden_size, backbone.config, parts.builder).to(device)
+    readout.attach(head, config, parts)
     return Classifier(backbone, head, dtype, config.model.pooling)

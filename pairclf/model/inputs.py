@@ -11,6 +11,7 @@ from pairclf.bundles.base import resolve_base
 from pairclf.bundles.bundle import Bundle
 from pairclf.config import Config
 from pairclf.inputs.cache import EncodedRows, Frames, TokenCache, token_cache
+from pairclf.inputs.labels import LabelTrie, label_trie
 from pairclf.inputs.render import InputBuilder
 from pairclf.inputs.tokenise import settle_template
 from pairclf.model.backbone import load_tokenizer, read_settings
@@ -44,7 +45,7 @@ def open_inputs(config: Config) -> Opened:
     tokenizer = load_tokenizer(source)
     template = settle_template(config.inputs.template, tokenizer)
     settled = config.model_copy(update={"inputs": config.inputs.model_copy(update={"template": template})})
-    builder = InputBuilder(tokenizer, settled.task, settled.inputs)
+    builder = builder_for(settled, tokenizer)
     settings = read_settings(source)
     builder.require_embeddings(settings.get_text_config().vocab_size)
     return Opened(settled, tokenizer, builder, settings)
@@ -63,4 +64,19 @@ def encoded_rows(config: Config, builder: InputBuilder, frame: pl.DataFrame) -> 
 
 def builder_of(bundle: Bundle) -> InputBuilder:
     """The input builder with the bundle's own tokenizer and recipe."""
-    return InputBuilder(load_tokenizer(str(bundle.files.tokenizer)), bundle.config.task, bundle.config.inputs)
+    return builder_for(bundle.config, load_tokenizer(str(bundle.files.tokenizer)))
+
+
+def builder_for(config: Config, tokenizer: Any) -> InputBuilder:
+    """The input builder of a config with this tokenizer.
+
+    Raises:
+        ConfigError: as `InputBuilder`, or a label word can't follow the text.
+    """
+    builder = InputBuilder(tokenizer, config.task, config.inputs, one_sided=config.model.one_sided)
+    return builder.continued_by(trie_of(config, builder).branches) if config.model.scored_words else builder
+
+
+def trie_of(config: Config, builder: InputBuilder) -> LabelTrie:
+    """The tokens of `model.label_words` behind the builder's text, in the order of the classes."""
+    return label_trie(builder, {name: config.model.scored_words[name] for name in config.task.classes})

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pairclf.inputs.sequences import Item, shared_start
+from pairclf.inputs.sequences import Item, branches_of, shared_start
+from pairclf.inputs.truncate import Ids
 from pairclf.model.batch import BackboneInputs, Batch, Segment, Span, Topology, end_to_end
 
 MIN_SHARED_TOKENS = 16
@@ -52,7 +53,7 @@ def padded(items: Sequence[Item]) -> Batch:
     attention_mask = (position_ids < lengths[:, None]).long()
     position_ids = position_ids.contiguous()
     inputs: BackboneInputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    return _batch(items, inputs, torch.arange(len(items)) * width + lengths - 1)
+    return _batch(items, inputs, torch.arange(len(items)) * width + lengths - 1, lengths)
 
 
 def packed(items: Sequence[Item]) -> Batch:
@@ -87,7 +88,7 @@ def packed(items: Sequence[Item]) -> Batch:
         "max_length_k": longest,
         "topology": end_to_end(lengths.tolist()),
     }
-    return _batch(items, inputs, ends - 1)
+    return _batch(items, inputs, ends - 1, lengths)
 
 
 def shared(items: Sequence[Item]) -> Batch:
@@ -96,7 +97,9 @@ def shared(items: Sequence[Item]) -> Batch:
     Sequences stand in the order of their ids, as in a dictionary. Then none before has more in common with one than
     its neighbour has, and what it has in common lies where the neighbour's first tokens lie. It is found by comparing
     ids, so that no template has to say where its prompt ends. The last token, which is read, is always a sequence's
-    own. Positions go on where the common ones end. Two sequences `a a b` and `a a c c`, who sees whom (`#`):
+    own. Positions go on where the common ones end. An item with branches is as many sequences.
+
+    Two sequences `a a b` and `a a c c`, who sees whom (`#`):
 
         a # . . . .
         a # # . . .
@@ -110,33 +113,35 @@ def shared(items: Sequence[Item]) -> Batch:
     >>> batch.inputs["topology"].paths, batch.read_at.tolist()
     ((((0, 17),), ((0, 16), (17, 19))), [16, 18])
     """
-    paths: list[tuple[Span, ...]] = [()] * len(items)
+    sequences = [branch for item in items for branch in branches_of(item.ids)]
+    paths: list[tuple[Span, ...]] = [()] * len(sequences)
     pieces, ids, positions = [], [], []
-    before: Item | None = None
+    before: Ids | None = None
     path: tuple[Span, ...] = ()
     stop = 0
-    for index in sorted(range(len(items)), key=lambda index: items[index].ids.astype(">u4").tobytes()):
-        item = items[index]
-        common = 0 if before is None else min(shared_start(before.ids, item.ids), len(item.ids) - 1)
+    for index in sorted(range(len(sequences)), key=lambda index: sequences[index].astype(">u4").tobytes()):
+        sequence = sequences[index]
+        common = 0 if before is None else min(shared_start(before, sequence), len(sequence) - 1)
         common = common if common >= MIN_SHARED_TOKENS else 0
-        start, stop = stop, stop + len(item.ids) - common
+        start, stop = stop, stop + len(sequence) - common
         path = paths[index] = _joined([*_first(path, common), (start, stop)])
         pieces.append(Segment(start, stop, path))
-        ids.append(item.ids[common:])
-        positions.append(np.arange(common, len(item.ids)))
-        before = item
+        ids.append(sequence[common:])
+        positions.append(np.arange(common, len(sequence)))
+        before = sequence
     inputs: BackboneInputs = {
         "input_ids": torch.from_numpy(np.concatenate(ids)).long()[None],
         "position_ids": torch.from_numpy(np.concatenate(positions))[None],
         "topology": Topology(tuple(pieces), tuple(paths)),
     }
-    return _batch(items, inputs, torch.tensor([path_of_item[-1][1] - 1 for path_of_item in paths]))
+    read_at = torch.tensor([path_of_sequence[-1][1] - 1 for path_of_sequence in paths])
+    return _batch(items, inputs, read_at, torch.tensor([len(sequence) for sequence in sequences]))
 
 
-def _batch(items: Sequence[Item], inputs: BackboneInputs, read_at: Tensor) -> Batch:
-    """The batch of these items, whose logits are read at `read_at` `(R,)`."""
+def _batch(items: Sequence[Item], inputs: BackboneInputs, read_at: Tensor, lengths: Tensor) -> Batch:
+    """The batch of these items, whose sequences have `lengths` `(S,)` and are read at `read_at` `(S,)`."""
     rows, orders = torch.tensor([(item.row, item.order) for item in items]).T.contiguous()
-    return Batch(inputs, read_at, _lengths(items), rows, orders)
+    return Batch(inputs, read_at, lengths, rows, orders)
 
 
 def _lengths(items: Sequence[Item]) -> Tensor:
@@ -195,11 +200,13 @@ class BatchLayout(NamedTuple):
         why_not: by what holds for the base and by `model.pooling`, why rows would not score as each alone; None: they
             do.
         topology: attention is told which rows lie where, in place of a mask.
+        branches: an item may have several, which are sequences of their own.
     """
 
     lay_out: MakeBatch
     why_not: Callable[[Isolation, str], str | None]
     topology: bool
+    branches: bool = False
 
 
 def _why_not_shared(isolation: Isolation, pooling: str) -> str | None:
@@ -208,7 +215,7 @@ def _why_not_shared(isolation: Isolation, pooling: str) -> str | None:
 
 
 BATCH_LAYOUTS: dict[str, BatchLayout] = {
-    "shared": BatchLayout(shared, _why_not_shared, topology=True),
+    "shared": BatchLayout(shared, _why_not_shared, topology=True, branches=True),
     "packed": BatchLayout(packed, lambda isolation, pooling: isolation.packed, topology=True),
     "padded": BatchLayout(padded, lambda isolation, pooling: None, topology=False),
 }

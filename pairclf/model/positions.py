@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import chain
 from typing import Any, NamedTuple
@@ -49,7 +50,11 @@ def position_limit(settings: PretrainedConfig) -> PositionLimit | None:
         return None
     if not rope and _has_table(settings, limit):
         return PositionLimit(limit, "it has no position for a token behind them", True)
-    stretched = [int(part["factor"] * part[_ORIGINAL]) for part in parts if part.get("factor") and part.get(_ORIGINAL)]
+    stretched = [
+        int(part["factor"] * part[_ORIGINAL])
+        for part in parts
+        if math.isfinite(part.get("factor") or math.inf) and part.get(_ORIGINAL)
+    ]
     return PositionLimit(max([limit, *stretched]), "it was not trained on the positions behind them", False)
 
 

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pairclf.inputs.plan import LAYOUTS
-from pairclf.inputs.sequences import Item, LargestPass
+from pairclf.inputs.sequences import Item, LargestPass, with_branches
 from pairclf.model.device_memory import memory_now, memory_to_have, peak_memory
 from pairclf.model.layouts import BATCH_LAYOUTS
 from pairclf.model.scoring import ClassifierScorer, evaluating
@@ -105,7 +105,8 @@ def footprint(scorer: ClassifierScorer, largest: LargestPass, *, processes: int 
         processes: number of processes that share the machine's, or the GPU's, memory.
     """
     device = scorer.classifier.device
-    _count_pass(scorer, _synthetic_items(scorer.layout, LargestPass(WARM_UP, WARM_UP, 1)), nullcontext())
+    branches = scorer.classifier.head.branches
+    _count_pass(scorer, _synthetic_items(scorer.layout, LargestPass(WARM_UP, WARM_UP, 1), branches), nullcontext())
     tensors = _tensors(scorer, largest)
     at_once = memory_to_have(device, processes) * USABLE_SHARE[device.type]
     heap = HEAP_HOLES * tensors.largest if device.type == "cpu" else 0.0
@@ -132,12 +133,14 @@ class _LiveBytes(NamedTuple):
 
 def _tensors(scorer: ClassifierScorer, largest: LargestPass) -> _LiveBytes:
     """The live bytes of the largest pass, extrapolated from smaller passes if an operation has no shape function."""
+
+    def synthetic(size: LargestPass) -> list[Item]:
+        return _synthetic_items(scorer.layout, size, scorer.classifier.head.branches)
+
     try:
-        return _count_pass(scorer, _synthetic_items(scorer.layout, largest), FakeTensorMode(allow_non_fake_inputs=True))
+        return _count_pass(scorer, synthetic(largest), FakeTensorMode(allow_non_fake_inputs=True))
     except _NOT_REHEARSED:
-        smaller = [
-            _count_pass(scorer, _synthetic_items(scorer.layout, largest.scaled(by)), nullcontext()) for by in SCALES
-        ]
+        smaller = [_count_pass(scorer, synthetic(largest.scaled(by)), nullcontext()) for by in SCALES]
         live = np.polyval(np.polyfit(SCALES, [counted.live for counted in smaller], 2), 1.0)
         return _LiveBytes(float(live), min(float(HEAP_LARGEST), smaller[-1].largest / SCALES[-1]))
 
@@ -152,7 +155,7 @@ def _count_pass(scorer: ClassifierScorer, items: Sequence[Item], how: AbstractCo
     return _LiveBytes(counter.peak, counter.largest)
 
 
-def _synthetic_items(layout: str, largest: LargestPass) -> list[Item]:
+def _synthetic_items(layout: str, largest: LargestPass, branches: int = 1) -> list[Item]:
     """Dummy sequences that fill a pass; the orders of a row share their start."""
     random, record = np.random.default_rng(0), LAYOUTS[layout]
     start, _ = record.spans(
@@ -167,7 +170,7 @@ def _synthetic_items(layout: str, largest: LargestPass) -> list[Item]:
         if record.pads and items and size < largest.longest:
             break
         ids = np.concatenate([begin, random.integers(1, 100, max(1, size - common))]).astype(np.int32)
-        items.append(Item(len(items) // largest.orders, order, ids))
+        items.append(Item(len(items) // largest.orders, order, with_branches(ids, branches)))
         left -= len(ids) - (common if order else 0)
     return items
 

@@ -57,7 +57,10 @@ class ClassifierScorer:
             raise ModelError(f"predict.layout={layout}: {why}", remedy="set predict.layout=auto")
         refused = {name: classifier.why_not(name) for name in LAYOUTS}
         self.classifier = classifier
-        self.layout = layout if layout != "auto" else next(name for name, why in refused.items() if why is None)
+        legal = [name for name, why in refused.items() if why is None]
+        if not legal:
+            raise ModelError(f"no layout is legal: {refused['shared']}", remedy="use another base")
+        self.layout = layout if layout != "auto" else legal[0]
         self.trim = classifier.why_not_trim(self.layout) is None
         reasons = [f"not {name}, as {why}" for name, why in refused.items() if why is not None]
         reason = "as set" if layout != "auto" else "; ".join(reasons) or "the cheapest"

@@ -27,7 +27,7 @@ from pairclf.inputs.sequences import Item
 from pairclf.model.backbone import name_of, pick_dtype, read_settings
 from pairclf.model.families import family_of
 from pairclf.model.inputs import builder_of
-from pairclf.model.readout import HEADS
+from pairclf.model.readout import READOUTS
 from pairclf.model.scoring import items_of
 from pairclf.scores.metrics import Floats
 from pairclf.trust import granted
@@ -104,7 +104,13 @@ class VllmScorer:
         self._raw = vllm.PoolingParams(**{"normalize" if "normalize" in fields else "use_activation": False})
         weights = load_file(bundle.files.head)
         size = next(weight.shape[1] for weight in weights.values() if weight.ndim == 2)
-        self._head = HEADS[model.head](size, len(bundle.config.task.classes))
+        settings = read_settings(bundle.files.backbone)
+        self._head = READOUTS[model.readout].make(bundle.config, size, settings, lambda: builder_of(bundle))
+        if self._head.branches > 1:
+            raise ModelError(
+                f"predict.backend=vllm: a row has {self._head.branches} branches, and it takes whole sequences",
+                remedy="set predict.backend=transformers",
+            )
         self._head.load_state_dict(weights, strict=True)
         self._prove(bundle, name_of(dtype))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pairclf.bundles.base import base_fingerprint
 from pairclf.bundles.bundle import Bundle, Saved, portable
 from pairclf.bundles.contents import CONFIG, MANIFEST, BundleFiles
+from pairclf.bundles.manifest import Weights
 from pairclf.bundles.model_files import ADAPTER_CONFIG, read_json
 from pairclf.config import Config
 from pairclf.errors import BundleError, ModelError, cut, quoted
@@ -41,12 +42,11 @@ def save_weights(
     Args:
         fingerprint: of the base, where it need not be at hand.
     """
-    files, base = BundleFiles(new), portable(config).model.base
-    has_adapter = config.model.lora is not None
-    part = files.adapter if has_adapter else files.backbone
+    files, base, weights = BundleFiles(new), portable(config).model.base, _weights_of(config)
+    part = files.adapter if weights == "adapter" else files.backbone
     # The embedding is never trained; without the word peft would look for the base on a hub to find out.
-    options = {"save_embedding_layers": False} if has_adapter else {}
-    if not part.exists():
+    options = {"save_embedding_layers": False} if weights == "adapter" else {}
+    if weights != "base" and not part.exists():
         classifier.backbone.save_pretrained(part, **options)  # type: ignore[operator]
     (part / "README.md").unlink(missing_ok=True)  # peft's empty model card names this machine's path
     _forget_path(part / ADAPTER_CONFIG, base)
@@ -55,11 +55,18 @@ def save_weights(
     tokenizer.save_pretrained(files.tokenizer)
     return Saved(
         "finetune",
-        "adapter" if has_adapter else "whole",
+        weights,
         name_of(classifier.dtype),
         _PACKAGES,
         base_fingerprint(config) if fingerprint is None else fingerprint,
     )
+
+
+def _weights_of(config: Config) -> Weights:
+    """Where a bundle of this config has the weights of its language model."""
+    if config.trains_all:
+        return "whole"
+    return "base" if config.model.lora is None else "adapter"
 
 
 def load_classifier(
@@ -92,13 +99,15 @@ def _with_weights(
     bundle: Bundle, device: torch.device, base: Path | None, others: Sequence[torch.device]
 ) -> Classifier:
     config, lora = bundle.config, bundle.config.model.lora
-    if (bundle.manifest.weights == "adapter") != (lora is not None):
+    if bundle.manifest.weights != _weights_of(config):
         raise BundleError(
-            f"{MANIFEST} says weights: {bundle.manifest.weights}, and {CONFIG} says model.lora: {lora}",
+            f"{MANIFEST} says weights: {bundle.manifest.weights}, and {CONFIG} says model.lora: {lora} and "
+            f"train.max_steps: {config.train.max_steps}",
             where=bundle.folder,
         )
-    if lora is None:
-        return build_frozen(config, device, bundle.files.backbone, training=False, others=others)
+    options: dict[str, Any] = {"training": False, "others": others, "tokenizer": bundle.files.tokenizer}
+    if bundle.manifest.weights == "whole":
+        return build_frozen(config, device, bundle.files.backbone, **options)
     actual, trained = base_fingerprint(config, base), str(bundle.manifest.base_fingerprint)
     if actual != trained and not trained.startswith("hub:"):
         raise BundleError(
@@ -106,7 +115,9 @@ def _with_weights(
             where=f"fingerprint {actual[:16]}…, trained on {trained[:16]}…",
             remedy=f"attach {config.model.base} in the same version, or give its folder with --base",
         )
-    classifier = build_frozen(config, device, base, training=False, others=others)
+    classifier = build_frozen(config, device, base, **options)
+    if lora is None:
+        return classifier
     # peft's own `from_pretrained` would let adapter_config.json say what is adapted: a regex that never ends, for one.
     classifier.backbone = add_adapters(classifier.backbone, lora).requires_grad_(False)
     _compare_adapter_config(bundle.files.adapter / ADAPTER_CONFIG, classifier.backbone)

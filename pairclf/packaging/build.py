@@ -257,7 +257,7 @@ def _values(
     wheelhouse: str,
 ) -> dict[str, Value]:
     """The values of the template's placeholders."""
-    settings = config.package
+    settings, data = config.package, models.ensemble.data
     seconds = deadline_seconds(settings)
     assert seconds is not None  # check_package
     by_payload = {name: [part for part in parts if part.payload == name] for name in PAYLOADS}
@@ -280,6 +280,7 @@ def _values(
         "parts": {name: {part.marker: part.sha256 for part in group} for name, group in by_payload.items()},
         "prior": _prior(models.ensemble, _existing(config.data.sample_file)),
         "settings": config.data.naming,
+        "ids": [data.test.columns.get("id") or "id", data.settled_submission.id or "id"],
         "trust": [REMOTE_CODE] if granted().remote_code else [],
         "note_of_trust": _NOTE_OF_TRUST if granted().remote_code else "",
         "gpus": MACHINES[settings.machine_shape].gpus,
@@ -295,7 +296,7 @@ def _existing(path: Path | None) -> Path | None:
 
 def _prior(ensemble: Ensemble, sample: Path | None) -> dict[str, str]:
     """`{column: text}` of a row that could not be scored, for every column that a sample submission may have."""
-    task, settings = ensemble.task, ensemble.data.submission
+    task, settings = ensemble.task, ensemble.data.settled_submission
     row = scores_frame(["row"], np.atleast_2d(ensemble.prior), task, orders=1, models=[])
     forms = possible_forms(task, settings) if sample is None else [open_sample(sample, task, settings)[0]]
     cells = {
@@ -344,7 +345,7 @@ def _record(
         test=None if data.test_file is None else data.test_file.resolve(),
         sample=None if data.sample_file is None else data.sample_file.resolve(),
         columns=models.ensemble.data.test.columns,
-        submission=models.ensemble.data.submission,
+        submission=models.ensemble.data.settled_submission,
     )
 
 

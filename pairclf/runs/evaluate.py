@@ -12,7 +12,7 @@ import polars as pl
 from rich.table import Table
 
 from pairclf.config import Config, Predict, deciding_settings
-from pairclf.console import counted, number, table
+from pairclf.console import console, counted, number, table
 from pairclf.data.identity import refuse_other_rows
 from pairclf.data.scores import HASHES, class_matrix, read_logits, read_scores
 from pairclf.errors import ConfigError, DataError
@@ -26,6 +26,7 @@ from pairclf.run import (
     output_of,
     refuse_mixed_folds,
     trained_as,
+    trained_otherwise,
 )
 from pairclf.scores.calibration import RANGE as TEMPERATURES
 from pairclf.scores.calibration import fit_temperature
@@ -117,7 +118,10 @@ def evaluate_run(
     if scores is None:
         keys = deciding_settings(config).keys()
         trained = {fold: trained_as(Paths(run, fold)) for fold in folds or range(config.folds.n_splits)}
-        refuse_mixed_folds(run, {fold: {key: said.get(key) for key in keys} for fold, said in trained.items() if said})
+        said = {fold: {key: record.get(key) for key in keys} for fold, record in trained.items() if record}
+        refuse_mixed_folds(run, said)
+        if said and (differing := trained_otherwise(config, next(iter(said.values())))):
+            console.print(f"note: these scores are of a training with other settings: {', '.join(differing.values())}")
     judged = out_of_fold(run, task, config.predict, folds) if scores is None else scored(scores, task)
     return evaluate(labelled_rows(config), judged, task, truth=truth)
 
@@ -150,7 +154,7 @@ def out_of_fold(run: Path, task: Task, settings: Predict, folds: Sequence[int] =
         rows=frame.select("id", *HASHES),
         at=lambda temperature: mean_of_orders(judged, task, temperature),
         temperature=settings.temperature,
-        one_order=first if task.swappable and not one_way else None,
+        one_order=first if logits.shape[1] > 1 and not one_way else None,
         setting="predict.temperature",
         where=folders[0] / OOF_LOGITS,
         note=note,

@@ -15,7 +15,7 @@ import polars as pl
 
 from pairclf import __version__
 from pairclf.approaches import approach_of, verify_probes
-from pairclf.approaches.protocol import KEPT_STEP, Fitted, Process, Trainer
+from pairclf.approaches.protocol import KEPT_STEP, LABEL_MASS, Fitted, Process, Trainer
 from pairclf.bundles.bundle import open_bundle, write_bundle
 from pairclf.bundles.contents import MANIFEST
 from pairclf.bundles.probes import PROBES, pick_probes
@@ -50,9 +50,10 @@ COUNTS = ("rows", "weight")
 
 
 class Session(NamedTuple):
-    """A run in training: its rows are read, checked for leaks and tokenised once for all folds."""
+    """Some folds of a run in training: the rows are read, checked for leaks and tokenised once for all of them."""
 
     run: Run
+    folds: Sequence[int | None]
     process: Process
     trainer: Trainer
     config_file: Path | None
@@ -111,7 +112,7 @@ def open_session(
         run.prove(numbers)
         trainer = approach.trainer(run, process)
     _refuse_other_settings(trainer.config, folds, replace=resume is False)
-    return Session(run, process, trainer, config_file)
+    return Session(run, folds, process, trainer, config_file)
 
 
 def _refuse_other_settings(config: Config, chosen: Sequence[int | None], *, replace: bool) -> None:
@@ -158,10 +159,15 @@ def fit_fold(session: Session, fold: int | None, *, resume: bool | None = None, 
 
     Returns:
         The bundle's folder.
+
+    Raises:
+        ConfigError: as `_refuse_other_settings`.
     """
     run, trainer, main = session.run, session.trainer, session.process.is_main
     paths, split = Paths(output_of(run.config), fold), run.split(fold)
     with locked(paths.folder / ".lock") if main else nullcontext():
+        if main:  # another command may have trained folds since this one began
+            _refuse_other_settings(trainer.config, session.folds, replace=resume is False)
         identity = trainer.identity(split)
         if resume is not False and _is_done(paths, identity):
             if main:
@@ -214,7 +220,7 @@ def _save(trainer: Trainer, paths: Paths, fitted: Fitted, split: Split) -> None:
     to_score = held_out if held_out is not None else training.head(PROBES)
     logits = fitted.logits(to_score)
     metrics = {} if held_out is None else _write_held_out(config, paths, held_out, logits)
-    metrics |= {name: value for name, value in fitted.record.items() if name == KEPT_STEP}
+    metrics |= {name: value for name, value in fitted.record.items() if name in (KEPT_STEP, LABEL_MASS)}
     with atomic_folder(paths.bundle, known_by=MANIFEST) as new:
         write_bundle(
             new,
@@ -231,7 +237,7 @@ def _save(trainer: Trainer, paths: Paths, fitted: Fitted, split: Split) -> None:
         difference = verify_probes(open_bundle(new))
     figures = ", ".join(f"{name} {value:.4f}" for name, value in titled(metrics, config.task).items())
     own = config.task.metric
-    if config.task.swappable and own + ONE_ORDER in metrics:
+    if config.orders > 1 and own + ONE_ORDER in metrics:
         figures += f"; in one order {title(own, config.task)} {metrics[own + ONE_ORDER]:.4f}"
     console.print(f"saved and re-scored {paths.bundle} (logits differ by {difference:.1g}) {figures}")
 

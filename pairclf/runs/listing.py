@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 from rich.table import Table
 
 from pairclf.bundles.bundle import Bundle, open_bundle
-from pairclf.config import deciding_settings, load_config, setting_changes
+from pairclf.config import load_config
 from pairclf.console import console, number, table
 from pairclf.errors import BundleError, ConfigError
-from pairclf.run import BUNDLE, TRAINED, TRAINING, Paths, out_of_fold_metric, trained_as
+from pairclf.run import BUNDLE, TRAINED, TRAINING, Paths, out_of_fold_metric, trained_as, trained_otherwise
 from pairclf.scores.metrics import title
+
+_RECORDED = {"seconds": (int, float), "finished": (str,), "config_file": (str,)}
+"""What is listed of a record, with its types."""
 
 
 def list_runs(folder: Path) -> Table:
@@ -39,7 +43,7 @@ def list_runs(folder: Path) -> Table:
     for column in runs_table.columns[:-1]:
         column.no_wrap = True  # the settings take what is left of the line
     for (run, _), bundles in listed.items():
-        runs_table.add_row(str(run.relative_to(folder)), *_cells(run, bundles))
+        runs_table.add_row(os.path.relpath(run, folder), *_cells(run, bundles))
     return runs_table
 
 
@@ -47,7 +51,7 @@ def _cells(run: Path, bundles: list[Bundle]) -> list[str]:
     """Folds, metric, hours, when the last fold was finished, and what differs from the config file."""
     config = bundles[0].config
     trained = [trained_as(Paths(run, bundle.manifest.fold)) for bundle in bundles]
-    records = [said.get(TRAINING, {}) for said in trained]
+    records = [_record(said) for said in trained]
     folds = [str(bundle.manifest.fold) for bundle in bundles if bundle.manifest.fold is not None]
     metric = out_of_fold_metric(bundles, config.task.metric)
     seconds = [record["seconds"] for record in records if "seconds" in record]
@@ -60,6 +64,13 @@ def _cells(run: Path, bundles: list[Bundle]) -> list[str]:
     ]
 
 
+def _record(trained: Mapping[str, Any]) -> dict[str, Any]:
+    """What `trained.json` says of a training; without what a damaged file says in other types."""
+    said = trained.get(TRAINING)
+    record = said if isinstance(said, dict) else {}
+    return {name: record[name] for name, kinds in _RECORDED.items() if isinstance(record.get(name), kinds)}
+
+
 def _differences(trained: Mapping[str, Any], config_file: str | None) -> str:
     """The settings of a training that differ from what its config file has now."""
     if config_file is None:
@@ -68,8 +79,5 @@ def _differences(trained: Mapping[str, Any], config_file: str | None) -> str:
         config = load_config(Path(config_file))
     except ConfigError:
         return f"({config_file} can't be read)"
-    settings = deciding_settings(config)
-    if config.inputs.template.apply_chat_template:  # a training has the chat template written out
-        settings = {key: value for key, value in settings.items() if not key.startswith("inputs.template.")}
-    differing = setting_changes({key: trained.get(key) for key in settings}, settings)
+    differing = trained_otherwise(config, trained)
     return ", ".join(f"{key}={trained.get(key)}" for key in differing) or f"nothing: as {config_file}"

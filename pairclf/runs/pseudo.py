@@ -172,8 +172,8 @@ def render(counts: Pseudo, out: Path) -> Table:
     """The counts as a table."""
     counts_table = table("Pseudo-labels", "", "rows")
     counts_table.add_row("read", f"{counts.read:,}")
-    counts_table.add_row("left out: prompt (nearly) equal to one of data.train", f"{counts.validation:,}")
-    counts_table.add_row("left out: prompt (nearly) equal to one of data.test", f"{counts.test:,}")
+    counts_table.add_row("left out: (nearly) a prompt, or a folds.group, of data.train", f"{counts.validation:,}")
+    counts_table.add_row("left out: (nearly) a prompt, or a folds.group, of data.test", f"{counts.test:,}")
     counts_table.add_row("left out: the same texts as a row before", f"{counts.repeated:,}")
     counts_table.add_row("left out: below --min-confidence", f"{counts.unsure:,}")
     counts_table.add_row(f"written to {out}", f"{counts.written:,}", style="bold")

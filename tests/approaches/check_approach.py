@@ -240,14 +240,17 @@ def the_order_of_rows_does_not_matter(case: Case) -> None:
 
 
 def exchanged_sides_exchange_the_orders(case: Case) -> None:
-    """Order BA of a row is order AB of the row with its sides exchanged."""
+    """Order BA of a row is order AB of the row with its sides exchanged; with one order, so are the columns."""
     logits = case.score(case.rows)
+    assert logits.shape[1] == case.config.orders
     if case.task.swap_fields is None:
-        assert logits.shape[1] == 1
         return
     a, b = case.task.swap_fields
     exchanged = [Row(row.id, {**row.fields, a: row.fields[b], b: row.fields[a]}) for row in case.rows]
     assert np.ptp(logits, axis=0).max() > 0.01, "the rows are told apart"
+    if logits.shape[1] == 1:
+        assert_close(case.score(exchanged)[:, AB], logits[:, AB][:, list(case.task.swapped_columns)], case.tolerance)
+        return
     assert_close(case.score(exchanged)[:, AB], logits[:, BA], case.tolerance)
     assert_close(case.score(exchanged)[:, BA], logits[:, AB], case.tolerance)
 

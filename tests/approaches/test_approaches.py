@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import polars as pl
 import pytest
 from check_approach import CHECKS, Case, Killed
+from models_support import with_lm_head
 from sklearn.linear_model import LogisticRegression
 from tests_support import make_rows, write_csv
 
@@ -23,9 +24,11 @@ from pairclf.approaches.finetune import train as loop
 from pairclf.approaches.protocol import Approach, Prepared, Process
 from pairclf.bundles import bundle as bundles
 from pairclf.bundles.bundle import Bundle, Saved
-from pairclf.config import SECTIONS, Config, resolve
+from pairclf.config import SECTIONS, Config, Model, resolve
+from pairclf.config.section import choices
 from pairclf.data.rows import to_rows
 from pairclf.inputs.cache import RowSource
+from pairclf.model import readout as readouts
 from pairclf.run import Run, Split
 from pairclf.scores.metrics import Floats
 from pairclf.task import AB, Row
@@ -83,7 +86,23 @@ def write_rows(path: Path, task: str) -> None:
     pl.DataFrame(cells).write_csv(path)
 
 
-def make_case(approach: str, task: str, folder: Path, base: Path | None, *, here: bool = False) -> Case:
+READOUTS: dict[str, dict[str, Any]] = {
+    "head": {},
+    "label_tokens": {
+        "model": {
+            "readout": "label_tokens",
+            "label_words": {"winner_model_a": "A", "winner_model_b": "B", "winner_tie": "t"},
+        },
+        "train": {"loss": "vocabulary"},
+    },
+    "reward": {"model": {"readout": "reward"}, "train": {"center_rewards_coefficient": 0.01}},
+}
+"""Settings of the approach `finetune` for each readout."""
+
+
+def make_case(
+    approach: str, task: str, folder: Path, base: Path | None, readout: str = "head", *, here: bool = False
+) -> Case:
     write_rows(folder / "train.csv", task)
     sections: dict[str, dict[str, Any]] = {
         "finetune": {
@@ -93,6 +112,8 @@ def make_case(approach: str, task: str, folder: Path, base: Path | None, *, here
         },
         "classical": {"classical": {"n_features": 512}},
     }
+    for section, settings in READOUTS[readout].items():
+        sections[approach][section] |= settings
     tree = {
         "task": TASKS[task],
         "approach": approach,
@@ -106,9 +127,11 @@ def make_case(approach: str, task: str, folder: Path, base: Path | None, *, here
 
 def test_every_approach_has_its_sections_and_a_contract() -> None:
     assert APPROACHES.keys() == SECTIONS.keys() == KILLED.keys()
+    assert READOUTS.keys() == readouts.READOUTS.keys() == {*choices(Model.model_fields["readout"].annotation)}
 
 
-CASES = [(approach, task) for approach in APPROACHES for task in TASKS if (approach, task) != ("finetune", "no ties")]
+HEADS = [("classical", task, "head") for task in TASKS] + [("finetune", task, "head") for task in ("pairs", "labels")]
+CASES = [*HEADS, ("finetune", "pairs", "label_tokens"), ("finetune", "pairs", "reward")]
 """A model with a head does not know what its classes mean: two or three are the same to it."""
 
 
@@ -116,11 +139,13 @@ CASES = [(approach, task) for approach in APPROACHES for task in TASKS if (appro
 def case(
     request: pytest.FixtureRequest, base_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Case]:
-    approach, task = request.param
+    approach, task, readout = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "estimate_resources", lambda *_: None)
         base = base_of("llama") if approach == "finetune" else None
-        yield make_case(approach, task, tmp_path_factory.mktemp("contract"), base)
+        if base is not None and readout != "head":
+            base = with_lm_head(base, tmp_path_factory.mktemp("base"), tied=True, initializer_range=0.3)
+        yield make_case(approach, task, tmp_path_factory.mktemp("contract"), base, readout)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from pairclf.cli import app
 from pairclf.cli.data import repeat_option
-from pairclf.config import Rules, Source
+from pairclf.config import Config, Rules, Source, resolve
 from pairclf.data.audit import IDS_KEPT, audit, clean, exclude_overlap, legal_actions, render, write_audit
 from pairclf.data.formats import Flaw
 from pairclf.data.rows import read_rows, to_rows
@@ -356,17 +356,26 @@ def test_overlap_is_excluded_source_by_source(tmp_path: Path) -> None:
     unseen = write_lmsys(tmp_path / "test.csv", [WORDS, "short"], labelled=False)
     main = write_lmsys(tmp_path / "main.csv", ["short", "other"])
     extra = write_lmsys(tmp_path / "extra.csv", [WORDS + " today", "Short ", "unlike anything"])
+    test: dict[str, Any] = {"test": {"columns": {"prompt": "question"}}}
+
+    def config(near: float | None = None, **data: Any) -> Config:
+        return resolve({"task": "lmsys", "data": data, "folds": {"near_duplicate_threshold": near}})
+
     sources = [Source(files=[main]), Source(files=[extra], exclude_overlap=[unseen])]
     frame = read_rows(sources, LMSYS, labelled=True)
-    kept, findings = exclude_overlap(frame, sources, LMSYS, 0.8)
+    kept, findings = exclude_overlap(frame, sources, config(0.8))
     assert kept["id"].to_list() == ["main0", "main1", "extra2"]
     assert [(one.rule, one.count, one.ids) for one in findings] == [("exclude_overlap", 2, ("extra0", "extra1"))]
-    kept, _ = exclude_overlap(frame, sources, LMSYS, None)
+    kept, _ = exclude_overlap(frame, sources, config())
     assert kept["id"].to_list() == ["main0", "main1", "extra0", "extra2"]
-    renamed = pl.read_csv(unseen).rename({"id": "row", "prompt": "question"})
-    renamed.write_csv(tmp_path / "renamed.csv")
-    sources[1] = Source(files=[extra], exclude_overlap=[tmp_path / "renamed.csv"])
-    assert exclude_overlap(frame, sources, LMSYS, None, columns={"prompt": "question"})[0].equals(kept)
+    both = config(train=[str(unseen)], **test)  # a file of data.train has the columns of its source
+    assert exclude_overlap(frame, sources, both)[0].equals(kept)
+    renamed = tmp_path / "renamed.csv"
+    pl.read_csv(unseen).rename({"id": "row", "prompt": "question"}).write_csv(renamed)
+    sources[1] = Source(files=[extra], exclude_overlap=[renamed])
+    mapped = {"files": str(renamed), "columns": {"id": "row", "prompt": "question", "group": "response_a"}}
+    for naming in (config(**test), config(train=[mapped])):
+        assert exclude_overlap(frame, sources, naming)[0].equals(kept)
 
 
 def check(*arguments: object) -> tuple[int, str]:
@@ -422,6 +431,26 @@ def test_check_takes_task_rules_and_sources_of_a_config(tmp_path: Path) -> None:
     assert "control_character" in shown
     assert "fixed: it is removed" in shown
     assert kept.read_text() == "id,comment,fine,toxic\n1,a,0.0,1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("swap", "labels", "absent"),
+    [(False, "11", "'0', '2'"), (False, "012", None), (True, "11", "'2'"), (True, "012", None)],
+)
+def test_check_counts_rows_and_names_labels_that_no_row_has(
+    tmp_path: Path, swap: bool, labels: str, absent: str | None
+) -> None:
+    """A model of one class alone has an accuracy of 1."""
+    config = {"name": "t", "fields": ["q", "a", "b"], "classes": [0, 1, 2], "label_column": "y"}
+    config |= {"swap_fields": ["a", "b"], "swap_classes": [0, 1]} if swap else {"swap_fields": None}
+    (tmp_path / "t.yaml").write_text(json.dumps({"task": config}))
+    lines = [f"{row},q{row},x{row},y{row},{label}" for row, label in enumerate(labels)]
+    (tmp_path / "t.csv").write_text("\n".join(["id,q,a,b,y", *lines]))
+    code, shown = check(tmp_path / "t.csv", "--task", tmp_path / "t.yaml", "--out", tmp_path / "a.json")
+    assert code == 0
+    assert f"{len(labels)} rows in 1 file" in shown
+    assert ("no row has the label" in shown) == bool(absent)
+    assert f"no row has the label {absent}: look at task.classes" in shown or not absent
 
 
 def test_an_option_that_takes_several_names() -> None:

@@ -20,7 +20,7 @@ from support.tables import Turns, canonical
 from typer.testing import CliRunner
 
 from pairclf.cli import app
-from pairclf.config import dump_config, resolve
+from pairclf.config import Source, dump_config, resolve
 from pairclf.data.folds import (
     assert_apart,
     assert_no_leak,
@@ -272,11 +272,29 @@ def test_group_is_a_column_of_the_files(tmp_path: Path) -> None:
     config = resolve({"data": tree, "folds": {"group": "author", "n_splits": 2}, "output_dir": str(tmp_path / "run")})
     groups = labelled_rows(config)["group"].to_list()
     assert groups[12:] == ["1", None, *["0"] * 10, *[None] * 12]
+    pl.read_parquet(tmp_path / "b.parquet").select("id", "writer").write_csv(tmp_path / "writers.csv")
+    text = Task(name="text", fields=("writer",), classes=("0", "1"), multi_turn=False)
+    written = Source(files=[tmp_path / "writers.csv"], columns={"writer": "id", "group": "writer"})
+    assert read_rows([written], text, labelled=False, group="author")["group"].to_list() == groups[12:24]
     with pytest.raises(DataError, match=r"columns \['author'\] are missing(.|\n)*columns: \{group: null\}"):
         read_rows([tmp_path / "b.parquet"], LMSYS, labelled=True, group="author")
     assert read_rows([tmp_path / "b.parquet"], LMSYS, labelled=False, group="author")["group"].null_count() == 12
     with pytest.raises(DataError, match="columns maps 'group'"):
         read_rows(config.data.sources[1:2], LMSYS, labelled=True)
+
+
+def test_exclude_overlap_leaves_out_rows_of_the_same_group(tmp_path: Path) -> None:
+    """Else a source that is train_only would be refused, with `exclude_overlap` as the remedy."""
+    folded, extra = some_rows(12, 12), canonical([["new"], ["other"]], [0, 1], prefix="x")
+    authors = pl.Series([f"author {row % 4}" for row in range(12)])
+    write_rows(tmp_path / "a.parquet", folded.with_columns(group=authors), LMSYS, "writer")
+    write_rows(tmp_path / "x.parquet", extra.with_columns(group=pl.Series(["author 3", "y"])), LMSYS, "author")
+    excluding = {"files": "x.parquet", "train_only": True, "exclude_overlap": ["a.parquet"]}
+    tree = {"folder": str(tmp_path), "train": [{"files": "a.parquet", "columns": {"group": "writer"}}, excluding]}
+    folds = {"group": "author", "n_splits": 2, "near_duplicate_threshold": None}
+    config = resolve({"data": tree, "folds": folds, "output_dir": str(tmp_path / "run")})
+    training, _ = Run(config).split(0)
+    assert training.filter("train_only")["id"].to_list() == ["x1"]
 
 
 def test_strata_are_the_likeliest_class_or_the_rarest_label() -> None:

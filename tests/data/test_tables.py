@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
@@ -305,10 +306,39 @@ def test_floats_as_ids(tmp_path: Path) -> None:
     assert flaws_of(frame) == {"row 2": {"missing_id"}}
 
 
-def test_unknown_class_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("header", "said", "unsaid"),
+    [
+        ("Id,Text,y", 'map them with columns: {id: "Id", text: "Text"}', "accept them unread"),
+        ("id,txt,y", 'columns: {text: "txt"}', "accept them unread"),
+        ("id,review,y", "needs the columns ['id', 'text', 'y']", "columns: {text"),
+        ("text,y", "a file without ids says columns: {id: null}", "check --unlabelled"),
+        ("id,text", "test files have no labels (`check --unlabelled`)", "id: null"),
+        ("id;text;y", "as if ';' stood between the cells", "accept them unread"),
+    ],
+)
+def test_missing_columns_lead_to_what_was_meant(tmp_path: Path, header: str, said: str, unsaid: str) -> None:
+    task = Task(name="t", fields=("text",), classes=("0", "1"), label_column="y")
+    (tmp_path / "t.csv").write_text(f"{header}\n{re.sub('[A-Za-z]+', '1', header)}\n")
+    message = str(refusal(lambda: read_rows([tmp_path / "t.csv"], task, labelled=True)))
+    assert said in message
+    assert unsaid not in message
+
+
+def test_whole_numbers_as_floats_are_labels(tmp_path: Path) -> None:
+    """pandas writes 1.0 into a CSV whose column of labels has a hole."""
+    task = Task(name="t", fields=("text",), classes=("0", "1"), label_column="y")
+    path = write_csv(tmp_path / "t.csv", {"id": list("abcd"), "text": ["x"] * 4, "y": ["1.0", "0.0", "1", "1.5"]})
+    frame = read_rows([path], task, labelled=True)
+    assert frame["target"].to_list() == [[0, 1], [1, 0], [0, 1], None]
+
+
+def test_unknown_class_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     columns = dict.fromkeys(WSDM.fields, ["x"] * 3) | {"id": ["1", "2", "3"], "winner": ["model_a", "tie", None]}
     frame = read_rows([write_csv(tmp_path / "t.csv", columns)], WSDM, labelled=True)
     assert flaws_of(frame) == {key: {"bad_label"} for key in "23"}
+    said = " ".join(capsys.readouterr().err.split())
+    assert "t.csv: column winner: 'tie', None are no classes, which are 'model_a', 'model_b': correct" in said
     assert frame["target"].to_list() == [[1.0, 0.0], None, None]
 
 
@@ -516,6 +546,8 @@ def test_metric_sample_and_settings_decide_what_is_written(
         ),
         (SPAM, {}, "row,label\nr,0.5\n", r"data.submission.id=COLUMN"),
         (SPAM, {"columns": {"0": "1"}}, "id,1\nr,0.5\n", r"gives several classes the columns \['1'\]"),
+        (SPAM, {"columns": {"1": "id"}}, "id,label\nr,0.5\n", r"'id' of the submission is that of the ids(.|\n)*'1'"),
+        (SPAM, {"id": "label"}, "label,1\nr,0.5\n", "'label' of the submission is that of the ids"),
         (SPAM, {"columns": {"2": "p"}}, "id,p\nr,0.5\n", r"maps \['2'\](.|\n)*0, 1, label"),
         (DIGITS, {"columns": {"1": "p"}}, "id,p\nr,0.5\n", r"can fill \['id', '0', 'p', '2'\] or \['id', 'digit'\]"),
     ],

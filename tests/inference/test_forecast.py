@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +14,21 @@ from rich.console import Console
 from support.runs import random_bundle, run_config
 
 from pairclf.approaches.protocol import ModelCost
+from pairclf.bundles.bundle import open_bundle
 from pairclf.config import resolve
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.errors import ConfigError, ModelError
 from pairclf.hardware import PROFILES, Profile
 from pairclf.inference import forecast as job
 from pairclf.inference.ensemble import open_ensemble
-from pairclf.inference.forecast import SimulationSetup, _resized_index, _setup_of_profile, _simulate, forecast
+from pairclf.inference.forecast import (
+    ORDERS_HINT,
+    SimulationSetup,
+    _resized_index,
+    _setup_of_profile,
+    _simulate,
+    forecast,
+)
 from pairclf.inputs.sequences import SequenceIndex
 from pairclf.runs.fit import fit
 
@@ -89,13 +98,19 @@ def test_stretched_keeps_repeated_rows() -> None:
     assert one.duplicate_of.tolist() == plain.duplicate_of.tolist()
 
 
-def test_forecast_tables_have_hours_and_deadlines(bundle: Path) -> None:
-    data = bundle.parents[2] / "test.csv"
-    tables = forecast([bundle], data, device="t4x2", rows=25_000, deadlines=["15s", "1h"])
+@pytest.mark.parametrize("readout", ["head", "reward"])
+def test_forecast_tables_have_hours_deadlines_and_orders(bundle: Path, tmp_path: Path, readout: str) -> None:
+    folder = bundle.parents[2]
+    if readout == "reward":
+        base = open_bundle(bundle).config.model.base
+        bundle = random_bundle(tmp_path / "bundle", run_config(folder, base, model={"readout": readout}))
+    tables = forecast([bundle], folder / "test.csv", device="t4x2", rows=25_000, deadlines=["15s", "1h"])
     console = Console(width=200)
     with console.capture() as shown:
         console.print(*tables)
     assert "Forecast of 25,000 rows" in shown.get()
+    for words in ("in both orders", "together with it", "in one order", ORDERS_HINT):
+        assert (words in " ".join(shown.get().split())) == (readout == "head")
     assert "60 min" in shown.get() or "1 h 00 min" in shown.get()
 
 
@@ -106,12 +121,13 @@ def test_forecast_counts_in_the_units_of_the_approach_and_tells_equal_names_apar
         sections = {"approach": "classical", "classical": {"n_features": 512}, "folds": {"n_splits": 2}, "seed": seed}
         data = {"folder": str(tmp_path), "train": ["train.csv"]}
         bundles.append(fit(resolve({"output_dir": str(tmp_path / f"{seed}" / "run"), "data": data, **sections}), 0))
-    console = Console(width=200)
+    console = Console(width=80)
     with console.capture() as shown:
-        console.print(*forecast(bundles, tmp_path / "test.csv", device="t4", deadlines=["1h"]))
+        console.print(*forecast(bundles, tmp_path / "test.csv", device="t4", deadlines=["20m", "40m", "1h", "2h"]))
+    assert re.search(r"^deadline +20 min .* none *$", shown.get(), re.MULTILINE)
     assert shown.get().count("units of 64 characters") == 2
     assert "tokens" not in shown.get()
-    assert all(f"run-fold0 (member {number}) AB" in shown.get() for number in (1, 2))
+    assert all(f"\nrun-fold0 (member {number}) AB " in shown.get() for number in (1, 2))
 
 
 def test_forecast_measures_this_machine(bundle: Path) -> None:

@@ -221,6 +221,22 @@ def test_notes_stay_with_their_run(tmp_path: Path) -> None:
     other.close()
 
 
+def test_a_cleared_journal_is_empty_stays_locked_and_goes_on(tmp_path: Path) -> None:
+    filled(tmp_path / "journal", 2)
+    journal = Journal.open(tmp_path / "journal", IDENTITY)
+    journal.write_note("submission", "first")
+    journal.fail(0, 5, 0, "x")
+    journal.clear()
+    assert (scored(journal), list(journal.failed()), journal.read_note("submission")) == ({}, [], None)
+    with pytest.raises(PairclfError, match="another process"):
+        Journal.open(tmp_path / "journal", IDENTITY)
+    journal.add(0, [(1, 0)], np.ones((1, 3)))
+    journal.close()
+    again = Journal.open(tmp_path / "journal", IDENTITY)
+    assert list(scored(again)) == [(0, 1, 0)]
+    again.close()
+
+
 HOLD = """
 import sys
 from pathlib import Path

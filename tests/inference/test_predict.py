@@ -21,6 +21,7 @@ import polars as pl
 import pytest
 import torch
 from clocks_support import clock_in, comes_true, turned_crew
+from models_support import with_lm_head
 from polars.testing import assert_frame_equal
 from support.faults import PASS, faulty, quick, unloadable
 from support.forked import command, forked
@@ -37,7 +38,9 @@ from pairclf.inference import submission as sink
 from pairclf.inference.ensemble import open_ensemble
 from pairclf.inference.journal import Journal
 from pairclf.inference.predict import predict
+from pairclf.inference.prepare import prepare
 from pairclf.inputs import cache
+from pairclf.inputs.cache import RowSource
 from pairclf.scores.metrics import Floats
 from pairclf.task import LMSYS
 
@@ -101,6 +104,27 @@ def test_predict_with_two_workers_scores_as_with_one(
     )
     assert_frame_equal(one, two, abs_tol=1e-6)
     assert not (tmp_path / "one" / "submission.work").exists()
+
+
+def test_models_of_different_readouts_see_a_row_each_in_its_own_way(
+    base_of: Callable[[str], Path], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Branches for words of several tokens, one order for a reward: an ensemble scores as its models do alone."""
+    base = with_lm_head(base_of("llama"), tmp_path / "base", tied=True)
+    words = dict(zip(LMSYS.classes, ("ab", "acd", "tie"), strict=True))
+    models: dict[str, dict[str, object]] = {"head": {}, "label_tokens": {"label_words": words}, "reward": {}}
+    bundles, alone = [], []
+    for readout, model in models.items():
+        settings = run_config(run, base, model={"readout": readout, **model}, train={"layout": "shared"})
+        bundles.append(random_bundle(tmp_path / readout / "bundle", settings))
+        alone.append(predict(bundles[-1:], **files(run, tmp_path / readout)).select(LMSYS.classes).to_numpy())
+        printed = capsys.readouterr().err
+        assert ("BA" in printed) == (readout != "reward")
+    together = predict(bundles, **files(run, tmp_path)).select(LMSYS.classes).to_numpy()
+    assert np.abs(together - np.mean(alone, axis=0)).max() <= 1e-6
+    nothing = RowSource(lambda: iter(()), "", ROWS)
+    left_out = prepare(open_ensemble(bundles, None, ()).members, lambda *_: nothing, tmp_path, range(3))
+    assert [model.inputs.lengths.shape for model in left_out] == [(ROWS, 2), (ROWS, 2), (ROWS, 1)]
 
 
 def test_predict_writes_scores_alone(run: Path, whole: pl.DataFrame, tmp_path: Path) -> None:
@@ -442,10 +466,14 @@ def test_predict_refuses_ids_unlike_the_samples_before_scoring(run: Path, tmp_pa
         predict(bundles_of(run), **{**files(run, tmp_path), "data": tmp_path / "twice.csv"})
 
 
-def test_predict_scores_one_row(run: Path, tmp_path: Path) -> None:
+def test_predict_scores_one_row_whatever_lies_where_its_journal_belongs(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pl.read_csv(run / "test.csv", infer_schema=False)[:1].write_csv(tmp_path / "test.csv")
-    scores = predict(bundles_of(run)[:1], tmp_path / "test.csv", tmp_path / "s.csv")
+    (tmp_path / "s.work" / "journal.sqlite").mkdir(parents=True)
+    scores = predict(bundles_of(run)[:1], tmp_path / "test.csv", tmp_path / "s.csv", resume=False, strict=True)
     assert len(scores) == 1 == len(pl.read_csv(tmp_path / "s.csv"))
+    assert "s.work can't be removed" in " ".join(capsys.readouterr().err.split())
 
 
 def test_predict_refuses_no_rows_and_leaves_priors(run: Path, tmp_path: Path) -> None:

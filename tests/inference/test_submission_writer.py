@@ -247,5 +247,8 @@ def test_an_earlier_runs_file_of_other_rows_is_replaced_by_the_priors(
     with pytest.raises(KeyboardInterrupt), sink.reporting_older(tmp_path):
         sink.begin(PRIOR)
         raise KeyboardInterrupt
-    assert "this run has not written one" not in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "it is of other rows or columns, and is replaced" in said
+    assert "it is kept" not in said
+    assert "this run has not written one" not in said
     assert pl.read_csv(out).rows() == [("a", *PRIOR), ("c", *PRIOR)]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 from models_support import logits_of
-from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pairclf.config import resolve
@@ -19,6 +19,7 @@ from pairclf.errors import ModelError
 from pairclf.inputs.sequences import Item
 from pairclf.model.engine import Classifier, build
 from pairclf.model.layouts import BATCH_LAYOUTS, padded
+from pairclf.model.lm_head import afterwards, lm_head_of
 
 DECODERS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY, LAYERS, WINDOW = 96, 4, 4
@@ -119,6 +120,27 @@ def tiny_decoder(kind: str, folder: Path) -> None:
         else:
             one.data.add_(torch.randn(one.shape, generator=random) * 0.1)
     model.save_pretrained(folder)
+
+
+def lm_difference(kind: str) -> float | None:
+    """How far the logits of all tokens are from those of the LM itself; None: it is refused, or not built."""
+    with TemporaryDirectory() as folder, torch.no_grad():
+        try:
+            settings = shrunk(CONFIG_MAPPING[kind]())
+            for cap in {"final_logit_softcapping", "logits_soft_cap"} & settings.to_dict().keys():
+                setattr(settings, cap, 3.0)
+            lm = AutoModelForCausalLM.from_config(settings).float().eval()
+            random = torch.Generator().manual_seed(0)
+            for weight in lm.parameters():
+                weight.normal_(std=weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.3, generator=random)
+            ids = torch.tensor([[5, 9, 33, 20, 7]])
+            lm.save_pretrained(folder)
+            expected, backbone = lm(ids).logits[:, -1], AutoModel.from_pretrained(folder).eval()
+            state = backbone(ids).last_hidden_state[:, -1]
+            weight, bias = lm_head_of(folder, backbone, "a test").rows(range(VOCABULARY))
+        except Exception:  # noqa: BLE001 - whatever transformers raises for a config so small
+            return None
+        return float((afterwards(settings)(state @ weight.T + bias) - expected).abs().max())
 
 
 def decoder_of(folder: Path, **model: object) -> Classifier:

@@ -11,10 +11,11 @@ from transformers import AutoModel, BertConfig
 
 from pairclf.config import Config, Model
 from pairclf.errors import ModelError
-from pairclf.model.backbone import empty_model, lm_head_rows
+from pairclf.model.backbone import empty_model
 from pairclf.model.cost import cost_of_model
 from pairclf.model.engine import build
 from pairclf.model.families import FAMILIES, Family, family_of
+from pairclf.model.lm_head import lm_head_of
 from pairclf.model.readout import POOLINGS
 from pairclf.model.scoring import ClassifierScorer
 
@@ -50,4 +51,4 @@ def test_what_a_family_refuses_is_refused_with_its_reason(
     with pytest.raises(ModelError, match=r"model\.pooling=mean is none of the base's: last"):
         build(config_for("llama", model={"pooling": "mean"}), CPU)
     with pytest.raises(ModelError, match=r"model\.label_words: it has no LM head"):
-        lm_head_rows("", config_for("llama").model, [" A"], classifier.backbone)
+        lm_head_of("", classifier.backbone, "model.label_words")

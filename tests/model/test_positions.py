@@ -51,6 +51,8 @@ def test_the_limit_is_the_longest_row_that_the_model_takes(kind: str) -> None:
     [
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 64, 256),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256, 256),
+        ({"rope_type": "yarn", "factor": float("inf"), "original_max_position_embeddings": 64}, 64, 64),
+        ({"rope_type": "yarn", "factor": float("nan"), "original_max_position_embeddings": 64}, 64, 64),
         ({"rope_type": "linear", "factor": 4.0}, 256, 256),
         ({"rope_type": "default"}, 64, 64),
     ],

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from bundles_support import write_model
-from models_support import logits_of
+from models_support import logits_of, with_lm_head
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pairclf.bundles.bundle import open_bundle
 from pairclf.config import Config
@@ -114,16 +114,6 @@ def test_bundle_refuses_a_head_of_another_kind(config_for: Callable[..., Config]
         load_classifier(open_bundle(tmp_path), CPU)
 
 
-def with_lm_head(base: Path, folder: Path, *, tied: bool, shard: str = "1GB") -> Path:
-    """The base again, saved with its LM head; the tokenizer comes along."""
-    torch.manual_seed(3)
-    config = AutoConfig.from_pretrained(base)
-    config.tie_word_embeddings = tied
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder, max_shard_size=shard)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("kind", "tied", "shard", "quantization"),
     [
@@ -168,8 +158,3 @@ def test_label_words_of_two_tokens_or_without_lm_head_are_refused(
     assert not any("lm_head" in name for name in load_file(base / "model.safetensors"))
     with pytest.raises(ModelError, match=r"no lm_head\.weight"):
         build(config_for("llama", model={"base": str(base), "label_words": WORDS}), CPU)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_tokens([f"<{number}>" for number in range(len(tokenizer), 321)])
-    tokenizer.save_pretrained(base)
-    with pytest.raises(ModelError, match="'<320>' is a token that the base has no embedding for"):
-        build(config_for("llama", model={"base": str(base), "label_words": {**WORDS, "winner_tie": "<320>"}}), CPU)

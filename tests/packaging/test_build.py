@@ -319,5 +319,6 @@ def test_kernel_predicts_with_the_columns_of_the_config(config: Config, bundle: 
     (settings,) = re.findall(r"^SETTINGS = (.*?)  #", code, re.MULTILINE)
     opened = open_ensemble([bundle], None, json.loads(settings))
     assert opened.data.test.columns == record.columns == {"id": "row"}
-    assert opened.data.submission == record.submission == data.submission
+    assert opened.data.settled_submission == record.submission == data.settled_submission
     assert '"tie": "' in code
+    assert 'IDS = ["row", "row"]' in code

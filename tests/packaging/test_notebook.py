@@ -47,6 +47,7 @@ VALUES: dict[str, Value] = {
     "wheelhouse": "wheels-0",
     "prior": {"winner_model_a": "0.5", "winner_model_b": "0.3", "winner_tie": "0.2"},
     "settings": [],
+    "ids": ["id", "id"],
     "trust": [],
     "note_of_trust": "",
     "gpus": 2,
@@ -654,7 +655,8 @@ def test_rerun_without_the_models_serves_priors(
     if form == "pandas":
         monkeypatch.setattr(gateway, "batch", tuple(one.to_pandas() for one in gateway.batch))
     if form == "no sample":
-        monkeypatch.setattr(gateway, "batch", gateway.batch[:1])
+        monkeypatch.setitem(VALUES, "ids", ["row", "id"])
+        monkeypatch.setattr(gateway, "batch", (gateway.batch[0].rename({"id": "row"}),))
         (tmp_path / "s.csv").write_text("id,winner_model_a,winner_tie,winner_model_b\n")
     with pytest.raises(RuntimeError, match="nothing can be served"):
         serve(tmp_path, rerun=False, lacking=("base",))

@@ -461,6 +461,17 @@ def test_one_fold_is_evaluated(config_of: Callable[[str], tuple[Config, str]]) -
     assert evaluate_run(config, None, folds=[0, 1]).model == pytest.approx(evaluate_run(config, None).model)
 
 
+def test_settings_that_changed_since_the_training_are_named(
+    config_of: Callable[[str], tuple[Config, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = config_of("lmsys")
+    for changes, named in ([], False), (["train.max_grad_norm=0.25"], True), (["predict.swap=off"], False):
+        evaluate_run(override(config, changes), None)
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("are of a training with other settings: train.max_grad_norm=" in said) == named
+        assert ("(now 0.25)" in said) == named
+
+
 def test_bad_scores_are_called_so(tmp_path: Path) -> None:
     labelled, _ = biased(tmp_path / "run", 30)
     wrong = 0.05 + 0.425 * (1 - np.array(labelled["target"].to_list()))

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from models_support import with_lm_head
 from tests_support import make_rows, write_csv
 
 from pairclf.bundles.bundle import open_bundle
 from pairclf.config import Config, override, resolve
 from pairclf.errors import CheckpointError, ConfigError
+from pairclf.run import Run
 from pairclf.runs import fit as module
 from pairclf.runs.cv import cross_validate
-from pairclf.runs.fit import fit
+from pairclf.runs.fit import fit, fit_fold, open_session
 
 pytestmark = pytest.mark.usefixtures("without_forecast")
 
@@ -55,6 +57,21 @@ def test_fit_leaves_a_finished_fold_until_something_changes(config: Config, tmp_
     (tmp_path / "run" / "folds.csv").unlink()
     fit(override(config, ["train.learning_rate=2e-3"]), 0, resume=True)
     assert seal(config, 0)[0] != changed[0]
+
+
+def test_of_two_commands_at_once_the_later_one_replaces_no_fold_of_other_settings(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", make_rows(24))
+    data = {"folder": str(tmp_path), "train": "train.csv"}
+    one = resolve(
+        {"approach": "classical", "output_dir": str(tmp_path / "run"), "data": data, "folds": {"n_splits": 2}}
+    )
+    first, second = (open_session(Run(config), [0, 1]) for config in (one, override(one, ["seed=1"])))
+    fit_fold(first, 0)
+    for fold in (0, 1):
+        with pytest.raises(ConfigError, match=r"other settings: seed=1 \(was 0\); fold0 would be replaced"):
+            fit_fold(second, fold)
+    fit_fold(second, 0, resume=False)
+    assert open_bundle(tmp_path / "run/fold0/bundle").config.seed == 1
 
 
 @pytest.mark.parametrize("broken", ["bundle/head.safetensors", "oof.parquet", "trained.json"])
@@ -135,3 +152,18 @@ def test_fit_writes_settings_by_dotted_names(config: Config) -> None:
     assert trained["training"]["steps"] == 2
     assert trained["training"]["seconds"] > 0
     assert "train.logging_steps" not in trained
+
+
+def test_fit_without_steps_bundles_the_base_with_its_label_mass(
+    config: Config, base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = with_lm_head(base_of("llama"), tmp_path / "base", tied=True)
+    words = dict(zip(config.task.classes, "ABt", strict=True))
+    model = {"base": str(base), "readout": "label_tokens", "label_words": words}
+    tree = config.model_dump(mode="json", exclude={*config.unread()}) | {"model": model, "train": {"max_steps": 0}}
+    bundle = open_bundle(fit(resolve(tree), 0))
+    folder = bundle.folder.parent
+    assert 0 < bundle.manifest.metrics["label_mass"] < 1
+    assert bundle.manifest.metrics["log_loss"] > 0
+    assert "max_steps: 0" in (folder / "config.yaml").read_text()
+    assert json.loads((folder / "trained.json").read_text())["training"]["steps"] == 0

@@ -39,9 +39,11 @@ def hollow_wheelhouse(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(build, "check_wheels_suffice", lambda folder, requirements, images: {"3.12": "by a test"})
 
 
-def random_package(folder: Path, folds: Sequence[int] = (0,), **settings: object) -> Path:
+def random_package(
+    folder: Path, folds: Sequence[int] = (0,), model: dict[str, object] | None = None, **settings: object
+) -> Path:
     """Package bundles that were never trained; `settings` are those of the config's section `package`."""
-    config = _package_config(folder, settings, inputs={"max_length": 128})
+    config = _package_config(folder, settings, inputs={"max_length": 128}, model=model or {})
     rows = to_rows(read_rows([folder / "data" / "train.csv"], config.task, labelled=True), config.task)
     bundles = [
         random_bundle(folder / "run" / f"fold{fold}" / "bundle", config, seed=fold, fold=fold, rows=rows[:8])

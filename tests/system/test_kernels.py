@@ -13,7 +13,15 @@ from pathlib import Path
 import polars as pl
 import pytest
 from support.kernels import use_light_image
-from support.packages import TEST_ROWS, alike, assert_scores_as_here, classical_package, files_of, random_package
+from support.packages import (
+    TEST_ROWS,
+    alike,
+    assert_scores_as_here,
+    classical_package,
+    files_of,
+    predicted,
+    random_package,
+)
 
 from pairclf.files import sha256_tree
 from pairclf.rehearsal.rehearse import Options, rehearse
@@ -112,6 +120,21 @@ def test_server_gives_the_submission_of_predict(top: Path, tmp_path: Path, kind:
     else:
         package = random_package(top / "server", kernel_type="server")
     assert_scores_as_here(package, read_passed(undisturbed(package)), tmp_path)
+
+
+WORDS = {"winner_model_a": "A", "winner_model_b": ["B", "b"], "winner_tie": "C"}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("model", [{"readout": "label_tokens", "label_words": WORDS}, {"readout": "reward"}])
+def test_notebook_of_another_readout_gives_the_submission_of_predict(
+    top: Path, tmp_path: Path, model: dict[str, object]
+) -> None:
+    package = undisturbed(random_package(top / str(model["readout"]), model=model))
+    report = read_passed(package)
+    assert alike(predicted(package, tmp_path, [0]), submission(package), tolerance=1e-4)
+    assert report.scored is not None
+    assert report.scored.both_orders + report.scored.one_order == TEST_ROWS
 
 
 @pytest.mark.thorough

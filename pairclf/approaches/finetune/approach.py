@@ -21,7 +21,8 @@ from pairclf.approaches.finetune.distributed import check_settings, make_acceler
 from pairclf.approaches.finetune.monitor import check_trackers
 from pairclf.approaches.finetune.step import Examples, HeldOut, make_examples
 from pairclf.approaches.finetune.train import Trained, train
-from pairclf.approaches.protocol import Assignment, Loaded, ModelCost, Prepared, Process
+from pairclf.approaches.finetune.vocabulary import label_mass
+from pairclf.approaches.protocol import LABEL_MASS, Assignment, Loaded, ModelCost, Prepared, Process
 from pairclf.bundles.bundle import Bundle, Saved
 from pairclf.bundles.probes import probe_rows
 from pairclf.config import SECTIONS, Config
@@ -110,6 +111,8 @@ class FinetuneTrainer:
         self._examples = None
         if not self._accelerator.is_main_process:
             return None
+        if (mass := label_mass(self.config, trained.classifier, examples.encoded)) is not None:
+            trained.record[LABEL_MASS] = mass
         return FittedClassifier(trained, self.config, self._tokenizer, self._encoded)
 
     def finish(self, folder: Path) -> None:
@@ -185,9 +188,11 @@ class FinetuneApproach:
     # --- prediction --------------------------------------------------------------------------------------------------
 
     def recipe(self, bundle: Bundle) -> str:
-        inputs = bundle.config.inputs.model_dump(mode="json", exclude={"processes"})
-        data = bundle.config.data.of_bundle.model_dump(mode="json")
-        return json.dumps(["finetune", self._builder(bundle).tokenizer.fingerprint, inputs, data])
+        config = bundle.config
+        inputs = config.inputs.model_dump(mode="json", exclude={"num_proc"})
+        branches = [config.model.one_sided, config.model.scored_words]
+        data = config.data.of_bundle.model_dump(mode="json")
+        return json.dumps(["finetune", self._builder(bundle).tokenizer.fingerprint, inputs, branches, data])
 
     def encode(self, bundle: Bundle, rows: Sequence[Row]) -> Sequence[tuple[Encoded, ...]]:
         return self._builder(bundle).encode(rows)

@@ -166,6 +166,20 @@ ILLEGAL_SETTINGS: tuple[tuple[tuple[Mode, ...], str, Legal, str, str], ...] = (
         f"{_PLAIN} (a quantised base fits), or set model.quantization=none",
     ),
     (
+        ("zero3", "fsdp"),
+        "train.loss",
+        lambda value: value == "labels",
+        "the LM head may be the embedding, of which each process holds a part",
+        f"{_PLAIN}, or set train.loss=labels",
+    ),
+    (
+        ("zero3", "fsdp"),
+        "model.label_scoring",
+        lambda value: value == "trie",
+        "the LM head may be the embedding, of which each process holds a part",
+        f"{_PLAIN}, or set model.label_scoring=trie",
+    ),
+    (
         ("zero2", "zero3", "fsdp"),
         "model.dtype",
         lambda value: value != "float16",

@@ -35,7 +35,7 @@ from pairclf.config import Config, Model, override
 from pairclf.console import console, counted
 from pairclf.errors import BundleError, ConfigError, ModelError
 from pairclf.files import atomic_folder
-from pairclf.inputs.sequences import Item
+from pairclf.inputs.sequences import Item, branches_of
 from pairclf.model.backbone import load_base, load_tokenizer, pick_device, stored_weights
 from pairclf.model.device_memory import free_memory
 from pairclf.model.inputs import builder_of, encoded_rows
@@ -149,6 +149,12 @@ def _source(config: Config, fold: int | None, bundle: Path | None, out: Path) ->
     source.config.require("model", "export")
     if source.config.task != config.task:
         raise BundleError(f"bundle {source.name} is of another task than the config", where=source.folder)
+    if source.manifest.weights == "base":
+        raise BundleError(
+            f"bundle {source.name} holds no weights: train.max_steps=0 left {source.manifest.base} as it is",
+            where=source.folder,
+            remedy="predict with the bundle itself",
+        )
     if source.manifest.weights == "whole" and (how := stored_weights(source.files.backbone)):
         raise BundleError(
             f"bundle {source.name} holds {how} weights: exporting them would round them twice",
@@ -166,7 +172,8 @@ def _calibration(config: Config, source: Bundle, sample: HeldOutSample) -> list[
     count = min(CALIBRATION_ROWS, len(others))
     chosen = others[np.sort(np.random.default_rng(config.seed).choice(len(others), count, replace=False)).tolist()]
     encoded = encoded_rows(config, builder_of(source), frame)
-    return [item.ids.tolist() for item in items_of(encoded.of(chosen["id"]), orders=1)]
+    items = items_of(encoded.of(chosen["id"]), orders=1)
+    return [branch.tolist() for item in items for branch in branches_of(item.ids)]
 
 
 def _build(source: Bundle, new: Path, to: str, calibration: Sequence[list[int]], base: Path | None) -> None:

@@ -5,6 +5,8 @@ Written out, because libraries silently choose another loss for float labels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -24,6 +26,15 @@ def cross_entropy(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
     if task.multi_label:
         return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=-1)
     return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1)
+
+
+def over_vocabulary(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
+    """`(R, C)` log-probabilities of the labels over the vocabulary and soft targets -> `(R,)` losses in nats."""
+    return -(targets * logits).sum(dim=-1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Task], Tensor]] = {"labels": cross_entropy, "vocabulary": over_vocabulary}
+"""`train.loss`."""
 
 
 def distillation(logits: Tensor, teachers: Tensor, settings: Distill) -> Tensor:

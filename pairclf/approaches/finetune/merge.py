@@ -170,10 +170,7 @@ def check_alike(bundles: Sequence[Bundle]) -> None:
     for bundle in bundles:
         lora = bundle.config.model.lora
         if bundle.manifest.weights != "adapter" or lora is None:
-            raise BundleError(
-                f"bundle {bundle.name} holds the whole model and no adapter: there is nothing to merge",
-                where=bundle.folder,
-            )
+            raise BundleError(f"bundle {bundle.name} holds no adapter: there is nothing to merge", where=bundle.folder)
         if several and lora.use_dora:
             raise BundleError(
                 "adapters with DoRA can't be averaged: each has magnitudes that fit its own direction, not the mean",
@@ -201,7 +198,10 @@ def _comparable_settings(bundle: Bundle) -> dict[str, object]:
         "base model": bundle.manifest.base_fingerprint,
         "tokenizer": bundle.manifest.files.get("tokenizer/tokenizer.json"),
         **{f"inputs.{name}": value for name, value in inputs.items()},
-        **{f"model.{name}": getattr(model, name) for name in ("quantization", "head", "pooling")},
+        **{
+            f"model.{name}": getattr(model, name)
+            for name in ("quantization", "readout", "label_words", "label_scoring", "tie_model", "head", "pooling")
+        },
         **{f"model.lora.{name}": value for name, value in lora.items()},
         "predict.temperature": bundle.config.predict.temperature,
     }

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pairclf.config import Config
 from pairclf.hardware import peak_of_name
 from pairclf.inputs.plan import LAYOUTS, micro_batches, random_steps
-from pairclf.inputs.sequences import Item
+from pairclf.inputs.sequences import Item, with_branches
 from pairclf.model.batch import Batch
 from pairclf.model.cost import Cost, _linears, _weights, cost_of_model
 from pairclf.model.device_memory import give_back_freed_memory, memory_now, memory_to_have, peak_memory
@@ -359,7 +359,8 @@ def measure_kept_bytes(config: Config, classifier: Classifier, length: int) -> t
 
 def _synthetic_batch(config: Config, classifier: Classifier, lengths: Sequence[int]) -> Batch:
     """A batch of dummy sequences of these lengths."""
-    items = [Item(row=0, order=0, ids=np.ones(length, dtype=np.int32)) for length in lengths]
+    branches = classifier.head.branches
+    items = [Item(0, 0, with_branches(np.ones(length, dtype=np.int32), branches)) for length in lengths]
     return BATCH_LAYOUTS[config.train.layout].lay_out(items).to(classifier.device)
 
 

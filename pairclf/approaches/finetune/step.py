@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pairclf.approaches.finetune.losses import cross_entropy, disagreement, distillation, smoothed
+from pairclf.approaches.finetune.losses import LOSSES, disagreement, distillation, smoothed
 from pairclf.approaches.finetune.optimizers import MovingAverage
 from pairclf.config import Config
 from pairclf.console import console
@@ -325,12 +325,12 @@ def batch_loss(logits: Tensor, batch: Batch, examples: Examples, config: Config)
         logits: `(R, C)`, the orders of a row in sequence.
         batch: which row and order each logit belongs to.
         examples: targets, weights and teachers of all rows.
-        config: `train.distill`, `train.consistency_weight`.
+        config: `train.distill`, `train.consistency_weight`, `train.center_rewards_coefficient`.
     """
     train, task = config.train, config.task
     weights = examples.weights[batch.row_at].to(logits)
     targets = examples.targets[batch.row_at, batch.order].to(logits)
-    losses = cross_entropy(logits, targets, task)
+    losses = LOSSES[train.loss](logits, targets, task)
     if examples.teachers is not None:
         taught = examples.teachers[batch.row_at, batch.order].to(logits)
         losses = train.distill.ce_weight * losses + distillation(logits, taught, train.distill)
@@ -340,6 +340,9 @@ def batch_loss(logits: Tensor, batch: Batch, examples: Examples, config: Config)
             2
         )  # one value a row, for each of its orders
         losses = losses + train.consistency_weight * apart
+    if train.center_rewards_coefficient is not None:
+        sides = [task.classes.index(name) for name in task.swap_classes or ()]
+        losses = losses + train.center_rewards_coefficient * logits[:, sides].sum(dim=1).square()
     return losses @ weights
 
 

@@ -48,7 +48,8 @@ from pairclf.approaches.finetune.step import (
     accumulate_with_oom_retry,
     optimizer_step,
 )
-from pairclf.approaches.protocol import KEPT_STEP
+from pairclf.approaches.finetune.vocabulary import label_mass, vocabulary_loss
+from pairclf.approaches.protocol import KEPT_STEP, LABEL_MASS
 from pairclf.config import Config, dump_config
 from pairclf.console import console, counted
 from pairclf.console import progress as show_progress
@@ -114,9 +115,14 @@ def train(
     """
     steps = total_steps(config, len(examples.ids))
     classifier = build(config, accelerator.device)
-    estimate = None
+    if not steps:
+        if accelerator.is_main_process:
+            write_text(folder / "config.yaml", dump_config(config))
+        return Trained(classifier.eval(), {"steps": 0.0, "seconds": 0.0})
+    estimate, mass = None, None
     if accelerator.is_main_process:
         estimate = estimate_resources(config, classifier, examples, steps, accelerator.num_processes)
+        mass = label_mass(config, classifier, examples.encoded)
     forget_peak(accelerator.device)
     state = construct(config, examples, classifier, accelerator)
     identity = identity_of(config, examples, held_out)
@@ -128,10 +134,13 @@ def train(
         print_plan(state, steps, estimate, checkpoints.folder)
         write_text(folder / "config.yaml", dump_config(config))
     start_trackers(config, folder, accelerator)
+    if mass is not None and not progress.step:
+        log.write({"step": 0, LABEL_MASS: mass})
 
     first_step, seconds_before = progress.step, log.seconds
     training = _Training(state, progress, checkpoints, log, held_out, steps)
-    _run_steps(training, f"train {folder.name}")
+    with vocabulary_loss(config, classifier):
+        _run_steps(training, f"train {folder.name}")
 
     log.close(progress.step)
     if estimate is not None:
@@ -332,10 +341,10 @@ def _gather_model(state: TrainState) -> Classifier:
 
 
 def total_steps(config: Config, rows: int) -> int:
-    """Optimizer steps of the whole training: by epochs, or `max_steps` if that is fewer."""
+    """Optimizer steps of the whole training: by epochs, or `max_steps` if that is fewer; 0: nothing is trained."""
     per_epoch = math.ceil(rows / config.train.global_batch_size)
     steps = max(1, round(per_epoch * config.train.num_train_epochs))
-    return min(steps, config.train.max_steps or steps)
+    return steps if config.train.max_steps is None else min(steps, config.train.max_steps)
 
 
 def _remaining_steps(

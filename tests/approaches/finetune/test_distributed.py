@@ -346,7 +346,11 @@ def launched(mode: str) -> Any:
     )
 
 
+LABELS = {"readout": "label_tokens", "label_words": {"winner_model_a": "A", "winner_model_b": "B", "winner_tie": "t"}}
+
 BREAKING = {
+    "train.loss": {"model": LABELS, "train": {"loss": "vocabulary"}},
+    "model.label_scoring": {"model": {**LABELS, "label_scoring": "joint"}},
     "model.quantization": {"model": {"quantization": "nf4"}},
     "model.dtype": {"model": {"dtype": "float16"}},
     "train.optim": {"train": {"optim": "adafactor"}},

@@ -316,7 +316,7 @@ def test_merge_refuses_a_whole_model(plain: Path, tmp_path: Path) -> None:
     shutil.copytree(out, bundles_of(tmp_path)[0])
     with pytest.raises(ConfigError, match="holds the bundle run-fold0-merged, and run-fold1-merged would replace it"):
         merge(config, out, max_shift=1.0, folds=[1], into="float32")
-    with pytest.raises(BundleError, match="whole model"):
+    with pytest.raises(BundleError, match="holds no adapter: there is nothing to merge"):
         merge(config, tmp_path / "again", max_shift=1.0, folds=[0], into="float32")
 
 
