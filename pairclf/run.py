@@ -20,7 +20,8 @@ from pairclf.console import console
 from pairclf.data.audit import ACROSS_ROWS, Finding, clean, exclude_overlap, note_absent_classes, note_changes
 from pairclf.data.folds import assert_apart, assert_no_leak, draw_rows, make_folds, read_folds, report, write_folds
 from pairclf.data.formats import check_is_file, expand
-from pairclf.data.rows import read_rows, scan_rows
+from pairclf.data.identity import fingerprint
+from pairclf.data.rows import read_rows, scan_rows, to_rows
 from pairclf.errors import ConfigError, DataError, quoted
 from pairclf.files import MAX_JSON, locked, parsed, read_plain
 from pairclf.inputs.cache import Frames
@@ -271,6 +272,12 @@ class Split(NamedTuple):
 
     training: pl.DataFrame
     held_out: pl.DataFrame | None
+
+
+def identity_of_rows(config: Config, split: Split) -> dict[str, Any]:
+    """What decides weights and scores: `deciding_settings`, and the fingerprints of the rows on each side."""
+    rows, unseen = (None if side is None else fingerprint(to_rows(side, config.task)) for side in split)
+    return {**deciding_settings(config), "rows": rows, "held-out rows": unseen}
 
 
 class Run:

@@ -17,7 +17,19 @@ from pairclf.errors import quoted
 AB, BA = 0, 1
 """The two orders in which a pair is shown: as it stands in the file, and swapped."""
 
-_OWN_WORDS = {"id", "target", "weight", "group", "file", "flaws", "train_only", "template", "marker", "rounds"}
+_OWN_WORDS = {
+    "id",
+    "target",
+    "weight",
+    "group",
+    "file",
+    "flaws",
+    "train_only",
+    "template",
+    "marker",
+    "rounds",
+    "examples",
+}
 _BESIDE_CLASSES = {"orders", "models", "seen", "prompt", "row_hash"}  # columns of scores
 
 SIDE = "response"

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -87,10 +88,11 @@ def test_a_misspelt_former_key_leads_to_todays() -> None:
     ("key", "meant"),
     [
         ("train.lr", "pairclf calls it train.learning_rate"),
+        ("num_fewshot", "pairclf calls it prompt.k"),
         ("lr", "pairclf calls it train.learning_rate"),
         ("train.gradient_accumulation_steps", "pairclf calls it train.global_batch_size"),
         ("model.name", "pairclf calls it model.base"),
-        ("learning_rate", "its whole name is train.learning_rate"),
+        ("weight_decay", "its whole name is train.weight_decay"),
         ("train.r", "its whole name is model.lora.r"),
         ("epochs", "its whole name is train.num_train_epochs"),
         ("train.temperature", "its whole name is predict.temperature or train.distill.temperature"),
@@ -274,6 +276,7 @@ def test_every_accelerate_file_is_read_by_accelerate(path: Path) -> None:
 
 
 WORDS = {"winner_model_a": "a", "winner_model_b": "b", "winner_tie": "c"}
+PROMPT: dict[str, Any] = {"approach": "prompt", "model": {"readout": "label_tokens", "label_words": WORDS}}
 
 
 @pytest.mark.parametrize(
@@ -293,6 +296,23 @@ WORDS = {"winner_model_a": "a", "winner_model_b": "b", "winner_tie": "c"}
         ({"model": {"label_words": WORDS | {"winner_tie": "a"}}}, "gives two classes the same word"),
         ({"model": {"label_words": WORDS | {"winner_tie": ["c", "d"]}}}, "needs one word for each class"),
         ({"model": {"label_scoring": "joint"}}, "changes nothing with readout=head"),
+        (PROMPT | {"train": {"max_steps": 0}}, "train.max_steps changes nothing: approach=prompt does not read"),
+        ({"prompt": {"k": 2}}, "prompt.k changes nothing: approach=finetune does not read the section prompt"),
+        ({"approach": "prompt"}, "approach=prompt leaves the head of model.readout=head at random"),
+        (PROMPT | {"model": {**PROMPT["model"], "lora": {"r": 8}}}, "model.lora changes nothing: approach=prompt"),
+        (PROMPT | {"prompt": {"k": 0, "max_length": 90}}, "max_length changes nothing with k=0"),
+        (PROMPT | {"prompt": {"k": 0, "examples": "random"}}, "examples changes nothing with k=0"),
+        (PROMPT | {"prompt": {"pool": 9}}, "pool=9 changes nothing with examples=fixed"),
+        (PROMPT | {"prompt": {"template": "{prompt} {response_a}"}}, "prompt.template must contain {response_b}"),
+        (
+            PROMPT | {"inputs": {"template": {"text": "{prompt} {response_a} {response_b} {examples}{examples}:"}}},
+            "inputs.template.text must contain {examples} exactly once",
+        ),
+        (
+            PROMPT
+            | {"prompt": {"k": 0}, "inputs": {"template": {"text": "{examples}{prompt}{response_a}{response_b}:"}}},
+            "contains {examples}; allowed placeholders",
+        ),
         (
             {
                 "task": {"name": "t", "fields": ["text"], "classes": ["u", "v"], "multi_label": True},
@@ -309,7 +329,7 @@ WORDS = {"winner_model_a": "a", "winner_model_b": "b", "winner_tie": "c"}
         ),
     ],
 )
-def test_what_can_not_be_trained_is_refused_with_the_reason(tree: dict[str, object], message: str) -> None:
+def test_what_can_not_be_trained_or_prompted_is_refused_with_the_reason(tree: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         resolve(tree)
 

@@ -111,6 +111,17 @@ def test_no_files_import_each_other() -> None:
     assert circle({name: others - {name.rpartition(".")[0], "pairclf"} for name, others in arrows().items()}) == []
 
 
+def test_no_module_imports_a_private_name_of_another() -> None:
+    imports = (
+        (path.name, name.name)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pairclf")
+        for name in node.names
+    )
+    assert [(file, name) for file, name in imports if name.startswith("_") and not name.startswith("__")] == []
+
+
 def test_wrong_arrows_and_circles_are_found() -> None:
     wrong = {
         "pairclf.data.rows": {"pairclf.model.batch", "pairclf.scores.metrics"},

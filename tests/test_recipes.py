@@ -18,6 +18,8 @@ from torch import Tensor
 from pairclf.approaches.finetune import train as loop
 from pairclf.approaches.finetune.distributed import make_accelerator
 from pairclf.approaches.finetune.step import Examples, TrainState, make_examples
+from pairclf.bundles.bundle import open_bundle
+from pairclf.bundles.examples import read_examples
 from pairclf.config import Config, load_config, parse_yaml, resolve
 from pairclf.data.identity import row_hashes
 from pairclf.data.rows import to_rows
@@ -170,7 +172,7 @@ def test_recipe_says_what_is_theirs_and_has_a_folder_of_its_own(recipe: str) -> 
 
 def test_recipes_make_packages_of_different_names() -> None:
     names = [load_config(FOLDER / f"{recipe}.yaml").package.name for recipe in RECIPES]
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 11
 
 
 def test_sources_of_the_second_place_can_be_uncommented() -> None:
@@ -232,6 +234,15 @@ def test_recipes_of_other_readouts_train_and_verify(train: Start, recipe: str) -
     assert ("label_mass" in run.log[0]) == labels
     first, last = run.first_head["weight"], load_file(run.folder / "head.safetensors")["weight"]
     assert torch.equal(first, last) == labels, "label tokens are frozen, a reward is not"
+
+
+def test_few_shot_recipe_scores_with_examples_and_verifies(data: Path, tmp_path: Path) -> None:
+    of_rows = [f"data.folder={data}", f"data.cache_dir={data}/tokens", f"output_dir={tmp_path}", "folds.n_splits=2"]
+    overrides = [*of_rows, "model.base=embedded:gemma2-tiny", "inputs.max_length=1600"]
+    bundle = open_bundle(fit(load_config(FOLDER / "fewshot-gemma.yaml", overrides), 0))
+    assert len(read_examples(bundle)) == 4
+    assert bundle.manifest.weights == "base"
+    assert {"log_loss", "label_mass"} <= bundle.manifest.metrics.keys()
 
 
 @pytest.mark.thorough

@@ -18,13 +18,19 @@ def _finetune() -> Approach:
     return FinetuneApproach()
 
 
+def _prompt() -> Approach:
+    from pairclf.approaches.prompt import PromptApproach
+
+    return PromptApproach()
+
+
 def _classical() -> Approach:
     from pairclf.approaches.classical import ClassicalApproach
 
     return ClassicalApproach()
 
 
-APPROACHES: dict[str, Callable[[], Approach]] = {"finetune": _finetune, "classical": _classical}
+APPROACHES: dict[str, Callable[[], Approach]] = {"finetune": _finetune, "prompt": _prompt, "classical": _classical}
 """`approach` in a config and in a bundle's manifest. Each function imports inside of itself: a table without torch."""
 
 

@@ -1,4 +1,4 @@
-"""The classical model: hashed TF-IDF and length features, logistic regression, and its safetensors file.
+"""The classical model: hashed TF-IDF and dense features, logistic regression, and its safetensors file.
 
 Where a task can swap, the probability of a class is a product of two logistic regressions:
 
@@ -35,6 +35,7 @@ from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from pairclf.approaches.classical_features import COMPARISONS, MEASURES, DenseFeatures, dense_features
 from pairclf.config import Classical
 from pairclf.console import console
 from pairclf.errors import BundleError, ConfigError, DataError, cut
@@ -52,8 +53,8 @@ MAX_HEADER = 1 << 16
 """Bytes of a file before its arrays."""
 
 _TOKEN = r"\w+|[^\w\s]"  # words, and each sign of punctuation: lists, code and bold type are made of them
+_MEANING = {"analyzer", "ngram_range", "char_ngram_range", "n_features", "sublinear_tf", "dense"}  # settings of columns
 _CHUNK = 1024  # rows whose features are in memory at once when scoring
-_LENGTHS = 4  # characters, words, turns, lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +73,16 @@ class ClassicalModel:
 
         A row's logits depend on no other row, to the last bit.
         """
-        logits = np.zeros((len(rows), len(self.task.classes)))
+        logits = np.zeros((len(rows), 2 if self.task.swappable else 1, len(self.task.classes)))
         for start in range(0, len(rows), _CHUNK):
-            logits[start : start + _CHUNK] = self._scores(rows[start : start + _CHUNK])
-        orders = [logits, logits[:, list(self.task.swapped_columns)]] if self.task.swappable else [logits]
-        return np.stack(orders, axis=1)
+            chunk = rows[start : start + _CHUNK]
+            logits[start : start + _CHUNK] = self.scores(*extract(chunk, self.task, self.settings))
+        return logits
 
-    def _scores(self, rows: Sequence[Row]) -> Floats:
-        """Logits `(N, C)` in order AB."""
-        features = _features(_counts(rows, self.task, self.settings), rows, self.task, self.settings, self.idf)
-        scores = np.zeros((len(rows), len(self.task.classes)))
+    def scores(self, counts: Mapping[str, Sparse], dense: DenseFeatures) -> Floats:
+        """Logits `(N, O, C)` of rows by what `extract` gives of them."""
+        features = _features(counts, dense, self.task, self.settings, self.idf)
+        scores = np.zeros((features.classes.shape[0], len(self.task.classes)))
         groups = _groups(self.task)
         if groups:
             by_group = features.classes @ self.class_weight.T + self.class_bias
@@ -92,7 +93,8 @@ class ClassicalModel:
             preference = features.sides @ self.side_weight
             scores[:, first] += log_expit(preference)
             scores[:, second] += log_expit(-preference)
-        return scores
+            return np.stack([scores, scores[:, list(self.task.swapped_columns)]], axis=1)
+        return scores[:, None]
 
     def save(self, path: Path) -> None:
         """Write the model as one safetensors file, atomically; equal models give equal bytes."""
@@ -143,21 +145,33 @@ def fit(
         DataError: there are no rows, or targets or weights are no such numbers.
     """
     check(settings, task)
-    _check_training(rows, targets, weights, task)
+    check_training(rows, targets, weights, task)
     kept = np.flatnonzero(weights).tolist()
-    rows, targets, weights = [rows[index] for index in kept], targets[kept], weights[kept]
-    counts = _counts(rows, task, settings)
+    counts, dense = extract([rows[index] for index in kept], task, settings)
+    return regress(counts, dense, targets[kept], weights[kept], task, settings, seed)
+
+
+def regress(
+    counts: Mapping[str, Sparse],
+    dense_columns: DenseFeatures,
+    targets: Floats,
+    weights: Floats,
+    task: Task,
+    settings: Classical,
+    seed: int,
+) -> ClassicalModel:
+    """Fit the IDF and the regressions to rows by what `extract` gives of them; each has a weight above 0."""
     idf = TfidfTransformer().fit(sparse.vstack(list(counts.values()), format="csr")).idf_
-    features = _features(counts, rows, task, settings, idf)
+    features = _features(counts, dense_columns, task, settings, idf)
     arrays = {name: np.zeros(shape) for name, shape in _shapes(task, settings).items()} | {"idf": idf}
     if task.swappable:
-        dense = features.sides.shape[1] - settings.n_features
+        dense = features.sides.shape[1] - hashed_columns(settings)
         solve = _Solver(features.sides, dense, weights, settings, seed, antisymmetric=True)
         sides, _ = solve(targets[:, _winners(task)])
         arrays["side_weight"] = sides[0] - sides[1]
     groups = _groups(task)
     if groups:
-        dense = features.classes.shape[1] - settings.n_features * len(_contexts(task))
+        dense = features.classes.shape[1] - hashed_columns(settings) * len(_contexts(task))
         solve = _Solver(features.classes, dense, weights, settings, seed, antisymmetric=False)
         if task.multi_label:
             for label in range(len(groups)):
@@ -170,7 +184,8 @@ def fit(
     return ClassicalModel(task, settings, **arrays)
 
 
-def _check_training(rows: Sequence[Row], targets: Floats, weights: Floats, task: Task) -> None:
+def check_training(rows: Sequence[Row], targets: Floats, weights: Floats, task: Task) -> None:
+    """Raises `DataError` as `fit`."""
     if not np.any(weights):
         raise DataError("there are no rows with a weight above 0 to train on")
     if targets.shape != (len(rows), len(task.classes)) or weights.shape != (len(rows),):
@@ -189,11 +204,28 @@ def _check_training(rows: Sequence[Row], targets: Floats, weights: Floats, task:
         )
 
 
+def repeated(targets: Floats, weights: Floats) -> tuple[Any, Any, Floats]:
+    """Numbers of rows, classes and weights that give cross-entropy with the soft targets `(N, K)`.
+
+    A row counts once for each class that has a part of it, by that part. A class that no row has a part of gets half a
+    row without features, numbered -1 and behind the others, so that its logit stays finite.
+    """
+    shares = targets * weights[:, None]
+    index, classes = np.nonzero(shares)
+    absent = np.setdiff1d(np.arange(targets.shape[1]), classes)
+    return (
+        np.concatenate([index, np.full(len(absent), -1)]),
+        np.concatenate([classes, absent]),
+        np.concatenate([shares[index, classes], np.full(len(absent), 0.5)]),
+    )
+
+
 class _Solver:
     """Logistic regression with soft targets on one matrix of features.
 
-    The dense columns are standardised, so that the penalty treats them alike, and their scale then goes into the
-    weights: a saved model holds no scaler. Antisymmetric features have the mean 0 over both orders, and no intercept.
+    The dense columns are standardised, so that the penalty treats them alike, and those of a row together have the
+    length of its TF-IDF, 1. Their scale then goes into the weights: a saved model holds no scaler. Antisymmetric
+    features have the mean 0 over both orders, and no intercept.
     A hashed column that no row uses would get the weight 0, and is left out.
     """
 
@@ -205,31 +237,22 @@ class _Solver:
         self._used = np.flatnonzero(hashed.getnnz(axis=0))
         self._mean = np.zeros(dense) if antisymmetric else values.mean(axis=0)
         scale = np.sqrt(((values - self._mean) ** 2).mean(axis=0))
-        self._scale = np.where(scale > 1e-9, scale, 1.0)
+        self._scale = np.where(scale > 1e-9, scale, 1.0) * math.sqrt(max(1, dense))
         self._features = sparse.hstack([hashed[:, self._used], (values - self._mean) / self._scale], format="csr")
         self._weights = weights
         self._settings = settings
         self._options = {"fit_intercept": not antisymmetric, "random_state": seed}
 
     def __call__(self, targets: Floats) -> tuple[Floats, Floats]:
-        """Weights `(K, F)` and biases `(K,)` for targets `(N, K)`.
-
-        A row counts once for each class that has a part of it, by that part: this is cross-entropy with soft targets.
-        A class that no row has a part of gets half a row without features, so that its logit stays finite.
-        """
-        shares = targets * self._weights[:, None]
-        index, classes = np.nonzero(shares)
-        absent = np.setdiff1d(np.arange(targets.shape[1]), classes)
-        blank = sparse.csr_matrix((len(absent), self._features.shape[1]))
+        """Weights `(K, F)` and biases `(K,)` for targets `(N, K)`."""
+        index, classes, shares = repeated(targets, self._weights)
+        blank = sparse.csr_matrix((int((index < 0).sum()), self._features.shape[1]))
         model = LogisticRegression(C=self._settings.C, max_iter=self._settings.max_iter, **self._options)
         # BLAS adds in another order for each number of threads.
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in the words of the settings
-            model.fit(
-                sparse.vstack([self._features[index], blank], format="csr"),
-                np.concatenate([classes, absent]),
-                sample_weight=np.concatenate([shares[index, classes], np.full(len(absent), 0.5)]),
-            )
+            features = sparse.vstack([self._features[index[index >= 0]], blank], format="csr")
+            model.fit(features, classes, sample_weight=shares)
         if model.n_iter_.max() >= self._settings.max_iter:
             stopped = f"the solver stopped at classical.max_iter={self._settings.max_iter} before it converged"
             console.print(f"{stopped}; set it higher", style="yellow")
@@ -274,13 +297,14 @@ def _winners(task: Task) -> list[int]:
 
 def _shapes(task: Task, settings: Classical) -> dict[str, tuple[int, ...]]:
     """Shape of each array of a model; one of size 0 is not needed for the task."""
-    lengths, contexts, groups = _LENGTHS * settings.lengths, len(_contexts(task)), len(_groups(task))
-    sides = settings.n_features + lengths + contexts
-    classes = contexts * (settings.n_features + lengths)
+    contexts, groups, hashed = len(_contexts(task)), len(_groups(task)), hashed_columns(settings)
+    measures, comparisons = len(MEASURES) * settings.dense, COMPARISONS * settings.dense
+    sides = hashed + measures + contexts * (1 + comparisons)
+    classes = contexts * (hashed + measures)
     if task.swappable:
-        classes += 2 * lengths + contexts + 1
+        classes += 2 * measures + contexts * (1 + comparisons) + 1 + comparisons
     return {
-        "idf": (settings.n_features,),
+        "idf": (hashed,),
         "side_weight": (sides if task.swappable else 0,),
         "class_weight": (groups, classes if groups else 0),
         "class_bias": (groups,),
@@ -292,21 +316,36 @@ def _contexts(task: Task) -> list[str]:
     return [name for name in task.fields if name not in (task.swap_fields or ())]
 
 
-def _counts(rows: Sequence[Row], task: Task, settings: Classical) -> dict[str, Sparse]:
-    """How often each hashed n-gram stands in each field, `(N, n_features)`.
+def hashed_columns(settings: Classical) -> int:
+    """Columns of a field's n-grams: those of words, then those of characters."""
+    return settings.n_features * (1 if settings.char_ngram_range is None else 2)
+
+
+def extract(rows: Sequence[Row], task: Task, settings: Classical) -> tuple[dict[str, Sparse], DenseFeatures]:
+    """How often each hashed n-gram stands in each field, `(N, hashed_columns)`, and the dense features.
 
     Counts have no alternating sign: the IDF needs the number of texts with an n-gram, and 1 + log(n) needs n > 0.
     """
-    vectorizer = HashingVectorizer(
-        analyzer=settings.analyzer,
-        ngram_range=settings.ngram_range,
-        token_pattern=_TOKEN if settings.analyzer == "word" else None,
-        n_features=settings.n_features,
-        alternate_sign=False,
-        norm=None,
-        decode_error="replace",
-    )
-    return {name: vectorizer.transform([_text(row.fields[name]) for row in rows]) for name in task.fields}
+    ranges = [(settings.analyzer, settings.ngram_range)]
+    if settings.char_ngram_range is not None:
+        ranges.append(("char_wb", settings.char_ngram_range))
+    vectorizers = [
+        HashingVectorizer(
+            analyzer=analyzer,
+            ngram_range=ngram_range,
+            token_pattern=_TOKEN if analyzer == "word" else None,
+            n_features=settings.n_features,
+            alternate_sign=False,
+            norm=None,
+            decode_error="replace",
+        )
+        for analyzer, ngram_range in ranges
+    ]
+    counts = {}
+    for name in task.fields:
+        texts = [_text(row.fields[name]) for row in rows]
+        counts[name] = sparse.hstack([vectorizer.transform(texts) for vectorizer in vectorizers], format="csr")
+    return counts, dense_features(rows, task, empty=not settings.dense)
 
 
 def _text(turns: Turns) -> bytes:
@@ -314,50 +353,32 @@ def _text(turns: Turns) -> bytes:
     return "\n".join(turn or "" for turn in turns).encode("utf-8", "surrogatepass")
 
 
-def _lengths(rows: Sequence[Row], name: str, settings: Classical) -> Floats:
-    """Logarithms of a field's characters, words, turns and lines, `(N, 4)`; `(N, 0)` without `classical.lengths`."""
-    columns = _LENGTHS * settings.lengths
-    values = [_measure(row.fields[name])[:columns] for row in rows]
-    return np.array(values, dtype=np.float64).reshape(len(rows), columns)
-
-
-def _measure(turns: Turns) -> list[float]:
-    texts = [turn or "" for turn in turns]
-    sizes = (
-        sum(map(len, texts)),
-        sum(len(text.split()) for text in texts),
-        len(texts),
-        sum(text.count("\n") for text in texts),
-    )
-    return [math.log1p(size) for size in sizes]
-
-
 def _features(
-    counts: Mapping[str, Sparse], rows: Sequence[Row], task: Task, settings: Classical, idf: Floats
+    counts: Mapping[str, Sparse], dense_columns: DenseFeatures, task: Task, settings: Classical, idf: Floats
 ) -> _Features:
     """All is computed row by row, and a swap gives the same numbers with the other sign, to the last bit."""
     tfidf = TfidfTransformer(sublinear_tf=settings.sublinear_tf)
     tfidf.idf_ = idf
     vectors = {name: tfidf.transform(count) for name, count in counts.items()}
-    lengths = {name: _lengths(rows, name, settings) for name in task.fields}
-    contexts = _contexts(task)
-    texts, dense = [vectors[name] for name in contexts], [lengths[name] for name in contexts]
+    measures, contexts = dense_columns.measures, _contexts(task)
+    texts, dense = [vectors[name] for name in contexts], [measures[name] for name in contexts]
     if task.swap_fields is None:
         return _Features(sides=None, classes=_columns(texts, dense))
     a, b = task.swap_fields
-    alike_a = [_cosines(vectors[name], vectors[a]) for name in contexts]
-    alike_b = [_cosines(vectors[name], vectors[b]) for name in contexts]
-    differences = [one - other for one, other in zip(alike_a, alike_b, strict=True)]
-    sums = [one + other for one, other in zip(alike_a, alike_b, strict=True)]
-    gap = lengths[a] - lengths[b]
+    alike = {pair: _alike(vectors, dense_columns, pair) for pair in dense_columns.comparisons}
+    differences = [alike[name, a] - alike[name, b] for name in contexts]
+    sums = [alike[name, a] + alike[name, b] for name in contexts]
+    gap = measures[a] - measures[b]
     sides = _columns([vectors[a] - vectors[b]], [gap, *differences])
-    dense += [np.abs(gap), lengths[a] + lengths[b], *sums, _cosines(vectors[a], vectors[b])]
-    return _Features(sides, _columns(texts, dense))
+    of_sides = alike[a, b]
+    of_sides[:, 3:5] = np.sort(of_sides[:, 3:5], axis=1)
+    return _Features(sides, _columns(texts, [*dense, np.abs(gap), measures[a] + measures[b], *sums, of_sides]))
 
 
-def _cosines(one: Sparse, other: Sparse) -> Floats:
-    """Cosine similarity of each row's two texts, `(N, 1)`."""
-    return np.asarray(one.multiply(other).sum(axis=1)).reshape(-1, 1)
+def _alike(vectors: Mapping[str, Sparse], dense_columns: DenseFeatures, pair: tuple[str, str]) -> Floats:
+    """Cosine similarity of each row's two texts, and their comparison, `(N, 1 + K)`."""
+    cosines = np.asarray(vectors[pair[0]].multiply(vectors[pair[1]]).sum(axis=1)).reshape(-1, 1)
+    return np.concatenate([cosines, dense_columns.comparisons[pair]], axis=1)
 
 
 def _columns(hashed: Sequence[Sparse], dense: Sequence[Floats]) -> Sparse:
@@ -413,7 +434,7 @@ def _digest(arrays: Mapping[str, Floats], task: Task, settings: Classical) -> st
     """SHA-256 of the arrays and of what gives their columns a meaning."""
     meaning = [
         task.model_dump(include={"fields", "classes", "multi_label", "swap_fields", "swap_classes"}, mode="json"),
-        settings.model_dump(exclude={"C", "max_iter"}, mode="json"),
+        settings.model_dump(include=_MEANING, mode="json"),
     ]
     digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
     for name in sorted(arrays):

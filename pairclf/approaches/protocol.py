@@ -13,6 +13,7 @@ Nothing here imports torch: an approach imports its libraries inside its functio
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import polars as pl
 
 from pairclf.bundles.bundle import Bundle, Saved
 from pairclf.config import Config
+from pairclf.errors import ConfigError
 from pairclf.inputs.cache import RowSource
 from pairclf.inputs.sequences import Item, LargestPass, SequenceIndex
 from pairclf.run import Run, Split
@@ -47,19 +49,36 @@ class Process(NamedTuple):
     handle: Any = None
 
 
+def only_process(config: Config) -> Process:
+    """The process of an approach that can't train in several.
+
+    Raises:
+        ConfigError: several were started.
+    """
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(
+            f"approach={config.approach} trains in one process, and {count} were started",
+            remedy="leave --processes and the launcher away",
+        )
+    return Process()
+
+
 KEPT_STEP = "kept_step"
 """In `Fitted.record` and a bundle's metrics: the step whose weights were kept, where it was chosen by evaluations."""
 
 LABEL_MASS = "label_mass"
 """In the same and in metrics.jsonl: the share of the vocabulary's probability that the labels' tokens hold."""
 
+CALIBRATION_GAIN = "calibration_gain"
+"""In the same two: the log loss that `prompt.calibration` took off, on training rows."""
+
 
 class Fitted(Protocol):
     """A trained model.
 
     Attributes:
-        record: figures of the training: `seconds` (over all interruptions), `steps`, `KEPT_STEP`, `LABEL_MASS`, as far
-            as there are.
+        record: figures of the training: `seconds` (over all interruptions), `steps`, `KEPT_STEP`, `LABEL_MASS`,
+            `CALIBRATION_GAIN`, as far as there are.
     """
 
     record: Mapping[str, float]

@@ -4,7 +4,7 @@
     config.yaml         the resolved config: task, class order, rendering recipe, quantisation, ...
     trained_on.parquet  what `identity.prompt_marks` keeps of the prompts that it was trained on, sorted, each once
 
-of a fine-tuned model (`model/weights.py`):
+of a language model (`model/weights.py`):
 
     tokenizer/          as transformers saves it
     adapter/            as peft saves it: opens with plain `PeftModel.from_pretrained`
@@ -12,11 +12,15 @@ of a fine-tuned model (`model/weights.py`):
                         own config.json says it may hold quantised weights (`pairclf export`)
     head.safetensors    float32; linear: weight (C, H) and bias (C,); two_layer: inner.weight (H, H), inner.bias (H,),
                         outer.weight (C, H), outer.bias (C,); label_tokens: weight (E, H), bias (E,),
-                        the LM head's rows of the E tokens in the labels' trie; reward: weight (1, H), tie ()
+                        the LM head's rows of the E tokens in the labels' trie, prior (C,); reward: weight (1, H),
+                        tie ()
+    examples.json       of a few-shot prompt: training rows that it is shown before each row (`examples.py`)
 
 of a classical one (`approaches/classical.py`):
 
     classical.safetensors  float64 arrays, named there
+    lightgbm-0.txt         trees in LightGBM's text format, where classical.model is lightgbm; with several labels a
+                           row one file a label
 """
 
 from __future__ import annotations
@@ -72,6 +76,10 @@ class BundleFiles:
         return self.folder / "head.safetensors"
 
     @property
+    def examples(self) -> Path:
+        return self.folder / "examples.json"
+
+    @property
     def classical(self) -> Path:
         return self.folder / "classical.safetensors"
 
@@ -82,7 +90,7 @@ _TOKENIZER = (
     r"chat_template\.(jinja|json)"
 )
 _FILES = {
-    "": r"bundle\.json|config\.yaml|trained_on\.parquet|(head|classical)\.safetensors",
+    "": r"(bundle|examples)\.json|config\.yaml|trained_on\.parquet|(head|classical)\.safetensors|lightgbm-\d+\.txt",
     "adapter": r"adapter_config\.json|adapter_model\.safetensors",
     "backbone": r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|quant_log\.csv|"
     rf"(generation_|quantize_)?config\.json|{_TOKENIZER}",

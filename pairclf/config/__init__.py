@@ -14,6 +14,7 @@ from pairclf.config.load import load_config, override, resolve, run_folder
 from pairclf.config.model import Lora, Model
 from pairclf.config.parse import MAX_YAML, parse_yaml
 from pairclf.config.predict import Predict
+from pairclf.config.prompt import Prompt
 from pairclf.config.renamed import ELSEWHERE, RENAMED
 from pairclf.config.section import Section, checked, settings
 from pairclf.config.train import Distill, Train
@@ -22,8 +23,8 @@ from pairclf.config.wording import PLACE
 
 __all__ = [
     "ELSEWHERE", "MAX_YAML", "PLACE", "RENAMED", "SECTIONS", "Classical", "Config", "Data", "Distill", "Folds",
-    "Inputs", "Lora", "Model", "Package", "Predict", "Rules", "Section", "Source", "Submission", "Template", "Train",
-    "Truncation", "Unlabelled",
+    "Inputs", "Lora", "Model", "Package", "Predict", "Prompt", "Rules", "Section", "Source", "Submission", "Template",
+    "Train", "Truncation", "Unlabelled",
     "checked", "deciding_settings", "describe_config", "dump_config", "flat_settings",
     "load_config", "override", "parse_yaml", "resolve", "run_folder",
     "setting_changes", "settings",

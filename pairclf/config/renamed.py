@@ -46,6 +46,7 @@ RENAMED = {
     "train.max_skipped": "train.max_skipped_steps",
     "train.log_every": "train.logging_steps",
     "train.trackers": "train.report_to",
+    "classical.lengths": "classical.dense",
     "predict.spread": "predict.parallelism",
     "package.kernel": "package.kernel_type",
     "package.hours": "package.time_limit_hours",
@@ -57,6 +58,7 @@ RENAMED = {
 """`{former dotted key: today's}`."""
 
 ELSEWHERE = {
+    "num_fewshot": "prompt.k",
     "base_model": "model.base",
     "model_id": "model.base",
     "model_name": "model.base",

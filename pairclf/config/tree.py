@@ -11,16 +11,21 @@ from pairclf.config.classical import Classical
 from pairclf.config.data import Data, Folds
 from pairclf.config.inputs import Inputs
 from pairclf.config.kaggle import Package
-from pairclf.config.model import Model
+from pairclf.config.model import Lora, Model
 from pairclf.config.predict import Predict
+from pairclf.config.prompt import Prompt
 from pairclf.config.renamed import ELSEWHERE, RENAMED
 from pairclf.config.section import Section
 from pairclf.config.train import Train
-from pairclf.config.wording import complete_template
+from pairclf.config.wording import complete_example, complete_template
 from pairclf.errors import ConfigError
 from pairclf.task import LMSYS, TASKS, Task, as_task
 
-SECTIONS = {"finetune": ("inputs", "model", "train"), "classical": ("classical",)}
+SECTIONS = {
+    "finetune": ("inputs", "model", "train"),
+    "prompt": ("inputs", "model", "prompt"),
+    "classical": ("classical",),
+}
 """Sections that an approach reads besides those that all of them do."""
 
 
@@ -36,8 +41,10 @@ class Config(Section):
     task: Annotated[Task, BeforeValidator(as_task)] = Field(
         LMSYS, description=f"name of a task ({', '.join(TASKS)}), or a mapping that defines one"
     )
-    approach: Literal["finetune", "classical"] = Field(
-        "finetune", description="kind of model: a fine-tuned language model, or TF-IDF with logistic regression"
+    approach: Literal["finetune", "prompt", "classical"] = Field(
+        "finetune",
+        description="kind of model: a fine-tuned language model, one that is prompted and not trained, or TF-IDF with "
+        "logistic regression",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="random seed of folds, row order, head initialisation and dropout")
     output_dir: Path | None = Field(
@@ -48,6 +55,7 @@ class Config(Section):
     inputs: Inputs = Field(default_factory=Inputs, description="from text to tokens")
     model: Model = Field(default_factory=Model, description="base model, adapters and head")
     train: Train = Field(default_factory=Train, description="fine-tuning")
+    prompt: Prompt = Field(default_factory=Prompt, description="examples before each row")
     classical: Classical = Field(default_factory=Classical, description="TF-IDF with logistic regression")
     predict: Predict = Field(default_factory=Predict, description="inference")
     package: Package = Field(default_factory=Package, description="the Kaggle notebook and what it attaches")
@@ -56,7 +64,7 @@ class Config(Section):
     def _derive(self) -> Config:
         self._refuse_unread()
         self._check_sides()
-        complete_template(self.inputs.template, self.task, one_sided=self.model.one_sided)
+        self._complete_wording()
         self._complete_truncation()
         self._check_training()
         self._check_readout()
@@ -65,16 +73,30 @@ class Config(Section):
     @property
     def trains_all(self) -> bool:
         """Whether all weights of the base are trained."""
-        return self.model.lora is None and self.train.max_steps != 0
+        return self.model.lora is None and self.trains
+
+    @property
+    def trains(self) -> bool:
+        """Whether the section `train` is read, and trains something."""
+        return self._reads("train") and self.train.max_steps != 0
+
+    @property
+    def num_examples(self) -> int:
+        """Examples before each row."""
+        return self.prompt.k if self._reads("prompt") else 0
 
     @property
     def orders(self) -> int:
         """Orders of a row's two sides that a model sees differently."""
         return 2 if self.task.swappable and not self.model.one_sided else 1
 
+    def _reads(self, section: str) -> bool:
+        return section in SECTIONS[self.approach]
+
     def unread(self) -> list[str]:
         """Sections that the approach does not read."""
-        return [name for names in SECTIONS.values() for name in names if name not in SECTIONS[self.approach]]
+        named = dict.fromkeys(name for names in SECTIONS.values() for name in names)
+        return [name for name in named if not self._reads(name)]
 
     def _refuse_unread(self) -> None:
         """A setting that changes nothing is a mistake; `pairclf config` prints those alone that are read."""
@@ -97,6 +119,12 @@ class Config(Section):
                 where="approach",
                 remedy=f"give a config with approach={_reader_of(section)}",
             )
+
+    def _complete_wording(self) -> None:
+        template, words = self.inputs.template, self.model.scored_words.values()
+        complete_template(template, self.task, one_sided=self.model.one_sided, examples=self.num_examples > 0)
+        if self.num_examples:
+            complete_example(self.prompt, template, self.task, [word for synonyms in words for word in synonyms])
 
     def _complete_truncation(self) -> None:
         inputs, task = self.inputs, self.task
@@ -131,7 +159,7 @@ class Config(Section):
             raise ValueError(f"train.swap=random and train.consistency_weight need a task with swap_fields; {why}")
         if train.swap == "both" and self.orders == 1:
             train.swap = "none"
-        if train.layout != "padded" and self.model.attn_implementation in ("eager", "sdpa"):
+        if self.trains and train.layout != "padded" and self.model.attn_implementation in ("eager", "sdpa"):
             raise ValueError(
                 f"model.attn_implementation={self.model.attn_implementation} would let packed rows attend to each "
                 "other; set train.layout=padded or model.attn_implementation=auto"
@@ -140,8 +168,10 @@ class Config(Section):
             raise ValueError(f"model.label_words names {sorted(words)}; it must name each class: {list(task.classes)}")
         if len(different) < sum(map(len, words.values())):
             raise ValueError(f"model.label_words {words} gives two classes the same word, or one class a word twice")
-        if train.max_steps == 0:
-            self.model.lora = None  # nothing trains it
+        if not self._reads("train") and self.model.lora not in (None, Lora()):
+            raise ValueError(f"model.lora changes nothing: approach={self.approach} trains no adapters; remove it")
+        if not self.trains:
+            self.model.lora = None
         if self.trains_all and self.model.quantization != "none":
             raise ValueError(
                 f"model.quantization={self.model.quantization} freezes the base weights, and model.lora=null trains no "
@@ -182,10 +212,10 @@ class Config(Section):
 
     def _check_readout(self) -> None:
         model, train = self.model, self.train
-        if model.readout != "label_tokens" and train.max_steps == 0:
+        if model.readout != "label_tokens" and not self.trains and self._reads("model"):
+            why = "train.max_steps=0" if self._reads("train") else f"approach={self.approach}"
             raise ValueError(
-                f"train.max_steps=0 leaves the head of model.readout={model.readout} at random; set "
-                "model.readout=label_tokens"
+                f"{why} leaves the head of model.readout={model.readout} at random; set model.readout=label_tokens"
             )
         if model.readout == "label_tokens":
             if train.head_learning_rate is not None:

@@ -6,19 +6,21 @@ import re
 from collections.abc import Sequence
 
 from pairclf.config.inputs import Template
+from pairclf.config.prompt import Prompt
 from pairclf.task import SIDE, Task
 
 PLACE = re.compile(r"\{([^\W\d]\w*)\}")
 """What may be a placeholder in a template; other braces are text."""
 
 
-def complete_template(template: Template, task: Task, *, one_sided: bool = False) -> None:
+def complete_template(template: Template, task: Task, *, one_sided: bool = False, examples: bool = False) -> None:
     """Fill in what a template leaves out, and check that it shows every field once.
 
     Args:
         template: as the config has it.
         task: its fields.
         one_sided: whether it shows one of the two sides, in the place `SIDE`.
+        examples: whether it has a place for examples, before its text if it does not name it.
 
     Raises:
         ValueError: a field is missing or stands twice, `round` and `text` contradict each other, or a field stands
@@ -42,10 +44,13 @@ def complete_template(template: Template, task: Task, *, one_sided: bool = False
     if not template.text:
         ending = f"\n\n[End]\n{_question(task, one_sided=one_sided)}" if judge else "\n\n### Verdict\n"
         template.text = ("{rounds}" if interleaved else fields) + ending
+    if examples and "{examples}" not in template.text:
+        begins = template.round if template.text.startswith("{rounds}") else template.text
+        template.text = "{examples}" + ("" if begins[:1].isspace() else "\n\n") + template.text
     if template.round and not interleaved:
         raise ValueError("inputs.template.round needs inputs.template.turns=interleaved")
     places = dict.fromkeys(fields_shown, "round" if interleaved else "text")
-    places |= {"rounds": "text"} if interleaved else {}
+    places |= ({"rounds": "text"} if interleaved else {}) | ({"examples": "text"} if examples else {})
     for key in ("instruction", "text", "round"):
         names = [name for name, place in places.items() if place == key]
         _check_places(getattr(template, key), names, f"inputs.template.{key}")
@@ -56,6 +61,25 @@ def complete_template(template: Template, task: Task, *, one_sided: bool = False
         )
     if not template.apply_chat_template and template.text.endswith(tuple(f"{{{name}}}" for name in places)):
         raise ValueError("inputs.template.text must not end with a field: the logits are read after its last words")
+
+
+def complete_example(prompt: Prompt, template: Template, task: Task, words: Sequence[str]) -> None:
+    """Fill in the template of an example, and check that it shows every field once.
+
+    Args:
+        prompt: as the config has it.
+        template: completed.
+        task: its fields.
+        words: for the classes, one of which follows: in a line of its own, unless white space parts it from the text.
+
+    Raises:
+        ValueError: a field is missing or stands twice.
+    """
+    if not prompt.template:
+        text = template.text.partition("{examples}")[2]
+        parted = text[-1:].isspace() or all(word[:1].isspace() for word in words)
+        prompt.template = text + ("" if parted else "\n")
+    _check_places(prompt.template, ["rounds"] if template.turns == "interleaved" else task.fields, "prompt.template")
 
 
 def _check_places(text: str, names: Sequence[str], key: str) -> None:

@@ -295,7 +295,7 @@ def _found(layout: _Layout, raw: pl.DataFrame, task: Task, labelled: bool) -> _L
     if labels and layout.named and layout.source.label_column is None and labels[0] not in raw.columns:
         plain = [name for name in task.classes if name in raw.columns and is_plain(raw[name])]
         # A column that is named as a class may hold other things: in the WSDM files, the names of models.
-        if len(plain) == len(task.classes) and np.isfinite(_numbers(raw, plain, TRUTH)).any(axis=0).all():
+        if len(plain) == len(task.classes) and np.isfinite(as_numbers(raw, plain, TRUTH)).any(axis=0).all():
             layout = replace(layout, labels=task.classes, named=False)
     if labels and layout.weight is None and "weight" in set(raw.columns) - set(layout.wanted):
         layout = replace(layout, weight="weight" if ignored != "all" and "weight" not in ignored else None)
@@ -435,7 +435,7 @@ def _weights(raw: pl.DataFrame, path: Path, layout: _Layout, ids: pl.Series) -> 
     """
     weights = np.full(len(raw), layout.source.weight)
     if layout.weight is not None:
-        weights = weights * _numbers(raw, [layout.weight])[:, 0]
+        weights = weights * as_numbers(raw, [layout.weight])[:, 0]
     wrong = ~(np.isfinite(weights) & (weights > 0))
     if wrong.any():
         raise DataError(
@@ -499,14 +499,14 @@ def _spellings(names: Sequence[str]) -> dict[str, str]:
 
 def _numeric_targets(raw: pl.DataFrame, source: Source, task: Task, path: Path) -> pl.Series:
     """Targets from one column of probabilities or booleans per class; null if they are invalid."""
-    values = _numbers(raw, raw.columns, TRUTH, path)
+    values = as_numbers(raw, raw.columns, TRUTH, path)
     sound = np.isfinite(values).all(axis=1) & (values >= 0).all(axis=1)
     sound &= (values <= 1).all(axis=1) if task.multi_label else np.abs(values.sum(axis=1) - 1) <= LABEL_TOLERANCE
     targets = pl.Series(values, dtype=pl.Array(pl.Float64, values.shape[1])).cast(pl.List(pl.Float64))
     return targets.zip_with(pl.Series(sound), pl.Series([None], dtype=targets.dtype))
 
 
-def _numbers(
+def as_numbers(
     frame: pl.DataFrame, columns: Sequence[str], words: Mapping[str, str] | None = None, path: Path | None = None
 ) -> Floats:
     """Columns as float64 `(N, C)`; NaN if a cell is not a number. `words` maps texts to numbers."""

@@ -52,7 +52,7 @@ def scores_frame(
     if probabilities.shape != shape:
         raise DataError(f"probabilities have shape {probabilities.shape}, ids and classes ask for {shape}")
     listed = pl.Series("id", list(ids), dtype=pl.String)
-    refuse(_score_problems(listed, probabilities, task), "scores")
+    refuse(score_problems(listed, probabilities, task), "scores")
     named = models if isinstance(models, pl.Series) else pl.Series([list(models)] * len(ids), dtype=TURNS)
     counts = [orders] * len(ids) if isinstance(orders, int) else list(orders)
     if hashes is None:
@@ -109,7 +109,7 @@ def read_scores(path: Path, task: Task, *, foreign: bool = False) -> pl.DataFram
             where=path,
             remedy="give a scores.parquet that was written for this task",
         )
-    refuse(_score_problems(frame["id"], class_matrix(frame, task), task), path)
+    refuse(score_problems(frame["id"], class_matrix(frame, task), task), path)
     return frame
 
 
@@ -175,7 +175,7 @@ def read_logits(path: Path, task: Task) -> pl.DataFrame:
     if shapes - expected or len(shapes) > 1:
         what = f"the logits have shapes {sorted(shapes)} a row; task {task.name!r} has {sorted(expected)}"
         raise DataError(what, where=path, remedy="give logits that were written for this task")
-    refuse(_repeated(frame["id"], "the logits"), path)
+    refuse(repeated_ids(frame["id"], "the logits"), path)
     return frame
 
 
@@ -184,7 +184,7 @@ def class_matrix(scores: pl.DataFrame, task: Task) -> Floats:
     return scores.select(task.classes).to_numpy().astype(np.float64)
 
 
-def _repeated(ids: pl.Series, holder: str) -> list[DataError]:
+def repeated_ids(ids: pl.Series, holder: str) -> list[DataError]:
     """A problem if ids are missing or repeated."""
     rows = ids.filter(ids.is_duplicated() | ids.is_null() | (ids == "")).unique(maintain_order=True).to_list()
     if not rows:
@@ -192,11 +192,12 @@ def _repeated(ids: pl.Series, holder: str) -> list[DataError]:
     return [DataError(f"{holder} have ids that are empty or stand twice", rows=rows, remedy="one row an id")]
 
 
-def _score_problems(ids: pl.Series, values: Floats, task: Task) -> list[DataError]:
-    return [*_repeated(ids, "the scores"), *_impossible(ids, values, task)]
+def score_problems(ids: pl.Series, values: Floats, task: Task) -> list[DataError]:
+    """As `repeated_ids` and `impossible_values`."""
+    return [*repeated_ids(ids, "the scores"), *impossible_values(ids, values, task)]
 
 
-def _impossible(ids: pl.Series, values: Floats, task: Task) -> list[DataError]:
+def impossible_values(ids: pl.Series, values: Floats, task: Task) -> list[DataError]:
     """Problems of an `(N, C)` array whose rows must be distributions."""
     finite = np.isfinite(values).all(axis=1)
     outside = finite & ((values < 0) | (values > 1)).any(axis=1)

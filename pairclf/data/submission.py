@@ -13,8 +13,8 @@ import polars as pl
 
 from pairclf.config import Submission
 from pairclf.data.formats import as_ids, as_text, load, refuse
-from pairclf.data.rows import TRUTH, _numbers
-from pairclf.data.scores import _impossible, _repeated, _score_problems, class_matrix, scores_frame
+from pairclf.data.rows import TRUTH, as_numbers
+from pairclf.data.scores import class_matrix, impossible_values, repeated_ids, score_problems, scores_frame
 from pairclf.errors import DataError
 from pairclf.files import atomic_file
 from pairclf.scores.metrics import METRICS, Floats, likeliest
@@ -67,7 +67,7 @@ class Form:
         if self.label is not None:
             names = as_text(submission[self.label])
             return np.stack([(names == name).fill_null(value=False).to_numpy() for name in self.task.classes], axis=1)
-        values = _numbers(submission, list(self.classes))
+        values = as_numbers(submission, list(self.classes))
         if len(self.classes) == len(self.task.classes):
             order = [list(self.classes.values()).index(name) for name in self.task.classes]
             return values[:, order]
@@ -183,7 +183,7 @@ def write_submission(
         DataError: as `form_of`; ids are missing, unknown or repeated, or a row is not a distribution; nothing is
             written.
     """
-    problems = _score_problems(scores["id"], class_matrix(scores, task), task)
+    problems = score_problems(scores["id"], class_matrix(scores, task), task)
     if sample is None:
         form = form_of(task, settings or Submission(), None)
     else:
@@ -219,7 +219,7 @@ def answer(
         return form.fill(scores).with_columns(ids.alias(form.id))
     row_ids, sample_row_ids = as_text(ids).rename("id"), as_text(sample[form.id])
     if row_ids.to_list() != sample_row_ids.to_list():
-        refuse([*_repeated(row_ids, "the rows"), *_different_ids(row_ids, sample_row_ids, "the rows")], "batch")
+        refuse([*repeated_ids(row_ids, "the rows"), *_different_ids(row_ids, sample_row_ids, "the rows")], "batch")
         places = sample_row_ids.to_frame("id").join(
             row_ids.to_frame().with_row_index("at"), on="id", maintain_order="left"
         )
@@ -258,11 +258,13 @@ def check_submission(path: Path, sample: Path, task: Task, settings: Submission 
             remedy="write it with write_submission and this sample",
         )
     ids, sample_row_ids = as_ids(submission[form.id], path), sample_rows[form.id]
-    problems = [*_repeated(ids, "the submission"), *_different_ids(ids, sample_row_ids, "the submission")]
+    problems = [*repeated_ids(ids, "the submission"), *_different_ids(ids, sample_row_ids, "the submission")]
     if not problems and ids.to_list() != sample_row_ids.to_list():
         problems.append(DataError("the ids are the sample's, in another order", remedy="keep the sample's order"))
     values = form.read(submission)
-    wrong = _impossible(ids, values, task) if form.label is None else _no_classes(ids, submission[form.label], task)
+    wrong = (
+        impossible_values(ids, values, task) if form.label is None else _no_classes(ids, submission[form.label], task)
+    )
     refuse([*problems, *wrong], path)
     chosen = values >= 0.5 if task.multi_label else np.eye(len(task.classes), dtype=np.int64)[likeliest(values)]
     return {
@@ -295,7 +297,7 @@ def open_sample(sample: Path, task: Task, settings: Submission | None = None) ->
     except DataError as error:
         raise DataError(error.what, where=sample, remedy=error.remedy) from error
     rows = rows.with_columns(as_ids(rows[form.id], sample).fill_null("").alias(form.id))
-    refuse(_repeated(rows[form.id], "the sample"), sample)
+    refuse(repeated_ids(rows[form.id], "the sample"), sample)
     return form, rows
 
 
@@ -325,7 +327,7 @@ def check_ids(ids: Sequence[str], task: Task, sample: Path | None, settings: Sub
         DataError: ids are repeated, or differ from the sample's; the message lists them.
     """
     row_ids = pl.Series("id", list(ids), dtype=pl.String)
-    problems = _repeated(row_ids, "the rows")
+    problems = repeated_ids(row_ids, "the rows")
     if sample is not None:
         of_sample = pl.Series(sample_ids(sample, task, settings), dtype=pl.String)
         problems += _different_ids(row_ids, of_sample, "the rows")

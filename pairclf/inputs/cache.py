@@ -167,7 +167,7 @@ class EncodedRows(Sequence[tuple[Encoded, ...]]):
 
     def __init__(self, cache: TokenCache, builder: InputBuilder, rows: Sequence[int] | None = None) -> None:
         self._cache = cache
-        self._builder = builder
+        self.builder = builder
         self._rows = range(len(cache)) if rows is None else rows
 
     def __len__(self) -> int:
@@ -180,7 +180,7 @@ class EncodedRows(Sequence[tuple[Encoded, ...]]):
     def __getitem__(self, index: int | slice) -> tuple[Encoded, ...] | list[tuple[Encoded, ...]]:
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
-        return self._builder.assemble(self._cache[self._rows[index]])
+        return self.builder.assemble(self._cache[self._rows[index]], self._cache.ids[self._rows[index]])
 
     def of(self, ids: pl.Series) -> EncodedRows:
         """The rows with these ids, in their order.
@@ -193,7 +193,11 @@ class EncodedRows(Sequence[tuple[Encoded, ...]]):
         if matches["row"].null_count():
             missing = matches.filter(pl.col("row").is_null())["id"].to_list()
             raise DataError("rows were not tokenised", rows=missing, remedy="read the same files again")
-        return EncodedRows(self._cache, self._builder, matches["row"].to_list())
+        return EncodedRows(self._cache, self.builder, matches["row"].to_list())
+
+    def built_by(self, builder: InputBuilder) -> EncodedRows:
+        """The same rows by another recipe with the same tokenizer."""
+        return EncodedRows(self._cache, builder, self._rows)
 
 
 def token_cache(

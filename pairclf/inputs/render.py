@@ -11,7 +11,7 @@ template or open the model's answer from inside a response.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -26,7 +26,7 @@ from pairclf.inputs.truncate import Ids, Kept, allot, cut, pick_rounds
 from pairclf.task import AB, BA, SIDE, Row, Task
 
 TEMPLATE, MARKER = "template", "marker"
-ROUNDS = "rounds"
+ROUNDS, EXAMPLES = "rounds", "examples"
 BRANCH = -1
 """Stands in a sequence's ids before each of its branches: what they all begin with is there once, before the first.
 
@@ -37,6 +37,9 @@ _MARKERS = 100  # are tokenised at a time
 
 TokenisedRow = Mapping[str, Sequence[Ids]]
 """The token ids of every turn of every field, uncut."""
+
+Choose = Callable[[str, TokenisedRow], Sequence[int]]
+"""The numbers of the examples before a row, by its id and its tokens."""
 
 _Segment = tuple[str, Ids]
 _Round = dict[str, list[_Segment]]
@@ -76,10 +79,12 @@ class InputBuilder:
         inputs: budget, wording and cuts. A template for chat models is put into the tokenizer's chat template here,
             unless `settle_template` did so before.
         one_sided: the template shows one of the two sides, `task.SIDE`; a row is one sequence, with a branch a side.
+        example: template of an example (`preceded_by`); empty: there are none.
 
     Attributes:
         ending: the template's words behind the last field, which the model reads last.
         closing: what the tokenizer puts behind them, most often nothing.
+        smallest: the smallest budget that every row fits into, whatever its lengths; and `smallest_example`.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or `inputs.max_length` has no room for the wording and the
@@ -87,7 +92,9 @@ class InputBuilder:
         ModelError: the tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Any, task: Task, inputs: Inputs, *, one_sided: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, task: Task, inputs: Inputs, *, one_sided: bool = False, example: str = ""
+    ) -> None:
         template = settle_template(inputs.template, tokenizer)
         self.tokenizer = TurnTokenizer(tokenizer)
         self._task = task
@@ -100,6 +107,10 @@ class InputBuilder:
         self._longest_marker = max(map(len, self.tokenizer(longest, special=True)))
         self._turn_break = self._wording(template.turn_separator)
         self._outer, self._round = self._segments(template)
+        self._example = self._parsed(example)
+        self._examples: Sequence[tuple[Ids, ...]] = ()  # each in every order
+        self._choose: Choose = lambda row_id, row: ()
+        self._reserve = 0  # most tokens of a row's examples
         self.ending = self._parts(template.text)[-1]
         self.closing = self.tokenizer.after if template.add_special_tokens else _NOTHING
         self._orders: dict[int, dict[str, str]] = {AB: {name: name for name in task.fields}}
@@ -107,7 +118,7 @@ class InputBuilder:
             self._outer = self._branched(self._outer)
         elif task.swappable:
             self._orders[BA] = task.swapped_fields
-        self.smallest = self._smallest()
+        self.smallest, self.smallest_example = self._smallest(self._outer), self._smallest(self._example)
         self._check(inputs.max_length)
 
     def _check(self, max_length: int) -> None:
@@ -146,7 +157,7 @@ class InputBuilder:
             ModelError: names the tokens.
         """
         wording = np.concatenate(
-            [self._marker(1), self._turn_break, *(ids for _, ids in (*self._outer, *self._round))]
+            [self._marker(1), self._turn_break, *(ids for _, ids in (*self._outer, *self._round, *self._example))]
         ).tolist()
         beyond = self.tokenizer.from_id(embeddings)
         reached = sorted((beyond.keys() - self.tokenizer.control) | {token for token in wording if token >= embeddings})
@@ -166,9 +177,46 @@ class InputBuilder:
         Raises:
             ConfigError: the budget is too small.
         """
+        return self._of([*self._outer, (TEMPLATE, branches)] if len(branches) else self._outer)
+
+    def preceded_by(
+        self, examples: Sequence[Row], answers: Sequence[Sequence[Ids]], choose: Choose, *, k: int, max_length: int
+    ) -> InputBuilder:
+        """The same recipe with examples before the text of every row, which count towards its budget.
+
+        Where the task can swap, one of a row's orders is preceded by the examples and the other by their mirrors, by
+        the texts in their places: so the orders differ in nothing but the position, and a row's mirror has the same
+        two sequences.
+
+        Args:
+            examples: rows to choose from.
+            answers: the tokens behind each, in its order AB and in its order BA.
+            choose: says which of them stand before a row, in their order.
+            k: how many these are at most.
+            max_length: the budget of an example, answer included; longer ones are cut as rows are.
+
+        Raises:
+            ConfigError: a budget is too small.
+        """
+        longest = max(len(ids) for orders in answers for ids in orders)
+        shown = self._of(self._example).within(max_length - longest).encode(examples)
         other = copy(self)
-        other._outer = [*self._outer, (TEMPLATE, branches)] if len(branches) else self._outer
-        other.smallest = other._smallest()
+        other._examples = [
+            tuple(np.concatenate([example.ids, ids]) for example, ids in zip(orders, labels, strict=False))
+            for orders, labels in zip(shown, answers, strict=True)
+        ]
+        other._reserve = sum(sorted(max(map(len, orders)) for orders in other._examples)[-k:])
+        other._choose = choose
+        return other._of(self._outer)
+
+    def _of(self, outer: list[_Segment]) -> InputBuilder:
+        """The same recipe with other segments around the fields.
+
+        Raises:
+            ConfigError: the budget is too small.
+        """
+        other = copy(self)
+        other._outer, other.smallest = outer, other._smallest(outer)
         other._check(self.max_length)
         return other
 
@@ -177,26 +225,36 @@ class InputBuilder:
 
     def _parts(self, text: str) -> list[str]:
         """The words of a template and, at every second place, the name of the place holder between them."""
-        holders = "|".join(map(re.escape, (*self._places, ROUNDS)))
+        holders = "|".join(map(re.escape, (*self._places, ROUNDS, EXAMPLES)))
         return re.split(rf"\{{({holders})\}}", text)
 
     def _segments(self, template: Template) -> tuple[list[_Segment], list[_Segment]]:
         """The segments of the whole and of one round, in reading order; a place holder has no ids yet."""
 
-        def parse(text: str, *, whole: bool) -> list[_Segment]:
-            pieces = self._parts(text)
-            segments: list[_Segment] = []
-            for place, piece in enumerate(pieces):
-                if place % 2:
-                    segments.append((piece, _NOTHING))
-                    continue
-                ids = self.tokenizer([piece], special=True, start=whole and place == 0)[0]
-                if whole and template.add_special_tokens:
-                    ids = self._with_special_tokens(ids, first=place == 0, last=place == len(pieces) - 1)
-                segments += [(TEMPLATE, ids)] if len(ids) else []
-            return segments
+        whole = self._parsed(
+            (template.instruction or "") + template.text, start=True, special=template.add_special_tokens
+        )
+        return whole, self._parsed(template.round)
 
-        return parse((template.instruction or "") + template.text, whole=True), parse(template.round, whole=False)
+    def _parsed(self, text: str, *, start: bool = False, special: bool | None = False) -> list[_Segment]:
+        """The segments of a template.
+
+        Args:
+            text: the template.
+            start: whether an input begins with it.
+            special: whether to put the tokenizer's own tokens around it.
+        """
+        pieces = self._parts(text)
+        segments: list[_Segment] = []
+        for place, piece in enumerate(pieces):
+            if place % 2:
+                segments.append((piece, _NOTHING))
+                continue
+            ids = self.tokenizer([piece], special=True, start=start and place == 0)[0]
+            if special:
+                ids = self._with_special_tokens(ids, first=place == 0, last=place == len(pieces) - 1)
+            segments += [(TEMPLATE, ids)] if len(ids) else []
+        return segments
 
     def _branched(self, outer: list[_Segment]) -> list[_Segment]:
         """The segments of both sides: those from the place of the one side on, a branch for each."""
@@ -214,13 +272,13 @@ class InputBuilder:
             ids = np.concatenate([ids, after])
         return ids
 
-    def _smallest(self) -> int:
-        """The smallest budget that every row fits into, whatever its lengths."""
-        least = sum(self._inputs.min_tokens.values())
+    def _smallest(self, outer: Sequence[_Segment]) -> int:
+        """The smallest budget that every row fits into between these segments, whatever its lengths."""
+        least, always = sum(self._inputs.min_tokens.values()), _size(outer) + self._reserve
         if not self._round:
-            return _size(self._outer) + least
+            return always + least
         # Two rounds are always seen, and the marker for those between them.
-        return _size(self._outer) + 2 * (_size(self._round) + least) + self._longest_marker
+        return always + 2 * (_size(self._round) + least) + self._longest_marker
 
     def _marker_texts(self, numbers: Iterable[int]) -> list[str]:
         return [self._inputs.truncation_marker.replace("{cut}", str(number)) for number in numbers]
@@ -243,7 +301,7 @@ class InputBuilder:
         The texts of all rows go through one call of the tokenizer, equal ones once; the result for a row does not
         depend on the others.
         """
-        return [self.assemble(row) for row in self.tokenise(rows)]
+        return [self.assemble(tokens, row.id) for tokens, row in zip(self.tokenise(rows), rows, strict=True)]
 
     def tokenise(self, rows: Sequence[Row]) -> Iterator[TokenisedRow]:
         """The first half of `encode`, which depends on the tokenizer alone."""
@@ -252,18 +310,33 @@ class InputBuilder:
         for row in rows:
             yield {name: [ids[turn or ""] for turn in row.fields[name]] for name in self._task.fields}
 
-    def assemble(self, row: TokenisedRow) -> tuple[Encoded, ...]:
+    def assemble(self, row: TokenisedRow, row_id: str) -> tuple[Encoded, ...]:
         """The second half of `encode`: cut, and splice in each order."""
-        rounds, dropped = self._by_rounds(row) if self._round else self._by_sides(row)
-        return tuple(self._splice(rounds, dropped, source) for source in self._orders.values())
+        examples = [self._examples[number] for number in self._choose(row_id, row)]
+        before = [self._before(row, source, examples) for source in self._orders.values()]
+        room = self._inputs.max_length - _size(self._outer) - max(map(len, before))
+        rounds, dropped = self._by_rounds(row, room) if self._round else self._by_sides(row, room)
+        return tuple(
+            self._splice(rounds, dropped, source, ids)
+            for source, ids in zip(self._orders.values(), before, strict=True)
+        )
+
+    def _before(self, row: TokenisedRow, source: Mapping[str, str], examples: Sequence[tuple[Ids, ...]]) -> Ids:
+        """The examples before a row in an order: mirrored ones where the first side is the greater by its tokens."""
+        if not examples:
+            return _NOTHING
+        mirrored = False
+        if len(self._orders) > 1:
+            first, second = ([ids.tobytes() for ids in row[source[side]]] for side in self._task.swap_fields or ())
+            mirrored = first > second
+        return np.concatenate([orders[mirrored] for orders in examples])
 
     # --- what is seen of a row ---------------------------------------------------------------------------------------
 
-    def _by_sides(self, row: TokenisedRow) -> tuple[list[_Round], dict[str, int]]:
+    def _by_sides(self, row: TokenisedRow, room: int) -> tuple[list[_Round], dict[str, int]]:
         """Each field's turns joined and cut; as one round."""
         names = self._task.fields
         turns = [[len(ids) for ids in row[name]] for name in names]
-        room = self._inputs.max_length - _size(self._outer)
         cuts = self._cut(names, [self._join(row[name]) for name in names], turns, room)
         pieces = {name: segments for name, (segments, _) in zip(names, cuts, strict=True)}
         return [pieces], {name: lost for name, (_, lost) in zip(names, cuts, strict=True)}
@@ -274,7 +347,7 @@ class InputBuilder:
         parted = [piece for turn in turns for piece in (self._turn_break, turn)]
         return np.concatenate(parted[1:]) if parted else _NOTHING
 
-    def _by_rounds(self, row: TokenisedRow) -> tuple[list[_Round], dict[str, int]]:
+    def _by_rounds(self, row: TokenisedRow, room: int) -> tuple[list[_Round], dict[str, int]]:
         """Turn by turn. Fields with fewer turns than others are empty in the later rounds."""
         names = self._task.fields
         useful = {name: least + self._longest_marker for name, least in self._inputs.min_tokens.items()}
@@ -282,7 +355,6 @@ class InputBuilder:
         turns = [{name: row[name][at] if at < len(row[name]) else _NOTHING for name in names} for at in range(count)]
         costs = [sum(map(len, turn.values())) for turn in turns]
         least = [sum(min(len(ids), useful[name]) for name, ids in turn.items()) for turn in turns]
-        room = self._inputs.max_length - _size(self._outer)
         picked = pick_rounds(costs, _size(self._round), least, room, lambda gone: len(self._gap(costs, gone)))
 
         visible: dict[int, _Round] = {
@@ -331,7 +403,9 @@ class InputBuilder:
 
     # --- one order ---------------------------------------------------------------------------------------------------
 
-    def _splice(self, rounds: Sequence[_Round], dropped: Mapping[str, int], source: Mapping[str, str]) -> Encoded:
+    def _splice(
+        self, rounds: Sequence[_Round], dropped: Mapping[str, int], source: Mapping[str, str], examples: Ids
+    ) -> Encoded:
         """`source[place]` names the field whose text stands at `place`; the wording belongs to places."""
         segments: list[_Segment] = []
         for segment in self._outer:
@@ -340,6 +414,8 @@ class InputBuilder:
                     segments += round_segments.get(MARKER) or chain.from_iterable(
                         _fill(inner, round_segments, source) for inner in self._round
                     )
+            elif segment[0] == EXAMPLES:
+                segments += [(TEMPLATE, examples)] if len(examples) else []
             else:
                 segments += _fill(segment, rounds[0], source)
         ends = list(accumulate(len(ids) for _, ids in segments))

@@ -106,6 +106,11 @@ class TurnTokenizer:
         """What each token is called in the vocabulary, quoted."""
         return [quoted(self._backend.id_to_token(token)) for token in ids.tolist()]
 
+    def text(self, ids: Ids) -> str:
+        """The text that tokens stand for."""
+        decoded: str = self._backend.decode(ids.tolist(), skip_special_tokens=False)
+        return decoded
+
     @property
     def fingerprint(self) -> str:
         """Changes with whatever could change an id."""

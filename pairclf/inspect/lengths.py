@@ -20,6 +20,7 @@ from pairclf.files import atomic_file, write_json
 from pairclf.inputs.cache import EncodedRows, TokenCache
 from pairclf.inputs.plan import PLAIN, by_token_budget, micro_batches, random_steps, token_budget
 from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
+from pairclf.inspect.show import with_all_rows_examples
 from pairclf.run import chunks_of, output_of
 from pairclf.task import AB, Task
 
@@ -118,7 +119,7 @@ def measure(config: Config, max_lengths: Sequence[int], data: Path | None) -> tu
     from pairclf.model.inputs import open_inputs, run_cache
 
     largest = config.inputs.model_copy(update={"max_length": UNCUT})  # the config's own may be too small
-    builder = open_inputs(config.model_copy(update={"inputs": largest})).builder
+    builder = with_all_rows_examples(config, open_inputs(config.model_copy(update={"inputs": largest})).builder)
     builders = [builder.within(length) for length in sorted(set(max_lengths))]
     cache, cost = run_cache(config, builder, chunks), cost_of(config)
     whole = EncodedRows(cache, builder)
@@ -146,7 +147,7 @@ def _budget(
     cut = np.flatnonzero(uncut > builder.max_length).tolist()
     for row in cut:
         tokens = cache[row]
-        encoded = builder.assemble(tokens)[AB]
+        encoded = builder.assemble(tokens, cache.ids[row])[AB]
         lengths[row] = len(encoded.ids)
         for name, count in encoded.dropped.items():
             lost[name] += count

@@ -13,8 +13,9 @@ from rich.text import Text
 from pairclf.config import Config
 from pairclf.data.rows import to_rows
 from pairclf.errors import DataError, visible
-from pairclf.inputs.render import BRANCH, MARKER, TEMPLATE, Encoded
-from pairclf.run import chunks_of
+from pairclf.inputs.examples import pick_examples, with_examples
+from pairclf.inputs.render import BRANCH, MARKER, TEMPLATE, Encoded, InputBuilder
+from pairclf.run import chunks_of, labelled_rows
 from pairclf.task import AB, Row, Task
 
 if TYPE_CHECKING:
@@ -32,10 +33,20 @@ def show_rows(config: Config, ids: Sequence[str], data: Path | None, *, coloured
     from pairclf.model.positions import exceeded_limit
 
     opened = open_inputs(config)
+    if config.num_examples:
+        yield Text(f"note: {config.num_examples} examples of all labelled rows; a fold has its own\n", style="yellow")
+        opened = opened._replace(builder=with_all_rows_examples(opened.config, opened.builder))
     if limit := exceeded_limit(opened.settings, config.inputs.max_length):
         yield Text(f"note: inputs.max_length={config.inputs.max_length}, and {limit}\n", style="yellow")
     for row in rows:
         yield from show(opened, row, coloured=coloured)
+
+
+def with_all_rows_examples(config: Config, builder: InputBuilder) -> InputBuilder:
+    """The recipe with the examples of a model on all labelled rows, for a few-shot prompt."""
+    if not config.num_examples:
+        return builder
+    return with_examples(config, builder, pick_examples(labelled_rows(config), config))
 
 
 def find_rows(chunks: Iterable[pl.DataFrame], ids: Sequence[str], task: Task) -> list[Row]:

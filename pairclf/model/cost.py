@@ -59,22 +59,24 @@ def cost_of_model(backbone: nn.Module) -> Cost:
     heads, layers = text.num_attention_heads, text.num_hidden_layers
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     pairs = 0.5 if family_of(backbone.config).causal else 1.0  # type: ignore[arg-type]
-    linears = _linears(backbone)
+    linears = linear_layers(backbone)
     trained = [name for name, layer in backbone.named_parameters() if layer.requires_grad]
     first = min((max(0, layer_number(name)) for name in trained), default=layers)
     return Cost(
-        linear=2.0 * sum(map(_weights, linears)),
+        linear=2.0 * sum(map(count_weights, linears)),
         quadratic=4.0 * pairs * layers * width,
-        trained=2.0 * sum(_weights(layer) for layer in linears if layer.weight.requires_grad),
+        trained=2.0 * sum(count_weights(layer) for layer in linears if layer.weight.requires_grad),
         reached=1 - first / layers,
     )
 
 
-def _linears(backbone: nn.Module) -> list[Any]:
+def linear_layers(backbone: nn.Module) -> list[Any]:
+    """The linear modules of a backbone, GPT-2's `Conv1D` among them."""
     return [module for module in backbone.modules() if isinstance(module, LINEAR)]
 
 
-def _weights(linear: nn.Linear | Conv1D) -> int:
+def count_weights(linear: nn.Linear | Conv1D) -> int:
+    """The number of weights of a linear module, quantised or not, without its bias."""
     if isinstance(linear, Conv1D):
         return linear.weight.numel()
     return linear.in_features * linear.out_features  # a quantised weight is packed: numel() would be half of it

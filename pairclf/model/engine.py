@@ -139,8 +139,7 @@ def build(config: Config, device: torch.device, base: Path | None = None) -> Cla
         ModelError: the base can't be loaded or adapted, does not go with `train.layout`, or has no LM head or no one
             token for a label word.
     """
-    torch.manual_seed(config.seed)
-    classifier = build_frozen(config, device, base, training=True)
+    classifier = build_untrained(config, device, base)
     if why := classifier.why_not(config.train.layout):
         legal = [name for name in BATCH_LAYOUTS if classifier.why_not(name) is None]
         raise ModelError(
@@ -152,9 +151,20 @@ def build(config: Config, device: torch.device, base: Path | None = None) -> Cla
             f"model.base={config.model.base} holds quantised weights: model.lora=null leaves only the head to train",
             remedy="give model.lora, or a base whose weights are not quantised",
         )
-    READOUTS[config.model.readout].start(classifier.head, config, _parts_of(config, base, classifier.backbone, None))
     if config.model.lora is not None:
         classifier.backbone = add_adapters(classifier.backbone, config.model.lora)
+    return classifier
+
+
+def build_untrained(config: Config, device: torch.device, base: Path | None = None) -> Classifier:
+    """The base with its head as it is before any training, seeded by `config.seed`; no adapters yet.
+
+    Raises:
+        ModelError: the base can't be loaded, or has no LM head or no one token for a label word.
+    """
+    torch.manual_seed(config.seed)
+    classifier = build_frozen(config, device, base, training=True)
+    READOUTS[config.model.readout].start(classifier.head, config, _parts_of(config, base, classifier.backbone, None))
     return classifier
 
 

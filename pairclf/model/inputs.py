@@ -9,8 +9,10 @@ from transformers import PretrainedConfig
 
 from pairclf.bundles.base import resolve_base
 from pairclf.bundles.bundle import Bundle
+from pairclf.bundles.examples import read_examples
 from pairclf.config import Config
 from pairclf.inputs.cache import EncodedRows, Frames, TokenCache, token_cache
+from pairclf.inputs.examples import require_room, with_examples
 from pairclf.inputs.labels import LabelTrie, label_trie
 from pairclf.inputs.render import InputBuilder
 from pairclf.inputs.tokenise import settle_template
@@ -63,18 +65,23 @@ def encoded_rows(config: Config, builder: InputBuilder, frame: pl.DataFrame) -> 
 
 
 def builder_of(bundle: Bundle) -> InputBuilder:
-    """The input builder with the bundle's own tokenizer and recipe."""
-    return builder_for(bundle.config, load_tokenizer(str(bundle.files.tokenizer)))
+    """The input builder with the bundle's own tokenizer, recipe and examples."""
+    builder = builder_for(bundle.config, load_tokenizer(str(bundle.files.tokenizer)))
+    return with_examples(bundle.config, builder, read_examples(bundle))
 
 
 def builder_for(config: Config, tokenizer: Any) -> InputBuilder:
-    """The input builder of a config with this tokenizer.
+    """The input builder of a config with this tokenizer, which shows no examples yet.
 
     Raises:
-        ConfigError: as `InputBuilder`, or a label word can't follow the text.
+        ConfigError: as `InputBuilder`; a label word can't follow the text; or examples have no room.
     """
-    builder = InputBuilder(tokenizer, config.task, config.inputs, one_sided=config.model.one_sided)
-    return builder.continued_by(trie_of(config, builder).branches) if config.model.scored_words else builder
+    one_sided, example = config.model.one_sided, config.prompt.template
+    builder = InputBuilder(tokenizer, config.task, config.inputs, one_sided=one_sided, example=example)
+    if config.model.scored_words:
+        builder = builder.continued_by(trie_of(config, builder).branches)
+    require_room(config, builder)
+    return builder
 
 
 def trie_of(config: Config, builder: InputBuilder) -> LabelTrie:

@@ -91,6 +91,7 @@ class LabelTokenHead(nn.Module):
 
     Attributes:
         branches: K.
+        prior: `(C,)`, log-probabilities that are taken off the labels' logits (`prompt.calibration`).
         vocabulary: the whole LM head: a logit is then the label's log-probability over the vocabulary. None: a token is
             as likely as it is among the labels' tokens at its place; if there is one place, a logit is the LM's own.
             There, both have the same softmax over the labels.
@@ -100,6 +101,7 @@ class LabelTokenHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(trie.edges), hidden_size), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(len(trie.edges)), requires_grad=False)
+        self.prior = nn.Parameter(torch.zeros(classes), requires_grad=False)
         self.out_features = classes
         self.branches = len(trie.nodes)
         self.vocabulary: LmHead | None = None
@@ -118,7 +120,7 @@ class LabelTokenHead(nn.Module):
             edges = edges - edges[:, None].masked_fill(~siblings, -torch.inf).logsumexp(dim=-1)
         words = [(label, edges[:, list(way)].sum(dim=1)) for label, way in self._trie.words]
         synonyms = [[logits for other, logits in words if other == label] for label in range(self.out_features)]
-        return torch.stack([torch.stack(logits).logsumexp(dim=0) for logits in synonyms], dim=1)
+        return torch.stack([torch.stack(logits).logsumexp(dim=0) for logits in synonyms], dim=1) - self.prior
 
     @torch.no_grad()
     def start_from(self, weight: Tensor, bias: Tensor) -> None:

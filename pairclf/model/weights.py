@@ -1,4 +1,4 @@
-"""The weights of a fine-tuned model in a bundle: written once, and read strictly."""
+"""The weights of a language model in a bundle: written once, and read strictly."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def save_weights(
     save_file(head, files.head)
     tokenizer.save_pretrained(files.tokenizer)
     return Saved(
-        "finetune",
+        config.approach,
         weights,
         name_of(classifier.dtype),
         _PACKAGES,
@@ -75,7 +75,7 @@ def load_classifier(
     """The classifier on `device`, in evaluation mode, every weight of it read from the bundle or the base.
 
     Args:
-        bundle: of the approach `finetune`.
+        bundle: of a language model.
         device: where it is to run; `model.dtype=auto` is decided for this device.
         base: folder of the base model on this machine, if it is not where `model.base` says.
         others: GPUs that the layers are laid over besides `device`, where one does not hold them all.

@@ -15,7 +15,7 @@ import polars as pl
 
 from pairclf import __version__
 from pairclf.approaches import approach_of, verify_probes
-from pairclf.approaches.protocol import KEPT_STEP, LABEL_MASS, Fitted, Process, Trainer
+from pairclf.approaches.protocol import CALIBRATION_GAIN, KEPT_STEP, LABEL_MASS, Fitted, Process, Trainer
 from pairclf.bundles.bundle import open_bundle, write_bundle
 from pairclf.bundles.contents import MANIFEST
 from pairclf.bundles.probes import PROBES, pick_probes
@@ -47,6 +47,9 @@ from pairclf.scores.probabilities import mean_of_orders
 
 COUNTS = ("rows", "weight")
 """Names in a bundle's metrics: the number of held-out rows, and the sum of their weights, which weighs the fold."""
+
+FITTED = (KEPT_STEP, LABEL_MASS, CALIBRATION_GAIN)
+"""Names of `Fitted.record` that a bundle's metrics have too."""
 
 
 class Session(NamedTuple):
@@ -220,7 +223,7 @@ def _save(trainer: Trainer, paths: Paths, fitted: Fitted, split: Split) -> None:
     to_score = held_out if held_out is not None else training.head(PROBES)
     logits = fitted.logits(to_score)
     metrics = {} if held_out is None else _write_held_out(config, paths, held_out, logits)
-    metrics |= {name: value for name, value in fitted.record.items() if name in (KEPT_STEP, LABEL_MASS)}
+    metrics |= {name: value for name, value in fitted.record.items() if name in FITTED}
     with atomic_folder(paths.bundle, known_by=MANIFEST) as new:
         write_bundle(
             new,

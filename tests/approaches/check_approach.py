@@ -192,6 +192,7 @@ OFF_DEFAULT = {
     "model": "model.dtype=float32",
     "train": "train.learning_rate=0.7",
     "classical": "classical.C=7",
+    "prompt": "prompt.k=7",
 }
 """A setting of each section that some approach does not read, off its default."""
 

@@ -18,6 +18,7 @@ from tests_support import make_rows, write_csv
 
 from pairclf import approaches
 from pairclf.approaches import APPROACHES
+from pairclf.approaches import prompt as prompting
 from pairclf.approaches.classical import ClassicalApproach, ClassicalTrainer, FittedClassical
 from pairclf.approaches.classical_model import ClassicalModel
 from pairclf.approaches.finetune import train as loop
@@ -66,8 +67,20 @@ def killed_classical() -> Iterator[None]:
         yield
 
 
-KILLED = {"finetune": killed_finetune, "classical": killed_classical}
-TOLERANCE = {"finetune": 1e-4, "classical": 0.0}
+@contextmanager
+def killed_prompt() -> Iterator[None]:
+    """While the base is asked for the label mass."""
+
+    def die(*arguments: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompting, "label_mass", die)
+        yield
+
+
+KILLED = {"finetune": killed_finetune, "prompt": killed_prompt, "classical": killed_classical}
+TOLERANCE = {"finetune": 1e-4, "prompt": 1e-4, "classical": 0.0}
 
 
 def write_rows(path: Path, task: str) -> None:
@@ -99,6 +112,23 @@ READOUTS: dict[str, dict[str, Any]] = {
 }
 """Settings of the approach `finetune` for each readout."""
 
+PROMPTS: dict[str, dict[str, Any]] = {
+    "zero-shot": {"model": READOUTS["label_tokens"]["model"], "prompt": {"k": 0}},
+    "nearest": {
+        "model": READOUTS["label_tokens"]["model"],
+        "prompt": {"k": 2, "examples": "nearest", "max_length": 100},
+        "inputs": {"max_length": 400},
+    },
+    "few-shot": {"model": READOUTS["label_tokens"]["model"], "prompt": {"k": 4, "calibration": "batch"}},
+}
+"""Settings of the approach `prompt`."""
+
+VARIANTS = {
+    **READOUTS,
+    **PROMPTS,
+    "lightgbm": {"classical": {"model": "lightgbm", "n_estimators": 8, "learning_rate": 0.5, "min_child_samples": 1}},
+}
+
 
 def make_case(
     approach: str, task: str, folder: Path, base: Path | None, readout: str = "head", *, here: bool = False
@@ -110,9 +140,14 @@ def make_case(
             "model": {"base": str(base), "quantization": "none", "lora": {"r": 2, "lora_dropout": 0.1}},
             "train": {"num_train_epochs": 2, "save_steps": 1, "global_batch_size": 4, "learning_rate": 3e-2},
         },
+        "prompt": {
+            "inputs": {"max_length": 640, "num_proc": 1},
+            "model": {"base": str(base), "quantization": "none"},
+            "prompt": {},
+        },
         "classical": {"classical": {"n_features": 512}},
     }
-    for section, settings in READOUTS[readout].items():
+    for section, settings in VARIANTS[readout].items():
         sections[approach][section] |= settings
     tree = {
         "task": TASKS[task],
@@ -130,8 +165,11 @@ def test_every_approach_has_its_sections_and_a_contract() -> None:
     assert READOUTS.keys() == readouts.READOUTS.keys() == {*choices(Model.model_fields["readout"].annotation)}
 
 
-HEADS = [("classical", task, "head") for task in TASKS] + [("finetune", task, "head") for task in ("pairs", "labels")]
+HEADS = [("classical", task, variant) for task in TASKS for variant in ("head", "lightgbm")] + [
+    ("finetune", task, "head") for task in ("pairs", "labels")
+]
 CASES = [*HEADS, ("finetune", "pairs", "label_tokens"), ("finetune", "pairs", "reward")]
+CASES += [("prompt", "pairs", kind) for kind in PROMPTS]
 """A model with a head does not know what its classes mean: two or three are the same to it."""
 
 
@@ -142,7 +180,7 @@ def case(
     approach, task, readout = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "estimate_resources", lambda *_: None)
-        base = base_of("llama") if approach == "finetune" else None
+        base = base_of("llama") if approach != "classical" else None
         if base is not None and readout != "head":
             base = with_lm_head(base, tmp_path_factory.mktemp("base"), tied=True, initializer_range=0.3)
         yield make_case(approach, task, tmp_path_factory.mktemp("contract"), base, readout)
@@ -202,7 +240,7 @@ class SpoiledFitted:
         return self._spoils.fitted(self._before, self._model.logits(to_rows(rows, self._model.task)))
 
     def save(self, folder: Path) -> Saved:
-        return FittedClassical(self._spoils.saved(self._model.model), 0.0).save(folder)
+        return FittedClassical(self._spoils.saved(self._model.model), (), 0.0).save(folder)
 
 
 class SpoiledTrainer(ClassicalTrainer):

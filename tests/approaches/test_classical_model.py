@@ -183,7 +183,7 @@ def reference(task: Task, rows: Sequence[Row], config: Classical) -> Floats:
 @pytest.mark.parametrize("classes", [2, 3])
 def test_soft_targets_and_weights_are_those_of_logistic_regression(classes: int) -> None:
     task = YES_NO if classes == 2 else TOPICS
-    config = Classical(n_features=64, lengths=False, C=1.0)
+    config = Classical(n_features=64, dense=False, C=1.0)
     rows = single(task, *(row.fields["text"][0] or "" for row in topics(30)[0]))
     random = np.random.default_rng(0)
     targets, weights = random.dirichlet(np.ones(classes), len(rows)), random.uniform(0.1, 2, len(rows))
@@ -213,7 +213,15 @@ def test_the_idf_is_that_of_the_training_rows_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"lengths": False}, {"sublinear_tf": False}, {"analyzer": "char_wb"}, {"ngram_range": (1, 1)}, {"C": 3}]
+    "change",
+    [
+        {"dense": False},
+        {"char_ngram_range": (2, 3)},
+        {"sublinear_tf": False},
+        {"analyzer": "char_wb"},
+        {"ngram_range": (1, 1)},
+        {"C": 3},
+    ],
 )
 def test_every_setting_changes_the_logits(change: dict[str, object]) -> None:
     rows, targets = arena(60, seed=3)
@@ -252,7 +260,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     models = []
     for threads in (1, 2):
         with threadpool_limits(threads):
-            models.append(fitted(YES_NO, rows, np.eye(2)[[0, 1] * 20], Classical(lengths=False, C=100)))
+            models.append(fitted(YES_NO, rows, np.eye(2)[[0, 1] * 20], Classical(dense=False, C=100)))
     assert np.array_equal(models[0].class_weight, models[1].class_weight)
 
 

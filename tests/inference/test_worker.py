@@ -16,7 +16,7 @@ from bundles_support import write_model
 from clocks_support import collect
 from tests_support import make_rows
 
-from pairclf.approaches.finetune import approach
+from pairclf.approaches import language_model
 from pairclf.bundles.bundle import open_bundle
 from pairclf.config import Config
 from pairclf.errors import BundleError, PairclfError, StopError
@@ -210,7 +210,7 @@ def test_device_scorer_says_when_its_gpu_is_lost(monkeypatch: pytest.MonkeyPatch
     def lost(device: object) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    scorer = approach.DeviceScorer(cast(ClassifierScorer, None), [torch.device("cuda:0")])
+    scorer = language_model.DeviceScorer(cast(ClassifierScorer, None), [torch.device("cuda:0")])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     assert scorer.recover() is None
@@ -247,8 +247,8 @@ def test_memory_goes_without_a_forecast_that_fails(monkeypatch: pytest.MonkeyPat
     def refuse(*_: object, **__: object) -> None:
         raise TypeError("no fake of Params4bit")
 
-    monkeypatch.setattr(approach, "footprint", refuse)
+    monkeypatch.setattr(language_model, "footprint", refuse)
     assignment = module.Assignment(Path(), None, (), ("cpu",), 0, LARGEST, 1)
-    words, budget = approach._memory(cast(ClassifierScorer, None), assignment)
+    words, budget = language_model._memory(cast(ClassifierScorer, None), assignment)
     assert words == "; memory is not foretold (TypeError: no fake of Params4bit)"
     assert budget is None

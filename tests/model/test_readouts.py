@@ -18,7 +18,6 @@ from scipy.special import logsumexp
 from tests_support import make_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pairclf.approaches.finetune import vocabulary
 from pairclf.approaches.finetune.losses import LOSSES
 from pairclf.approaches.finetune.step import batch_loss, make_examples
 from pairclf.bundles.bundle import Bundle, open_bundle
@@ -28,7 +27,7 @@ from pairclf.errors import BundleError, ConfigError, ModelError
 from pairclf.inference.verify import verify
 from pairclf.inputs.sequences import Item, branches_of, index_sequences
 from pairclf.inspect.show import show
-from pairclf.model import lm_head
+from pairclf.model import lm_head, vocabulary
 from pairclf.model.engine import Classifier, build
 from pairclf.model.inputs import open_inputs
 from pairclf.model.layouts import BATCH_LAYOUTS, padded, shared

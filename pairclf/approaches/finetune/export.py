@@ -151,7 +151,7 @@ def _source(config: Config, fold: int | None, bundle: Path | None, out: Path) ->
         raise BundleError(f"bundle {source.name} is of another task than the config", where=source.folder)
     if source.manifest.weights == "base":
         raise BundleError(
-            f"bundle {source.name} holds no weights: train.max_steps=0 left {source.manifest.base} as it is",
+            f"bundle {source.name} holds no weights: nothing was trained, and {source.manifest.base} is as it was",
             where=source.folder,
             remedy="predict with the bundle itself",
         )

@@ -26,7 +26,7 @@ from pairclf.hardware import peak_of_name
 from pairclf.inputs.plan import LAYOUTS, micro_batches, random_steps
 from pairclf.inputs.sequences import Item, with_branches
 from pairclf.model.batch import Batch
-from pairclf.model.cost import Cost, _linears, _weights, cost_of_model
+from pairclf.model.cost import Cost, cost_of_model, count_weights, linear_layers
 from pairclf.model.device_memory import give_back_freed_memory, memory_now, memory_to_have, peak_memory
 from pairclf.model.engine import Classifier
 from pairclf.model.layouts import BATCH_LAYOUTS
@@ -272,7 +272,7 @@ def _activations(config: Config, classifier: Classifier, batches: Sequence[Seque
         held += (layers if checkpointing else reached) * holes  # also if the layer's tensors are not kept
     if config.model.quantization != "none":
         held += (
-            max(map(_weights, _linears(backbone))) * classifier.dtype.itemsize
+            max(map(count_weights, linear_layers(backbone))) * classifier.dtype.itemsize
         )  # the largest weight, dequantised for its product
     return float(kept[0]) + held + layer * spare
 

@@ -48,7 +48,6 @@ from pairclf.approaches.finetune.step import (
     accumulate_with_oom_retry,
     optimizer_step,
 )
-from pairclf.approaches.finetune.vocabulary import label_mass, vocabulary_loss
 from pairclf.approaches.protocol import KEPT_STEP, LABEL_MASS
 from pairclf.config import Config, dump_config
 from pairclf.console import console, counted
@@ -61,6 +60,7 @@ from pairclf.model.cost import cost_of_model
 from pairclf.model.device_memory import forget_peak
 from pairclf.model.engine import Classifier, build
 from pairclf.model.scoring import by_order, items_of, score
+from pairclf.model.vocabulary import label_mass, vocabulary_loss
 from pairclf.scores.metrics import METRICS, Floats, measure, title
 from pairclf.scores.probabilities import mean_of_orders
 from pairclf.signals import Signals, signals

@@ -17,7 +17,7 @@ from pairclf.model.readout import LabelTokenHead, over_vocabulary
 from pairclf.model.scoring import items_of, score
 
 ROWS = 200
-"""Rows whose label mass is measured."""
+"""Rows that an untrained or trained model is measured on."""
 
 LOW = 0.5
 """Label mass below which a warning is printed: the model would rather say something else than any label."""
@@ -43,8 +43,7 @@ def label_mass(config: Config, classifier: Classifier, encoded: Sequence[tuple[E
     """
     if not isinstance(classifier.head, LabelTokenHead):
         return None
-    drawn = np.random.default_rng(config.seed).permutation(len(encoded))[:ROWS]
-    items = items_of([encoded[row] for row in sorted(drawn.tolist())], orders=1)
+    items = items_of([encoded[row] for row in sampled_rows(config, len(encoded))], orders=1)
     with over_vocabulary(classifier.head, _lm_head(config, classifier, "the label mass")):
         logits = score(classifier, items, tokens_per_batch=config.predict.tokens_per_batch, title="label mass")
     mass = float(np.exp(logits).sum(axis=1).mean())
@@ -55,6 +54,11 @@ def label_mass(config: Config, classifier: Classifier, encoded: Sequence[tuple[E
             "the end of inputs.template.text and at model.label_words (`pairclf show` prints the text)"
         )
     return mass
+
+
+def sampled_rows(config: Config, count: int) -> list[int]:
+    """Up to `ROWS` of so many rows, drawn by seed, in their order."""
+    return sorted(np.random.default_rng(config.seed).permutation(count)[:ROWS].tolist())
 
 
 def _lm_head(config: Config, classifier: Classifier, setting: str) -> LmHead:
