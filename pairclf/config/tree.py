@@ -56,7 +56,7 @@ class Config(Section):
     model: Model = Field(default_factory=Model, description="base model, adapters and head")
     train: Train = Field(default_factory=Train, description="fine-tuning")
     prompt: Prompt = Field(default_factory=Prompt, description="examples before each row")
-    classical: Classical = Field(default_factory=Classical, description="TF-IDF with logistic regression")
+    classical: Classical = Field(default_factory=Classical, description="TF-IDF with a regression or trees")
     predict: Predict = Field(default_factory=Predict, description="inference")
     package: Package = Field(default_factory=Package, description="the Kaggle notebook and what it attaches")
 
