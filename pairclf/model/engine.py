@@ -132,14 +132,14 @@ class Classifier(nn.Module):
         return next(self.head.parameters()).device
 
 
-def build(config: Config, device: torch.device, base: Path | None = None) -> Classifier:
+def build(config: Config, device: torch.device) -> Classifier:
     """A classifier with a fresh head (and fresh adapters), seeded by `config.seed`.
 
     Raises:
         ModelError: the base can't be loaded or adapted, does not go with `train.layout`, or has no LM head or no one
             token for a label word.
     """
-    classifier = build_untrained(config, device, base)
+    classifier = build_untrained(config, device)
     if why := classifier.why_not(config.train.layout):
         legal = [name for name in BATCH_LAYOUTS if classifier.why_not(name) is None]
         raise ModelError(
@@ -156,15 +156,15 @@ def build(config: Config, device: torch.device, base: Path | None = None) -> Cla
     return classifier
 
 
-def build_untrained(config: Config, device: torch.device, base: Path | None = None) -> Classifier:
+def build_untrained(config: Config, device: torch.device) -> Classifier:
     """The base with its head as it is before any training, seeded by `config.seed`; no adapters yet.
 
     Raises:
         ModelError: the base can't be loaded, or has no LM head or no one token for a label word.
     """
     torch.manual_seed(config.seed)
-    classifier = build_frozen(config, device, base, training=True)
-    READOUTS[config.model.readout].start(classifier.head, config, _parts_of(config, base, classifier.backbone, None))
+    classifier = build_frozen(config, device, None, training=True)
+    READOUTS[config.model.readout].start(classifier.head, config, _parts_of(config, None, classifier.backbone, None))
     return classifier
 
 
