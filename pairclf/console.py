@@ -5,6 +5,8 @@ Progress and notes go to standard error; standard output holds only what a comma
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +35,11 @@ class CopiedConsole(Console):
 
 # Ids, paths and class names come from users and may hold brackets, so markup is off.
 console = CopiedConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
-stdout = Console(highlight=False, markup=False, soft_wrap=True)
+# A file or a pipe has no width; rich takes 80 for it, where tables with paths break.
+stdout = Console(
+    highlight=False, markup=False, soft_wrap=True,
+    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120,
+)  # fmt: skip
 
 LOG_SECONDS = 60.0
 """Seconds between two progress lines if the output is not a terminal: the log of a notebook, a file."""

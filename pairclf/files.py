@@ -124,8 +124,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_file_target(path: Path) -> None:
+def check_file_target(path: Path, *suffixes: str) -> None:
     """Refuse a path at which a file can't be written, or must not be: a folder, a device, below a file.
+
+    Args:
+        path: of the file.
+        suffixes: the name must end in one of them, as the file's readers go by it; none: any name will do.
 
     Raises:
         PairclfError: says which.
@@ -133,6 +137,8 @@ def check_file_target(path: Path) -> None:
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "no regular file"
         raise PairclfError(f"{path} is {kind} and will not be replaced by a file", remedy="give another path")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise PairclfError(f"{path} must end in {' or '.join(suffixes)}", remedy="give another name")
     parent = next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
     if not parent.is_dir():
         raise PairclfError(f"{path} can't be written: {parent} is no folder", remedy="give another path")

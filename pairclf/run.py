@@ -15,7 +15,7 @@ from rich.console import Group
 
 from pairclf.bundles.base import resolve_base
 from pairclf.bundles.bundle import Bundle
-from pairclf.config import SECTIONS, Config, deciding_settings, setting_changes
+from pairclf.config import BY_BASE, SECTIONS, Config, deciding_settings, setting_changes
 from pairclf.console import console
 from pairclf.data.audit import ACROSS_ROWS, Finding, clean, exclude_overlap, note_absent_classes, note_changes
 from pairclf.data.folds import assert_apart, assert_no_leak, draw_rows, make_folds, read_folds, report, write_folds
@@ -122,6 +122,7 @@ def trained_otherwise(config: Config, trained: Mapping[str, Any]) -> dict[str, s
     now = deciding_settings(config)
     if config.inputs.template.apply_chat_template:  # a training has the chat template written out
         now = {key: value for key, value in now.items() if not key.startswith("inputs.template.")}
+    now = {key: value for key, value in now.items() if value is not None or key not in BY_BASE}
     return {
         key: f"{key}={quoted(trained.get(key))} (now {quoted(value)})"
         for key, value in now.items()

@@ -30,10 +30,13 @@ _OWN_WORDS = {
     "rounds",
     "examples",
 }
-_BESIDE_CLASSES = {"orders", "models", "seen", "prompt", "row_hash"}  # columns of scores
+_BESIDE_CLASSES = {"orders", "models", "seen", "prompt", "row_hash", "fold"}  # columns of scores
 
 SIDE = "response"
 """The place of either side's text in a template that shows one side."""
+
+REWARD = "reward"
+"""The one class of `Task.pointwise`."""
 
 Kind = Literal["binary", "multiclass", "multilabel"]
 """The kind of a task: one of two classes, one of several, or any number of labels. A metric applies to some kinds."""
@@ -144,6 +147,17 @@ class Task(BaseModel):
         """What a template has a place for: the fields, or one side (`SIDE`) after those that are no side's."""
         sides = self.swap_fields or ()
         return (*(name for name in self.fields if name not in sides), SIDE) if one_sided else self.fields
+
+    @property
+    def pointwise(self) -> Task:
+        """The task of scoring either side's text alone, in the place `SIDE`: one number a row, and no swap."""
+        return Task(
+            name=f"{self.name}, pointwise",
+            fields=self.places(one_sided=True),
+            classes=(REWARD,),
+            multi_turn=self.multi_turn,
+            multi_label=True,
+        )
 
     @property
     def swapped_fields(self) -> dict[str, str]:

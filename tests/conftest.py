@@ -103,8 +103,8 @@ def shared() -> Path:
     return SHARED
 
 
-def tiny_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer with a few special tokens, made in place."""
+def tiny_tokenizer(folder: Path, *, closing: bool = False) -> None:
+    """A byte-level tokenizer with a few special tokens, made in place; `closing`: it ends texts, as encoders' do."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -114,7 +114,8 @@ def tiny_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", "<bos> $A $B", [("<bos>", 1)])
+    end, ids = (" <eos>", [("<bos>", 1), ("<eos>", 2)]) if closing else ("", [("<bos>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(f"<bos> $A{end}", f"<bos> $A $B{end}", ids)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",
@@ -127,7 +128,24 @@ def tiny_tokenizer(folder: Path) -> None:
 
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
 
+_NO_DROPOUT: dict[str, object] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0}
+ENCODERS: dict[str, dict[str, object]] = {
+    "bert": _NO_DROPOUT,
+    "roberta": _NO_DROPOUT,
+    "xlm-roberta": _NO_DROPOUT,
+    "electra": _NO_DROPOUT | {"embedding_size": 64},
+    "deberta-v2": _NO_DROPOUT
+    | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16, "share_att_key": True}
+    | {"norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0},  # DeBERTa-v3's
+    "modernbert": dict.fromkeys(["pad_token_id", "bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"], 0)
+    | {"layer_types": ["sliding_attention", "full_attention"], "local_attention": 32},  # 16 tokens to either side
+    "eurobert": dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id"], 0),
+}
+
+PADDED_ONLY = {"deberta-v2"}
+
 KINDS: dict[str, dict[str, object]] = {
+    **ENCODERS,
     "gemma2": {"sliding_window": 32, "query_pre_attn_scalar": 16},
     "gemma3_text": {**_ALTERNATING, "query_pre_attn_scalar": 16},
     "llama": {},
@@ -168,7 +186,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         from support.runs import shared_folder
 
         def fill(folder: Path) -> None:
-            tiny_tokenizer(folder)
+            tiny_tokenizer(folder, closing=kind in ENCODERS)
             tiny_model(kind, folder)
 
         return shared_folder(tmp_path_factory, kind, fill)
@@ -230,6 +248,8 @@ def config_for(base_of: Callable[[str], Path]) -> Callable[..., Config]:
             "model": {"base": str(base_of(kind)), "quantization": "none", "lora": {"r": 4, "lora_dropout": 0.0}},
             "train": {"global_batch_size": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2},
         }
+        if kind in PADDED_ONLY:
+            tree["train"]["layout"] = "padded"
         for name, section in sections.items():
             tree[name] = {**tree.get(name, {}), **section}
         return resolve(tree)

@@ -67,6 +67,7 @@ ABSENT = "no-such-file.csv"
 WITH_PATHS = {
     "check": [ABSENT],
     "predict": [ABSENT, "--data", ABSENT],
+    "rank": [ABSENT, "--data", ABSENT],
     "forecast": [ABSENT, "--data", ABSENT],
     "package": [ABSENT],
 }
@@ -83,6 +84,7 @@ WITH_CONFIG = {
     "merge": [ABSENT, "--out", "x"],
     "export": [ABSENT, "--out", "x", "--to", "int8"],
     "pseudo": [ABSENT, "--data", ABSENT, "--scores", ABSENT],
+    "sweep": [ABSENT],
     "demo": [],
 }
 

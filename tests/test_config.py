@@ -32,7 +32,7 @@ from pairclf.inference.ensemble import read_ensemble
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(
-    path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("accelerate", "deepspeed")
+    path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("accelerate", "deepspeed", "sweeps")
 )
 
 
@@ -360,7 +360,7 @@ def test_flaws_of_a_yaml_file_name_their_line(text: str, message: str) -> None:
 def test_a_runs_folder_in_place_of_a_config_leads_to_its_config(tmp_path: Path) -> None:
     (tmp_path / "run/fold0").mkdir(parents=True)
     (tmp_path / "run/fold0/config.yaml").write_text("seed: 1\n")
-    with pytest.raises(ConfigError, match=r"of this run: .*run/fold0/config\.yaml"):
+    with pytest.raises(ConfigError, match=r"it is a folder\n.*of this run: .*run/fold0/config\.yaml"):
         load_config(tmp_path / "run")
     with pytest.raises(ConfigError, match="without blanks around `=`"):
         override(Config(), ["seed", "=", "3"])

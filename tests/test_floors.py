@@ -142,7 +142,7 @@ def test_wrong_arrows_and_circles_are_found() -> None:
 WITHOUT_TORCH = (
     "pairclf.publish.push", "pairclf.packaging.build", "pairclf.bundles.bundle", "pairclf.run", "pairclf.approaches",
     "pairclf.runs.cv", "pairclf.inference.predict", "pairclf.inference.serve", "pairclf.inference.worker",
-    "pairclf.rehearsal.rehearse",
+    "pairclf.rehearsal.rehearse", "pairclf.runs.compare", "pairclf.runs.blend", "pairclf.runs.sweep",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pairclf.config import resolve
 from pairclf.task import LMSYS, TASKS, WSDM, Row, Task, competition, hidden_rows
 
 TURNS = st.lists(st.one_of(st.none(), st.text(max_size=5)), max_size=3).map(tuple)
@@ -58,6 +59,23 @@ def test_a_task_of_single_texts_does_not_swap() -> None:
     assert task.swapped_columns == (0, 1)
     row = Row("1", {"text": ("a",)}, (0.0, 1.0))
     assert task.swap_row(row) == row
+
+
+def test_a_reward_model_reads_pointwise_the_prompt_and_one_side() -> None:
+    task = LMSYS.pointwise
+    assert (task.fields, task.classes, task.multi_turn) == (("prompt", "response"), ("reward",), True)
+    assert not task.swappable
+    by_side = {"prompt": 0.4, "response_a": 0.3, "response_b": 0.3}
+    tokens = {"prompt": 5, "response_a": 7, "response_b": 7}
+    inputs = {"budget_shares": by_side, "min_tokens": tokens, "max_length": 64}
+    config = resolve({"task": "lmsys", "model": {"readout": "reward"}, "inputs": inputs})
+    alone = config.pointwise()
+    assert (alone.orders, alone.is_pointwise, config.is_pointwise) == (1, True, False)
+    assert alone.inputs.budget_shares == {"prompt": 0.4, "response": 0.3}
+    assert alone.inputs.min_tokens == {"prompt": 5, "response": 7}
+    assert alone.inputs.truncation == dict.fromkeys(task.fields, "head_tail")
+    assert alone.inputs.template == config.inputs.template
+    assert config.inputs.min_tokens == tokens, "the pairs' own is as it was"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""Every config of docs/tasks.md goes from CSV files to a right submission, by the commands that the page names."""
+"""Every example of a task goes from generated files to a notebook, by the commands that docs/tasks.md names."""
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,140 +9,142 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from support.packages import RUNNING, hollow_wheelhouse
 
-from pairclf.config import Config, load_config, parse_yaml
-from pairclf.data.submission import check_submission, open_sample
+from pairclf.config import Config, load_config
+from pairclf.data.submission import check_submission
+from pairclf.demo.examples import EXAMPLES, next_commands, write_example
+from pairclf.packaging.build_record import read_build
 from pairclf.run import FOLDS
-from pairclf.scores.metrics import accuracy
+from pairclf.scores.metrics import entropy
 
-PAGE = Path(__file__).parents[1] / "docs/tasks.md"
-CONFIGS = {
-    Path(name).stem: text
-    for name, text in re.findall(r"```yaml\n# (configs/\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-}
-SAMPLES = {
-    "answers": {"id": None, "better": "1"},
-    "verdicts": {"id": None, "first": "0", "second": "0", "tie": "1"},
-    "sentiment": {"review_id": None, "sentiment": "0.5"},
-    "topics": {"id": None, "topic": "art"},
-    "patents": {"id": None, "chemistry": "0", "mechanics": "0", "software": "0"},
-    "toxic": {"id": None, "toxic": "0"},
-}
-TRAINING, TEST = 120, 24
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/tasks.md"
+BLOCKS = dict(re.findall(r"```yaml\n# configs/examples/(\w+)\.yaml\n(.*?)```", PAGE.read_text(), re.DOTALL))
+ROWS = 150
+
+Cli = Callable[..., tuple[int, str]]
 
 
-def cells_of(config: Config, rng: random.Random, row: int) -> tuple[dict[str, str], list[int]]:
-    """Texts and groups of a row in the files' columns, and its target: words tell the class.
-
-    Questions and groups stand in several rows each.
-    """
-    task = config.task
-    filler = " ".join(f"w{rng.randrange(50)}" for _ in range(6))
-    group = {config.folds.group: f"g{row % 15}"} if config.folds.group else {}
-    if task.swappable:
-        marks = [(1, 0), (0, 1), (0, 0)][row % len(task.classes)]
-        sides = [f"{'splendid' if mark else 'dreadful'} {filler}" for mark in marks]
-        question = f"what about {' '.join([str(row % 15)] * 3)}"
-        return {"question": question, "answer_1": sides[0], "answer_2": sides[1]} | group, [row % len(task.classes)]
-    if task.multi_label:
-        held = [place for place in range(len(task.classes)) if rng.random() < 0.4]
-    else:
-        held = [row % len(task.classes)]
-    words = " ".join(f"word{place}" for place in held for _ in range(6))
-    texts = {name: f"{name} {filler} {words} {row}" for name in task.fields}
-    return texts | group, held
+def said(cli: Cli, *arguments: object) -> str:
+    code, text = cli(*arguments)
+    assert code == 0, text
+    return text
 
 
-def write_files(config: Config, sample: dict[str, str | None]) -> list[list[int]]:
-    """`train.csv`, `test.csv` and the sample of a config; returns the targets of the test rows."""
-    task, rng, targets = config.task, random.Random(0), []
-    rows = []
-    for row in range(TRAINING + TEST):
-        cells, held = cells_of(config, rng, row)
-        labels = {name: str(int(place in held)) for place, name in enumerate(task.classes)}
-        if task.label_column:
-            labels = {task.label_column: task.classes[held[0]]}
-        rows.append({next(iter(sample)): f"r{row}", **cells, **labels})
-        targets.append(held)
-    frame = pl.DataFrame(rows)
-    folder = config.data.folder
-    folder.mkdir(parents=True)
-    frame.head(TRAINING).write_csv(folder / "train.csv")
-    labels_and_group = [
-        name for name in (*task.classes, task.label_column, config.folds.group) if name in frame.columns
-    ]
-    test = frame.tail(TEST).drop(labels_and_group)
-    test.write_csv(folder / "test.csv")
-    shuffled = test.select(next(iter(sample))).sample(fraction=1, shuffle=True, seed=1)
-    filled = [pl.lit(text).alias(name) for name, text in sample.items() if text is not None]
-    shuffled.with_columns(filled).select(*sample).write_csv(folder / "sample_submission.csv")
-    return targets[TRAINING:]
+def test_the_page_shows_the_config_of_each_example() -> None:
+    assert BLOCKS.keys() == EXAMPLES.keys() == {path.stem for path in (ROOT / "configs/examples").glob("*.yaml")}
+    for name, block in BLOCKS.items():
+        config = (ROOT / f"configs/examples/{name}.yaml").read_text()
+        assert f"\n{block}package:\n" in config
+        assert load_config(ROOT / f"configs/examples/{name}.yaml").task.name == name
 
 
-def test_page_has_a_sample_for_each_config() -> None:
-    assert CONFIGS.keys() == SAMPLES.keys()
-    assert [parse_yaml(text, name)["task"]["name"] for name, text in CONFIGS.items()] == list(CONFIGS)
+def test_the_commands_that_are_printed_stand_on_the_page() -> None:
+    first, *lines = next_commands(Path("data/answers/answers.yaml")).splitlines()
+    assert first == "wrote data/answers: two answers, two classes"
+    shown = [" ".join(line.split("#")[0].split()) for line in PAGE.read_text().splitlines()]
+    assert [line for line in lines if line not in shown] == []
+    assert [line.split()[1] for line in lines] == ["check", "cv", "evaluate", "predict", "package"]
+    assert "'data/a b/toxic.yaml'" in next_commands(Path("data/a b/toxic.yaml"))
 
 
 @pytest.mark.usefixtures("quick_workers")
-@pytest.mark.parametrize("name", CONFIGS)
-def test_config_of_the_page_goes_from_csv_to_submission(
-    name: str, cli: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_goes_from_its_files_to_a_notebook(
+    name: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    path = Path("configs", f"{name}.yaml")
-    path.parent.mkdir()
-    path.write_text(CONFIGS[name])
-    config = load_config(path)
-    targets, task, folder = write_files(config, SAMPLES[name]), config.task, config.data.folder
-    sample, spoken = folder / "sample_submission.csv", ""
+    hollow_wheelhouse(monkeypatch)
+    folder, spoken = Path("data", name), said(cli, "example", name, "--rows", ROWS)
+    path, outputs = folder / f"{name}.yaml", ("--out", "submission.csv", "--scores", "scores.parquet")
+    config, fast = load_config(path), ("folds.n_splits=2", "classical.n_features=4096")
+    bundles, sample = (
+        [Path("runs", name, f"fold{fold}", "bundle") for fold in range(2)],
+        folder / "sample_submission.csv",
+    )
     for arguments in (
         ("check", folder / "train.csv", "--task", path),
         ("check", folder / "test.csv", "--task", path, "--unlabelled"),
-        ("folds", path, "folds.n_splits=2"),
-        ("cv", path, "folds.n_splits=2", "classical.n_features=4096"),
-        ("evaluate", path),
+        ("cv", path, *fast),
+        ("evaluate", path, *fast, "--truth", folder / "truth.parquet"),
+        ("predict", *bundles, "--data", folder / "test.csv", "--sample", sample, *outputs),
     ):
-        code, text = cli(*arguments)
-        assert code == 0, text
-        spoken += text
-    bundles = sorted(Path("runs", name).glob("fold*/bundle"))
-    code, text = cli("predict", *bundles, "--data", folder / "test.csv", "--sample", sample)
-    assert code == 0, text
-    spoken += text
-    if not task.swappable:
+        spoken += said(cli, *arguments)
+    if not config.task.swappable:
         assert re.findall(r"\b(?:swap\w*|orders?|AB|BA|sides?)\b", spoken) == []
-    if name == "toxic":  # and a test file without ids
-        pl.read_csv(folder / "test.csv", infer_schema=False).drop("id").write_csv("plain.csv")
-        in_order = (
-            pl.read_csv(folder / "test.csv").select("id").join(pl.read_csv(sample), on="id", maintain_order="left")
-        )
-        in_order.write_csv("ordered.csv")
-        before = pl.read_csv("submission.csv").sort("id")
-        sample_too = ("--sample", "ordered.csv", "--out", "second.csv", "data.test.columns.id=null")
-        code, text = cli("predict", *bundles, "--data", "plain.csv", *sample_too)
-        assert code == 0, text
-        assert "its rows are those of the sample submission, in its order" in text
-        assert pl.read_csv("second.csv").sort("id").equals(before)
-    check_submission(Path("submission.csv"), sample, task, config.data.settled_submission)
-    assert_right(Path("submission.csv"), sample, config, targets)
+    check_submission(Path("submission.csv"), sample, config.task, config.data.settled_submission)
+    assert_learnt(config, Path("scores.parquet"))
     assert_together(config)
+    said(
+        cli, "package", path, *fast, "package.owner=someone", f"package.python_versions=['{RUNNING}']", "--out", "built"
+    )
+    assert [packed.base for packed in read_build(Path("built")).bundles] == [None, None]
+    assert len(list(Path("built/kernel").glob("*.ipynb"))) == 1
+    if name == "toxic":
+        assert_without_ids(cli, bundles, config)
 
 
-def assert_right(submission: Path, sample: Path, config: Config, targets: list[list[int]]) -> None:
-    """The submission tells the classes of nearly all test rows."""
-    form, _ = open_sample(sample, config.task, config.data.settled_submission)
-    rows = pl.read_csv(submission, infer_schema=False)
-    values = form.read(rows)[[rows[form.id].to_list().index(f"r{TRAINING + row}") for row in range(TEST)]]
-    truth = np.array([[float(place in held) for place in range(len(config.task.classes))] for held in targets])
-    assert accuracy(values, truth, multi_label=config.task.multi_label) > 0.9
+def assert_learnt(config: Config, scores: Path) -> None:
+    """On test rows, the expected log loss is nearer to the lowest possible than the prior's, by a tenth of the way."""
+    names, many = list(config.task.classes), config.task.multi_label
+    table = pl.read_parquet(scores).join(pl.read_parquet(config.data.folder / "truth.parquet"), on="id", suffix="_true")
+    predicted, true = (table.select(f"{name}{end}" for name in names).to_numpy() for end in ("", "_true"))
+    prior = np.tile(true.mean(axis=0), (len(true), 1))
+
+    def loss(values: np.ndarray) -> float:
+        parts = true * np.log(values) + (((1 - true) * np.log(1 - values)) if many else 0)
+        return float(-parts.sum(axis=1).mean())
+
+    best = entropy(true, multi_label=many)
+    assert best <= loss(predicted) < loss(prior) - 0.1 * (loss(prior) - best)
 
 
 def assert_together(config: Config) -> None:
-    """Rows with one question, or of one group, are in one fold."""
+    """Rows with one question, or of one group, are in one fold, and none of them is a test row."""
+    key = config.folds.group or ("question" if config.task.swappable else None)
     folds = pl.read_csv(Path("runs", config.task.name, FOLDS), infer_schema=False)
     train = pl.read_csv(config.data.folder / "train.csv", infer_schema=False)
-    key = config.folds.group or ("question" if config.task.swappable else None)
+    assert len(train) == ROWS
     if key is not None:
         by_group = train.with_columns(folds["fold"]).group_by(key).agg(pl.col("fold").n_unique())
-        assert by_group["fold"].to_list() == [1] * 15
+        assert by_group["fold"].to_list() == [1] * (ROWS // 3)
+    if config.task.swappable:
+        test = pl.read_csv(config.data.folder / "test.csv", infer_schema=False)
+        assert not set(train["question"]) & set(test["question"])
+
+
+def assert_without_ids(cli: Cli, bundles: list[Path], config: Config) -> None:
+    """A test file without ids: its rows are those of the sample, in its order."""
+    before = pl.read_csv("submission.csv")
+    pl.read_csv(config.data.folder / "test.csv").drop("id").write_csv("plain.csv")
+    sample_too = ("--sample", config.data.folder / "sample_submission.csv", "--out", "second.csv")
+    text = said(cli, "predict", *bundles, "--data", "plain.csv", *sample_too, "data.test.columns.id=null")
+    assert "its rows are those of the sample submission, in its order" in text
+    assert pl.read_csv("second.csv").equals(before)
+
+
+def test_the_same_seed_gives_the_same_files_and_another_one_others(tmp_path: Path) -> None:
+    files = [write_example("topics", tmp_path / str(place), rows=30, seed=seed) for place, seed in enumerate((0, 0, 1))]
+    first, again, other = ((file.parent / "train.csv").read_bytes() for file in files)
+    assert first == again != other
+
+
+def test_an_example_is_read_where_it_was_written_and_replaces_nothing(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / 'a "folder": # 1'
+    path = write_example("sentiment", folder, rows=31, test_rows=5)
+    config = load_config(path)
+    assert config.data.folder == folder
+    assert [pl.read_csv(folder / name).height for name in ("train.csv", "test.csv")] == [31, 5]
+    before = (folder / "train.csv").read_bytes()
+    code, text = cli("example", "sentiment", "--folder", folder)
+    assert code == 2
+    assert "holds files already" in text
+    assert (folder / "train.csv").read_bytes() == before
+
+
+def test_an_example_that_does_not_exist_is_refused(cli: Cli) -> None:
+    code, text = cli("example", "imdb")
+    assert code == 2
+    assert "imdb is no example" in text
+    assert "one of sentiment, topics, patents, toxic, answers, verdicts" in text

@@ -1,4 +1,4 @@
-"""The approach `classical`, TF-IDF with logistic regression or LightGBM: the protocol, without torch.
+"""The approach `classical`, linear models, neighbours and trees on TF-IDF: the protocol, without torch.
 
 A worker receives the row itself (`Item.ids`) and computes the features.
 """
@@ -9,8 +9,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
@@ -19,14 +20,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pairclf.approaches import classical_model, classical_trees
+from pairclf.approaches import classical_model
 from pairclf.approaches.classical_model import ClassicalModel
-from pairclf.approaches.classical_trees import BoostedModel
+from pairclf.approaches.classical_vectors import CHUNK, Extracted, extract
 from pairclf.approaches.protocol import Assignment, Loaded, ModelCost, Prepared, Process, only_process
 from pairclf.bundles.bundle import Bundle, Saved
 from pairclf.bundles.contents import CONFIG, BundleFiles
 from pairclf.bundles.probes import probe_rows
 from pairclf.config import SECTIONS, Config, dump_config
+from pairclf.console import progress
+from pairclf.data.folds import prompt_groups
 from pairclf.data.rows import targets_of, to_rows
 from pairclf.files import write_text
 from pairclf.inputs.cache import RowSource
@@ -41,11 +44,6 @@ UNIT = 64
 
 SPEED = 2e6 / UNIT
 """Units that a core scores in a second: 2.0 million characters a second were measured, with trees or without."""
-
-_PACKAGES = {"logistic": ("scikit-learn", "numpy", "scipy"), "lightgbm": ("scikit-learn", "numpy", "scipy", "lightgbm")}
-_MODELS: dict[str, Any] = {"logistic": classical_model, "lightgbm": classical_trees}
-"""Modules with `check`, `fit` and `load` of each `classical.model`."""
-
 
 LONGEST = 1024
 """Units of a long row. Texts may be longer: nothing is allocated for the longest."""
@@ -68,25 +66,55 @@ class SizedRow:
 
 
 class FittedClassical:
-    """A fitted model, and the config that it was fitted with."""
+    """A fitted model.
 
-    def __init__(self, model: ClassicalModel | BoostedModel, packages: Sequence[str], seconds: float) -> None:
-        self._model, self._packages = model, packages
+    Args:
+        model: what was fitted.
+        extracted: the features of rows of the run.
+        seconds: that the training took.
+    """
+
+    def __init__(self, model: ClassicalModel, extracted: Callable[[pl.DataFrame], Extracted], seconds: float) -> None:
+        self._model, self._extracted = model, extracted
         self.record: Mapping[str, float] = {"seconds": seconds}
 
     def logits(self, rows: pl.DataFrame) -> Floats:
-        return self._model.logits(to_rows(rows, self._model.task))
+        return self._model.scores(self._extracted(rows))
 
     def save(self, folder: Path) -> Saved:
         self._model.save(BundleFiles(folder).classical)
-        return Saved("classical", "none", "float64", ("pairclf", "safetensors", *self._packages))
+        packages = classical_model.packages_of(self._model.space.settings)
+        return Saved("classical", "none", "float64", ("pairclf", "safetensors", *packages))
 
 
 class ClassicalTrainer:
-    """A run's rows; they are vectorised fold by fold, as the IDF is a fold's own."""
+    """A run's rows. What hangs on a row alone is computed once, and the IDF, the SVD and the models fold by fold."""
 
     def __init__(self, run: Run) -> None:
         self.config: Config = run.config
+        self._run = run
+
+    @cached_property
+    def _features(self) -> tuple[dict[str, int], Extracted]:
+        """Places of the run's rows by id, and their features."""
+        frame, config = self._run.frame, self.config
+        parts = []
+        with progress("features", len(frame)) as advance:
+            for chunk in frame.iter_slices(CHUNK):
+                parts.append(extract(to_rows(chunk, config.task), config.task, config.classical))
+                advance(len(chunk))
+        return {row: place for place, row in enumerate(frame["id"])}, Extracted.concat(parts)
+
+    @cached_property
+    def _groups(self) -> dict[str, str]:
+        """Groups of the run's rows by id, over equal and nearly equal prompts, as those of folds."""
+        frame, settings = self._run.frame, self.config.folds
+        groups = prompt_groups(frame, self.config.task, settings.near_duplicate_threshold)
+        return dict(zip(frame["id"], groups, strict=True))
+
+    def _extracted(self, rows: pl.DataFrame) -> Extracted:
+        places, features = self._features
+        return features[[places[row] for row in rows["id"]]]
 
     def identity(self, split: Split) -> dict[str, Any]:
         return identity_of_rows(self.config, split)
@@ -94,16 +122,17 @@ class ClassicalTrainer:
     def fit(self, split: Split, folder: Path, *, resume: bool | None, trust_checkpoint: bool) -> FittedClassical:
         config, rows, start = self.config, split.training, time.perf_counter()
         write_text(folder / CONFIG, dump_config(config))
-        kind = config.classical.model
-        model = _MODELS[kind].fit(
-            to_rows(rows, config.task),
+        groups = self._groups if classical_model.reads_groups(config.classical) else {}
+        model = classical_model.fit_extracted(
+            self._extracted(rows),
+            [groups.get(row, row) for row in rows["id"]],
             targets_of(rows),
             rows["weight"].to_numpy(),
             config.task,
             config.classical,
             config.seed,
         )
-        return FittedClassical(model, _PACKAGES[kind], time.perf_counter() - start)
+        return FittedClassical(model, self._extracted, time.perf_counter() - start)
 
     def finish(self, folder: Path) -> None:
         """Nothing was kept: a model is fitted in minutes, and begins anew."""
@@ -112,7 +141,7 @@ class ClassicalTrainer:
 class ClassicalScorer:
     """Scores rows on the CPU, at once when they are launched."""
 
-    def __init__(self, model: ClassicalModel | BoostedModel) -> None:
+    def __init__(self, model: ClassicalModel) -> None:
         self._model = model
 
     def launch(self, items: Sequence[Item]) -> Floats:
@@ -130,7 +159,7 @@ class ClassicalScorer:
 
 
 class ClassicalApproach:
-    """Hashed TF-IDF and dense features with logistic regression or LightGBM."""
+    """Hashed TF-IDF and dense features, with any of `classical_model.MODELS` or a stack of them."""
 
     sections = frozenset(SECTIONS["classical"])
     module = __name__
@@ -140,7 +169,7 @@ class ClassicalApproach:
     # --- training ----------------------------------------------------------------------------------------------------
 
     def check(self, config: Config) -> None:
-        _MODELS[config.classical.model].check(config.classical, config.task)
+        classical_model.check(config.classical, config.task)
 
     def start(self, config: Config) -> Process:
         return only_process(config)
@@ -177,13 +206,14 @@ class ClassicalApproach:
             duplicate_of.append([first * count + order for order in range(count)])
         # Both orders are computed at once, whether or not both are asked for: all of a row is shared by them.
         shared = [row[0] if len(row) > 1 else 0 for row in lengths]
-        return SequenceIndex(*(np.array(values, dtype=np.int64) for values in (lengths, shared, duplicate_of)))
+        lengths_of, shared_of, first_of = (np.array(values, np.int64) for values in (lengths, shared, duplicate_of))
+        return SequenceIndex(lengths_of, shared_of, first_of)
 
     def cost(self, bundle: Bundle, base: Path | None) -> ModelCost:
         return ModelCost(1.0, 0.0, bundle.files.classical.stat().st_size, {"cpu": SPEED})
 
     def identity(self, bundle: Bundle, devices: Sequence[str]) -> dict[str, object]:
-        return {package: version(package) for package in _PACKAGES[bundle.config.classical.model]}
+        return {package: version(package) for package in classical_model.packages_of(bundle.config.classical)}
 
     def load(self, bundle: Bundle, assignment: Assignment) -> Loaded:
         return Loaded(
@@ -193,12 +223,8 @@ class ClassicalApproach:
     def score_probes(self, bundle: Bundle, base: Path | None) -> tuple[Floats, str]:
         return self._model(bundle).logits(probe_rows(bundle)), "float64"
 
-    def _model(self, bundle: Bundle) -> ClassicalModel | BoostedModel:
-        settings = bundle.config.classical
-        model: ClassicalModel | BoostedModel = _MODELS[settings.model].load(
-            bundle.files.classical, bundle.config.task, settings
-        )
-        return model
+    def _model(self, bundle: Bundle) -> ClassicalModel:
+        return classical_model.load(bundle.files.classical, bundle.config.task, bundle.config.classical)
 
 
 def units_of(row: Row) -> int:

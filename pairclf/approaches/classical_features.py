@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,10 @@ class MeasuredText:
     @cached_property
     def lines(self) -> list[str]:
         return [line for line in self.text.splitlines() if line.strip()]
+
+    @cached_property
+    def characters(self) -> Counter[str]:
+        return Counter(self.text)
 
     @cached_property
     def words(self) -> list[str]:
@@ -62,6 +67,11 @@ def _count(pattern: str, flags: re.RegexFlag = re.NOFLAG) -> Callable[[MeasuredT
 def _words(words: str) -> Callable[[MeasuredText], float]:
     wanted = frozenset(words.split())
     return lambda measured: math.log1p(sum(word in wanted for word in measured.words))
+
+
+def _characters(test: Callable[[str], bool]) -> Callable[[MeasuredText], float]:
+    """The share of the characters for which the test holds."""
+    return lambda of: _share(sum(n for character, n in of.characters.items() if test(character)), len(of.text))
 
 
 def _share(part: float, whole: float) -> float:
@@ -101,7 +111,10 @@ MEASURES: dict[str, Callable[[MeasuredText], float]] = {
     "quotations": _count(r"[\"“”«»]"),
     "parentheses": _count(r"\("),
     "emoji": _count(r"[\u2600-\u27bf\U0001f300-\U0001faff]"),
-    "capitals": lambda of: _share(sum(map(str.isupper, of.text)), len(of.text)),
+    "capitals": _characters(str.isupper),
+    "digits": _characters(str.isdigit),
+    "white space": _characters(str.isspace),
+    "Asian characters": _characters(lambda character: character >= "\u3000"),
     "bytes a character": lambda of: _share(len(of.text.encode("utf-8", "replace")), len(of.text)),
     "first person": _words("i me my mine we our us"),
     "second person": _words("you your yours"),
@@ -109,20 +122,34 @@ MEASURES: dict[str, Callable[[MeasuredText], float]] = {
     "hedges": _words("may might could perhaps possibly likely seem seems generally usually however depends note"),
     "offers": _words("certainly sure absolutely here hope glad happy feel help"),
     "conclusions": _words("conclusion summary overall therefore finally ultimately"),
+    # habits of a model, by which its answers are known
+    "leading white space": lambda of: math.log1p(sum(len(turn) - len(turn.lstrip()) for turn in of.turns if turn)),
+    "trailing white space": lambda of: math.log1p(sum(len(turn) - len(turn.rstrip()) for turn in of.turns if turn)),
+    "double spaces": lambda of: math.log1p(of.text.count("  ")),
+    "begins with a heading": lambda of: float(of.text.lstrip()[:1] == "#"),
+    "begins with a quotation": lambda of: float(of.text.lstrip()[:1] in {*"\"'“«"}),
     "ends": lambda of: float(of.text.rstrip()[-1:] in {*".!?。！？)`\"'”|:*"}),
 }
 """Features of one text by name."""
 
-COMPARISONS = 6
+COMPARISONS = 8
+
+
+def _common_start(first: str, second: str) -> int:
+    """Characters at the start that two texts have in common."""
+    shorter = min(len(first), len(second))
+    different = (place for place in range(shorter) if first[place] != second[place])
+    return next(different, shorter)
 
 
 def comparison(first: MeasuredText, second: MeasuredText) -> list[float]:
-    """Shares of common words and trigrams, parts of each text's words, ratio of lengths, equality.
+    """Shares of common words and trigrams, parts of each text's words, ratio of lengths, equality, common beginning.
 
     Exchanging the texts exchanges the numbers 2 and 3, the parts, and leaves the others as they are.
     """
     words = len(first.vocabulary & second.vocabulary)
     trigrams = len(first.trigrams & second.trigrams)
+    beginning = _common_start(first.text, second.text)
     return [
         _share(words, len(first.vocabulary | second.vocabulary)),
         _share(trigrams, len(first.trigrams | second.trigrams)),
@@ -130,6 +157,8 @@ def comparison(first: MeasuredText, second: MeasuredText) -> list[float]:
         _share(words, len(second.vocabulary)),
         abs(math.log1p(len(first.text)) - math.log1p(len(second.text))),
         float(first.text == second.text),
+        math.log1p(beginning),
+        _share(beginning, min(len(first.text), len(second.text))),
     ]
 
 
@@ -146,6 +175,23 @@ class DenseFeatures:
             {name: values[rows] for name, values in self.measures.items()},
             {names: values[rows] for names, values in self.comparisons.items()},
         )
+
+    @classmethod
+    def concat(cls, parts: Sequence[DenseFeatures]) -> DenseFeatures:
+        """Rows of several parts, one after the other."""
+        return cls(
+            {name: np.concatenate([part.measures[name] for part in parts]) for name in parts[0].measures},
+            {names: np.concatenate([part.comparisons[names] for part in parts]) for names in parts[0].comparisons},
+        )
+
+    def oriented(self, first: str, second: str) -> Floats:
+        """The comparison of two fields `(N, K)`, as it is if `first` is the first of them."""
+        if (first, second) in self.comparisons:
+            return self.comparisons[first, second]
+        values = self.comparisons[second, first]
+        columns = np.arange(values.shape[1])
+        columns[2:4] = columns[2:4][::-1]  # the parts of each text's words; without dense features there are no columns
+        return values[:, columns]
 
 
 def dense_features(rows: Sequence[Row], task: Task, *, empty: bool = False) -> DenseFeatures:

@@ -1,16 +1,11 @@
-"""The classical model: hashed TF-IDF and dense features, logistic regression, and its safetensors file.
+"""The classical model: one of `MODELS` or a stack of several, their fit on a fold's rows, and their safetensors file.
 
-Where a task can swap, the probability of a class is a product of two logistic regressions:
+A stack adds the logits of its members, or has boosted trees read them beside the features. Weights and trees are fitted
+to logits of training rows that members gave which saw no row of the same group: equal and nearly equal prompts share
+one, as in the outer folds. The IDF and the SVD are those of all training rows there, as they know no labels.
 
-    P(decided), P(tie), ...   of features that a swap leaves as they are
-    P(A | decided)            of features whose sign a swap changes, without an intercept
-
-The first has one class for both winners. So exchanging the sides exchanges P(A) and P(B) exactly, by construction, and
-cross-entropy splits into the losses of the two, which scikit-learn fits as they are. (One multinomial regression over
-both orders of each row is equivariant only as far as its solver converges, and it costs ten times as much.) A task
-without a swap has the first regression alone, over all classes; with several labels a row, one regression a class.
-
-A saved model is one safetensors file of float64 arrays (`_shapes`): the IDF of each hashed n-gram, and the weights.
+A saved model is one safetensors file of float64 arrays: the IDF of each hashed n-gram, the directions of the SVD, the
+arrays of each member, and a stack's weights. LightGBM's text files lie beside it.
 """
 
 from __future__ import annotations
@@ -19,32 +14,38 @@ import hashlib
 import json
 import math
 import stat
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from scipy import sparse
-from scipy.special import log_expit
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
-from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
+from sklearn.model_selection import GroupKFold
 
-from pairclf.approaches.classical_features import COMPARISONS, MEASURES, DenseFeatures, dense_features
+from pairclf.approaches import classical_linear, classical_neighbours, classical_trees
+from pairclf.approaches.classical_features import COMPARISONS, MEASURES
+from pairclf.approaches.classical_linear import Folds, fit_linear, load_linear
+from pairclf.approaches.classical_neighbours import fit_neighbours, load_neighbours
+from pairclf.approaches.classical_pool import fit_pool
+from pairclf.approaches.classical_trees import BoostedTrees, fit_boosted, fit_tree, load_boosted, load_tree
+from pairclf.approaches.classical_vectors import (
+    CHUNK,
+    Extracted,
+    Space,
+    Vectors,
+    contexts_of,
+    extract,
+    hashed_columns,
+    winners_of,
+)  # fmt: skip
 from pairclf.config import Classical
-from pairclf.console import console
 from pairclf.errors import BundleError, ConfigError, DataError, cut
 from pairclf.files import atomic_file
 from pairclf.scores.metrics import Floats
-from pairclf.task import Row, Task, Turns
-
-Sparse = Any
-"""`(N, F)` scipy CSR of float64; scipy ships no types."""
+from pairclf.task import Row, Task
 
 MAX_PARAMETERS = 1 << 28
 """Numbers in a model: 2 GiB."""
@@ -52,71 +53,210 @@ MAX_PARAMETERS = 1 << 28
 MAX_HEADER = 1 << 16
 """Bytes of a file before its arrays."""
 
-_TOKEN = r"\w+|[^\w\s]"  # words, and each sign of punctuation: lists, code and bold type are made of them
-_MEANING = {"analyzer", "ngram_range", "char_ngram_range", "n_features", "sublinear_tf", "dense"}  # settings of columns
-_CHUNK = 1024  # rows whose features are in memory at once when scoring
+INNER_FOLDS = 4
+"""Folds of the training rows, from which out-of-fold logits come: of a stack's members, or for a temperature."""
+
+_MEANING = {
+    "analyzer", "ngram_range", "char_ngram_range", "n_features", "sublinear_tf", "dense", "model", "estimators",
+    "final_estimator", "n_components", "n_bags",
+}  # fmt: skip
+"""Settings that give arrays their meaning."""
+
+
+class FittedMember(Protocol):
+    """A fitted model of `MODELS`."""
+
+    @property
+    def arrays(self) -> dict[str, Floats]:
+        """What is saved of it in the safetensors file."""
+
+    def logits(self, vectors: Vectors) -> Floats:
+        """Logits `(N, O, C)`, each order in its own columns; a row's depend on no other row, to the last bit."""
+
+
+class TrainingRows(NamedTuple):
+    """Rows of a fold with a weight above 0, as members are fitted to them."""
+
+    vectors: Vectors
+    targets: Floats
+    weights: Floats
+
+
+Fit = Callable[[TrainingRows, Task, Classical, int, Folds], FittedMember]
+Load = Callable[[Mapping[str, Floats], Path, Task, Classical], FittedMember]
+Shapes = Callable[[Task, Classical], Mapping[str, tuple[int | None, ...]]]
+
+
+class ModelKind(NamedTuple):
+    """A kind of model.
+
+    Attributes:
+        fit: from rows, task, settings, seed and inner folds.
+        load: from the arrays of a file, the folder of further files, task and settings; it raises `ValueError` or what
+            reading raises.
+        shapes: of its arrays; None: as the training rows had it.
+        package: what it needs besides scikit-learn.
+        words: whether it reads the TF-IDF itself.
+        topics: whether it reads the SVD.
+        columns: whether it reads the columns of trees.
+        folds: whether it needs inner folds.
+    """
+
+    fit: Fit
+    load: Load
+    shapes: Shapes
+    package: str | None = None
+    words: bool = False
+    topics: bool = False
+    columns: bool = False
+    folds: bool = False
+
+
+def _linear(kind: str) -> ModelKind:
+    return ModelKind(
+        lambda rows, task, settings, seed, folds: fit_linear(kind, *rows, task, settings, seed, folds),
+        lambda arrays, folder, task, settings: load_linear(arrays, task),
+        classical_linear.shapes,
+        words=True,
+        folds=classical_linear.SOLVERS[kind].calibrated,
+    )
+
+
+MODELS = {
+    "logistic": _linear("logistic"),
+    "svm": _linear("svm"),
+    "nb": _linear("nb"),
+    "knn": ModelKind(
+        lambda rows, task, settings, seed, folds: fit_neighbours(*rows, task, settings),
+        lambda arrays, folder, task, settings: load_neighbours(arrays, task, settings),
+        classical_neighbours.shapes,
+        topics=True,
+    ),
+    "tree": ModelKind(
+        lambda rows, task, settings, seed, folds: fit_tree(*rows, task, settings, seed),
+        lambda arrays, folder, task, settings: load_tree(arrays, task, settings, columns_of(task, settings)),
+        lambda task, settings: classical_trees.tree_shapes(task),
+        topics=True,
+        columns=True,
+    ),
+    "lightgbm": ModelKind(
+        lambda rows, task, settings, seed, folds: fit_boosted(*rows, task, settings, seed),
+        lambda arrays, folder, task, settings: load_boosted(folder, task, settings, columns_of(task, settings)),
+        lambda task, settings: {},
+        package="lightgbm",
+        topics=True,
+        columns=True,
+    ),
+}
+"""Each value of `classical.model` but `stack`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassicalModel:
-    """A fitted model; `fit` and `load` make it. The arrays have the shapes of `_shapes`."""
+    """A fitted model; `fit_extracted` and `load` make it.
+
+    Attributes:
+        task: fields, classes and swap.
+        space: IDF and SVD.
+        members: by name, one, or those of a stack.
+        weight: `(M,)` by member, and `bias` `(C,)`: 1 and 0 where there is no weighted sum.
+        final: the trees that read the members' logits, if they do.
+    """
 
     task: Task
-    settings: Classical
-    idf: Floats
-    side_weight: Floats
-    class_weight: Floats
-    class_bias: Floats
+    space: Space
+    members: Mapping[str, FittedMember]
+    weight: Floats
+    bias: Floats
+    final: BoostedTrees | None
 
     def logits(self, rows: Sequence[Row]) -> Floats:
         """Logits `(N, O, C)`: order AB and, where the task can swap, order BA, each in its own columns.
 
         A row's logits depend on no other row, to the last bit.
         """
-        logits = np.zeros((len(rows), 2 if self.task.swappable else 1, len(self.task.classes)))
-        for start in range(0, len(rows), _CHUNK):
-            chunk = rows[start : start + _CHUNK]
-            logits[start : start + _CHUNK] = self.scores(*extract(chunk, self.task, self.settings))
-        return logits
+        chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+        return self._joined([self._scores(extract(chunk, self.task, self.space.settings)) for chunk in chunks])
 
-    def scores(self, counts: Mapping[str, Sparse], dense: DenseFeatures) -> Floats:
+    def scores(self, rows: Extracted) -> Floats:
         """Logits `(N, O, C)` of rows by what `extract` gives of them."""
-        features = _features(counts, dense, self.task, self.settings, self.idf)
-        scores = np.zeros((features.classes.shape[0], len(self.task.classes)))
-        groups = _groups(self.task)
-        if groups:
-            by_group = features.classes @ self.class_weight.T + self.class_bias
-            for group, columns in enumerate(groups):
-                scores[:, columns] = by_group[:, [group]]
-        if self.task.swappable:
-            first, second = _winners(self.task)
-            preference = features.sides @ self.side_weight
-            scores[:, first] += log_expit(preference)
-            scores[:, second] += log_expit(-preference)
-            return np.stack([scores, scores[:, list(self.task.swapped_columns)]], axis=1)
-        return scores[:, None]
+        return self._joined([self._scores(rows[at : at + CHUNK]) for at in range(0, len(rows), CHUNK)])
+
+    def _joined(self, parts: Sequence[Floats]) -> Floats:
+        return np.concatenate([np.zeros((0, 2 if self.task.swappable else 1, len(self.task.classes))), *parts])
+
+    def _scores(self, rows: Extracted) -> Floats:
+        vectors = self.space.vectors(rows, tfidf=_reads_words(self.members))
+        logits = [member.logits(vectors) for member in self.members.values()]
+        if self.final is not None:
+            return self.final.logits(_with_logits(vectors, logits))
+        parts = [weight * values for weight, values in zip(self.weight, logits, strict=True)]
+        pooled: Floats = sum(parts[1:], parts[0]) + self.bias
+        return pooled
 
     def save(self, path: Path) -> None:
-        """Write the model as one safetensors file, atomically; equal models give equal bytes."""
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _shapes(self.task, self.settings)}
+        """Write the model to `path`, atomically, and LightGBM's files beside it; equal models give equal bytes."""
+        arrays = {"idf": self.space.idf, "components": self.space.components}
+        for name, member in self.members.items():
+            arrays |= {f"{name}.{part}": values for part, values in member.arrays.items()}
+        for model in (*self.members.values(), self.final):
+            if isinstance(model, BoostedTrees):
+                model.save_trees(path.parent)
+        if self.space.settings.model == "stack":
+            arrays |= {"stack.weight": self.weight, "stack.bias": self.bias}
+        arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
         with atomic_file(path) as temporary:
-            save_file(arrays, temporary, metadata={"sha256": _digest(arrays, self.task, self.settings)})
+            save_file(arrays, temporary, metadata={"sha256": _digest(arrays, self.task, self.space.settings)})
+
+
+def packages_of(settings: Classical) -> list[str]:
+    """Packages that the models of the settings compute with."""
+    own = {MODELS[name].package for name in _kinds(settings)} - {None}
+    return ["scikit-learn", "numpy", "scipy", *sorted(map(str, own))]
+
+
+def reads_groups(settings: Classical) -> bool:
+    """Whether the models need inner folds, and so the groups of rows."""
+    return settings.model == "stack" or any(MODELS[name].folds for name in settings.members)
+
+
+def columns_of(task: Task, settings: Classical) -> int:
+    """Columns that trees read."""
+    measures, comparisons = len(MEASURES) * settings.dense, COMPARISONS * settings.dense
+    a_text = measures + settings.n_components
+    if not task.swappable:
+        return a_text * len(task.fields)
+    return comparisons + 3 * a_text + len(contexts_of(task)) * (a_text + 3 * comparisons)
 
 
 def check(settings: Classical, task: Task) -> None:
     """Refuse what can't go together.
 
     Raises:
-        ConfigError: the model would be too large.
+        ConfigError: the model would be too large, a package is not installed, or trees would have nothing to read.
     """
-    parameters = sum(math.prod(shape) for shape in _shapes(task, settings).values())
+    parameters = sum(math.prod(size or 1 for size in shape) for shape in _shapes(task, settings).values())
     if parameters > MAX_PARAMETERS:
         raise ConfigError(
             f"classical.n_features={settings.n_features} makes a model of {parameters:,} numbers for "
             f"{len(task.fields)} fields and {len(task.classes)} classes; at most {MAX_PARAMETERS:,} are allowed",
             where="classical.n_features",
-            remedy="set a smaller classical.n_features",
+            remedy="set a smaller classical.n_features or classical.n_components",
         )
+    for name in _kinds(settings):
+        package = MODELS[name].package
+        if package is not None and find_spec(package) is None:
+            raise ConfigError(
+                f"classical.model={name} needs the package {package}, which is not installed",
+                where="classical.model",
+                remedy=f"run `pip install {package}`, or set classical.model=logistic",
+            )
+        if MODELS[name].columns and not columns_of(task, settings):
+            raise ConfigError(
+                f"classical.model={name} has nothing to read with classical.dense=false and classical.n_components=0",
+                where="classical.n_components",
+                remedy="set classical.dense=true, or classical.n_components to 1 or more",
+            )
 
 
 def characters(row: Row) -> int:
@@ -127,71 +267,94 @@ def characters(row: Row) -> int:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def fit(
-    rows: Sequence[Row], targets: Floats, weights: Floats, task: Task, settings: Classical, seed: int
-) -> ClassicalModel:
-    """Fit the IDF and the regressions to `rows`, and to nothing else.
-
-    Args:
-        rows: training rows. A row of weight 0 is left out.
-        targets: `(N, C)` probability of each class, soft or hard.
-        weights: `(N,)` share of each row in the loss.
-        task: the fields, the classes and the swap.
-        settings: `classical`.
-        seed: goes to scikit-learn. Its L-BFGS solver draws nothing at random, so that any seed gives the same bits.
-
-    Raises:
-        ConfigError: as `check`.
-        DataError: there are no rows, or targets or weights are no such numbers.
-    """
-    check(settings, task)
-    check_training(rows, targets, weights, task)
-    kept = np.flatnonzero(weights).tolist()
-    counts, dense = extract([rows[index] for index in kept], task, settings)
-    return regress(counts, dense, targets[kept], weights[kept], task, settings, seed)
-
-
-def regress(
-    counts: Mapping[str, Sparse],
-    dense_columns: DenseFeatures,
+def fit_extracted(
+    rows: Extracted,
+    groups: Sequence[Hashable],
     targets: Floats,
     weights: Floats,
     task: Task,
     settings: Classical,
     seed: int,
 ) -> ClassicalModel:
-    """Fit the IDF and the regressions to rows by what `extract` gives of them; each has a weight above 0."""
-    idf = TfidfTransformer().fit(sparse.vstack(list(counts.values()), format="csr")).idf_
-    features = _features(counts, dense_columns, task, settings, idf)
-    arrays = {name: np.zeros(shape) for name, shape in _shapes(task, settings).items()} | {"idf": idf}
-    if task.swappable:
-        dense = features.sides.shape[1] - hashed_columns(settings)
-        solve = _Solver(features.sides, dense, weights, settings, seed, antisymmetric=True)
-        sides, _ = solve(targets[:, _winners(task)])
-        arrays["side_weight"] = sides[0] - sides[1]
-    groups = _groups(task)
-    if groups:
-        dense = features.classes.shape[1] - hashed_columns(settings) * len(_contexts(task))
-        solve = _Solver(features.classes, dense, weights, settings, seed, antisymmetric=False)
-        if task.multi_label:
-            for label in range(len(groups)):
-                yes = targets[:, label]
-                both, bias = solve(np.stack([1 - yes, yes], axis=1))
-                arrays["class_weight"][label], arrays["class_bias"][label] = both[1] - both[0], bias[1] - bias[0]
-        else:
-            by_group = np.stack([targets[:, columns].sum(axis=1) for columns in groups], axis=1)
-            arrays["class_weight"], arrays["class_bias"] = solve(by_group)
-    return ClassicalModel(task, settings, **arrays)
+    """Fit the IDF, the SVD and the models to `rows`, and to nothing else.
+
+    Args:
+        rows: training rows. A row of weight 0 is left out.
+        groups: `(N,)`; inner folds keep rows of a group together.
+        targets: `(N, C)` probability of each class, soft or hard.
+        weights: `(N,)` share of each row in the loss.
+        task: the fields, the classes and the swap.
+        settings: `classical`.
+        seed: for what is drawn at random.
+
+    Raises:
+        ConfigError: as `check`.
+        DataError: there are no rows, or targets or weights are no such numbers.
+    """
+    check(settings, task)
+    _check_training(len(rows), targets, weights, task)
+    kept = np.flatnonzero(weights)
+    if len(kept) < len(weights):
+        rows, targets, weights = rows[kept], targets[kept], weights[kept]
+    numbers: dict[Hashable, int] = {}
+    group = np.array([numbers.setdefault(groups[index], len(numbers)) for index in kept.tolist()])
+    space = Space.fit(rows, task, settings, seed, components=_components(settings))
+    training = TrainingRows(space.vectors(rows, tfidf=_reads_words(settings.members)), targets, weights)
+    folds = _inner_folds(group) if reads_groups(settings) else []
+    members: dict[str, FittedMember] = {
+        name: MODELS[name].fit(training, task, settings, seed, folds) for name in settings.members
+    }
+    weight, bias, final = np.full(len(members), 1 / len(members)), np.zeros(len(task.classes)), None
+    if settings.model == "stack":
+        logits = _unseen_logits(training, members, group, folds, task, settings, seed)
+        if settings.boosts_stack:
+            stacked = TrainingRows(_with_logits(training.vectors, logits), targets, weights)
+            final = fit_boosted(*stacked, task, settings, seed)
+        elif folds:
+            first, tied = np.stack([values[:, 0] for values in logits]), winners_of(task)
+            equal, independent = 1 / len(members), task.multi_label
+            weight, bias = fit_pool(first, targets, weights, equal=equal, tied=tied, independent=independent)
+    return ClassicalModel(task, space, members, weight, bias, final)
 
 
-def check_training(rows: Sequence[Row], targets: Floats, weights: Floats, task: Task) -> None:
-    """Raises `DataError` as `fit`."""
+def _unseen_logits(
+    rows: TrainingRows,
+    members: Mapping[str, FittedMember],
+    group: Any,
+    folds: Folds,
+    task: Task,
+    settings: Classical,
+    seed: int,
+) -> list[Floats]:
+    """By member, the logits `(N, O, C)` that its like gives rows that it did not see; without folds, its own."""
+    logits = [member.logits(rows.vectors) for member in members.values()]
+    for seen, unseen in folds:
+        part = TrainingRows(rows.vectors[seen], rows.targets[seen], rows.weights[seen])
+        within = _inner_folds(group[seen]) if any(MODELS[name].folds for name in members) else []
+        held_out = rows.vectors[unseen]
+        for values, name in zip(logits, members, strict=True):
+            values[unseen] = MODELS[name].fit(part, task, settings, seed, within).logits(held_out)
+    return logits
+
+
+def _with_logits(vectors: Vectors, logits: Sequence[Floats]) -> Vectors:
+    return replace(vectors, logits=np.concatenate(logits, axis=2))
+
+
+def _inner_folds(group: Any) -> list[tuple[Any, Any]]:
+    """Rows that are seen and unseen, by number; no fold at all where all rows are of one group."""
+    count = len(np.unique(group))
+    return list(GroupKFold(min(INNER_FOLDS, count)).split(group, groups=group)) if count > 1 else []
+
+
+def _check_training(count: int, targets: Floats, weights: Floats, task: Task) -> None:
+    """Raises `DataError` as `fit_extracted`."""
     if not np.any(weights):
         raise DataError("there are no rows with a weight above 0 to train on")
-    if targets.shape != (len(rows), len(task.classes)) or weights.shape != (len(rows),):
+    if targets.shape != (count, len(task.classes)) or weights.shape != (count,):
         raise DataError(
-            f"targets {targets.shape} and weights {weights.shape} must be {(len(rows), len(task.classes))} and "
-            f"{(len(rows),)}: a row each, and a column for each class"
+            f"targets {targets.shape} and weights {weights.shape} must be {(count, len(task.classes))} and "
+            f"{(count,)}: a row each, and a column for each class"
         )
     possible = (np.isfinite(targets) & (targets >= 0) & (targets <= 1)).all(axis=1)
     if not task.multi_label:
@@ -199,209 +362,51 @@ def check_training(rows: Sequence[Row], targets: Floats, weights: Floats, task: 
     wrong = np.flatnonzero(~(possible & np.isfinite(weights) & (weights >= 0))).tolist()
     if wrong:
         raise DataError(
-            "targets must be probabilities of the classes, and weights must be 0 or more",
-            rows=[rows[index].id for index in wrong],
+            f"targets must be probabilities of the classes, and weights must be 0 or more; those of row {wrong[0] + 1} "
+            f"of {count:,} are not"
         )
 
 
-def repeated(targets: Floats, weights: Floats) -> tuple[Any, Any, Floats]:
-    """Numbers of rows, classes and weights that give cross-entropy with the soft targets `(N, K)`.
-
-    A row counts once for each class that has a part of it, by that part. A class that no row has a part of gets half a
-    row without features, numbered -1 and behind the others, so that its logit stays finite.
-    """
-    shares = targets * weights[:, None]
-    index, classes = np.nonzero(shares)
-    absent = np.setdiff1d(np.arange(targets.shape[1]), classes)
-    return (
-        np.concatenate([index, np.full(len(absent), -1)]),
-        np.concatenate([classes, absent]),
-        np.concatenate([shares[index, classes], np.full(len(absent), 0.5)]),
-    )
+def _reads_words(names: Sequence[str] | Mapping[str, object]) -> bool:
+    return any(MODELS[name].words for name in names)
 
 
-class _Solver:
-    """Logistic regression with soft targets on one matrix of features.
-
-    The dense columns are standardised, so that the penalty treats them alike, and those of a row together have the
-    length of its TF-IDF, 1. Their scale then goes into the weights: a saved model holds no scaler. Antisymmetric
-    features have the mean 0 over both orders, and no intercept.
-    A hashed column that no row uses would get the weight 0, and is left out.
-    """
-
-    def __init__(
-        self, features: Sparse, dense: int, weights: Floats, settings: Classical, seed: int, *, antisymmetric: bool
-    ) -> None:
-        hashed, values = features[:, : features.shape[1] - dense], features[:, features.shape[1] - dense :].toarray()
-        self._columns = features.shape[1]
-        self._used = np.flatnonzero(hashed.getnnz(axis=0))
-        self._mean = np.zeros(dense) if antisymmetric else values.mean(axis=0)
-        scale = np.sqrt(((values - self._mean) ** 2).mean(axis=0))
-        self._scale = np.where(scale > 1e-9, scale, 1.0) * math.sqrt(max(1, dense))
-        self._features = sparse.hstack([hashed[:, self._used], (values - self._mean) / self._scale], format="csr")
-        self._weights = weights
-        self._settings = settings
-        self._options = {"fit_intercept": not antisymmetric, "random_state": seed}
-
-    def __call__(self, targets: Floats) -> tuple[Floats, Floats]:
-        """Weights `(K, F)` and biases `(K,)` for targets `(N, K)`."""
-        index, classes, shares = repeated(targets, self._weights)
-        blank = sparse.csr_matrix((int((index < 0).sum()), self._features.shape[1]))
-        model = LogisticRegression(C=self._settings.C, max_iter=self._settings.max_iter, **self._options)
-        # BLAS adds in another order for each number of threads.
-        with threadpool_limits(1), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in the words of the settings
-            features = sparse.vstack([self._features[index[index >= 0]], blank], format="csr")
-            model.fit(features, classes, sample_weight=shares)
-        if model.n_iter_.max() >= self._settings.max_iter:
-            stopped = f"the solver stopped at classical.max_iter={self._settings.max_iter} before it converged"
-            console.print(f"{stopped}; set it higher", style="yellow")
-        weight, bias = model.coef_, np.broadcast_to(model.intercept_, len(model.coef_))
-        if targets.shape[1] == 2:  # scikit-learn gives the difference of the two logits
-            weight, bias = np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
-        return self._unscaled(weight, bias)
-
-    def _unscaled(self, weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
-        """The weights of all columns as they are, from those of the standardised columns in use."""
-        used, dense = len(self._used), len(self._scale)
-        whole = np.zeros((len(weight), self._columns))
-        whole[:, self._used] = weight[:, :used]
-        whole[:, self._columns - dense :] = weight[:, used:] / self._scale
-        return whole, bias - whole[:, self._columns - dense :] @ self._mean
+def _kinds(settings: Classical) -> list[str]:
+    """Names of `MODELS` that are fitted, the trees of a stack among them."""
+    return [*settings.members, *(["lightgbm"] if settings.boosts_stack else [])]
 
 
-# --- features --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Features:
-    """`sides` change their sign in a swap; `classes` stay. Hashed columns first, then dense ones."""
-
-    sides: Sparse
-    classes: Sparse
-
-
-def _groups(task: Task) -> list[list[int]]:
-    """Columns of the classes that the features that stay in a swap can't tell apart; empty where these are all."""
-    if not task.swappable:
-        return [[column] for column in range(len(task.classes))]
-    winners = _winners(task)
-    others = [[column] for column in range(len(task.classes)) if column not in winners]
-    return [winners, *others] if others else []
-
-
-def _winners(task: Task) -> list[int]:
-    """Columns of the classes in which the first and the second side win."""
-    return [task.classes.index(name) for name in task.swap_classes or ()]
-
-
-def _shapes(task: Task, settings: Classical) -> dict[str, tuple[int, ...]]:
-    """Shape of each array of a model; one of size 0 is not needed for the task."""
-    contexts, groups, hashed = len(_contexts(task)), len(_groups(task)), hashed_columns(settings)
-    measures, comparisons = len(MEASURES) * settings.dense, COMPARISONS * settings.dense
-    sides = hashed + measures + contexts * (1 + comparisons)
-    classes = contexts * (hashed + measures)
-    if task.swappable:
-        classes += 2 * measures + contexts * (1 + comparisons) + 1 + comparisons
-    return {
-        "idf": (hashed,),
-        "side_weight": (sides if task.swappable else 0,),
-        "class_weight": (groups, classes if groups else 0),
-        "class_bias": (groups,),
-    }
-
-
-def _contexts(task: Task) -> list[str]:
-    """Fields that a swap leaves in place: the prompt, or all fields of a task without a swap."""
-    return [name for name in task.fields if name not in (task.swap_fields or ())]
-
-
-def hashed_columns(settings: Classical) -> int:
-    """Columns of a field's n-grams: those of words, then those of characters."""
-    return settings.n_features * (1 if settings.char_ngram_range is None else 2)
-
-
-def extract(rows: Sequence[Row], task: Task, settings: Classical) -> tuple[dict[str, Sparse], DenseFeatures]:
-    """How often each hashed n-gram stands in each field, `(N, hashed_columns)`, and the dense features.
-
-    Counts have no alternating sign: the IDF needs the number of texts with an n-gram, and 1 + log(n) needs n > 0.
-    """
-    ranges = [(settings.analyzer, settings.ngram_range)]
-    if settings.char_ngram_range is not None:
-        ranges.append(("char_wb", settings.char_ngram_range))
-    vectorizers = [
-        HashingVectorizer(
-            analyzer=analyzer,
-            ngram_range=ngram_range,
-            token_pattern=_TOKEN if analyzer == "word" else None,
-            n_features=settings.n_features,
-            alternate_sign=False,
-            norm=None,
-            decode_error="replace",
-        )
-        for analyzer, ngram_range in ranges
-    ]
-    counts = {}
-    for name in task.fields:
-        texts = [_text(row.fields[name]) for row in rows]
-        counts[name] = sparse.hstack([vectorizer.transform(texts) for vectorizer in vectorizers], format="csr")
-    return counts, dense_features(rows, task, empty=not settings.dense)
-
-
-def _text(turns: Turns) -> bytes:
-    """UTF-8 of a field; half a surrogate pair can't be decoded again, and is replaced then."""
-    return "\n".join(turn or "" for turn in turns).encode("utf-8", "surrogatepass")
-
-
-def _features(
-    counts: Mapping[str, Sparse], dense_columns: DenseFeatures, task: Task, settings: Classical, idf: Floats
-) -> _Features:
-    """All is computed row by row, and a swap gives the same numbers with the other sign, to the last bit."""
-    tfidf = TfidfTransformer(sublinear_tf=settings.sublinear_tf)
-    tfidf.idf_ = idf
-    vectors = {name: tfidf.transform(count) for name, count in counts.items()}
-    measures, contexts = dense_columns.measures, _contexts(task)
-    texts, dense = [vectors[name] for name in contexts], [measures[name] for name in contexts]
-    if task.swap_fields is None:
-        return _Features(sides=None, classes=_columns(texts, dense))
-    a, b = task.swap_fields
-    alike = {pair: _alike(vectors, dense_columns, pair) for pair in dense_columns.comparisons}
-    differences = [alike[name, a] - alike[name, b] for name in contexts]
-    sums = [alike[name, a] + alike[name, b] for name in contexts]
-    gap = measures[a] - measures[b]
-    sides = _columns([vectors[a] - vectors[b]], [gap, *differences])
-    of_sides = alike[a, b]
-    of_sides[:, 3:5] = np.sort(of_sides[:, 3:5], axis=1)
-    return _Features(sides, _columns(texts, [*dense, np.abs(gap), measures[a] + measures[b], *sums, of_sides]))
-
-
-def _alike(vectors: Mapping[str, Sparse], dense_columns: DenseFeatures, pair: tuple[str, str]) -> Floats:
-    """Cosine similarity of each row's two texts, and their comparison, `(N, 1 + K)`."""
-    cosines = np.asarray(vectors[pair[0]].multiply(vectors[pair[1]]).sum(axis=1)).reshape(-1, 1)
-    return np.concatenate([cosines, dense_columns.comparisons[pair]], axis=1)
-
-
-def _columns(hashed: Sequence[Sparse], dense: Sequence[Floats]) -> Sparse:
-    return sparse.hstack([*hashed, sparse.csr_matrix(np.concatenate(dense, axis=1))], format="csr")
+def _components(settings: Classical) -> int:
+    return settings.n_components if any(MODELS[name].topics for name in _kinds(settings)) else 0
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
+def _shapes(task: Task, settings: Classical) -> dict[str, tuple[int | None, ...]]:
+    """Shape of each array of a file; None: as the training rows had it."""
+    hashed, members = hashed_columns(settings), settings.members
+    shapes: dict[str, tuple[int | None, ...]] = {"idf": (hashed,), "components": (_components(settings), hashed)}
+    for name in members:
+        shapes |= {f"{name}.{part}": shape for part, shape in MODELS[name].shapes(task, settings).items()}
+    if settings.model == "stack":
+        shapes |= {"stack.weight": (len(members),), "stack.bias": (len(task.classes),)}
+    return shapes
+
+
 def load(path: Path, task: Task, settings: Classical) -> ClassicalModel:
-    """Read a saved model. Its size is compared with the settings before anything is allocated.
+    """Read a saved model. Its header is compared with the settings before anything is allocated.
 
     Raises:
         ConfigError: as `check`.
-        BundleError: the file is no such model, was changed, or belongs to another task or other settings.
+        BundleError: a file is no such model, was changed, or belongs to another task or other settings.
     """
     check(settings, task)
     shapes = _shapes(task, settings)
-    size = 8 * sum(math.prod(shape) for shape in shapes.values())
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or not size <= status.st_size <= size + MAX_HEADER:
-            raise BundleError(f"it must be a file of {size:,} bytes and a header", where=path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > 8 * MAX_PARAMETERS + MAX_HEADER:
+            raise BundleError(f"it must be a file of at most {8 * MAX_PARAMETERS + MAX_HEADER:,} bytes", where=path)
         with safe_open(path, framework="numpy") as file:
             _check_header(file, shapes, path)
             arrays = {name: file.get_tensor(name) for name in shapes}
@@ -413,21 +418,38 @@ def load(path: Path, task: Task, settings: Classical) -> ClassicalModel:
             raise BundleError(f"{name} holds a number that is not finite", where=path)
     if digest != _digest(arrays, task, settings):
         raise BundleError("it was changed after it was saved, or fitted with another task or settings", where=path)
-    return ClassicalModel(task, settings, **arrays)
+    members: dict[str, FittedMember] = {}
+    final = None
+    try:
+        for name in settings.members:
+            own = {part: arrays[f"{name}.{part}"] for part in MODELS[name].shapes(task, settings)}
+            members[name] = MODELS[name].load(own, path.parent, task, settings)
+        if settings.boosts_stack:
+            columns = columns_of(task, settings) + len(members) * len(task.classes)
+            final = load_boosted(path.parent, task, settings, columns)
+    except (OSError, ValueError, LookupError) as error:
+        raise BundleError(f"a model can't be read: {cut(error)}", where=path.parent) from error
+    weight, bias = arrays.get("stack.weight", np.ones(1)), arrays.get("stack.bias", np.zeros(len(task.classes)))
+    return ClassicalModel(task, Space(settings, arrays["idf"], arrays["components"]), members, weight, bias, final)
 
 
-def _check_header(file: Any, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+def _check_header(file: Any, shapes: Mapping[str, tuple[int | None, ...]], path: Path) -> None:
     wrong = sorted(shapes.keys() ^ set(file.keys()))
     if wrong:
         raise BundleError(
-            f"it must hold the arrays {', '.join(shapes)}; {cut(wrong[0])} is one too few or many", where=path
+            f"it must hold the arrays {', '.join(shapes)}; {cut(wrong[0])} is one too few or many",
+            where=path,
+            remedy="train it again with this version of pairclf, if an older one saved it",
         )
     for name, shape in shapes.items():
         header = file.get_slice(name)
-        if header.get_dtype() != "F64" or tuple(header.get_shape()) != shape:
-            raise BundleError(
-                f"{name} is {header.get_dtype()} {header.get_shape()}, and must be F64 {list(shape)}", where=path
-            )
+        actual = header.get_shape()
+        fits = len(actual) == len(shape) and all(
+            size is None or size == own for size, own in zip(shape, actual, strict=True)
+        )
+        if header.get_dtype() != "F64" or not fits:
+            wanted = ["any" if size is None else size for size in shape]
+            raise BundleError(f"{name} is {header.get_dtype()} {actual}, and must be F64 {wanted}", where=path)
 
 
 def _digest(arrays: Mapping[str, Floats], task: Task, settings: Classical) -> str:

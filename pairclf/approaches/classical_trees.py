@@ -1,41 +1,34 @@
-"""LightGBM on the dense features and on the logits of the logistic regressions: the stack of both, and its files.
+"""Trees on the dense features and the topics of texts: one decision tree, or LightGBM's boosted ones, and their files.
 
-The regressions' logits of a training row come from regressions that saw no row with its texts (those of its prompt,
-where there are sides). Trees know no signs: they are trained on both orders of each row, and a row's probabilities are
-the mean of both orders, so that a swap exchanges them to the last bit.
+Trees know no signs: they are trained on both orders of each row, and a row's probabilities are the mean of both orders,
+so that a swap exchanges them to the last bit.
 
-A saved model is that of the regressions and, beside it, LightGBM's text format: one `lightgbm-0.txt`, or with several
-labels a row one file a label.
+A decision tree is saved as arrays, LightGBM in its text format: `lightgbm-0.txt` and so on, a file a bag, or with
+several labels a row one a label and bag.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.model_selection import GroupKFold
+from sklearn.tree import DecisionTreeRegressor
 
-from pairclf.approaches import classical_model
-from pairclf.approaches.classical_features import DenseFeatures
-from pairclf.approaches.classical_model import ClassicalModel
+from pairclf.approaches.classical_linear import repeated
+from pairclf.approaches.classical_vectors import Vectors, averaged, columns_of_orders
 from pairclf.config import Classical
-from pairclf.errors import BundleError, ConfigError, cut
+from pairclf.errors import cut
 from pairclf.files import read_plain, write_text
 from pairclf.scores.metrics import Floats
-from pairclf.task import Row, Task
-
-INNER_FOLDS = 4
-"""Folds of the training rows, from which their out-of-fold logits come."""
+from pairclf.task import Task
 
 MAX_FILE = 1 << 28
 """Bytes of a file of trees."""
 
-_CHUNK = 1024  # rows whose features are in memory at once when scoring
 _OPTIONS = {
     "objective": "multiclass",
     "feature_fraction": 0.3,
@@ -49,194 +42,238 @@ _OPTIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class BoostedModel:
-    """A fitted stack; `fit` and `load` make it. With several labels a row there is one booster a label."""
+def _both_orders(vectors: Vectors, targets: Floats, weights: Floats, task: Task) -> tuple[Floats, Floats, Floats]:
+    """Columns, targets and weights of each order of each row, one after the other."""
+    orders = columns_of_orders(vectors, task)
+    both = [targets, targets[:, list(task.swapped_columns)]][: len(orders)]
+    return np.concatenate(orders), np.concatenate(both), np.tile(weights, len(orders))
 
-    linear: ClassicalModel
+
+# --- one tree --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionTree:
+    """A decision tree of M nodes, parents before children.
+
+    Attributes:
+        nodes: `(M, 4)`: column that is read, threshold, and the nodes for values up to it and above it. A leaf leads to
+            itself.
+        chances: `(M, C)` probabilities in a leaf.
+    """
+
+    task: Task
+    nodes: Floats
+    chances: Floats
+
+    @property
+    def arrays(self) -> dict[str, Floats]:
+        return {"nodes": self.nodes, "chances": self.chances}
+
+    def logits(self, vectors: Vectors) -> Floats:
+        """Logits `(N, O, C)`: order AB and, where the task can swap, order BA, each in its own columns."""
+        return averaged(
+            [self.chances[self._leaves(values)] for values in columns_of_orders(vectors, self.task)], self.task
+        )
+
+    def _leaves(self, values: Floats) -> Any:
+        """The leaf of each row `(N,)`."""
+        columns, threshold, children = self.nodes[:, 0].astype(int), self.nodes[:, 1], self.nodes[:, 2:].astype(int)
+        # scikit-learn compares values in float32
+        rows, leaf, values = np.arange(len(values)), np.zeros(len(values), dtype=int), values.astype(np.float32)
+        while True:
+            above = values[rows, columns[leaf]] > threshold[leaf]
+            below = children[leaf, above.astype(int)]
+            if np.array_equal(below, leaf):
+                return leaf
+            leaf = below
+
+
+def fit_tree(
+    vectors: Vectors, targets: Floats, weights: Floats, task: Task, settings: Classical, seed: int
+) -> DecisionTree:
+    """Fit a tree to rows, each with a weight above 0: squared error of soft labels is Gini's impurity."""
+    values, labels, mass = _both_orders(vectors, targets, weights / weights.mean(), task)
+    tree = DecisionTreeRegressor(
+        max_leaf_nodes=settings.num_leaves, min_samples_leaf=settings.min_child_samples, random_state=seed
+    )
+    grown = tree.fit(values, labels, sample_weight=mass).tree_
+    own = np.arange(grown.node_count)
+    leaf = grown.children_left < 0
+    children = [np.where(leaf, own, side) for side in (grown.children_left, grown.children_right)]
+    column = np.where(leaf, 0, grown.feature)
+    mass_of_node = grown.weighted_n_node_samples[:, None]
+    # A class that no row of a leaf has is not impossible: a row of which nothing is known counts besides.
+    unknown = 1 / 2 if task.multi_label else 1 / len(task.classes)
+    chances = (grown.value[:, :, 0] * mass_of_node + unknown) / (mass_of_node + 1)
+    return DecisionTree(task, np.stack([column, grown.threshold, *children], axis=1).astype(np.float64), chances)
+
+
+def load_tree(arrays: Mapping[str, Floats], task: Task, settings: Classical, columns: int) -> DecisionTree:
+    """The model of the arrays of a file, whose shapes were compared.
+
+    Raises:
+        ValueError: a node leads out of the tree or in a circle, or reads a column that is not there; or there are more
+            than the settings allow.
+    """
+    nodes, chances, most = arrays["nodes"], arrays["chances"], 2 * settings.num_leaves - 1
+    if not 1 <= len(nodes) == len(chances) <= most:
+        raise ValueError(f"a decision tree has {len(nodes)} nodes, chances of {len(chances)}, and at most {most}")
+    whole = nodes[:, [0, 2, 3]]
+    own = np.arange(len(nodes))[:, None]
+    leaf = (whole[:, 1:] == own).all(axis=1, keepdims=True)
+    inside = leaf | (whole[:, 1:] > own) & (whole[:, 1:] < len(nodes))
+    readable = (whole[:, 0] >= 0) & (whole[:, 0] < columns)
+    if not (inside.all() and readable.all() and (whole % 1 == 0).all()):
+        raise ValueError("a node of the decision tree leads out of it, or reads a column that is not there")
+    return DecisionTree(task, nodes, chances)
+
+
+def tree_shapes(task: Task) -> dict[str, tuple[int | None, ...]]:
+    """Shape of each array of a decision tree; None: as many as it has nodes."""
+    return {"nodes": (None, 4), "chances": (None, len(task.classes))}
+
+
+# --- boosted trees ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BoostedTrees:
+    """LightGBM's boosters: one a bag; with several labels a row one a label and bag, those of a bag together."""
+
+    task: Task
     boosters: tuple[Any, ...]
 
     @property
-    def task(self) -> Task:
-        return self.linear.task
+    def arrays(self) -> dict[str, Floats]:
+        return {}
 
-    def logits(self, rows: Sequence[Row]) -> Floats:
-        """Logits `(N, O, C)`, as `ClassicalModel.logits`; a row's depend on no other row."""
-        chunks = [self._logits(rows[start : start + _CHUNK]) for start in range(0, len(rows), _CHUNK)]
-        return np.concatenate([self.linear.logits([]), *chunks])
+    def logits(self, vectors: Vectors) -> Floats:
+        """Logits `(N, O, C)`: order AB and, where the task can swap, order BA, each in its own columns."""
+        labels = len(self.task.classes) if self.task.multi_label else 1
+        chances = []
+        for values in columns_of_orders(vectors, self.task):
+            predicted = [booster.predict(values, num_threads=1) for booster in self.boosters]
+            means = [np.mean(predicted[label::labels], axis=0) for label in range(labels)]
+            chances.append(np.stack([mean[:, 1] for mean in means], axis=1) if self.task.multi_label else means[0])
+        return averaged(chances, self.task)
 
-    def _logits(self, rows: Sequence[Row]) -> Floats:
-        counts, dense = classical_model.extract(rows, self.task, self.linear.settings)
-        inputs = _inputs(dense, self.linear.scores(counts, dense), self.task)
-        # A probability of 0 would have no logarithm.
-        chances = [
-            np.clip([one.predict(values, num_threads=1) for one in self.boosters], 1e-15, 1) for values in inputs
-        ]
-        if self.task.multi_label:
-            return np.stack([np.log(both[:, :, 1] / both[:, :, 0]).T for both in chances], axis=1)
-        swapped = list(self.task.swapped_columns)
-        mean = chances[0][0] if len(chances) == 1 else (chances[0][0] + chances[1][0][:, swapped]) / 2
-        orders = [mean] if len(chances) == 1 else [mean, mean[:, swapped]]
-        logits: Floats = np.log(np.stack(orders, axis=1))
-        return logits
-
-    def save(self, path: Path) -> None:
-        """Write the regressions to `path`, and the trees beside it."""
-        self.linear.save(path)
+    def save_trees(self, folder: Path) -> None:
+        """Write a text file for each booster."""
         for number, booster in enumerate(self.boosters):
-            write_text(_trees(path, number), booster.model_to_string())
+            write_text(_trees(folder, number), booster.model_to_string())
 
 
-def check(settings: Classical, task: Task) -> None:
-    """Raises `ConfigError` as `classical_model.check`, or if LightGBM is not installed."""
-    classical_model.check(settings, task)
-    if find_spec("lightgbm") is None:
-        raise ConfigError(
-            "classical.model=lightgbm needs the package lightgbm, which is not installed",
-            where="classical.model",
-            remedy="run `pip install lightgbm`, or set classical.model=logistic",
-        )
-
-
-def fit(
-    rows: Sequence[Row], targets: Floats, weights: Floats, task: Task, settings: Classical, seed: int
-) -> BoostedModel:
-    """Fit the regressions, and the trees to their out-of-fold logits; arguments and errors as `classical_model.fit`."""
+def fit_boosted(
+    vectors: Vectors, targets: Floats, weights: Floats, task: Task, settings: Classical, seed: int
+) -> BoostedTrees:
+    """Fit boosted trees to rows, each with a weight above 0."""
     import lightgbm
 
-    check(settings, task)
-    classical_model.check_training(rows, targets, weights, task)
-    kept = np.flatnonzero(weights)
-    rows, targets, weights = [rows[index] for index in kept.tolist()], targets[kept], weights[kept]
-    counts, dense = classical_model.extract(rows, task, settings)
-    linear = classical_model.regress(counts, dense, targets, weights, task, settings, seed)
-    logits = linear.scores(counts, dense)
-    for seen, unseen in _inner_folds(rows, task):
-        inner = classical_model.regress(
-            {name: count[seen] for name, count in counts.items()},
-            dense[seen],
-            targets[seen],
-            weights[seen],
-            task,
-            settings,
-            seed,
-        )
-        logits[unseen] = inner.scores({name: count[unseen] for name, count in counts.items()}, dense[unseen])
-    inputs = np.concatenate(_inputs(dense, logits, task))
-    if task.multi_label:
-        problems = [np.stack([1 - column, column], axis=1) for column in targets.T]
-    else:
-        problems = [np.concatenate([targets, targets[:, list(task.swapped_columns)]][: logits.shape[1]])]
+    values, labels, mass = _both_orders(vectors, targets, weights, task)
+    problems = [np.stack([1 - label, label], axis=1) for label in labels.T] if task.multi_label else [labels]
+    options = {
+        **_OPTIONS,
+        "num_class": 2 if task.multi_label else len(task.classes),
+        "learning_rate": settings.learning_rate,
+        "num_leaves": settings.num_leaves,
+        "min_data_in_leaf": settings.min_child_samples,
+    }
     boosters = []
-    for problem in problems:
-        index, classes, shares = classical_model.repeated(problem, np.tile(weights, logits.shape[1]))
-        # A class that no row has a part of stands at -1, in a row without features.
-        values = np.where(index[:, None] < 0, 0.0, inputs[index])
-        options = {
-            **_OPTIONS,
-            "num_class": problem.shape[1],
-            "learning_rate": settings.learning_rate,
-            "num_leaves": settings.num_leaves,
-            "min_data_in_leaf": settings.min_child_samples,
-            "seed": seed,
-        }
-        data = lightgbm.Dataset(values, classes, weight=shares)
-        boosters.append(lightgbm.train(options, data, num_boost_round=settings.n_estimators))
-    return BoostedModel(linear, tuple(boosters))
+    for bag in range(settings.n_bags):
+        for problem in problems:
+            index, classes, shares = repeated(problem, mass)
+            # A class that no row has a part of stands at -1, in a row without features.
+            data = lightgbm.Dataset(np.where(index[:, None] < 0, 0.0, values[index]), classes, weight=shares)
+            seeded = options | {"seed": seed + bag}
+            boosters.append(lightgbm.train(seeded, data, num_boost_round=settings.n_estimators))
+    return BoostedTrees(task, tuple(boosters))
 
 
-def _inner_folds(rows: Sequence[Row], task: Task) -> list[tuple[Any, Any]]:
-    """Rows that are seen and unseen, by number; no fold at all where all rows have the same texts."""
-    names = [name for name in task.fields if name not in (task.swap_fields or ())] or task.fields
-    numbers: dict[object, int] = {}
-    groups = [numbers.setdefault(tuple(row.fields[name] for name in names), len(numbers)) for row in rows]
-    if len(numbers) < 2:
-        return []
-    return list(GroupKFold(min(INNER_FOLDS, len(numbers))).split(groups, groups=groups))
-
-
-def _inputs(dense: DenseFeatures, logits: Floats, task: Task) -> list[Floats]:
-    """What the trees read, `(N, F)` for each order of `logits` `(N, O, C)`."""
-    inputs = []
-    for order in range(logits.shape[1]):
-        columns = [logits[:, order]]
-        if task.swap_fields is None:
-            columns += dense.measures.values()
-        else:
-            a, b = sides = task.swap_fields[::-1] if order else task.swap_fields
-            pair = dense.comparisons[task.swap_fields]
-            columns += [dense.measures[a], dense.measures[b], dense.measures[a] - dense.measures[b]]
-            columns.append(pair[:, [0, 1, 3, 2, 4, 5]] if order else pair)
-            for name in (name for name in task.fields if name not in sides):
-                of_a, of_b = dense.comparisons[name, a], dense.comparisons[name, b]
-                columns += [dense.measures[name], of_a, of_b, of_a - of_b]
-        inputs.append(np.concatenate(columns, axis=1))
-    return inputs
-
-
-def load(path: Path, task: Task, settings: Classical) -> BoostedModel:
-    """Read a saved stack.
+def load_boosted(folder: Path, task: Task, settings: Classical, columns: int) -> BoostedTrees:
+    """Read the text files of boosted trees in a folder.
 
     Raises:
-        ConfigError: as `check`.
-        BundleError: as `classical_model.load`, or a file of trees is none, or has other inputs or classes.
+        OSError, ValueError, LookupError: a file is missing or no file of trees, or has other columns or classes.
     """
-    check(settings, task)
     import lightgbm
 
-    linear = classical_model.load(path, task, settings)
-    blank = Row("", dict.fromkeys(task.fields, ("",)))
-    counts, dense = classical_model.extract([blank], task, settings)
-    columns = _inputs(dense, linear.scores(counts, dense), task)[0].shape[1]
     count, classes = (len(task.classes), 2) if task.multi_label else (1, len(task.classes))
     boosters = []
-    for number in range(count):
-        trees = _trees(path, number)
+    for number in range(count * settings.n_bags):
+        text = read_plain(_trees(folder, number), MAX_FILE)
+        actual = _whole(text, "max_feature_idx")[0] + 1, _whole(text, "num_tree_per_iteration")[0]
+        if actual != (columns, classes):
+            raise ValueError(f"features and classes are {actual}, and must be {(columns, classes)}")
         try:
-            text = read_plain(trees, MAX_FILE)
-            actual = int(_line(text, "max_feature_idx")) + 1, int(_line(text, "num_tree_per_iteration"))
-            if actual != (columns, classes):
-                raise ValueError(f"features and classes are {actual}, and must be {(columns, classes)}")
-            boosters.append(lightgbm.Booster(model_str=_checked(text, columns)))
-        except (OSError, ValueError, LookupError, lightgbm.basic.LightGBMError) as error:
-            raise BundleError(f"the trees can't be read: {cut(error)}", where=trees) from error
-    return BoostedModel(linear, tuple(boosters))
+            boosters.append(lightgbm.Booster(model_str=_rewritten(text, columns, classes, settings.num_leaves)))
+        except lightgbm.basic.LightGBMError as error:
+            raise ValueError(str(error)) from error
+    return BoostedTrees(task, tuple(boosters))
 
 
-def _checked(text: str, columns: int) -> str:
-    """The trees of a model file, after a look at what LightGBM's native code would follow unseen.
+def _rewritten(text: str, columns: int, classes: int, most_leaves: int) -> str:
+    """A model file with the same trees, written anew from their numbers.
 
-    It jumps by the sizes of the trees, and walks from node to node. Here every size is the length of a tree, every node
-    reads one of `columns` numerical features, and leads to later nodes or to leaves of its own tree.
+    LightGBM's native code believes a file: it jumps by the sizes of the trees, walks from node to node, and writes as
+    many probabilities as the objective names. So it gets no line of the file, but numbers that were looked at.
 
     Raises:
-        ValueError, LookupError: a file is otherwise.
+        ValueError, LookupError: a file holds no such trees.
     """
-    if "\r" in text:
-        raise ValueError("it has carriage returns, and so lines within lines")
-    place = text.index("Tree=")
-    sizes = _line(text[:place], "tree_sizes").split()
-    for number, size in enumerate(map(int, sizes)):
-        tree, place = text[place : place + size], place + size
-        leaves = int(_line(tree, "num_leaves"))
-        if not tree.startswith(f"Tree={number}\n") or tree.count("Tree=") > 1:
-            raise ValueError(f"tree {number} is not where its size has it")
-        if len(_line(tree, "leaf_value").split()) != leaves or _line(tree, "num_cat") != "0" or "is_linear=1" in tree:
-            raise ValueError(f"tree {number} has not a value for each leaf, or is of another kind")
-        if leaves == 1:
-            continue
-        names = ("split_feature", "decision_type", "left_child", "right_child")
-        features, kinds, *children = (np.array(_line(tree, name).split(), dtype=np.int64) for name in names)
-        nodes = np.arange(leaves - 1)
-        counts = {len(_line(tree, "threshold").split()), *map(len, (features, kinds, *children))}
-        if counts != {len(nodes)}:
-            raise ValueError(f"tree {number} has not as many nodes as leaves less one")
-        inside = [(nodes < child) & (child < len(nodes)) | (child < 0) & (child >= -leaves) for child in children]
-        if not np.all(inside) or not ((features >= 0) & (features < columns) & (kinds % 2 == 0)).all():
-            raise ValueError(f"tree {number} has a node that leads out of it, or reads a feature that is not there")
-    if not text.startswith("end of trees", place):
-        raise ValueError("the trees do not end where their sizes have it")
-    return f"{text[:place]}end of trees\n"  # parameters of the training come after it
+    trees, end, _ = text.partition("\nend of trees")  # parameters of the training come after it
+    _, *parts = re.split(r"^Tree=\d+$", trees, flags=re.MULTILINE)
+    if not end or not parts or len(parts) % classes:
+        raise ValueError(f"its {len(parts)} trees have no end, or are not {classes} a round")
+    written = [f"Tree={number}\n{_tree(part, columns, most_leaves)}\n\n" for number, part in enumerate(parts)]
+    head: dict[str, object] = {
+        "version": "v4",
+        "num_class": classes,
+        "num_tree_per_iteration": classes,
+        "label_index": 0,
+        "max_feature_idx": columns - 1,
+        "objective": f"multiclass num_class:{classes}",
+        "feature_names": " ".join(f"Column_{column}" for column in range(columns)),
+        "feature_infos": " ".join(["none"] * columns),
+        "tree_sizes": " ".join(str(len(tree)) for tree in written),
+    }
+    return f"tree\n{_lines(head)}\n{''.join(written)}end of trees\n"
+
+
+def _tree(text: str, columns: int, most_leaves: int) -> str:
+    """A tree, written anew: every node reads a column, and leads to later nodes or to leaves."""
+    (leaves,), values = _whole(text, "num_leaves"), _line(text, "leaf_value").split()
+    if not 1 <= leaves == len(values) <= most_leaves or not np.isfinite(np.array(values, float)).all():
+        raise ValueError(f"a tree has not a finite value for each of 1 to {most_leaves} leaves")
+    if _line(text, "num_cat") != "0" or _line(text, "is_linear") != "0":
+        raise ValueError("a tree has nodes or leaves of another kind")
+    lines: dict[str, object] = {"num_leaves": leaves, "num_cat": 0, "leaf_value": " ".join(values)}
+    lines |= {"is_linear": 0, "shrinkage": 1}
+    if leaves == 1:
+        return _lines(lines)
+    names = ("split_feature", "decision_type", "left_child", "right_child")
+    wholes = [np.array(_whole(text, name)) for name in names]
+    features, kinds, *children = wholes
+    thresholds, nodes = _line(text, "threshold").split(), np.arange(leaves - 1)
+    if {len(thresholds), *map(len, wholes)} != {len(nodes)} or np.isnan(np.array(thresholds, float)).any():
+        raise ValueError("a tree has not as many nodes as leaves less one, each with a threshold")
+    inside = [(nodes < child) & (child < len(nodes)) | (child < 0) & (child >= -leaves) for child in children]
+    if not np.all(inside) or not ((features >= 0) & (features < columns) & (kinds >= 0) & (kinds % 2 == 0)).all():
+        raise ValueError("a tree has a node that leads out of it, or reads a feature that is not there")
+    numbers = {name: " ".join(map(str, part.tolist())) for name, part in zip(names, wholes, strict=True)}
+    return _lines(lines | numbers | {"threshold": " ".join(thresholds), "split_gain": " ".join("0" * len(nodes))})
+
+
+def _lines(values: Mapping[str, object]) -> str:
+    return "".join(f"{name}={value}\n" for name, value in values.items())
+
+
+def _whole(text: str, name: str) -> list[int]:
+    """The whole numbers of the line, one at least, as native code reads them too."""
+    line = _line(text, name)
+    if not re.fullmatch(r"-?[0-9]{1,9}( -?[0-9]{1,9})*", line):
+        raise ValueError(f"{name} must be whole numbers, and is {cut(line)!r}")
+    return [int(number) for number in line.split()]
 
 
 def _line(text: str, name: str) -> str:
@@ -247,5 +284,5 @@ def _line(text: str, name: str) -> str:
     return str(found[0])
 
 
-def _trees(path: Path, number: int) -> Path:
-    return path.with_name(f"lightgbm-{number}.txt")
+def _trees(folder: Path, number: int) -> Path:
+    return folder / f"lightgbm-{number}.txt"

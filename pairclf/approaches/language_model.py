@@ -24,11 +24,12 @@ from pairclf.hardware import SUSTAINED
 from pairclf.inputs.cache import EncodedRows, RowSource, token_cache
 from pairclf.inputs.render import Encoded, InputBuilder
 from pairclf.inputs.sequences import Item, SequenceIndex, index_sequences
+from pairclf.inputs.tokenise import keeps_line_breaks
 from pairclf.model import vllm
 from pairclf.model.backbone import name_of, pick_device, pick_dtype
 from pairclf.model.cost import cost_of, model_bytes
 from pairclf.model.device_memory import free_memory
-from pairclf.model.engine import Classifier
+from pairclf.model.engine import Classifier, require_base
 from pairclf.model.inputs import builder_of, encoded_rows, open_inputs
 from pairclf.model.positions import require_positions
 from pairclf.model.prediction_memory import fitting_budget, footprint
@@ -80,7 +81,10 @@ def open_run(run: Run, *, visible: bool = True) -> tuple[Config, Any, EncodedRow
         visible: whether to print a note about rows that are longer than the base was made for.
     """
     config, tokenizer, builder, settings = open_inputs(run.config)
+    require_base(config, settings)
     limit = require_positions(config, settings)
+    if visible and not keeps_line_breaks(tokenizer):
+        console.print("note: the tokenizer reads line breaks as blanks, and has no token free for them", style="yellow")
     if limit is not None and visible:
         console.print(f"note: inputs.max_length={config.inputs.max_length}, and {limit}", style="yellow")
     return config, tokenizer, encoded_rows(config, builder, run.frame)
@@ -123,7 +127,7 @@ class LanguageModelApproach:
     unit = "tokens"
 
     def __init__(self) -> None:
-        self._builders: dict[Path, InputBuilder] = {}
+        self._builders: dict[tuple[Path, bool], InputBuilder] = {}
 
     def recipe(self, bundle: Bundle) -> str:
         config, files = bundle.config, bundle.manifest.files
@@ -146,9 +150,10 @@ class LanguageModelApproach:
 
     def _builder(self, bundle: Bundle) -> InputBuilder:
         """Made once: a tokenizer takes a while to load."""
-        if bundle.folder not in self._builders:
-            self._builders[bundle.folder] = builder_of(bundle)
-        return self._builders[bundle.folder]
+        key = bundle.folder, bundle.config.is_pointwise
+        if key not in self._builders:
+            self._builders[key] = builder_of(bundle)
+        return self._builders[key]
 
     def longest(self, bundle: Bundle) -> int:
         return bundle.config.inputs.max_length
@@ -159,8 +164,12 @@ class LanguageModelApproach:
     def cost(self, bundle: Bundle, base: Path | None) -> ModelCost:
         model = bundle.config.model.model_copy(update={"base": bundle.weights_source(base)})
         cost = cost_of(bundle.config.model_copy(update={"model": model}))
-        moved = DEQUANTISED * cost.linear / 2 if model.quantization != "none" else 0.0
-        return ModelCost(cost.linear, cost.quadratic, model_bytes(bundle, base), SUSTAINED, moved)
+        size, moved = model_bytes(bundle, base), DEQUANTISED * cost.linear / 2 if model.quantization != "none" else 0.0
+        if bundle.config.rationale:
+            # What is read before a rationale, and the rationale, are read again with the label word behind it; and a
+            # pass over one token takes as long as it takes to read the weights.
+            return ModelCost(2 * cost.linear, 2 * cost.quadratic, size, SUSTAINED, max(moved, size))
+        return ModelCost(cost.linear, cost.quadratic, size, SUSTAINED, moved)
 
     def identity(self, bundle: Bundle, devices: Sequence[str]) -> dict[str, object]:
         model, predict = bundle.config.model, bundle.config.predict

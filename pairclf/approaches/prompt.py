@@ -22,6 +22,7 @@ from pairclf.data.rows import targets_of
 from pairclf.files import write_text
 from pairclf.inputs.cache import EncodedRows
 from pairclf.inputs.examples import pick_examples, with_examples
+from pairclf.inputs.render import Encoded, InputBuilder
 from pairclf.model.backbone import pick_device
 from pairclf.model.engine import Classifier, build_untrained
 from pairclf.model.readout import LabelTokenHead
@@ -31,6 +32,12 @@ from pairclf.run import Run, Split, identity_of_rows
 from pairclf.scores.metrics import Floats, measure
 from pairclf.scores.probabilities import mean_of_orders, probabilities
 from pairclf.task import Row
+
+LEAST = 1e-9
+"""The least mean probability that a class is divided by: none becomes infinitely likely."""
+
+CONTENT_FREE = ("N/A", "", "[MASK]")
+"""Texts that say nothing: those of Zhao et al. 2021, arXiv 2102.09690."""
 
 
 class FittedPrompt(FittedClassifier):
@@ -75,9 +82,12 @@ class PromptTrainer:
         record = {}
         if (mass := label_mass(config, classifier, encoded.of(others["id"]))) is not None:
             record[LABEL_MASS] = mass
-        if config.prompt.calibration == "batch":
+        if config.prompt.calibration != "none":
             others = others[sampled_rows(config, len(others))]
-            record[CALIBRATION_GAIN] = calibrate(config, classifier, encoded.of(others["id"]), targets_of(others))
+            rows_shown = measured = list(encoded.of(others["id"]))
+            if config.prompt.calibration == "contextual":
+                measured = without_content(config, self._encoded.builder, examples)
+            record[CALIBRATION_GAIN] = calibrate(config, classifier, measured, rows_shown, targets_of(others))
         record["seconds"] = time.perf_counter() - start
         return FittedPrompt(classifier, record, config, self._tokenizer, encoded, examples)
 
@@ -85,38 +95,65 @@ class PromptTrainer:
         """Nothing was kept: no training was interrupted."""
 
 
-def calibrate(config: Config, classifier: Classifier, encoded: EncodedRows, targets: Floats) -> float:
-    """Let the head divide each class's probability by its mean over these rows and their orders.
+def without_content(config: Config, builder: InputBuilder, examples: Sequence[Row]) -> list[tuple[Encoded, ...]]:
+    """Rows whose fields say nothing, behind the examples and, where the task can swap, behind their mirrors.
+
+    Both sides of such a row are equal, and equal sides alone would have the examples as they are before both orders.
+    """
+    task = config.task
+    rows = [Row(text, dict.fromkeys(task.fields, (text,))) for text in CONTENT_FREE]
+    mirrors = [task.swap_row(row) for row in examples]
+    shown = [examples, mirrors] if mirrors and task.swappable else [examples]
+    return [orders for each in shown for orders in with_examples(config, builder, each).encode(rows)]
+
+
+def calibrate(
+    config: Config,
+    classifier: Classifier,
+    measured: Sequence[tuple[Encoded, ...]],
+    others: Sequence[tuple[Encoded, ...]],
+    targets: Floats,
+) -> float:
+    """Let the head divide each class's probability by its mean over the measured rows and their orders.
 
     That mean is what the examples, the wording and the label words favour whatever the row is; both orders have one, so
-    that a row and its mirror get the same two sets of logits (Zhou et al. 2023, arXiv 2309.17249).
+    that a row and its mirror get the same two sets of logits. Where a row may have several labels, yes and no of each
+    are divided so.
 
     Args:
         config: how rows are scored.
         classifier: its head is that of label tokens.
-        encoded: rows that are no examples.
-        targets: `(N, C)`; they decide nothing but the figure.
+        measured: rows that are no examples (Zhou et al. 2023, arXiv 2309.17249), or without content (Zhao et al. 2021,
+            arXiv 2102.09690).
+        others: rows that are no examples.
+        targets: `(N, C)` of the others; they decide nothing but the figure.
 
     Returns:
-        By how much the rows' log loss fell.
+        By how much the log loss of the others fell.
     """
-    head, task = classifier.head, config.task
+    head, task, title = classifier.head, config.task, f"{config.prompt.calibration} calibration"
     assert isinstance(head, LabelTokenHead)
-    items = items_of(encoded, orders=2)
-    logits = score(classifier, items, tokens_per_batch=config.predict.tokens_per_batch, title="calibrate")
-    prior = np.log(probabilities(logits, task).mean(axis=0))
+
+    def logits_of(encoded: Sequence[tuple[Encoded, ...]]) -> Floats:
+        items = items_of(encoded, orders=2)
+        scored = score(classifier, items, tokens_per_batch=config.predict.tokens_per_batch, title=title)
+        return by_order(items, scored, len(encoded))
+
+    logits = logits_of(others)
+    mean = probabilities(logits if measured is others else logits_of(measured), task).mean(axis=(0, 1))
+    mean = mean.clip(LEAST, 1 - LEAST)
+    prior = np.log(mean / (1 - mean)) if task.multi_label else np.log(mean)
     with torch.no_grad():
         head.prior.copy_(torch.from_numpy(prior))
     before, after = (
-        measure(mean_of_orders(by_order(items, shifted, len(encoded)), task, config.predict.temperature), targets, task)
+        measure(mean_of_orders(shifted, task, config.predict.temperature), targets, task)["log_loss"]
         for shifted in (logits, logits - prior)
     )
-    gain = before["log_loss"] - after["log_loss"]
     console.print(
-        f"batch calibration: log loss {before['log_loss']:.4f} before, {after['log_loss']:.4f} after, on "
-        f"{counted(len(encoded), 'training row')} whose labels it did not see"
+        f"{title}: log loss {before:.4f} before, {after:.4f} after, on {counted(len(others), 'training row')} whose "
+        "labels it did not see"
     )
-    return gain
+    return before - after
 
 
 class PromptApproach(LanguageModelApproach):

@@ -143,6 +143,7 @@ class Assignment(NamedTuple):
         threads: for the CPU's part; 0: as the environment says.
         largest: the largest forward pass that it will be asked for.
         beside: workers, it included, that share this machine's memory.
+        pointwise: a reward model is to score one text a row (`Config.pointwise`).
         trust: what the person at the command permits.
     """
 
@@ -153,6 +154,7 @@ class Assignment(NamedTuple):
     threads: int
     largest: LargestPass
     beside: int
+    pointwise: bool = False
     trust: Trust = Trust()
 
 

@@ -18,9 +18,9 @@ of a language model (`model/weights.py`):
 
 of a classical one (`approaches/classical.py`):
 
-    classical.safetensors  float64 arrays, named there
-    lightgbm-0.txt         trees in LightGBM's text format, where classical.model is lightgbm; with several labels a
-                           row one file a label
+    classical.safetensors  float64 arrays, named in `approaches/classical_model.py`
+    lightgbm-0.txt         trees in LightGBM's text format, where lightgbm is a model of it; with several labels a row
+                           one file a label
 """
 
 from __future__ import annotations

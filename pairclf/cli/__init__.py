@@ -16,7 +16,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 import pairclf
-from pairclf.cli import data, kaggle, prediction, runs
+from pairclf.cli import data, kaggle, prediction, runs, scores
 from pairclf.console import console
 from pairclf.errors import PairclfError
 
@@ -41,7 +41,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (runs.START, data.GROUP, runs.GROUP, prediction.GROUP, kaggle.GROUP):
+for group in (runs.START, data.GROUP, runs.GROUP, scores.GROUP, prediction.GROUP, kaggle.GROUP):
     group.add_to(app)
 
 

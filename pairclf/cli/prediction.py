@@ -1,4 +1,4 @@
-"""The commands `predict`, `forecast` and `verify`."""
+"""The commands `predict`, `rank`, `forecast` and `verify`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ from pairclf.console import stdout
 from pairclf.hardware import PROFILES
 
 GROUP = Group("Prediction")
+
+Deadline = Annotated[
+    str | None,
+    typer.Option(help="when the command must end: 8h30m from now, or 2026-01-31T18:00:00+00:00; default: no deadline"),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--no-resume", help="continue an interrupted run of the same command, or score all rows again"
+    ),
+]
 
 
 @GROUP.command(
@@ -29,21 +40,11 @@ def predict(
         typer.Option("--out", help="file for the submission; default: submission.csv, or none where --scores is given"),
     ] = None,
     scores: Annotated[Path | None, typer.Option("--scores", help="parquet file for the scores")] = None,
-    deadline: Annotated[
-        str | None,
-        typer.Option(
-            help="when the command must end: 8h30m from now, or 2026-01-31T18:00:00+00:00; default: no deadline"
-        ),
-    ] = None,
+    deadline: Deadline = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="exit with code 3 if a row or a model could not be scored")
     ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume/--no-resume", help="continue an interrupted run of the same command, or score all rows again"
-        ),
-    ] = True,
+    resume: Resume = True,
     base: BaseFolder = None,
     trust_remote_code: TrustRemoteCode = False,
     linked_files: LinkedFiles = False,
@@ -64,6 +65,54 @@ def predict(
         out if out or scores else Path("submission.csv"),
         sample=sample,
         scores=scores,
+        base=base,
+        overrides=overrides,
+        deadline=deadline,
+        strict=strict,
+        resume=resume,
+        spent=process_age(),
+    )
+
+
+@GROUP.command("pairclf rank runs/lmsys/gemma2-9b-reward/fold0/bundle --data answers.jsonl --out ranking.csv")
+def rank(
+    members: Members,
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            help="file of prompts: a list of answers a row (.jsonl, .parquet), or one answer a row (.csv, too)",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="file for the ranking: .csv, .parquet or .jsonl")] = Path(
+        "ranking.csv"
+    ),
+    pairs: Annotated[
+        int | None,
+        typer.Option(min=1, help="most pairs of a prompt's answers that are compared; default: all; not for rewards"),
+    ] = None,
+    deadline: Deadline = None,
+    strict: Annotated[bool, typer.Option("--strict", help="exit with code 3 if an answer could not be ranked")] = False,
+    resume: Resume = True,
+    base: BaseFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
+    linked_files: LinkedFiles = False,
+) -> None:
+    """Rank the answers of each prompt: best of n.
+
+    A reward model scores each answer once; other models compare all pairs in both orders. Columns of the ranking: id,
+    answer (numbered from 0), reward or strength, rank. If the command is killed, start it again: it continues.
+    """
+    permit(trust_remote_code, linked_files, bundles_only=True)
+    from pairclf.inference.deadline import process_age
+    from pairclf.inference.rank import rank as workflow
+
+    paths, overrides = split_overrides(members)
+    workflow(
+        paths,
+        data,
+        out,
+        pairs=pairs,
         base=base,
         overrides=overrides,
         deadline=deadline,

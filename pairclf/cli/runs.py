@@ -22,7 +22,7 @@ from pairclf.cli.options import (
     one_fold,
     permit,
 )
-from pairclf.console import console, stdout
+from pairclf.console import console, counted, stdout
 
 if TYPE_CHECKING:
     from pairclf.config import Config
@@ -101,6 +101,25 @@ def demo(
     workflow(folder, overrides or [])
 
 
+@START.command("pairclf example sentiment")
+def example(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="sentiment, topics, patents, toxic, answers or verdicts")],
+    folder: Annotated[
+        Path | None, typer.Option(help="folder for the files; default: data/NAME, where the example's config looks")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=30, help="number of training rows")] = 600,
+) -> None:
+    """Write a small data set of a kind of task, and its config: a pattern for files and config of your own.
+
+    sentiment: one text, two classes. topics: one text, ten classes. patents: several labels. toxic: one label. answers:
+    pairs, two classes. verdicts: pairs with ties. The commands that are printed lead from there to a submission.
+    """
+    from pairclf.demo.examples import next_commands, write_example
+
+    config = write_example(name, folder, rows=rows)
+    stdout.print(next_commands(config), soft_wrap=True)
+
+
 @START.command("pairclf doctor")
 def doctor() -> None:
     """Check this machine: package versions, GPUs, 4-bit arithmetic, disk space."""
@@ -168,21 +187,61 @@ def evaluate(
     scores: Annotated[
         Path | None, typer.Option(help="file of scores to evaluate; default: the run's out-of-fold scores")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="labelled file with the rows of --scores; default: data.train")
+    ] = None,
     fold: Folds = None,
-    truth: Annotated[Path | None, typer.Option(help="file of true probabilities, as the demo writes it")] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="file of true probabilities (id and a column per class), as `demo` and `example` write it"),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="run folder or scores of a simpler model to compare with; default: a classical run beside"),
+    ] = None,
+    calibrated: Annotated[
+        Path | None,
+        typer.Option(help="ensemble's file to write with the run's bundles and their calibration, if it is worth it"),
+    ] = None,
+    losses: Annotated[
+        Path | None, typer.Option("--losses", help="parquet file to write with each row's probabilities and losses")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print all figures as JSON in place of the tables")] = False,
     in_sample: Annotated[
         bool, typer.Option("--in-sample", help="exit with 0 although the models were trained on some of these rows")
     ] = False,
 ) -> None:
-    """Compare scores with labels and with the class prior: log loss, accuracy, calibration, gain of both orders.
+    """Compare scores with labels: figures with intervals, calibration, both orders, slices, and the class prior.
 
-    Exit code 1: the models were trained on some of the rows, and `--in-sample` is not given.
+    docs/scores.md says what each figure means. Exit code 1: the models were trained on some of the rows, and
+    `--in-sample` is not given.
     """
-    from pairclf.runs.evaluate import evaluate_run, render
+    from pairclf.files import check_file_target
+    from pairclf.runs.calibrated import check_calibrated, write_calibrated
+    from pairclf.runs.evaluate import evaluate_run
+    from pairclf.runs.evaluation_report import as_tree, render, write_rows
 
     settings = load(config, overrides)
-    evaluation = evaluate_run(settings, scores, folds=fold or [], truth=truth)
-    stdout.print(render(evaluation, settings.task))
+    if calibrated is not None:
+        check_calibrated(settings, calibrated, scores)
+    if losses is not None:
+        check_file_target(losses, ".parquet")
+    evaluation = evaluate_run(settings, scores, folds=fold or [], truth=truth, data=data, baseline=baseline)
+    if as_json:
+        stdout.print_json(data=as_tree(evaluation))
+    else:
+        stdout.print(render(evaluation, settings.task))
+    if settings.task.multi_label and not as_json:
+        from pairclf.runs.thresholds import fit_run, render_thresholds
+
+        stdout.print(render_thresholds(fit_run(settings, scores, folds=fold or [])))
+    if losses is not None:
+        write_rows(losses, evaluation)
+        console.print(f"wrote {losses}: {counted(evaluation.rows, 'row')}")
+    if calibrated is not None:
+        is_written = write_calibrated(evaluation, settings, fold or [], calibrated)
+        use = f"wrote {calibrated}: pairclf predict {calibrated} --data FILE"
+        console.print(use if is_written else f"{calibrated} is not written: no calibration is worth it")
     if evaluation.seen and not in_sample:
         console.print("these figures do not hold for new rows (in sample); --in-sample accepts them")
         raise typer.Exit(1)

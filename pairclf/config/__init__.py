@@ -7,7 +7,7 @@ errors that name the nearest key, and all errors of a config are shown at once.
 
 from pairclf.config.classical import Classical
 from pairclf.config.data import Data, Folds, Rules, Source, Submission, Unlabelled
-from pairclf.config.dump import deciding_settings, describe_config, dump_config, flat_settings, setting_changes
+from pairclf.config.dump import BY_BASE, deciding_settings, describe_config, dump_config, flat_settings, setting_changes
 from pairclf.config.inputs import Inputs, Template, Truncation
 from pairclf.config.kaggle import Package
 from pairclf.config.load import load_config, override, resolve, run_folder
@@ -22,9 +22,9 @@ from pairclf.config.tree import SECTIONS, Config
 from pairclf.config.wording import PLACE
 
 __all__ = [
-    "ELSEWHERE", "MAX_YAML", "PLACE", "RENAMED", "SECTIONS", "Classical", "Config", "Data", "Distill", "Folds",
-    "Inputs", "Lora", "Model", "Package", "Predict", "Prompt", "Rules", "Section", "Source", "Submission", "Template",
-    "Train", "Truncation", "Unlabelled",
+    "BY_BASE", "ELSEWHERE", "MAX_YAML", "PLACE", "RENAMED", "SECTIONS", "Classical", "Config", "Data", "Distill",
+    "Folds", "Inputs", "Lora", "Model", "Package", "Predict", "Prompt", "Rules", "Section", "Source", "Submission",
+    "Template", "Train", "Truncation", "Unlabelled",
     "checked", "deciding_settings", "describe_config", "dump_config", "flat_settings",
     "load_config", "override", "parse_yaml", "resolve", "run_folder",
     "setting_changes", "settings",

@@ -74,6 +74,11 @@ class Submission(Section):
         description="what is written: probabilities, or the likeliest class; auto: as task.metric and the sample "
         "submission have it (docs/tasks.md)",
     )
+    thresholds: dict[Label, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        {},
+        description="several labels, written as 1 and 0: the probability from which a row gets a label, e.g. "
+        "{software: 0.3}; a label that is not named has 0.5; `pairclf evaluate` fits them",
+    )
 
 
 Action = Literal["keep", "drop", "error"]

@@ -46,6 +46,9 @@ They may change when a training is resumed, and between the folds of a run. So m
 rows themselves are compared.
 """
 
+BY_BASE = ("model.pooling", "train.swap")
+"""Settings whose null is the default of the base's family; a training has that default written out."""
+
 
 def deciding_settings(config: Config) -> dict[str, Any]:
     """The settings that decide weights and out-of-fold scores: all but `FREE_SETTINGS`, as `flat_settings`."""

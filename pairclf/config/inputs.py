@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from pairclf.config.section import Section
+from pairclf.task import Label
 
 Truncation = Literal["head", "tail", "head_tail"]
 
@@ -25,6 +26,11 @@ class Template(Section):
     text: str = Field("", description="template with {field} for each field, or with {rounds}; empty: the preset's")
     round: str = Field(
         "", description="with turns=interleaved: template of one turn, with {field} for each field; empty: the preset's"
+    )
+    labels: dict[Label, str] = Field(
+        {},
+        description="text in place of {label} for each class, with readout=label_tokens and a multi_label task; empty: "
+        "its name, with blanks for underscores",
     )
     turn_separator: str = Field("\n\n", description="text between two turns of one field")
     apply_chat_template: bool | None = Field(

@@ -67,7 +67,8 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         of_run = sorted(path.glob("*/config.yaml"))[:1] if os.path.isdir(path) else []
         remedy = "give the path of a YAML file" + "".join(f"; of this run: {name}" for name in of_run)
-        raise ConfigError(f"config {cut(path)} can't be read: {cut(error)}", remedy=remedy) from error
+        why = "it is a folder" if os.path.isdir(path) else cut(error)
+        raise ConfigError(f"config {cut(path)} can't be read: {why}", remedy=remedy) from error
     tree = parse_yaml(text, path)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):

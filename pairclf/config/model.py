@@ -51,8 +51,11 @@ class Model(Section):
     head: Literal["linear", "two_layer"] = Field(
         "linear", description="classification head: one linear layer, or two with a GELU between them"
     )
-    pooling: Literal["last", "mean"] = Field(
-        "last", description="input of the head: the last token's hidden state, or the mean over the sequence"
+    pooling: Literal["last", "first", "mean", "decoder"] | None = Field(
+        None,
+        description="input of the head: the hidden state of the last or the first token, the mean over the sequence, "
+        "or the first state of the decoder behind an encoder; null: last for a decoder, first ([CLS]) for an encoder, "
+        "decoder for an encoder-decoder (T5), whose mean is the encoder's and leaves out the decoder",
     )
     label_words: dict[Label, Annotated[list[Label], BeforeValidator(as_list)]] = Field(
         {},
@@ -98,7 +101,8 @@ class Model(Section):
             raise ValueError(f"label_scoring changes nothing with readout={self.readout}; set readout=label_tokens")
         if self.readout == "label_tokens" and not all(self.label_words.values() or [None]):
             raise ValueError("readout=label_tokens needs label_words, a word for each class")
-        if self.readout != "head" and self.pooling != "last":
+        legal = (None, "last", "decoder") if self.readout == "label_tokens" else (None, "last")
+        if self.readout != "head" and self.pooling not in legal:
             raise ValueError(
                 f"readout={self.readout} reads the last token, not pooling={self.pooling}; set pooling=last"
             )

@@ -8,6 +8,9 @@ from pydantic import BeforeValidator, Field
 
 from pairclf.config.section import Section, as_list
 
+Scale = Annotated[float, Field(ge=1e-3, le=1e3)]
+"""What logits are divided by or multiplied with. Far outside of this range they overflow, and rows have no scores."""
+
 
 class Predict(Section):
     swap: Literal["off", "full", "budget", "split"] = Field(
@@ -23,11 +26,11 @@ class Predict(Section):
     tokens_per_batch: int | None = Field(
         None,
         ge=1,
-        description="maximum tokens per forward pass; affects memory and speed, not results; null: 16384 on a GPU, "
-        "2048 on a CPU",
+        description="maximum tokens per forward pass (in padded batches T > 512 tokens count as T^2 / 512); affects "
+        "memory and speed, not results; null: 16384 on a GPU, 2048 on a CPU",
     )
-    temperature: float = Field(
-        1.0, gt=0, description="each order's logits are divided by it before the softmax; `pairclf evaluate` fits it"
+    temperature: Scale = Field(
+        1.0, description="each order's logits are divided by it before the softmax; `pairclf evaluate` fits it"
     )
     devices: Annotated[list[str], BeforeValidator(as_list)] = Field(
         [], description="a device for each worker, e.g. [cuda:0, cuda:1] or [cpu, cpu]; empty: every GPU, or one CPU"

@@ -31,17 +31,30 @@ class Prompt(Section):
         ge=1,
         description="maximum tokens of an example, label included; null: half of inputs.max_length, shared by k",
     )
-
-    calibration: Literal["none", "batch"] = Field(
+    rationale: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="maximum tokens that the model writes before its label is scored, greedily and up to its end of "
+        "turn; 0: none",
+    )
+    answer_trigger: str = Field(
+        "\n\n### Verdict\n", min_length=1, description="with rationale: text between the rationale and the label word"
+    )
+    calibration: Literal["none", "batch", "contextual"] = Field(
         "none",
-        description="batch: divide each class's probability by its mean over 200 training rows, whose labels are not "
-        "looked at (batch calibration)",
+        description="divide each class's probability by its mean. batch: over 200 training rows, whose labels are not "
+        "looked at; contextual: over rows without content, whose fields are N/A, nothing and [MASK]",
     )
 
     @model_validator(mode="after")
     def _with_examples(self) -> Prompt:
         fields, names = type(self).model_fields, ("examples", "pool", "template", "max_length")
         changed = [name for name in names if getattr(self, name) != fields[name].default]
+        if not self.rationale and self.answer_trigger != fields["answer_trigger"].default:
+            raise ValueError("answer_trigger changes nothing with rationale=0, which writes nothing; remove it")
+        if self.k and self.rationale:
+            raise ValueError(f"k={self.k} shows examples without a rationale; set k=0, or rationale=0")
         if self.k == 0 and changed:
             raise ValueError(f"{changed[0]} changes nothing with k=0, which shows no examples; remove it or set k")
         if self.examples == "fixed" and "pool" in changed:

@@ -59,6 +59,10 @@ RENAMED = {
 
 ELSEWHERE = {
     "num_fewshot": "prompt.k",
+    "max_new_tokens": "prompt.rationale",
+    "max_gen_toks": "prompt.rationale",
+    "hypothesis_template": "inputs.template.text",
+    "candidate_labels": "inputs.template.labels",
     "base_model": "model.base",
     "model_id": "model.base",
     "model_name": "model.base",
@@ -79,6 +83,7 @@ ELSEWHERE = {
     "label_col": "task.label_column",
     "label_name": "task.label_column",
     "target": "task.label_column",
+    "threshold": "data.submission.thresholds",
     "target_column": "task.label_column",
     "text_column": "task.fields",
     "bias": "model.lora",
@@ -87,6 +92,7 @@ ELSEWHERE = {
     "modules_to_save": "model.lora.target_modules",
     "layers_to_transform": "model.lora.first_layer",
     "lr": "train.learning_rate",
+    **dict.fromkeys(("llrd", "layerwise_lr_decay", "layerwise_learning_rate_decay"), "train.layer_decay"),
     "batch_size": "train.global_batch_size",
     "train_batch_size": "train.global_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size",
@@ -117,5 +123,10 @@ ELSEWHERE = {
     "tta": "predict.swap",
     "device": "predict.devices",
     "device_map": "predict.devices",
+    "num_boost_round": "classical.n_estimators",
+    "num_iterations": "classical.n_estimators",
+    "min_data_in_leaf": "classical.min_child_samples",
+    "min_samples_leaf": "classical.min_child_samples",
+    "max_leaf_nodes": "classical.num_leaves",
 }
 """`{name in transformers, PEFT, TRL or in users' habits, whatever its section: our key}`."""

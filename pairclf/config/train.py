@@ -49,8 +49,8 @@ class Train(Section):
     tokens_per_batch: int | None = Field(
         16_384,
         ge=1,
-        description="maximum tokens per forward pass, padding and both orders included (a longer row runs alone); "
-        "affects memory and speed, not results; null: no limit",
+        description="maximum tokens per forward pass, padding and both orders included (a longer row runs alone; in "
+        "padded batches T > 512 tokens count as T^2 / 512); affects memory and speed, not results; null: no limit",
     )
     layout: Literal["padded", "packed", "shared"] = Field(
         "packed",
@@ -67,6 +67,13 @@ class Train(Section):
     )
     lora_b_learning_rate: float | None = Field(
         None, gt=0, description="peak learning rate of LoRA's B matrices; null: learning_rate"
+    )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of the learning rate from each layer to the one below it, and from the lowest to the "
+        "embeddings; the top layer and the head keep theirs",
     )
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's first and second moment")
     adam_epsilon: float = Field(1e-8, gt=0, description="term that AdamW adds to the denominator for stability")
@@ -86,10 +93,10 @@ class Train(Section):
         description="cross-entropy over the labels, or (model.readout=label_tokens) over the whole vocabulary at the "
         "place where the label is read",
     )
-    swap: Literal["none", "random", "both"] = Field(
-        "both",
+    swap: Literal["none", "random", "both"] | None = Field(
+        None,
         description="order augmentation: none (as in the file), random (one random order per row and step), both (both "
-        "orders in the same step)",
+        "orders in the same step); null: both for a decoder or with consistency_weight, none for an encoder",
     )
     consistency_weight: float = Field(
         0.0, ge=0, description="weight of the symmetric KL divergence between the predictions of a row's two orders"
@@ -142,7 +149,7 @@ class Train(Section):
     @property
     def orders(self) -> int:
         """Orders in which one step shows a row."""
-        return 2 if self.swap == "both" else 1
+        return 2 if self.swap in (None, "both") else 1
 
     @model_validator(mode="after")
     def _legal(self) -> Train:
@@ -163,7 +170,7 @@ class Train(Section):
                     "average_checkpoints, ema_decay and keep_weights=best each choose the weights that are saved; "
                     "ema_decay can be combined with keep_weights=best, average_checkpoints with neither"
                 )
-        if self.consistency_weight and self.swap != "both":
+        if self.consistency_weight and self.swap not in (None, "both"):
             raise ValueError(f"consistency_weight compares a row's two orders and needs swap=both, not {self.swap}")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"adam_betas {self.adam_betas} must be from 0 to 1, 1 excluded")

@@ -19,7 +19,7 @@ from pairclf.config.section import Section
 from pairclf.config.train import Train
 from pairclf.config.wording import complete_example, complete_template
 from pairclf.errors import ConfigError
-from pairclf.task import LMSYS, TASKS, Task, as_task
+from pairclf.task import LMSYS, SIDE, TASKS, Task, as_task
 
 SECTIONS = {
     "finetune": ("inputs", "model", "train"),
@@ -27,6 +27,13 @@ SECTIONS = {
     "classical": ("classical",),
 }
 """Sections that an approach reads besides those that all of them do."""
+
+
+ANSWERS = ("yes", "no")
+"""What is said of a label, where a row may have several."""
+
+BY_FIELD = ("budget_shares", "min_tokens", "truncation", "head_ratio")
+"""Settings of `inputs` that have a value for each field."""
 
 
 def _reader_of(section: str) -> str:
@@ -56,7 +63,9 @@ class Config(Section):
     model: Model = Field(default_factory=Model, description="base model, adapters and head")
     train: Train = Field(default_factory=Train, description="fine-tuning")
     prompt: Prompt = Field(default_factory=Prompt, description="examples before each row")
-    classical: Classical = Field(default_factory=Classical, description="TF-IDF with a regression or trees")
+    classical: Classical = Field(
+        default_factory=Classical, description="TF-IDF with linear models, neighbours or trees"
+    )
     predict: Predict = Field(default_factory=Predict, description="inference")
     package: Package = Field(default_factory=Package, description="the Kaggle notebook and what it attaches")
 
@@ -64,6 +73,7 @@ class Config(Section):
     def _derive(self) -> Config:
         self._refuse_unread()
         self._check_sides()
+        self._check_labels()
         self._complete_wording()
         self._complete_truncation()
         self._check_training()
@@ -86,9 +96,38 @@ class Config(Section):
         return self.prompt.k if self._reads("prompt") else 0
 
     @property
+    def rationale(self) -> int:
+        """Most tokens that the model writes before its label."""
+        return self.prompt.rationale if self._reads("prompt") else 0
+
+    @property
     def orders(self) -> int:
         """Orders of a row's two sides that a model sees differently."""
         return 2 if self.task.swappable and not self.model.one_sided else 1
+
+    @property
+    def by_label(self) -> bool:
+        """Whether each label of a row has a text of its own, which yes or no follows."""
+        return self.task.multi_label and self.model.readout == "label_tokens"
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What `model.label_words` has words for."""
+        return ANSWERS if self.by_label else self.task.classes
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether a reward model scores one text a row (`pointwise`)."""
+        return self.model.one_sided and not self.task.swappable
+
+    def pointwise(self) -> Config:
+        """The config of a reward model that scores one text a row: the recipe is that of a pair's either side."""
+        task, (side, _) = self.task.pointwise, self.task.swap_fields or ("", "")
+        by_field = {
+            key: {name: getattr(self.inputs, key)[side if name == SIDE else name] for name in task.fields}
+            for key in BY_FIELD
+        }
+        return self.model_copy(update={"task": task, "inputs": self.inputs.model_copy(update=by_field)})
 
     def _reads(self, section: str) -> bool:
         return section in SECTIONS[self.approach]
@@ -122,9 +161,18 @@ class Config(Section):
 
     def _complete_wording(self) -> None:
         template, words = self.inputs.template, self.model.scored_words.values()
-        complete_template(template, self.task, one_sided=self.model.one_sided, examples=self.num_examples > 0)
+        one_sided, examples = self.model.one_sided, self.num_examples > 0
+        complete_template(
+            template,
+            self.task,
+            one_sided=one_sided,
+            by_label=self.by_label,
+            examples=examples,
+            rationale=self.rationale > 0,
+        )
         if self.num_examples:
-            complete_example(self.prompt, template, self.task, [word for synonyms in words for word in synonyms])
+            each = [word for synonyms in words for word in synonyms]
+            complete_example(self.prompt, template, self.task, each, by_label=self.by_label)
 
     def _complete_truncation(self) -> None:
         inputs, task = self.inputs, self.task
@@ -133,7 +181,7 @@ class Config(Section):
         inputs.truncation = inputs.truncation or dict.fromkeys(task.fields, "head_tail")
         if not isinstance(inputs.head_ratio, dict):
             inputs.head_ratio = dict.fromkeys(task.fields, inputs.head_ratio)
-        for key in ("budget_shares", "min_tokens", "truncation", "head_ratio"):
+        for key in BY_FIELD:
             by_field = getattr(inputs, key)
             if set(by_field) != set(task.fields):
                 raise ValueError(
@@ -157,15 +205,18 @@ class Config(Section):
         if self.orders == 1 and (train.swap == "random" or train.consistency_weight):
             why = f"the task {task.name} has none" if not task.swappable else "model.readout=reward sees one at a time"
             raise ValueError(f"train.swap=random and train.consistency_weight need a task with swap_fields; {why}")
-        if train.swap == "both" and self.orders == 1:
+        if train.swap in (None, "both") and self.orders == 1:
             train.swap = "none"
         if self.trains and train.layout != "padded" and self.model.attn_implementation in ("eager", "sdpa"):
             raise ValueError(
                 f"model.attn_implementation={self.model.attn_implementation} would let packed rows attend to each "
                 "other; set train.layout=padded or model.attn_implementation=auto"
             )
-        if words and set(words) != set(task.classes):
-            raise ValueError(f"model.label_words names {sorted(words)}; it must name each class: {list(task.classes)}")
+        if words and set(words) != set(self.answers):
+            raise ValueError(
+                f"model.label_words names {sorted(words)}; it must name each "
+                f"{'answer' if self.by_label else 'class'}: {list(self.answers)}"
+            )
         if len(different) < sum(map(len, words.values())):
             raise ValueError(f"model.label_words {words} gives two classes the same word, or one class a word twice")
         if not self._reads("train") and self.model.lora not in (None, Lora()):
@@ -185,7 +236,7 @@ class Config(Section):
 
     def _check_sides(self) -> None:
         """What a reward for each side needs."""
-        model, train, task, layout = self.model, self.train, self.task, self.predict.layout
+        model, train, task = self.model, self.train, self.task
         if not model.one_sided:
             if train.center_rewards_coefficient is not None:
                 raise ValueError(
@@ -202,13 +253,34 @@ class Config(Section):
                 f"model.tie_model={model.tie_model} needs a class for ties, and the task {task.name} has only "
                 f"{list(task.classes)}; remove it"
             )
-        if train.layout == "packed":
+        self._share_text("both sides")
+
+    def _share_text(self, branches: str) -> None:
+        """Lay out what a row's branches begin with once; only the layout `shared` does."""
+        train = self.train
+        if self._reads("train") and train.layout == "packed":
             train.layout = "shared"
-        if train.layout == "padded" or layout not in ("auto", "shared"):
+        if train.layout == "padded" or self.predict.layout not in ("auto", "shared"):
             raise ValueError(
-                "model.readout=reward computes a row's prompt once for both sides: set train.layout=shared and "
-                "predict.layout=auto"
+                f"model.readout={self.model.readout} computes a row's text once for {branches}: set "
+                "train.layout=shared and predict.layout=auto"
             )
+
+    def _check_labels(self) -> None:
+        """What a yes or no for each label needs."""
+        if not self.by_label:
+            return
+        if self.train.loss == "vocabulary":
+            raise ValueError(
+                f"train.loss=vocabulary is of one label word a row, and the task {self.task.name} is multi_label; set "
+                "train.loss=labels"
+            )
+        if self.rationale:
+            raise ValueError(
+                f"prompt.rationale={self.rationale} is written before one label word, and the task {self.task.name} is "
+                "multi_label; set prompt.rationale=0"
+            )
+        self._share_text("all labels")
 
     def _check_readout(self) -> None:
         model, train = self.model, self.train
@@ -227,11 +299,6 @@ class Config(Section):
                 raise ValueError(
                     "model.label_scoring=joint reads the base's LM head, and model.lora=null trains the base away from "
                     "it; set model.label_scoring=trie or model.lora={}"
-                )
-            if self.task.multi_label:
-                raise ValueError(
-                    f"model.readout=label_tokens gives one label, and the task {self.task.name} is multi_label; set "
-                    "model.readout=head"
                 )
         elif train.loss == "vocabulary":
             raise ValueError(

@@ -85,8 +85,47 @@ def write_scores(path: Path, scores: pl.DataFrame) -> None:
         scores.write_parquet(temporary)
 
 
+def with_labels(
+    scores: pl.DataFrame, task: Task, *, fold: int, targets: Floats, logits: Floats | None = None
+) -> pl.DataFrame:
+    """Out-of-fold scores with what a notebook would have to join: more columns, which `read_scores` leaves out.
+
+    The columns: `fold` Int32, `target_CLASS` Float64 each, and `logit_ab_CLASS` and, where the model sees an order,
+    `logit_ba_CLASS` Float64 each: an order's logits in its own columns, before any temperature.
+
+    Args:
+        scores: of `scores_frame`.
+        task: names the classes.
+        fold: the fold that held the rows out.
+        targets: `(N, C)`.
+        logits: `(N, O, C)`; None: an older pairclf kept none.
+    """
+    parts = {"target": targets}
+    if logits is not None:
+        parts |= {f"logit_{order}": logits[:, place] for place, order in enumerate(ORDERS[: logits.shape[1]])}
+    return scores.with_columns(
+        pl.lit(fold, dtype=pl.Int32).alias("fold"),
+        *(
+            pl.Series(f"{part}_{name}", values[:, column], dtype=pl.Float64)
+            for part, values in parts.items()
+            for column, name in enumerate(task.classes)
+        ),
+    )
+
+
+ORDERS = ("ab", "ba")
+"""The orders in the names of columns."""
+
+
+def _without_labels(frame: pl.DataFrame, task: Task) -> pl.DataFrame:
+    parts = ("target", *(f"logit_{order}" for order in ORDERS))
+    return frame.drop("fold", *(f"{part}_{name}" for part in parts for name in task.classes), strict=False)
+
+
 def read_scores(path: Path, task: Task, *, foreign: bool = False) -> pl.DataFrame:
     """Read what `write_scores` wrote, checked again. `seen` and `HASHES` are null where an older pairclf wrote none.
+
+    The columns of `with_labels` are left out.
 
     Args:
         foreign: accept other people's files with `id` and a column per class; missing columns become null, and their
@@ -95,7 +134,7 @@ def read_scores(path: Path, task: Task, *, foreign: bool = False) -> pl.DataFram
     Raises:
         DataError: the file can't be read, is no table of scores of this task, or breaks a rule of `scores_frame`.
     """
-    frame, schema = load(path), _score_schema(task)
+    frame, schema = _without_labels(load(path), task), _score_schema(task)
     missing = [name for name in ("id", *task.classes) if name not in frame.columns]
     if foreign and missing:
         what = f"columns {missing} are missing; the file has {frame.columns}"

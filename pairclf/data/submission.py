@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pairclf.data.scores import class_matrix, impossible_values, repeated_ids, s
 from pairclf.errors import DataError
 from pairclf.files import atomic_file
 from pairclf.scores.metrics import METRICS, Floats, likeliest
+from pairclf.scores.thresholds import DEFAULT, apply_thresholds, thresholds_of
 from pairclf.task import Task
 
 
@@ -32,6 +33,7 @@ class Form:
         classes: column -> the class that it belongs to; all classes, or one of two.
         label: the column with the name of the likeliest class; None: there is none.
         hard: the columns of classes hold 1 and 0 instead of probabilities.
+        thresholds: of several labels; `settings.thresholds`.
     """
 
     task: Task
@@ -40,13 +42,20 @@ class Form:
     classes: Mapping[str, str]
     label: str | None = None
     hard: bool = False
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.label is not None:
             return f"column {self.label!r} holds the name of the likeliest class"
-        rule = "from a probability of 0.5" if self.task.multi_label else "for the likeliest class"
+        rule = f"from a probability of {self._levels()}" if self.task.multi_label else "for the likeliest class"
         what = f"1 {rule}, or else 0" if self.hard else "probabilities"
-        return f"columns hold {what}: {', '.join(f'{column} of {name}' for column, name in self.classes.items())}"
+        named = (column if column == name else f"{column} of {name}" for column, name in self.classes.items())
+        return f"columns hold {what}: {', '.join(named)}"
+
+    def _levels(self) -> str:
+        """The thresholds in words: `0.5`, or `0.5 (software 0.3)`."""
+        own = ", ".join(f"{name} {value:g}" for name, value in self.thresholds.items())
+        return f"{DEFAULT:g}{f' ({own})' if own else ''}"
 
     def fill(self, scores: pl.DataFrame) -> pl.DataFrame:
         """The submission's table from the `id` and the class columns of scores."""
@@ -56,8 +65,12 @@ class Form:
             names = [self.task.classes[index] for index in likeliest(values)]
             cells[self.label] = pl.Series(names, dtype=pl.String)
         if self.hard:
-            chosen = values >= 0.5 if self.task.multi_label else np.eye(len(self.task.classes))[likeliest(values)]
-            values = np.asarray(chosen, dtype=np.int64)
+            chosen = (
+                apply_thresholds(values, thresholds_of(self.task, self.thresholds))
+                if self.task.multi_label
+                else np.eye(len(self.task.classes), dtype=np.bool_)[likeliest(values)]
+            )
+            values = chosen.astype(np.int64)
         for column, name in self.classes.items():
             cells[column] = pl.Series(values[:, self.task.classes.index(name)])
         return pl.DataFrame([cells[column].alias(column) for column in self.columns])
@@ -91,11 +104,11 @@ def form_of(task: Task, settings: Submission, sample: pl.DataFrame | None) -> Fo
         if label is not None and not explicit and (hard or (settings.values == "auto" and _asks_for_labels(task))):
             return Form(task, row_id, [row_id, label], {}, label)
         classes = explicit if len(explicit) == 1 and task.kind == "binary" else named
-        return Form(task, row_id, [row_id, *classes], classes, hard=hard)
+        return Form(task, row_id, [row_id, *classes], classes, None, hard, settings.thresholds)
     others = [name for name in sample.columns if name != row_id]
     if row_id in sample.columns and len(others) == len(sample.columns) - 1:
         if set(others) == set(named):
-            return Form(task, row_id, sample.columns, named, hard=hard)
+            return Form(task, row_id, sample.columns, named, None, hard, settings.thresholds)
         if len(others) == 1 and others[0] in named and task.kind == "binary":
             return Form(task, row_id, sample.columns, {others[0]: named[others[0]]}, hard=hard)
         if others == [label]:
@@ -125,6 +138,12 @@ def possible_forms(task: Task, settings: Submission) -> list[Form]:
 
 def _check_settings(task: Task, settings: Submission) -> None:
     ours = [*task.classes, *([task.label_column] if task.label_column else [])]
+    if settings.thresholds and not task.multi_label:
+        what = f"data.submission.thresholds={settings.thresholds} are for several labels a row"
+        raise DataError(f"{what}, and task {task.name!r} has one: the likeliest class", remedy="remove the setting")
+    if unknown := [name for name in settings.thresholds if name not in task.classes]:
+        what = f"data.submission.thresholds names {unknown}, which are no labels of task {task.name!r}"
+        raise DataError(what, remedy=f"its labels are {', '.join(task.classes)}")
     if unknown := [name for name in settings.columns if name not in ours]:
         remedy = f"our names stand on the left: {', '.join(ours)}"
         raise DataError(f"data.submission.columns maps {unknown}, which task {task.name!r} has not", remedy=remedy)

@@ -7,6 +7,7 @@
         weight: 0.4
         share: 0.3                       # the most uncertain 30% of the rows
     temperature: 1.02
+    mean: geometric                      # of the probabilities; default: arithmetic
 
 `pairclf predict --help` names the command; `MemberFile` and `EnsembleFile` hold every key with its help.
 """
@@ -25,13 +26,13 @@ from pydantic import Field, model_validator
 from pairclf.bundles.bundle import Bundle, open_bundle
 from pairclf.bundles.manifest import Manifest
 from pairclf.config import MAX_YAML, Config, Data, Section, checked, override, parse_yaml
-from pairclf.config.predict import Predict
+from pairclf.config.predict import Predict, Scale
 from pairclf.console import console
 from pairclf.errors import BundleError, ConfigError, cut, visible
 from pairclf.files import read_plain
 from pairclf.run import refuse_mixed_bundles
 from pairclf.scores.metrics import ONE_ORDER, Floats
-from pairclf.scores.probabilities import blend
+from pairclf.scores.probabilities import Calibration, Mean, blend, has_tie
 from pairclf.task import Task
 
 RUN_SETTINGS = ("swap", "layout", "devices", "parallelism", "tokens_per_batch")
@@ -58,10 +59,16 @@ class MemberFile(Section):
     """An entry of `members`."""
 
     bundle: Path = Field(description="folder of the bundle, relative to this file's")
-    weight: float = Field(1.0, gt=0, description="weight of its probabilities in the mean")
-    temperature: float | None = Field(
-        None, gt=0, description="its logits are divided by it; null: the bundle's predict.temperature"
+    weight: float = Field(1.0, ge=1e-9, le=1e9, description="weight of its probabilities in the mean")
+    temperature: Scale | list[Scale] | None = Field(
+        None,
+        description="its logits are divided by it; with several labels per row also one a label; null: the bundle's "
+        "predict.temperature",
     )
+    tie_scale: Scale = Field(
+        1.0, description="factor of the distance of a tie's logit from the mean of the sides' logits"
+    )
+    tie_bias: float = Field(0.0, ge=-1000, le=1000, description="nats that are added to a tie's logit")
     base: Path | None = Field(
         None, description="folder of its base model, relative to this file's; null: as --base says"
     )
@@ -75,7 +82,11 @@ class EnsembleFile(Section):
     """The file: members in the order in which they run."""
 
     members: list[MemberFile] = Field(min_length=1, description="the models, in the order in which they run")
-    temperature: float = Field(1.0, gt=0, description="of the blend; above 1: less sure")
+    temperature: Scale = Field(1.0, description="of the blend; above 1: less sure")
+    mean: Mean = Field("arithmetic", description="mean of the members' probabilities")
+    out_of_fold: dict[str, float] = Field(
+        default_factory=dict, description="metrics of the blend on held-out rows, as `pairclf blend` measured them"
+    )
 
     @model_validator(mode="after")
     def _first_takes_all(self) -> EnsembleFile:
@@ -95,7 +106,7 @@ class EnsembleMember:
         bundle: its config has the run's overrides.
         base: folder of the base model on this machine; None: where `model.base` says.
         weight: in the blend.
-        temperature: divides its logits.
+        calibration: of its logits.
         share: fraction of the rows that it scores, the most uncertain ones.
         gain_member: expected gain of its first order, in nats a row.
         gain_swap: expected gain of its second order, in nats a row.
@@ -105,7 +116,7 @@ class EnsembleMember:
     bundle: Bundle
     base: Path | None
     weight: float
-    temperature: float
+    calibration: Calibration
     share: float
     gain_member: float
     gain_swap: float
@@ -121,6 +132,7 @@ class Ensemble:
         task: of all members.
         settings: `predict` of all members, as far as `RUN_SETTINGS` goes.
         prior: `(C,)`, the weighted mean of the members' priors, for rows without scores.
+        mean: of the members' probabilities.
     """
 
     members: tuple[EnsembleMember, ...]
@@ -128,6 +140,7 @@ class Ensemble:
     task: Task
     settings: Predict
     prior: Floats
+    mean: Mean = "arithmetic"
 
     @property
     def data(self) -> Data:
@@ -140,14 +153,16 @@ class Ensemble:
         return max(member.bundle.config.orders for member in self.members)
 
     @property
-    def temperatures(self) -> list[float]:
-        """Temperature of each member."""
-        return [member.temperature for member in self.members]
+    def calibrations(self) -> list[Calibration]:
+        """Calibration of each member."""
+        return [member.calibration for member in self.members]
 
     def blend(self, per_member: Sequence[Floats]) -> Floats:
         """Blend the members' probabilities, `(N, C)` each, as `probabilities.blend`."""
         weights = [member.weight for member in self.members]
-        return blend(per_member, self.task, weights=weights, prior=self.prior, temperature=self.temperature)
+        return blend(
+            per_member, self.task, weights=weights, prior=self.prior, temperature=self.temperature, kind=self.mean
+        )
 
 
 def open_ensemble(paths: Sequence[Path], base: Path | None, overrides: Sequence[str]) -> Ensemble:
@@ -182,7 +197,7 @@ def open_ensemble(paths: Sequence[Path], base: Path | None, overrides: Sequence[
     prior = np.average(
         [entry.bundle.manifest.prior for entry in members], axis=0, weights=[entry.weight for entry in members]
     )
-    return Ensemble(members, file.temperature, task, _common_settings(members), prior)
+    return Ensemble(members, file.temperature, task, _common_settings(members), prior, file.mean)
 
 
 def read_ensemble(paths: Sequence[Path]) -> EnsembleFile:
@@ -236,12 +251,35 @@ def _open_member(entry: MemberFile, place: int, base: Path | None, overrides: Se
         bundle=replace(bundle, config=config),
         base=base if entry.base is None else entry.base,
         weight=entry.weight,
-        temperature=config.predict.temperature if entry.temperature is None else entry.temperature,
+        calibration=_calibration_of(entry, config),
         share=entry.share,
         gain_member=default_gain if entry.gain is None else entry.gain,
         gain_swap=_gain_swap(config, bundle.manifest)
         * (0.5 if place else 1.0),  # the mean already includes other models
     )
+
+
+def _calibration_of(entry: MemberFile, config: Config) -> Calibration:
+    """A member's calibration.
+
+    Raises:
+        ConfigError: the task has no tie to be scaled, or not this number of labels.
+    """
+    task, given = config.task, entry.temperature
+    if (entry.tie_scale, entry.tie_bias) != (1, 0) and not has_tie(task):
+        raise ConfigError(
+            f"tie_scale or tie_bias of {entry.bundle} changes nothing: task {task.name!r} has no tie of two sides",
+            remedy="remove them",
+        )
+    if isinstance(given, list):
+        if not task.multi_label or len(given) != len(task.classes):
+            raise ConfigError(
+                f"temperature {given} of {entry.bundle} must be one number"
+                + (f", or one for each of the {len(task.classes)} labels" if task.multi_label else ""),
+                remedy="take it from `pairclf evaluate`",
+            )
+        return Calibration(tuple(given))
+    return Calibration(config.predict.temperature if given is None else given, entry.tie_scale, entry.tie_bias)
 
 
 def _told_apart(members: Sequence[EnsembleMember]) -> tuple[EnsembleMember, ...]:

@@ -194,7 +194,7 @@ def _setup_of_this_machine(
     planned, worker_models = [], []
     for member, file, cost in zip(members, prepared, costs, strict=True):
         rows = np.linspace(0, len(file.encoded) - 1, min(SAMPLE_ROWS, len(file.encoded))).astype(int)
-        index = _rows_of_index(file.inputs, rows)
+        index = file.inputs.of_rows(rows)
         planned.append(planned_model_of(member, index, cost, placement))
         encoded = [file.encoded[int(row)] for row in rows]
         worker_models.append(worker_model_of(member, encoded, overrides, LargestPass.of(index, budget)))
@@ -222,12 +222,6 @@ def _setup_of_this_machine(
     )
 
 
-def _rows_of_index(inputs: SequenceIndex, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> SequenceIndex:
-    """Some of the rows, without duplicates."""
-    lengths = inputs.lengths[rows]
-    return SequenceIndex(lengths, inputs.shared[rows], np.arange(lengths.size).reshape(lengths.shape))
-
-
 def _resized_index(inputs: SequenceIndex, rows: int) -> tuple[SequenceIndex, float]:
     """At most `MAX_SIMULATED_ROWS` rows, spread over the file, and how many of `rows` each stands for.
 
@@ -247,7 +241,7 @@ def _resized_index(inputs: SequenceIndex, rows: int) -> tuple[SequenceIndex, flo
             row, other = divmod(int(original[position, order]), orders)
             if row in position_of and position_of[row] <= position:
                 duplicate_of[position, order] = position_of[row] * orders + other
-    return SequenceIndex(lengths, inputs.shared[picked], duplicate_of), rows / count
+    return inputs.of_rows(picked, duplicate_of), rows / count
 
 
 class _ForecastPool(SimulatedPool):
@@ -319,6 +313,8 @@ def _by_pass(
     report = table(f"Forecast of {counted(rows, 'row')}, {tokens / 1e6:,.1f} M {unit}{both_orders}", "", "")
     report.add_row("devices", setup.placement.why)
     report.add_row("forward passes of", f"{setup.budget:,} {unit}, {setup.layout}")
+    if most := max(rows_of.rationale for rows_of, _ in inputs):
+        report.add_row("a rationale before each label", f"at most {most:,} tokens, a forward pass each")
     for number, member in enumerate(ensemble.members):
         name, orders = member.name, orders_of(swap, number, inputs[number][0])
         report.add_row(f"loading {name}", format_duration(setup.load_seconds[number]))

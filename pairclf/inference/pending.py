@@ -11,9 +11,16 @@ from pairclf.inference.messages import RowOrders
 from pairclf.inputs.plan import LAYOUTS, PLAIN, Layout, by_token_budget
 from pairclf.inputs.sequences import Bools, Ints, SequenceIndex
 
+MAX_SHARING = 4
+"""A sequence takes at least its tokens, divided by this, of a batch's room, however few it does not share: kernels copy
+the keys of all that it sees."""
+
 
 class Workload(NamedTuple):
-    """What forward passes compute: tokens, and the sum of squared sequence lengths. Workloads can be added."""
+    """What forward passes compute: tokens, and the sum of squared sequence lengths; and their number.
+
+    Each token of a rationale is a pass, beside the batches' own.
+    """
 
     tokens: float
     squares: float
@@ -56,7 +63,7 @@ class PendingSequences:
         return [RowOrders(row, tuple(orders.tolist())) for row, orders in by_row if len(orders)]
 
     def batches(self, budget: int, rank: int | None = None) -> list[list[int]]:
-        """All wanted rows in batches, longest first, including rows that are no longer pending.
+        """All wanted rows in batches, longest units first, including rows that are no longer pending.
 
         The batches depend on the inputs and the budget alone, not on what is still pending. So a resumed run scores the
         remaining rows in the same batches, to the same bits, as an uninterrupted one.
@@ -64,17 +71,39 @@ class PendingSequences:
         wanted = self.rank > 0 if rank is None else self.rank == rank
         rows = np.flatnonzero(wanted.any(axis=1))
         padded = self.record.pads
-        widths = wanted.shape[1] * (self.inputs.lengths * wanted).max(axis=1)
-        sizes = widths if padded else self._computed(wanted)[0]
-        return [rows[batch].tolist() for batch in by_token_budget(sizes[rows].tolist(), budget, padded=padded)]
+        widths = wanted.shape[1] * self.record.sizes((self.inputs.lengths * wanted).max(axis=1))
+        sizes = widths if padded else self._sizes(wanted)
+        by_unit = np.split(rows, 1 + np.flatnonzero(np.diff(self.inputs.unit_of[rows]))) if len(rows) else []
+        tokens = [int(sizes[unit].sum()) for unit in by_unit]
+        batches = by_token_budget(tokens, self.room(budget), padded=padded)
+        return [np.concatenate([by_unit[unit] for unit in batch]).tolist() for batch in batches]
 
     @property
     def record(self) -> Layout:
         return LAYOUTS[self.layout]
 
+    @property
+    def _prefixes(self) -> Ints:
+        """Tokens of each prefix of the file that a pass computes once."""
+        tokens: Ints = np.array(self.inputs.prefixes, dtype=np.int64) * int(self.record.shares)
+        return tokens
+
+    def room(self, budget: int) -> int:
+        """The tokens of a pass that are left for the rows' own, beside the prefixes that it computes once."""
+        return max(1, budget - int(self._prefixes.sum()))
+
     def _computed(self, selected: Bools) -> tuple[Ints, Ints]:
-        """`(N,)` tokens and squares of each row's selected sequences, if they share a batch."""
-        return self.record.of_rows(self.inputs.lengths * selected, self.inputs.shared)
+        """`(N,)` own tokens and squares of each row's selected sequences, if they share a batch."""
+        once = self._prefixes[self.inputs.prefix_numbers]
+        return self.record.of_rows(self.inputs.lengths * selected, self.inputs.shared, once)
+
+    def _sizes(self, selected: Bools) -> Ints:
+        """`(N,)` tokens that a row's selected sequences take of a batch's room."""
+        if self.record.pads:
+            return np.asarray(self.record.sizes(self.inputs.lengths * selected).sum(axis=1))
+        whole = (self.inputs.lengths * selected).sum(axis=1)
+        sizes: Ints = np.maximum(self._computed(selected)[0], -(-whole // MAX_SHARING))
+        return sizes
 
     def workload_of(self, batch: Iterable[RowOrders]) -> Workload:
         """The workload of one forward pass over this batch."""
@@ -83,16 +112,27 @@ class PendingSequences:
         lengths = np.zeros_like(self.inputs.lengths[rows])
         for index, (row, orders) in enumerate(items):
             lengths[index, list(orders)] = self.inputs.lengths[row, list(orders)]
-        return Workload(*self.record.of_pass(lengths, self.inputs.shared[rows]))
+        numbers = self.inputs.prefix_numbers[rows]
+        tokens, squares = self.record.of_pass(lengths, self.inputs.shared[rows], self._prefixes[numbers])
+        once, written = self._prefixes[np.unique(numbers[lengths > 0])], int(np.count_nonzero(lengths))
+        passes = 1.0 + self.inputs.rationale * written
+        return Workload(tokens + int(once.sum()), squares + int((once**2).sum()), passes)
 
     def workload_left(self, budget: int, rank: int | None = None) -> Workload:
         """The workload of all pending sequences of a rank; None: of both ranks, a row's orders together."""
-        tokens, squares = (float(by_row.sum()) for by_row in self._computed(self._pending_mask(rank)))
-        return Workload(tokens, squares, float(np.ceil(tokens / budget)))
+        pending, once = self._pending_mask(rank), self._prefixes
+        tokens, squares = (float(by_row.sum()) for by_row in self._computed(pending))
+        batches = self.batches_left(budget, rank)
+        passes = batches + float(self.inputs.rationale * np.count_nonzero(pending))
+        return Workload(tokens + batches * float(once.sum()), squares + batches * float((once**2).sum()), passes)
+
+    def batches_left(self, budget: int, rank: int | None = None) -> float:
+        """About how many batches the pending sequences of a rank take."""
+        return float(np.ceil(self._sizes(self._pending_mask(rank)).sum() / self.room(budget)))
 
     def tokens_left(self, rank: int) -> Ints:
-        """`(N,)` pending tokens of each row in a rank."""
-        return self._computed(self._pending_mask(rank))[0]
+        """`(N,)` tokens that each row's pending sequences of a rank take of a batch's `room`."""
+        return self._sizes(self._pending_mask(rank))
 
     def _pending_mask(self, rank: int | None) -> Bools:
         return self.is_pending if rank is None else self.is_pending & (self.rank == rank)

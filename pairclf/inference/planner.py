@@ -14,7 +14,8 @@ from pairclf.inference.pending import PendingSequences
 from pairclf.inference.schedule import CandidatePass, PlannedPass, reserved_seconds, schedule
 from pairclf.inference.state import PredictionState, orders_of, pass_name
 from pairclf.inference.throughput import SequenceCost, ThroughputModel
-from pairclf.inputs.sequences import SequenceIndex
+from pairclf.inputs.sequences import Ints, SequenceIndex
+from pairclf.scores.metrics import Floats
 
 SLOWDOWN_MARGIN = 3.0
 """Both orders of a row are scored together (their shared tokens are computed once) only if the first orders of all
@@ -267,7 +268,7 @@ class Planner:
         halvings = 3.0
         if self.throughput.is_fitted:
             workload = self.pending.workload_left(self.budget)
-            seconds = self.throughput.seconds(workload) / max(workload.passes, 1.0)
+            seconds = self.throughput.seconds(workload) / max(self.pending.batches_left(self.budget), 1.0)
             allowed = MAX_PASS_SHARE * (self.stop - self._clock())
             # A power of two, so that small changes of the estimate don't cut all batches anew.
             halvings = np.ceil(np.log2(max(1.0, seconds / max(allowed, 1e-9))))
@@ -281,18 +282,25 @@ class Planner:
         return self._from_queue(rank)
 
     def _most_valuable_rows(self, rank: int) -> tuple[RowOrders, ...]:
-        """A batch of the rows with most uncertainty a token; with `swap=budget` simply the most uncertain rows."""
+        """A batch of the units with most uncertainty a token; with `swap=budget` simply of the most uncertain ones."""
         key = ("most valuable", rank, budget := self._pass_budget())
         if self._queue_key != key or not self._queue:
             tokens = self.pending.tokens_left(rank)
-            value = self._state.uncertainty() * self.pending.rows_left(rank)
+            value = self._of_unit(self._state.uncertainty() * self.pending.rows_left(rank))
             if self.swap != "budget" or rank == 1:
-                value = value / np.maximum(tokens, 1)
+                value = value / np.maximum(self._of_unit(tokens), 1)
             ranked = np.argsort(-value, kind="stable")[: np.count_nonzero(value)]
             padded = self.pending.record.pads
-            batches = _split_by_budget(ranked.tolist(), tokens.tolist(), budget, REPLAN_AFTER, padded=padded)
+            room = self.pending.room(budget)
+            batches = _split_by_budget(ranked.tolist(), tokens.tolist(), room, REPLAN_AFTER, padded=padded)
             self._queue, self._queue_key = batches[::-1], key
         return self._from_queue(rank)
+
+    def _of_unit(self, values: Floats | Ints) -> Floats:
+        """`(N,)`: the sum of a value over each row's unit."""
+        unit_of = self.pending.inputs.unit_of
+        sums: Floats = np.bincount(unit_of, weights=values).astype(np.float64)[unit_of]
+        return sums
 
     def _from_queue(self, rank: int | None) -> tuple[RowOrders, ...]:
         """The pending part of the next queued batch that has any."""

@@ -47,6 +47,7 @@ class WorkerModel:
         overrides: `key=value`.
         encoded: encoded sequences, by row, then order.
         largest: the largest forward pass of the run.
+        pointwise: as `Assignment.pointwise`.
     """
 
     module: str
@@ -55,6 +56,7 @@ class WorkerModel:
     overrides: tuple[str, ...]
     encoded: Sequence[tuple[Any, ...]]
     largest: LargestPass
+    pointwise: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -245,6 +247,7 @@ class ProcessPool:
                     threads=threads,
                     largest=model.largest,
                     beside=beside,
+                    pointwise=model.pointwise,
                     trust=granted(),
                 )
                 _send(worker, assignment)

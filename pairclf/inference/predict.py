@@ -16,6 +16,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -36,7 +37,7 @@ from pairclf.files import check_file_target, refuse_special_files
 from pairclf.inference.deadline import format_duration, seconds_until
 from pairclf.inference.ensemble import Ensemble, EnsembleMember, open_ensemble
 from pairclf.inference.journal import Journal
-from pairclf.inference.loop import PredictionLoop, PredictionResult, ProgressReporter
+from pairclf.inference.loop import PredictionLoop, PredictionResult, ProgressReporter, SubmissionOutput
 from pairclf.inference.messages import Clock
 from pairclf.inference.pool import ProcessPool
 from pairclf.inference.prepare import (
@@ -54,7 +55,7 @@ from pairclf.inference.state import ORDERS_HINT, PredictionState, pass_name
 from pairclf.inference.submission import PREVIOUS_SUBMISSION, SubmissionWriter
 from pairclf.inputs.cache import RowDigest, RowSource
 from pairclf.inputs.plan import token_budget
-from pairclf.inputs.sequences import LargestPass
+from pairclf.inputs.sequences import Ints, LargestPass
 from pairclf.run import unlabelled
 from pairclf.signals import signals
 
@@ -120,7 +121,7 @@ def predict(
         )
     work = written.with_name(f"{written.stem}.work")
     end = float("inf") if deadline is None else clock() + seconds_until(deadline, datetime.now(UTC), spent)
-    _check_paths(out, scores, data, sample, work)
+    check_paths(out, scores, data, sample, work)
     out = out or work / PRIVATE_SUBMISSION
     ensemble = open_ensemble(paths, base, overrides)
     names = ensemble.data.settled_submission
@@ -135,24 +136,25 @@ def predict(
             console.print("note: the test file has no ids: its rows are those of the sample submission, in its order")
         check_ids(rows.ids, ensemble.task, sample, names)
         submission.ids = rows.ids
-        with closing(Journal.open(work / JOURNAL, _identity(ensemble, rows.digest))) as journal:
+        with closing(Journal.open(work / JOURNAL, identity_of_run(ensemble, rows.digest))) as journal:
             if not resume:
                 journal.clear()
             submission.journal = journal
             submission.begin(ensemble.prior)  # an existing file may be better than priors
             warm_up_workers(ensemble)
-            time_left = PreparationTime(caught, clock, end - _reserve(end - clock(), submission))
+            time_left = PreparationTime(caught, clock, end - reserve(end - clock(), submission.seconds))
             console.print(f"comparing the hashes of {counted(len(ensemble.members), 'bundle')}")
             left_out = verify_in_time(ensemble.members, time_left)
             # Before scoring: no time is reserved for it at the end.
             trained_on = None if left_out or time_left.limit(1.0)() else _trained_on_rows(ensemble, rows.marks)
-            result = _score_rows(ensemble, rows, data, overrides, journal, submission, time_left, left_out)
+            file = UnscoredFile(data, rows.digest, len(rows.ids))
+            result = score_file(ensemble, file, overrides, journal, submission, time_left, left_out)
             table = _scores(ensemble, rows, result.state, trained_on)
             if (table["orders"] > 0).any() or not submission.is_from_earlier_run:
                 submission.close(result.state.probabilities())
         if scores is not None:
             write_scores(scores, table)
-        _clean_up(work, journal, done=not (result.rows_left or result.lost_models or result.stop_signal))
+        clean_up(work, journal, done=not (result.rows_left or result.lost_models or result.stop_signal))
     console.print(_summary_table(ensemble, table, result))
     _report_incomplete(result, table, submission, written, strict)
     return table
@@ -161,7 +163,7 @@ def predict(
 # --- before --------------------------------------------------------------------------------------------------------
 
 
-def _check_paths(out: Path | None, scores: Path | None, data: Path, sample: Path | None, work: Path) -> None:
+def check_paths(out: Path | None, scores: Path | None, data: Path, sample: Path | None, work: Path) -> None:
     """Fail early, before hours of scoring."""
     if work in (out, scores) or work.is_symlink() or (work.exists() and not work.is_dir()):
         raise ConfigError(
@@ -177,7 +179,7 @@ def _check_paths(out: Path | None, scores: Path | None, data: Path, sample: Path
     if len(set(named)) != len(named):
         raise ConfigError("two of the files to read and to write are the same", remedy="give each its own path")
     for path in written:
-        check_file_target(path)
+        check_file_target(path, *([".parquet"] if path == scores else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,7 @@ def _read(config: Config, data: Path, *, marked: bool) -> _Rows:
     return _Rows(ids, pl.concat(hashes), pl.concat(marks) if marked else None, digest.hexdigest())
 
 
-def _identity(ensemble: Ensemble, digest: str) -> dict[str, object]:
+def identity_of_run(ensemble: Ensemble, digest: str) -> dict[str, object]:
     """Everything that determines the logits of a run; `digest`: of the rows."""
     bundles = [member.bundle for member in ensemble.members]
     devices = devices_of(ensemble)
@@ -219,38 +221,57 @@ def _identity(ensemble: Ensemble, digest: str) -> dict[str, object]:
     }
 
 
-def _reserve(seconds_left: float, submission: SubmissionWriter) -> float:
+def reserve(seconds_left: float, seconds_of_a_write: float) -> float:
     """Seconds before the deadline at which scoring ends."""
-    return min(RESERVED_SHARE * max(seconds_left, 0.0), RESERVED_SECONDS + 4 * submission.seconds)
+    return min(RESERVED_SHARE * max(seconds_left, 0.0), RESERVED_SECONDS + 4 * seconds_of_a_write)
 
 
 # --- while ---------------------------------------------------------------------------------------------------------
 
 
-def _score_rows(
+class UnscoredFile(NamedTuple):
+    """A file whose rows are to be scored.
+
+    Attributes:
+        path: of the file.
+        digest: `RowDigest` of its rows.
+        rows: their number.
+        groups: `(N,)`, numbers that do not decrease: rows of a group are scored together, as far as the token budget
+            goes, and what they have in common once; None: each row by itself.
+    """
+
+    path: Path
+    digest: str
+    rows: int
+    groups: Ints | None = None
+
+
+def score_file(
     ensemble: Ensemble,
-    rows: _Rows,
-    data: Path,
+    file: UnscoredFile,
     overrides: Sequence[str],
     journal: Journal,
-    submission: SubmissionWriter,
+    submission: SubmissionOutput,
     time_left: PreparationTime,
     left_out: Mapping[int, str],
 ) -> PredictionResult:
+    """Prepare the file, and score it until all is scored, the time is up or a signal arrives."""
     members, settings = ensemble.members, ensemble.settings
     costs = costs_of(members)
     placement = placement_of(ensemble, max(cost.bytes for cost in costs))
 
     def source_of(member: EnsembleMember, recipe: str) -> RowSource:
-        digest = hashlib.sha256(f"{rows.digest} {recipe}".encode()).hexdigest()
-        return RowSource(unlabelled(member.bundle.config, data), digest, len(rows.ids), time_left.limit)
+        digest = hashlib.sha256(f"{file.digest} {recipe}".encode()).hexdigest()
+        return RowSource(unlabelled(member.bundle.config, file.path), digest, file.rows, time_left.limit)
 
+    budget = token_budget(settings.tokens_per_batch, gpu=placement.gpu)
     prepared = prepare(members, source_of, journal.path.with_name(TOKEN_FOLDER), left_out)
+    if file.groups is not None:
+        prepared = _in_units(prepared, file.groups, budget)
     models = [
         planned_model_of(member, rows_of.inputs, cost, placement)
         for member, rows_of, cost in zip(members, prepared, costs, strict=True)
     ]
-    budget = token_budget(settings.tokens_per_batch, gpu=placement.gpu)
     worker_models = [
         worker_model_of(member, rows_of.encoded, overrides, LargestPass.of(rows_of.inputs, budget))
         for member, rows_of in zip(members, prepared, strict=True)
@@ -278,6 +299,16 @@ def _score_rows(
         console.print(f"{placement.why}{left}")
         console.print(_describe_sequences(prepared))
         return loop.run(stop_signal=lambda: time_left.signals.received or 0, tick=TICK)
+
+
+def _in_units(prepared: Sequence[Prepared], groups: Ints, budget: int) -> list[Prepared]:
+    """Rows of a group in common units; models that share an encoding share them."""
+    in_units: dict[int, Prepared] = {}
+    for rows in prepared:
+        if id(rows) not in in_units:
+            encoded = rows.encoded if rows.inputs.lengths.shape[1] == 1 else None
+            in_units[id(rows)] = replace(rows, inputs=rows.inputs.in_units(groups, budget, encoded))
+    return [in_units[id(rows)] for rows in prepared]
 
 
 def _describe_sequences(prepared: Sequence[Prepared]) -> str:
@@ -374,7 +405,7 @@ def _summary_table(ensemble: Ensemble, rows: pl.DataFrame, result: PredictionRes
     return summary
 
 
-def _clean_up(work: Path, journal: Journal, *, done: bool) -> None:
+def clean_up(work: Path, journal: Journal, *, done: bool) -> None:
     """Remove the tokens, and the journal if the run is complete; other files in the folder stay."""
     shutil.rmtree(work / TOKEN_FOLDER, ignore_errors=True)
     if not done:

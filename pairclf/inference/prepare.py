@@ -177,4 +177,5 @@ def worker_model_of(
         overrides=tuple(overrides),
         encoded=encoded,
         largest=largest,
+        pointwise=member.bundle.config.is_pointwise,
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from pairclf.inputs.sequences import Bools, Ints, SequenceIndex
 from pairclf.scores.metrics import Floats, entropy_of
-from pairclf.scores.probabilities import mean_of_orders
+from pairclf.scores.probabilities import Calibration, mean_of_orders
 from pairclf.task import AB, BA, Task
 
 
@@ -17,7 +17,7 @@ class Blender(Protocol):
     """Blends the models' probabilities (`ensemble.Ensemble`)."""
 
     @property
-    def temperatures(self) -> Sequence[float]: ...
+    def calibrations(self) -> Sequence[Calibration]: ...
     def blend(self, per_member: Sequence[Floats]) -> Floats: ...
 
 
@@ -47,7 +47,7 @@ class PredictionState:
     Args:
         inputs: each model's sequences; duplicates share one logit.
         task: its swap maps the second order's columns to the first order's.
-        blender: temperatures, weights and the prior.
+        blender: calibrations, weights and the prior.
         swap: `predict.swap`. Logits of other orders are ignored, even if a duplicate of theirs was scored.
     """
 
@@ -104,7 +104,7 @@ class PredictionState:
 
     def model_probabilities(self, member: int) -> Floats:
         """`(N, C)`: the mean of the scored orders, un-swapped; NaN if none is scored."""
-        return mean_of_orders(self.logits(member), self._task, self._blender.temperatures[member])
+        return mean_of_orders(self.logits(member), self._task, self._blender.calibrations[member])
 
     def probabilities(self, members: int | None = None) -> Floats:
         """`(N, C)`, every row finite: the blend of all scores so far, or of the first `members` models alone."""

@@ -33,7 +33,8 @@ def load_bundle(assignment: Assignment) -> Loaded:
         BundleError, ModelError: as its approach's `load`.
     """
     opened = open_bundle(assignment.bundle, verified=True)
-    bundle = replace(opened, config=override(opened.config, assignment.overrides))
+    config = override(opened.config, assignment.overrides)
+    bundle = replace(opened, config=config.pointwise() if assignment.pointwise else config)
     return approach_of(bundle.config).load(bundle, assignment)
 
 

@@ -18,6 +18,7 @@ from pairclf.data.rows import targets_of, to_rows
 from pairclf.errors import ConfigError
 from pairclf.inputs.render import Choose, InputBuilder, TokenisedRow
 from pairclf.inputs.truncate import Ids
+from pairclf.scores.metrics import Floats
 from pairclf.task import Row, Task
 
 
@@ -34,9 +35,10 @@ def pick_examples(training: pl.DataFrame, config: Config) -> list[Row]:
     if not k:
         return []
     targets = targets_of(training).reshape(-1, len(task.classes))
+    doubt = -np.abs(targets - 0.5).min(axis=1) if config.by_label else -targets.max(axis=1)
     sizes = [training[name].list.join("").str.len_chars().fill_null(0).to_numpy() for name in task.fields]
     ranked = (
-        pl.DataFrame({"id": training["id"], "class": targets.argmax(axis=1), "doubt": -targets.max(axis=1)})
+        pl.DataFrame({"id": training["id"], "class": targets.argmax(axis=1), "doubt": doubt})
         .with_columns(prompt_hashes(training, task), pl.Series("size", np.sum(sizes, axis=0)))
         .with_columns(pl.Series("blank", np.min(sizes, axis=0) == 0))
         .with_row_index("place")
@@ -48,11 +50,30 @@ def pick_examples(training: pl.DataFrame, config: Config) -> list[Row]:
             f"prompt.k={k} needs as many training rows with different prompts, and there are {len(ranked)}",
             remedy="set a smaller prompt.k (0: no examples), or give more rows in data.train",
         )
-    places = ranked["place"].to_list()
-    in_turn = _in_turn(places, dict(ranked.select("place", "class").iter_rows()))
-    if missing := [name for number, name in enumerate(task.classes) if number not in ranked["class"]]:
+    places, count = ranked["place"].to_list(), k if config.prompt.examples == "fixed" else max(k, config.prompt.pool)
+    class_of = dict(ranked.select("place", "class").iter_rows())
+    in_turn = _label_by_label(places, targets, count) if config.by_label else _in_turn(places, class_of)[:count]
+    present = np.flatnonzero((targets[places] >= 0.5).any(axis=0)).tolist() if config.by_label else ranked["class"]
+    if missing := [name for number, name in enumerate(task.classes) if number not in present]:
         console.print(f"note: no training row has the label {', '.join(missing)}: no example shows it", style="yellow")
-    return to_rows(training[in_turn[: k if config.prompt.examples == "fixed" else max(k, config.prompt.pool)]], task)
+    return to_rows(training[in_turn], task)
+
+
+def _label_by_label(places: Sequence[int], targets: Floats, count: int) -> list[int]:
+    """At most so many places for examples about the next label each, which have it and have it not in turn.
+
+    Where no row is left that does, the first of all stands for it.
+
+    >>> _label_by_label([0, 1, 2, 3], np.array([[0, 0], [1, 1], [0, 1], [1, 0]]), 4)
+    [1, 0, 2, 3]
+    """
+    left, chosen, classes = dict.fromkeys(places), list[int](), targets.shape[1]
+    for number in range(min(count, len(places))):
+        wanted = (number + number // classes) % 2 == 0
+        fitting = (place for place in left if (targets[place, number % classes] >= 0.5) == wanted)
+        chosen.append(next(fitting, next(iter(left))))
+        del left[chosen[-1]]
+    return chosen
 
 
 def _in_turn(places: Sequence[int], class_of: Mapping[int, int]) -> list[int]:
@@ -98,16 +119,23 @@ def with_examples(config: Config, builder: InputBuilder, examples: Sequence[Row]
         return builder
     labels, task = _label_ids(config, builder), config.task
     answers = [
-        [labels[task.classes[int(np.argmax(target))]] for target in (row.target, task.swap_target(row.target))]
-        for row in examples
+        [labels[_answer(config, number, target)] for target in (row.target, task.swap_target(row.target))]
+        for number, row in enumerate(examples)
         if row.target is not None
     ]
     choose = CHOICES[config.prompt.examples](config, builder, examples)
     return builder.preceded_by(examples, answers, choose, k=config.num_examples, max_length=example_length(config))
 
 
+def _answer(config: Config, number: int, target: Sequence[float]) -> str:
+    """What follows an example with this number: its class; or whether it has the label that it is about."""
+    if config.by_label:
+        return config.answers[int(target[number % len(target)] < 0.5)]
+    return config.task.classes[int(np.argmax(target))]
+
+
 def _label_ids(config: Config, builder: InputBuilder) -> Mapping[str, Ids]:
-    """By class, the tokens of its first word."""
+    """By class, or by yes and no, the tokens of its first word."""
     words = {name: words[0] for name, words in config.model.scored_words.items()}
     return dict(zip(words, builder.tokenizer(list(words.values()), special=True), strict=True))
 
@@ -120,8 +148,9 @@ def _fixed(config: Config, builder: InputBuilder, examples: Sequence[Row]) -> Ch
 
 
 def _random(config: Config, builder: InputBuilder, examples: Sequence[Row]) -> Choose:
-    """Drawn by seed and id, of each class in turn."""
-    classes = {number: int(np.argmax(row.target or ())) for number, row in enumerate(examples)}
+    """Drawn by seed and id, of each class in turn, or of yes and no."""
+    answers = [_answer(config, number, row.target or ()) for number, row in enumerate(examples)]
+    classes = {number: config.answers.index(answer) for number, answer in enumerate(answers)}
     first_apart = _first_apart(config, builder, examples)
 
     def choose(row_id: str, row: TokenisedRow) -> list[int]:

@@ -1,4 +1,4 @@
-"""Labels as tokens: which tokens a class's words are where the text ends, and why some words can't be scored there."""
+"""Labels as tokens: which tokens a class's words are where they are scored, and why some words can't be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pairclf.errors import ConfigError, cut, quoted
-from pairclf.inputs.render import BRANCH, InputBuilder
+from pairclf.inputs.render import InputBuilder
 from pairclf.inputs.truncate import Ids
 
 _AFTER_THESE_A_BLANK = ".,:;!?"
@@ -30,35 +30,39 @@ class LabelTrie(NamedTuple):
     edges: tuple[tuple[int, int], ...]
     words: tuple[tuple[int, Path], ...]
 
-    @property
-    def branches(self) -> Ids:
-        """What stands behind the text, so that all inner nodes are read: a branch for each, if the root has company."""
-        parts = [token for node in self.nodes for token in (BRANCH, *node)] if len(self.nodes) > 1 else []
-        return np.array(parts, dtype=np.int32)
 
-
-def label_trie(builder: InputBuilder, words: Mapping[str, Sequence[str]]) -> LabelTrie:
-    """The tokens of the classes' words behind the template's last words.
+def label_trie(builder: InputBuilder, words: Mapping[str, Sequence[str]], *, decoded: bool = False) -> LabelTrie:
+    """The tokens of the classes' words behind the template's last words, or at a decoder's start.
 
     Args:
         builder: the recipe.
-        words: class -> words, `model.label_words` in the order of the task's classes.
+        words: class -> words, `model.label_words` in the order of the task's classes; or of `yes` and `no`.
+        decoded: the words follow the start token of a decoder, which takes one step, and not the text, which the
+            encoder reads.
 
     Raises:
         ConfigError: lists every word that has no token, does not follow there, or begins as another one ends.
     """
     named = [(name, word) for name, synonyms in words.items() for word in synonyms]
-    paths = [tuple(ids.tolist()) for ids in builder.tokenizer([word for _, word in named], special=True)]
+    tokenised = builder.tokenizer([word for _, word in named], special=True, start=decoded)
+    paths = [tuple(ids.tolist()) for ids in tokenised]
     others = list(zip(paths, named, strict=True))
+    why_not = _why_not_decoded if decoded else _why_not_continued
     problems = [
         f"  model.label_words.{name}={quoted(word)} {why}"
         for path, (name, word) in others
-        if (why := _why_not(builder, word, path, others))
+        if (why := why_not(builder, word, path) or _why_not_told_apart(builder, word, path, others))
     ]
+    if problems and decoded:
+        raise ConfigError(
+            "the decoder can't begin with the label words:\n" + "\n".join(problems),
+            where="model.label_words",
+            remedy="give each class a word that is one token, such as A, B and C",
+        )
     if problems:
         raise ConfigError(
             "the text can't be continued with the label words as tokens:\n" + "\n".join(problems),
-            where=f"inputs.template, whose text ends in {quoted(builder.ending[-40:])}",
+            where=f"inputs.template, whose text ends in {quoted(builder.endings[0][-40:])}",
             remedy="change these words or the end of inputs.template.text; `pairclf show` prints the text as the model "
             "reads it",
         )
@@ -70,14 +74,10 @@ def label_trie(builder: InputBuilder, words: Mapping[str, Sequence[str]]) -> Lab
     return LabelTrie(tuple(nodes), tuple(edges), tuple(zip(labels, numbered, strict=True)))
 
 
-def _why_not(
+def _why_not_told_apart(
     builder: InputBuilder, word: str, path: Path, others: Sequence[tuple[Path, tuple[str, str]]]
 ) -> str | None:
-    """Why a word can't be a label; None: it can."""
-    if len(builder.closing):
-        return "does not follow the text, which the tokenizer ends; set inputs.template.add_special_tokens=false"
-    if why := _why_not_behind(builder, word):
-        return why
+    """Why a word's tokens can't be a label's; None: they can."""
     if not builder.tokenizer.unknown.isdisjoint(path):
         return "has no tokens: the tokenizer writes its token for unknown words"
     for other, (name, longer) in others:
@@ -87,16 +87,30 @@ def _why_not(
     return None
 
 
-def _why_not_behind(builder: InputBuilder, word: str) -> str | None:
+def _why_not_decoded(builder: InputBuilder, word: str, path: Path) -> str | None:
+    """Why a word is not the decoder's first token; None: it can be."""
+    if not word.strip():
+        return "is blank"
+    return f"is {len(path)} tokens ({_tokens(builder, np.array(path))}); it must be one" if len(path) != 1 else None
+
+
+def _why_not_continued(builder: InputBuilder, word: str, path: Path) -> str | None:
     """Why a word is not what the model continues the text with; None: it can be."""
-    last = builder.ending[-1:]
+    if len(builder.closing):
+        return "does not follow the text, which the tokenizer ends; set inputs.template.add_special_tokens=false"
+    return next((why for ending in builder.endings if (why := _why_not_behind(builder, word, ending))), None)
+
+
+def _why_not_behind(builder: InputBuilder, word: str, ending: str) -> str | None:
+    """Why a word is not what the model continues a text with that ends so; None: it can be."""
+    last = ending[-1:]
     if not word.strip():
         return "is blank"
     if last.isspace() and word[0] == " ":
         return f"begins with a blank behind a text that ends in white space; give {quoted(word.lstrip())}"
     if last.isascii() and (last.isalnum() or last in _AFTER_THESE_A_BLANK) and word[0].isalnum():
         return f"begins without a blank behind a text that ends in {quoted(last)}; give {quoted(f' {word}')}"
-    context, alone, both = builder.tokenizer([builder.ending, word, builder.ending + word], special=True)
+    context, alone, both = builder.tokenizer([ending, word, ending + word], special=True)
     if not np.array_equal(both, np.concatenate([context, alone])):
         blank = "; end the text without its last blank, and begin the word with it" if last == " " else ""
         tokens = _tokens(builder, both[-len(alone) - 1 :])

@@ -11,29 +11,39 @@ from numpy.typing import NDArray
 
 from pairclf.inputs.sequences import Ints
 
+SQUARE_FROM = 512
+"""Tokens from which a padded row counts by its square. Models that can't pack write out the scores of their attention,
+a number for every head and pair of tokens; DeBERTa does it three times. Up to here other activations are larger."""
+
 
 class Layout(NamedTuple):
     """How sequences lie in a forward pass, as far as it decides what the pass computes.
 
     Attributes:
-        spans: from lengths `(N, O)`, 0 where a sequence is not in the pass, and the tokens `(N,)` that both orders of a
-            row begin with: the first position `(N, O)` that is computed for a sequence, and the one behind its last.
+        spans: from lengths `(N, O)`, 0 where a sequence is not in the pass, and `SequenceIndex.shared` `(N,)`: the
+            first position `(N, O)` that is computed for a sequence, and the one behind its last.
         pads: sequences are padded to the longest of the pass.
         together: the orders of a row are scored in one pass.
+        shares: what sequences of different rows begin with is computed once in a pass.
     """
 
     spans: Callable[[Ints, Ints], tuple[Ints, Ints]]
     pads: bool
     together: bool
+    shares: bool = False
 
-    def of_rows(self, lengths: Ints, shared: Ints) -> tuple[Ints, Ints]:
-        """Tokens, and squares of the lengths, `(N,)`, that are computed of each row beside rows as long as it."""
+    def of_rows(self, lengths: Ints, shared: Ints, once: Ints | int = 0) -> tuple[Ints, Ints]:
+        """Tokens, and squares of the lengths, `(N,)`, that are computed of each row beside rows as long as it.
+
+        `once`: tokens `(N, O)` that sequences begin with and that are not counted here, as a pass computes them once.
+        """
         start, stop = self.spans(lengths, shared)
+        start = np.minimum(np.maximum(start, once), stop)
         return (stop - start).sum(axis=1), (stop**2 - start**2).sum(axis=1)
 
-    def of_pass(self, lengths: Ints, shared: Ints) -> tuple[int, int]:
+    def of_pass(self, lengths: Ints, shared: Ints, once: Ints | int = 0) -> tuple[int, int]:
         """Tokens and squares of one pass over all of these rows."""
-        tokens, squares = self.of_rows(self._padded(lengths), shared)
+        tokens, squares = self.of_rows(self._padded(lengths), shared, once)
         return int(tokens.sum()), int(squares.sum())
 
     def computed(self, lengths: Sequence[int]) -> list[int]:
@@ -42,6 +52,15 @@ class Layout(NamedTuple):
         start, stop = self.spans(self._padded(sequences), np.zeros(len(sequences), dtype=np.int64))
         sizes: list[int] = (stop - start)[:, 0].tolist()
         return sizes
+
+    def sizes(self, lengths: Ints) -> Ints:
+        """What sequences of these lengths, each beside others of its own, count in a budget of tokens.
+
+        >>> LAYOUTS["packed"].sizes(np.array([100, 1024])), LAYOUTS["padded"].sizes(np.array([100, 1024]))
+        (array([ 100, 1024]), array([ 100, 2048]))
+        """
+        squares = lengths.astype(np.int64) ** 2
+        return np.where(lengths > SQUARE_FROM, -(-squares // SQUARE_FROM), lengths) if self.pads else lengths
 
     def _padded(self, lengths: Ints) -> Ints:
         return np.where(lengths > 0, lengths.max(initial=0), 0) if self.pads else lengths
@@ -52,13 +71,13 @@ def _whole(lengths: Ints, shared: Ints) -> tuple[Ints, Ints]:
 
 
 def _common_once(lengths: Ints, shared: Ints) -> tuple[Ints, Ints]:
-    start = np.zeros_like(lengths)
-    start[:, -1] = shared * (np.count_nonzero(lengths, axis=1) > 1)
+    start, orders = np.zeros_like(lengths), lengths.shape[1]
+    start[:, -1] = shared * (np.count_nonzero(lengths, axis=1) == orders)
     return start, lengths
 
 
 LAYOUTS: dict[str, Layout] = {
-    "shared": Layout(_common_once, pads=False, together=True),
+    "shared": Layout(_common_once, pads=False, together=True, shares=True),
     "packed": Layout(_whole, pads=False, together=True),
     "padded": Layout(_whole, pads=True, together=False),
 }
@@ -87,7 +106,8 @@ def by_token_budget(lengths: Sequence[int], tokens_per_batch: int, *, padded: bo
     alone. Ties keep their order, so that the plan depends on lengths alone.
 
     Args:
-        lengths: tokens of each sequence, or of each row in all its orders if these stay together.
+        lengths: tokens of each sequence, or of each row in all its orders if these stay together; as `Layout.sizes`
+            counts them.
         tokens_per_batch: the budget.
         padded: whether padding to the longest counts.
 
@@ -139,7 +159,8 @@ def micro_batches(
         rows_per_batch: most rows in a batch.
         process: number of the process whose batches are wanted.
         processes: how many there are.
-        tokens_per_batch: most tokens in a batch; a row that is longer goes alone. None: no limit.
+        tokens_per_batch: most tokens in a batch, as `Layout.sizes` counts them; a row that is longer goes alone. None:
+            no limit.
         orders: in how many orders each row is shown; all of them are in one batch.
         layout: how they lie in a batch.
 
@@ -152,7 +173,7 @@ def micro_batches(
         batches: list[list[int]] = []
         for row in ordered[first::processes]:
             grown = [*batches[-1], row] if batches else []
-            size = computed_tokens(grown, lengths, orders=orders, layout=layout)
+            size = orders * int(layout.sizes(np.array(layout.computed([lengths[row] for row in grown]))).sum())
             if grown and len(grown) <= rows_per_batch and size <= (tokens_per_batch or size):
                 batches[-1] = grown
             else:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pairclf.config import Inputs, Template
+from pairclf.config.wording import LABEL
 from pairclf.errors import ConfigError, ModelError
 from pairclf.inputs.tokenise import TurnTokenizer, settle_template
 from pairclf.inputs.truncate import Ids, Kept, allot, cut, pick_rounds
@@ -32,8 +33,11 @@ BRANCH = -1
 
 A sequence without one is one branch. Lengths count the mark as a token.
 """
+RATIONALE = -2
+"""Stands in a sequence's ids for each token that the model may write there before the sequence is scored."""
 _NOTHING: Ids = np.zeros(0, dtype=np.int32)
 _MARKERS = 100  # are tokenised at a time
+_LABEL = f"{{{LABEL}}}"
 
 TokenisedRow = Mapping[str, Sequence[Ids]]
 """The token ids of every turn of every field, uncut."""
@@ -80,10 +84,13 @@ class InputBuilder:
             unless `settle_template` did so before.
         one_sided: the template shows one of the two sides, `task.SIDE`; a row is one sequence, with a branch a side.
         example: template of an example (`preceded_by`); empty: there are none.
+        rationale: most tokens that the model writes behind the text.
+        trigger: what follows them.
 
     Attributes:
-        ending: the template's words behind the last field, which the model reads last.
-        closing: what the tokenizer puts behind them, most often nothing.
+        endings: the template's words behind the last field, which the model reads last: of each label, or one.
+        opening: what the tokenizer puts before an input, most often nothing or its BOS.
+        closing: what it puts behind the endings, most often nothing.
         smallest: the smallest budget that every row fits into, whatever its lengths; and `smallest_example`.
 
     Raises:
@@ -93,7 +100,15 @@ class InputBuilder:
     """
 
     def __init__(
-        self, tokenizer: Any, task: Task, inputs: Inputs, *, one_sided: bool = False, example: str = ""
+        self,
+        tokenizer: Any,
+        task: Task,
+        inputs: Inputs,
+        *,
+        one_sided: bool = False,
+        example: str = "",
+        rationale: int = 0,
+        trigger: str = "",
     ) -> None:
         template = settle_template(inputs.template, tokenizer)
         self.tokenizer = TurnTokenizer(tokenizer)
@@ -106,19 +121,28 @@ class InputBuilder:
         longest = self._marker_texts(10**digits - 1 for digits in range(1, 8))
         self._longest_marker = max(map(len, self.tokenizer(longest, special=True)))
         self._turn_break = self._wording(template.turn_separator)
-        self._outer, self._round = self._segments(template)
-        self._example = self._parsed(example)
+        self._stem, self._tails, self.endings = self._segments(template)
+        self._round = self._parsed(template.round)
+        shown: list[str | None] = [*template.labels.values()] or [None]
+        self._example_by_label = [self._parsed(example, label=label) for label in shown]
         self._examples: Sequence[tuple[Ids, ...]] = ()  # each in every order
         self._choose: Choose = lambda row_id, row: ()
         self._reserve = 0  # most tokens of a row's examples
-        self.ending = self._parts(template.text)[-1]
-        self.closing = self.tokenizer.after if template.add_special_tokens else _NOTHING
+        surrounds = bool(template.add_special_tokens)
+        self.opening = self.tokenizer.before if surrounds else _NOTHING
+        self.closing = self.tokenizer.after if surrounds else _NOTHING
         self._orders: dict[int, dict[str, str]] = {AB: {name: name for name in task.fields}}
         if one_sided:
-            self._outer = self._branched(self._outer)
+            self._stem = self._branched(self._stem)
         elif task.swappable:
             self._orders[BA] = task.swapped_fields
-        self.smallest, self.smallest_example = self._smallest(self._outer), self._smallest(self._example)
+        if rationale:
+            marks: Ids = np.full(rationale, RATIONALE, dtype=np.int32)
+            self._stem = [*self._stem, (TEMPLATE, marks), (TEMPLATE, self._wording(trigger))]
+            self.endings = [trigger]
+        self._outer = [*self._stem, *self._branches([()])]
+        self.smallest = self._smallest(self._outer)
+        self.smallest_example = max(map(self._smallest, self._example_by_label))
         self._check(inputs.max_length)
 
     def _check(self, max_length: int) -> None:
@@ -157,7 +181,11 @@ class InputBuilder:
             ModelError: names the tokens.
         """
         wording = np.concatenate(
-            [self._marker(1), self._turn_break, *(ids for _, ids in (*self._outer, *self._round, *self._example))]
+            [
+                self._marker(1),
+                self._turn_break,
+                *(ids for _, ids in chain(self._outer, self._round, *self._example_by_label)),
+            ]
         ).tolist()
         beyond = self.tokenizer.from_id(embeddings)
         reached = sorted((beyond.keys() - self.tokenizer.control) | {token for token in wording if token >= embeddings})
@@ -171,13 +199,21 @@ class InputBuilder:
                 "for each token (`resize_token_embeddings` of transformers)",
             )
 
-    def continued_by(self, branches: Ids) -> InputBuilder:
-        """The same recipe with branches behind the text of every row, which count towards its budget.
+    def continued_by(self, nodes: Sequence[Sequence[int]]) -> InputBuilder:
+        """The same recipe with these tokens behind the text of every row: a branch for each, if they are several.
+
+        They count towards its budget.
 
         Raises:
             ConfigError: the budget is too small.
         """
-        return self._of([*self._outer, (TEMPLATE, branches)] if len(branches) else self._outer)
+        return self._of([*self._stem, *self._branches(nodes)])
+
+    def _branches(self, nodes: Sequence[Sequence[int]]) -> list[_Segment]:
+        """What stands behind the text: each label's own end of it, with each of these behind."""
+        branches = [(*tail, *node) for tail in self._tails for node in nodes]
+        pieces = chain.from_iterable(((BRANCH,), branch) for branch in branches) if len(branches) > 1 else branches
+        return [(TEMPLATE, np.array(piece, dtype=np.int32)) for piece in pieces if len(piece)]
 
     def preceded_by(
         self, examples: Sequence[Row], answers: Sequence[Sequence[Ids]], choose: Choose, *, k: int, max_length: int
@@ -189,7 +225,7 @@ class InputBuilder:
         two sequences.
 
         Args:
-            examples: rows to choose from.
+            examples: rows to choose from; where each label is asked for by itself, each of them about the next label.
             answers: the tokens behind each, in its order AB and in its order BA.
             choose: says which of them stand before a row, in their order.
             k: how many these are at most.
@@ -199,7 +235,8 @@ class InputBuilder:
             ConfigError: a budget is too small.
         """
         longest = max(len(ids) for orders in answers for ids in orders)
-        shown = self._of(self._example).within(max_length - longest).encode(examples)
+        recipes = [self._of(example).within(max_length - longest) for example in self._example_by_label]
+        shown = [recipes[number % len(recipes)].encode([row])[0] for number, row in enumerate(examples)]
         other = copy(self)
         other._examples = [
             tuple(np.concatenate([example.ids, ids]) for example, ids in zip(orders, labels, strict=False))
@@ -228,21 +265,35 @@ class InputBuilder:
         holders = "|".join(map(re.escape, (*self._places, ROUNDS, EXAMPLES)))
         return re.split(rf"\{{({holders})\}}", text)
 
-    def _segments(self, template: Template) -> tuple[list[_Segment], list[_Segment]]:
-        """The segments of the whole and of one round, in reading order; a place holder has no ids yet."""
+    def _segments(self, template: Template) -> tuple[list[_Segment], list[Sequence[int]], list[str]]:
+        """The segments of the whole in reading order, where a place holder has no ids yet; and its ends.
 
-        whole = self._parsed(
-            (template.instruction or "") + template.text, start=True, special=template.add_special_tokens
-        )
-        return whole, self._parsed(template.round)
+        The ends are those of the labels' texts that differ, as ids, and their last words. Without labels there is one,
+        and the segments hold it.
+        """
+        text, special = (template.instruction or "") + template.text, template.add_special_tokens
+        labels = list(template.labels.values())
+        shown: list[str | None] = [*labels] or [None]
+        wholes = [self._parsed(text, start=True, special=special, label=label) for label in shown]
+        last_words = self._parts(template.text)[-1]
+        if not template.labels:
+            return wholes[0], [()], [last_words]
+        ends = [whole[-1][1].tolist() for whole in wholes]
+        columns = enumerate(zip(*ends, strict=False))
+        common = next((place for place, tokens in columns if len({*tokens}) > 1), min(map(len, ends)))
+        stem = [*wholes[0][:-1], (TEMPLATE, np.array(ends[0][:common], dtype=np.int32))]
+        return stem, [ids[common:] for ids in ends], [last_words.replace(_LABEL, label) for label in labels]
 
-    def _parsed(self, text: str, *, start: bool = False, special: bool | None = False) -> list[_Segment]:
+    def _parsed(
+        self, text: str, *, start: bool = False, special: bool | None = False, label: str | None = None
+    ) -> list[_Segment]:
         """The segments of a template.
 
         Args:
             text: the template.
             start: whether an input begins with it.
             special: whether to put the tokenizer's own tokens around it.
+            label: stands at the place of the label; None: there is no such place.
         """
         pieces = self._parts(text)
         segments: list[_Segment] = []
@@ -250,7 +301,8 @@ class InputBuilder:
             if place % 2:
                 segments.append((piece, _NOTHING))
                 continue
-            ids = self.tokenizer([piece], special=True, start=start and place == 0)[0]
+            words = piece if label is None else piece.replace(_LABEL, label)
+            ids = self.tokenizer([words], special=True, start=start and place == 0)[0]
             if special:
                 ids = self._with_special_tokens(ids, first=place == 0, last=place == len(pieces) - 1)
             segments += [(TEMPLATE, ids)] if len(ids) else []

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pairclf.inputs.render import BRANCH, Encoded
+from pairclf.inputs.render import BRANCH, RATIONALE, TEMPLATE, Encoded
 from pairclf.inputs.truncate import Ids
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+
+MIN_SHARED_TOKENS = 16
+"""Tokens that a sequence must have in common with another for them to be computed once.
+
+On a CPU any number pays: attention over a sequence in two places costs no more than over one (`attention.QUERIES`). A
+template's few first tokens are left alone, so that rows which have nothing else in common stay in one place each.
+"""
+
+PREFIX_SHARE = 1 / 8
+"""Share of a file's sequences that begin with a prefix, from which on each batch is expected to hold several of them:
+an instruction, or examples that stand before every row, and their mirrors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +36,35 @@ class SequenceIndex:
 
     Attributes:
         lengths: `(N, O)`, tokens of each row in each order.
-        shared: `(N,)`, tokens that both orders of a row begin with; 0 with one order.
+        shared: `(N,)`, tokens that both orders of a row begin with; with one order, those that the row before it in
+            its unit begins with, too.
         duplicate_of: `(N, O)`, flat index `row * O + order` of the first sequence with the same ids; a sequence's own
             index if it is the first. A row with A == B has one sequence.
+        prefix: `(N, O)`, the number of what stands before a sequence's own text, if many sequences of the file begin
+            with it; 0: nothing. None: 0 for all.
+        prefixes: `(P,)`, tokens of each such prefix, 0 of the first.
+        rationale: tokens that the model may write in each sequence, and lengths count; each takes a forward pass.
+        units: `(N,)`, numbers that do not decrease: rows of one unit are scored together (`in_units`); None: each row
+            is one.
     """
 
     lengths: Ints
     shared: Ints
     duplicate_of: Ints
+    prefix: Ints | None = None
+    prefixes: tuple[int, ...] = (0,)
+    rationale: int = 0
+    units: Ints | None = None
+
+    @property
+    def prefix_numbers(self) -> Ints:
+        """`prefix`, zeros in place of None."""
+        return np.zeros_like(self.lengths) if self.prefix is None else self.prefix
+
+    @property
+    def unit_of(self) -> Ints:
+        """`(N,)`, the number of each row's unit."""
+        return np.arange(len(self.lengths)) if self.units is None else self.units
 
     @property
     def is_first(self) -> Bools:
@@ -38,10 +72,33 @@ class SequenceIndex:
         flat: Bools = self.duplicate_of == np.arange(self.duplicate_of.size).reshape(self.duplicate_of.shape)
         return flat
 
+    def in_units(
+        self, groups: Ints, budget: int, encoded: Sequence[tuple[Encoded, ...]] | None = None
+    ) -> SequenceIndex:
+        """The index with the rows of each group in as few units as stay within a budget.
+
+        Args:
+            groups: `(N,)`, numbers that do not decrease.
+            budget: tokens of a unit; a row that has more is a unit by itself.
+            encoded: the rows, if they have one order and a unit computes once what they have in common.
+        """
+        units, shared, tokens, before = self.lengths[:, 0].copy(), self.shared.copy(), 0, None
+        for row, (group, lengths) in enumerate(zip(groups.tolist(), self.lengths, strict=True)):
+            ids = encoded[row][0].ids if encoded is not None and lengths[0] else None
+            alike = row > 0 and group == groups[row - 1]
+            common = 0 if ids is None or before is None or not alike else min(shared_start(before, ids), len(ids) - 1)
+            joins = alike and tokens + int(lengths.sum()) - common <= budget
+            units[row] = units[row - 1] + (not joins) if row else 0
+            if encoded is not None:
+                shared[row] = common if joins else 0
+            tokens = (tokens if joins else 0) + int(lengths.sum()) - (common if joins else 0)
+            before = ids
+        return replace(self, shared=shared, units=units)
+
     @classmethod
     def empty(cls) -> SequenceIndex:
         """The index of no rows."""
-        return cls(*(np.zeros(shape, dtype=np.int64) for shape in ((0, 2), (0,), (0, 2))))
+        return cls(np.zeros((0, 2), np.int64), np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
 
     @property
     def is_known(self) -> Bools:
@@ -52,24 +109,61 @@ class SequenceIndex:
         """The index with rows at its end that are not known, so that it has so many."""
         known = len(self.shared)
         lengths, shared = np.zeros((rows, orders), dtype=np.int64), np.zeros(rows, dtype=np.int64)
-        duplicate_of = np.arange(rows * orders).reshape(rows, orders)
+        duplicate_of, prefix = np.arange(rows * orders).reshape(rows, orders), np.zeros_like(lengths)
         if known:
             lengths[:known], shared[:known], duplicate_of[:known] = self.lengths, self.shared, self.duplicate_of
-        return SequenceIndex(lengths, shared, duplicate_of)
+            prefix[:known] = self.prefix_numbers
+        return SequenceIndex(lengths, shared, duplicate_of, prefix, self.prefixes, self.rationale)
+
+    def of_rows(self, rows: Ints, duplicate_of: Ints | None = None) -> SequenceIndex:
+        """The index of some rows, with duplicates as given; None: without any."""
+        lengths = self.lengths[rows]
+        own = np.arange(lengths.size).reshape(lengths.shape)
+        duplicates = own if duplicate_of is None else duplicate_of
+        return SequenceIndex(
+            lengths, self.shared[rows], duplicates, self.prefix_numbers[rows], self.prefixes, self.rationale
+        )
 
 
 def index_sequences(encoded: Iterable[tuple[Encoded, ...]]) -> SequenceIndex:
     """Index a model's rows in one pass."""
-    lengths, shared, duplicate_of = [], [], []
+    lengths, shared, duplicate_of, starts = [], [], [], []
     # Digests, as the ids of a whole file may not fit into memory; 16 bytes make a collision practically impossible.
     first_index: dict[bytes, int] = {}
+    rationale = 0
     for row, orders in enumerate(encoded):
         lengths.append([len(sequence.ids) for sequence in orders])
         shared.append(_shared_by(orders))
-        digests = [hashlib.blake2b(sequence.ids.tobytes(), digest_size=16).digest() for sequence in orders]
+        starts.append([_start_of(sequence) for sequence in orders])
+        rationale = rationale or int(np.count_nonzero(orders[0].ids == RATIONALE))
+        digests = [_digest(sequence.ids) for sequence in orders]
         indices = [first_index.setdefault(digest, row * len(orders) + order) for order, digest in enumerate(digests)]
         duplicate_of.append(indices)
-    return SequenceIndex(*(np.array(values, dtype=np.int64) for values in (lengths, shared, duplicate_of)))
+    lengths_of, shared_of, first_of = (np.array(values, np.int64) for values in (lengths, shared, duplicate_of))
+    return SequenceIndex(lengths_of, shared_of, first_of, *_prefixes(starts), rationale)
+
+
+def _digest(ids: Ids) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+_Start = tuple[bytes, int]
+"""What stands before a sequence's own text: its digest, and its tokens."""
+
+
+def _start_of(sequence: Encoded) -> _Start:
+    stop = next((span.start for span in sequence.spans if span.name != TEMPLATE), 0)
+    return _digest(sequence.ids[:stop]), stop
+
+
+def _prefixes(starts: Sequence[Sequence[_Start]]) -> tuple[Ints, tuple[int, ...]]:
+    """`SequenceIndex.prefix` and `prefixes` of sequences by row and order."""
+    counts = Counter(chain.from_iterable(starts))
+    common = [start for start, count in counts.items() if count >= max(2, PREFIX_SHARE * counts.total())]
+    kept = [start for start in common if start[1] >= MIN_SHARED_TOKENS]
+    number = {start: place for place, start in enumerate(kept, start=1)}
+    numbers = np.array([[number.get(start, 0) for start in row] for row in starts], dtype=np.int64)
+    return numbers, (0, *(tokens for _, tokens in kept))
 
 
 def shared_start(left: Ids, right: Ids) -> int:

@@ -57,12 +57,7 @@ class TurnTokenizer:
     unknown: frozenset[int]
 
     def __init__(self, tokenizer: Any) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if not isinstance(backend, Tokenizer):
-            raise ModelError(
-                f"{type(tokenizer).__name__} is not a fast tokenizer",
-                remedy="use a base model that has a tokenizer.json",
-            )
+        backend = _fast(tokenizer)
         if (largest := max(backend.get_vocab(with_added_tokens=True).values(), default=0)) >= LARGEST_ID:
             raise ModelError(
                 f"the tokenizer gives a token the id {largest:,}, and ids are below {LARGEST_ID:,}", remedy=_REMEDY
@@ -165,6 +160,16 @@ class TurnTokenizer:
         return [token for part in encoded for token in part.ids]
 
 
+def _fast(tokenizer: Any) -> Tokenizer:
+    """The tokenizer of the library tokenizers that one of transformers is made of."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ModelError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer", remedy="use a base model that has a tokenizer.json"
+        )
+    return backend
+
+
 @contextmanager
 def _whose_failures_are_its_own() -> Iterator[None]:
     """Turn an exception of tokenizers into a `ModelError`: an unknown token without a name, a pattern that it gives up.
@@ -213,6 +218,62 @@ def _around(backend: Tokenizer) -> tuple[Ids, Ids]:
     own = [place for place, added in enumerate(encoded.special_tokens_mask) if not added]
     first, last = (own[0], own[-1] + 1) if own else (len(encoded), len(encoded))
     return np.array(encoded.ids[:first], dtype=np.int32), np.array(encoded.ids[last:], dtype=np.int32)
+
+
+_RESERVED = re.compile(r"\[unused\d+\]|<unused_?\d+>")
+"""Names of tokens that a vocabulary keeps free for its users, as BERT's does."""
+
+
+def keeps_line_breaks(tokenizer: Any) -> bool:
+    """Whether a fast tokenizer reads a line break as something else than a blank.
+
+    Raises:
+        ModelError: it is not a fast one, or it fails.
+    """
+    with _whose_failures_are_its_own():
+        broken, blank = (_fast(tokenizer).encode(text, add_special_tokens=False).ids for text in ("a\nb", "a b"))
+    return bool(broken != blank)
+
+
+def add_line_break(tokenizer: Any, embeddings: int) -> None:
+    """Give a fast tokenizer that reads a line break as a blank a token for it; lists, code and paragraphs hang on it.
+
+    The tokenizer is changed, so that it is saved so. The token has an embedding that the base was never trained on: one
+    that the vocabulary keeps free (`[unused0]`), or one behind its last token; where there is neither, nothing is
+    changed. All other ids stay as they are.
+
+    Args:
+        tokenizer: of transformers.
+        embeddings: of the base; ids are below it.
+
+    Raises:
+        ModelError: as `keeps_line_breaks`.
+    """
+    if keeps_line_breaks(tokenizer):
+        return
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
+    free = min((number for name, number in vocabulary.items() if _RESERVED.fullmatch(name)), default=None)
+    if free is not None:
+        _rename(settings["model"], free)
+    else:
+        free = max(vocabulary.values()) + 1
+    if free >= embeddings:
+        return
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    others = [token for token in settings["added_tokens"] if token["id"] != free]
+    settings["added_tokens"] = sorted([*others, {"id": free, "content": "\n", **flags}], key=lambda token: token["id"])
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(settings))  # transformers has no public way to replace it
+
+
+def _rename(model: dict[str, Any], number: int) -> None:
+    """Call the token of a model, as tokenizer.json has it, a line break; Unigram's vocabulary is a list of pairs."""
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):
+        vocabulary[number][0] = "\n"
+    else:
+        name = next(name for name, place in vocabulary.items() if place == number)
+        vocabulary["\n"] = vocabulary.pop(name)
 
 
 def settle_template(template: Template, tokenizer: Any) -> Template:

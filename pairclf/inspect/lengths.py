@@ -82,7 +82,7 @@ def compare(
     from pairclf.model.backbone import read_settings
     from pairclf.model.positions import exceeded_limit
 
-    settings = read_settings(resolve_base(config.model.base))
+    settings = read_settings(resolve_base(config.model.base), config.model.pooling)
     if limit := exceeded_limit(settings, max(budget.max_length for budget in budgets)):
         tables[0].caption, tables[0].caption_justify = f"note: {limit}", "left"
     return tables, write_report(out or output_of(config), budgets, uncut, scale, title)

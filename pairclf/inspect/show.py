@@ -14,7 +14,7 @@ from pairclf.config import Config
 from pairclf.data.rows import to_rows
 from pairclf.errors import DataError, visible
 from pairclf.inputs.examples import pick_examples, with_examples
-from pairclf.inputs.render import BRANCH, MARKER, TEMPLATE, Encoded, InputBuilder
+from pairclf.inputs.render import BRANCH, MARKER, RATIONALE, TEMPLATE, Encoded, InputBuilder
 from pairclf.run import chunks_of, labelled_rows
 from pairclf.task import AB, Row, Task
 
@@ -106,5 +106,7 @@ def _figures(opened: Opened, order_input: Encoded) -> str:
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     if BRANCH in ids:  # the text of each side begins after one
         return "\n⟨branch⟩"
+    if RATIONALE in ids:
+        return f"⟨rationale, at most {len(ids)} tokens⟩"
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return visible(text)

@@ -1,4 +1,4 @@
-"""The attention that reads a batch's topology: one implementation, named "pairclf", for every decoder and layout.
+"""The attention that reads a batch's topology: one implementation, named "pairclf", for every family and layout.
 
 It is registered with transformers' two interfaces, so that no architecture is patched: the models hand it their own
 scale, soft-cap and sliding window. What a batch says of itself decides what it does:
@@ -51,12 +51,14 @@ class ScoreOptions(NamedTuple):
         softcap: the scaled scores become `softcap * tanh(scores / softcap)`; None: they stay as they are.
         window: a query sees itself and the `window - 1` keys before it; None: all keys before it.
         dropout: dropout rate of the weights.
+        causal: a query sees no key behind it; otherwise as many as before it.
     """
 
     scaling: float
     softcap: float | None
     window: int | None
     dropout: float
+    causal: bool = True
 
 
 @dataclass(slots=True)
@@ -67,15 +69,15 @@ class AttentionCalls:
         requires_topology: whether every call must bring a topology.
         calls: number of calls.
         masks: each mask that was made, with the function of places that it was made of.
-        windows: of each call the module's name, its window, and its mask.
+        scores: of each call the module's name, its options, and its mask.
     """
 
     requires_topology: bool = False
     calls: int = 0
     masks: list[tuple[Tensor, Callable[..., Tensor]]] = field(default_factory=list)
-    windows: list[tuple[str, int | None, Tensor | None]] = field(default_factory=list)
+    scores: list[tuple[str, ScoreOptions, Tensor | None]] = field(default_factory=list)
 
-    def record(self, module: nn.Module, topology: Topology | None, mask: Tensor | None, window: int | None) -> None:
+    def record(self, module: nn.Module, topology: Topology | None, mask: Tensor | None, scores: ScoreOptions) -> None:
         """Note one call.
 
         Raises:
@@ -83,7 +85,7 @@ class AttentionCalls:
         """
         self.calls += 1
         if not self.requires_topology:
-            self.windows.append((type(module).__name__, window, mask))
+            self.scores.append((type(module).__name__, scores, mask))
         elif topology is None:
             raise ModelError(
                 f"{type(module).__name__} does not receive the places of the rows in a packed batch: they would see "
@@ -94,11 +96,12 @@ class AttentionCalls:
     def wrong_window(self) -> str | None:
         """Why the windows handed over are not those of the masks; None: they are. Of a pass over padded rows."""
         functions = {mask_tensor.untyped_storage().data_ptr(): function for mask_tensor, function in self.masks}
-        for name, window, mask in self.windows:
+        for name, scores, mask in self.scores:
+            window = scores.window
             function = None if mask is None else functions.get(mask.untyped_storage().data_ptr())
             if function is not None and _is_of_one_batch(function):
                 return f"{name} is given a mask that is made of the tokens of one batch"
-            if function is not None and not _has_window(function, window):
+            if function is not None and not _has_window(function, scores):
                 return f"{name} hands sliding_window={window} to its attention, and its mask is another one"
             if function is None and (mask is not None or window is not None):
                 return f"{name} hands its attention another mask than the one that was made for it"
@@ -109,11 +112,12 @@ FAR_POSITION = 1 << 17
 """Length of the row with which masks are probed; a window of this length hides nothing."""
 
 
-def _has_window(function: Callable[..., Tensor], window: int | None) -> bool:
-    """Whether a mask's function of (row, head, query, key) lets a far query see so many keys, itself the last."""
-    query, keys = torch.tensor(FAR_POSITION - 1), torch.arange(FAR_POSITION + 1)
+def _has_window(function: Callable[..., Tensor], scores: ScoreOptions) -> bool:
+    """Whether a mask's function of (row, head, query, key) lets a far query see the keys of the options' window."""
+    query, keys = torch.tensor(FAR_POSITION - 1), torch.arange(2 * FAR_POSITION - 1)
     seen = function(torch.tensor(0), torch.tensor(0), query, keys).broadcast_to(keys.shape)
-    return torch.equal(seen, (keys <= query) & (keys >= FAR_POSITION - (window or FAR_POSITION)))
+    near = (query - keys).abs() < (scores.window or FAR_POSITION)
+    return torch.equal(seen, near & (keys <= query) if scores.causal else near)
 
 
 def _is_of_one_batch(function: object) -> bool:
@@ -155,6 +159,7 @@ def attend(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     topology: Topology | None = None,
+    keys_and_values: tuple[Tensor, Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: `(B, heads, T, D)` -> `(B, T, heads, D)`, and no weights.
@@ -168,29 +173,33 @@ def attend(
         dropout: of the weights; the model gives 0 in evaluation.
         scaling: of the scores; None: `D ** -0.5`.
         softcap: scores become `softcap * tanh(scores / softcap)`.
-        sliding_window: a query sees itself and the `sliding_window - 1` keys before it.
+        sliding_window: a query sees itself and the `sliding_window - 1` keys before it; and as many behind it, unless
+            it is causal.
         is_causal: whether a query sees no key after it; None: as the module says.
         cu_seq_lens_q: `(S + 1,)` int32, where the sequences of a packed row start, and its end; read if there is no
             topology.
         topology: the pieces of a packed row, and what each sees.
+        keys_and_values: in place of `key` and `value`, which are then those of the tokens alone that ask (`trim`).
 
     Raises:
         ModelError: the model asks for more than is known here (attention sinks, position biases).
     """
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    if keys_and_values is not None:
+        key, value = keys_and_values
     if topology is None and cu_seq_lens_q is not None:
         topology = end_to_end(cu_seq_lens_q.diff().tolist())
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = ScoreOptions(scaling, softcap, sliding_window, dropout, causal)
     if (watch := _CALLS.get()) is not None:
-        watch.record(module, topology, attention_mask, sliding_window if causal else None)
-    _refuse_unknown(module, options, attention_mask, packed=topology is not None, causal=causal)
+        watch.record(module, topology, attention_mask, scores)
+    _refuse_unknown(module, options, attention_mask, topology, causal=causal)
     if torch.is_autocast_enabled(query.device.type):
         # Rotations leave query and key in float32 where weights are, and beside them stands a bfloat16 value.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = ScoreOptions(scaling, softcap, sliding_window if causal else None, dropout)
     if topology is None:
-        return _rows(query, key, value, scores, attention_mask, causal=causal).transpose(1, 2), None
+        return _rows(query, key, value, scores, attention_mask).transpose(1, 2), None
     kernel, _ = pick_kernel(query.device, query.dtype, query.shape[-1])
     return KERNELS[kernel](query, key, value, scores, topology), None
 
@@ -288,11 +297,18 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions, topo
         max_seqlen_k=lengths.longest[1],
         dropout_p=scores.dropout,
         softmax_scale=scores.scaling,
-        causal=True,
-        window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0),  # keys to the left, to the right
+        causal=scores.causal,
+        window_size=_flash_window(scores),
         softcap=scores.softcap or 0.0,
     )
     return out[None]
+
+
+def _flash_window(scores: ScoreOptions) -> tuple[int, int]:
+    """Keys to the left and to the right of a query that it sees, besides itself; -1: all."""
+    if scores.window is None:
+        return -1, -1
+    return scores.window - 1, 0 if scores.causal else scores.window - 1
 
 
 def _loop(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions, topology: Topology) -> Tensor:
@@ -317,11 +333,9 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, ScoreOptions, Topology], Te
 """The kernels that compute a row of segments, `(1, heads, T, D)` -> `(1, T, heads, D)`; `pick_kernel` chooses one."""
 
 
-def _rows(
-    query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions, mask: Tensor | None, *, causal: bool
-) -> Tensor:
+def _rows(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions, mask: Tensor | None) -> Tensor:
     """Rows of one sequence each, `(B, heads, T, D)` -> the same; a `mask` says all of who sees whom."""
-    if mask is None and causal:
+    if mask is None:
         return _sequence(query, key, value, scores)
     return _weigh(query, key, value, scores, mask)
 
@@ -331,6 +345,8 @@ def _sequence(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions) -
 
     Where a mask is needed, it goes through a block of queries at a time, so that little is computed in vain.
     """
+    if not scores.causal:
+        return _both_ways(query, key, value, scores)
     queries, keys = query.shape[2], key.shape[2]
     whole = scores.window is None or scores.window >= keys
     if queries == keys and whole and scores.softcap is None:
@@ -348,6 +364,31 @@ def _sequence(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions) -
         seen = None if stop - start == 1 else band[:, :, start - stop :, diagonal:]
         parts.append(_weigh(query[:, :, start:stop], key[:, :, first:end], value[:, :, first:end], scores, seen))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _both_ways(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions) -> Tensor:
+    """All tokens of a sequence against all of it; each sees the window on both of its sides, or all.
+
+    A window of 2, and blocks of 2 queries, `#` = sees. The second block is computed against the keys 1 to 4:
+
+    # # . . .
+    # # # . .
+    . # # # .
+    . . # # #
+    """
+    length, window = key.shape[2], scores.window
+    if window is None or window >= length:
+        return _weigh(query, key, value, scores, None)
+    reach, block = window - 1, QUERIES_ON_CPU if query.device.type == "cpu" else QUERIES
+    ones = torch.ones(block, block + 2 * reach, dtype=torch.bool, device=query.device)
+    band = ones.tril(2 * reach).triu()  # of a block that has `reach` keys before it and behind it
+    parts = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first, end = max(0, start - reach), min(length, stop + reach)
+        near = band[None, None, : stop - start, first - start + reach : end - start + reach]
+        parts.append(_weigh(query[:, :, start:stop], key[:, :, first:end], value[:, :, first:end], scores, near))
+    return torch.cat(parts, dim=2)
 
 
 def _weigh(
@@ -414,13 +455,13 @@ def _soft_capped(
 
 
 def _refuse_unknown(
-    module: nn.Module, options: dict[str, Any], mask: Tensor | None, *, packed: bool, causal: bool
+    module: nn.Module, options: dict[str, Any], mask: Tensor | None, topology: Topology | None, *, causal: bool
 ) -> None:
     unknown = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
     what = f"gives {unknown[0]} to its attention" if unknown else None
-    if packed and not causal:
-        what = what or "sees both ways in a packed batch"
-    if packed and mask is not None:
+    if topology is not None and not causal and any(len(piece.sees) > 1 for piece in topology.segments):
+        what = what or "sees both ways where sequences share a beginning"
+    if topology is not None and mask is not None:
         what = what or "gives a mask of its own to its attention in a packed batch"
     if what:
         raise ModelError(
@@ -429,23 +470,22 @@ def _refuse_unknown(
         )
 
 
-def why_not_packed(model: nn.Module) -> str | None:
-    """Why sequences that lie end to end would mix in this model; None: they don't.
+def why_not_packed(kind: type | None, settings: Any) -> str | None:
+    """Why sequences that lie end to end would mix in a model of this class and config; None: they don't.
 
     Besides attention that is told its topology by keywords, which is what FlashAttention needs too, nothing may carry
     one token's state to the next: no convolution, no recurrence, no chunks counted from the start of the row.
     """
-    config: Any = model.config
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
+    kinds = set(getattr(settings.get_text_config(), "layer_types", None) or [])
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):
         return f"has layers of the kind {other[0]}"
-    if getattr(model, "_is_stateful", False):
+    if getattr(kind, "_is_stateful", False):
         return "carries a state from token to token"
-    if not reads_topology(model):
+    if not reads_topology(kind):
         return "does not pass a batch's topology on to its attention"
     return None
 
 
-def reads_topology(model: nn.Module | type) -> bool:
-    """Whether a model, or a class of models, hands all it wants of attention to transformers' interface."""
-    return bool(getattr(model, "_supports_flash_attn", False) and getattr(model, "_supports_attention_backend", False))
+def reads_topology(kind: type | None) -> bool:
+    """Whether a class of models hands all it wants of attention to transformers' interface."""
+    return bool(getattr(kind, "_supports_flash_attn", False) and getattr(kind, "_supports_attention_backend", False))

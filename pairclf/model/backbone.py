@@ -1,21 +1,23 @@
-"""The backbone: a pretrained decoder without its LM head, quantised and with adapters as the config says."""
+"""The backbone: a pretrained model without its LM head, quantised and with adapters as the config says."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from huggingface_hub import constants, file_exists, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -26,7 +28,8 @@ from pairclf.config import Lora, Model
 from pairclf.console import console
 from pairclf.errors import ModelError, cut
 from pairclf.model import attention
-from pairclf.model.families import family_of
+from pairclf.model.families import Family, class_of, family_of, has_encoder_alone
+from pairclf.model.precision import keep_in_float32
 from pairclf.trust import granted
 
 LINEAR = (nn.Linear, Conv1D)
@@ -81,8 +84,13 @@ def load_tokenizer(source: str) -> Any:
         raise ModelError(f"the tokenizer of {source} can't be loaded: {_said(error)}") from error
 
 
-def read_settings(source: str | Path) -> PretrainedConfig:
+def read_settings(source: str | Path, pooling: str | None = None) -> PretrainedConfig:
     """transformers' config of a model in a folder, or of a hub id.
+
+    Args:
+        source: the folder, or the id.
+        pooling: `model.pooling`. Of an encoder-decoder, mean reads the encoder alone: the config is then that of a
+            model without a decoder, which is not loaded.
 
     Raises:
         ModelError: it can't be read.
@@ -96,6 +104,8 @@ def read_settings(source: str | Path) -> PretrainedConfig:
             f"the model {source} can't be loaded: {_said(error)}",
             remedy="give a folder with config.json and *.safetensors, or a hub id",
         ) from error
+    if pooling == "mean" and has_encoder_alone(settings):
+        settings.is_encoder_decoder = False
     return settings
 
 
@@ -107,8 +117,8 @@ def empty_model(settings: PretrainedConfig) -> nn.Module:
     """
     try:
         with torch.device("meta"):
-            trust = granted().remote_code
-            model: nn.Module = family_of(settings).loader.from_config(settings, trust_remote_code=trust)
+            family, trust = family_of(settings), granted().remote_code
+            model: nn.Module = family.loader.from_config(settings, trust_remote_code=trust, **family.options(settings))
     except _UNREADABLE as error:
         raise ModelError(f"a {settings.model_type} can't be made of its config.json: {_said(error)}") from error
     return model
@@ -128,10 +138,11 @@ def load_base(
     accelerate's hooks carry the states from one to the other, and the last ones back to `device`.
 
     Raises:
-        ModelError: it can't be loaded, is not a decoder, or can't be adapted as set on this device.
+        ModelError: it can't be loaded, is of no family, or can't be adapted as set on this device.
     """
-    config = read_settings(source)
-    loader = family_of(config).loader
+    config = read_settings(source, model.pooling)
+    family = family_of(config)
+    require_safetensors(source)
     if adapter := find_adapter_config_file(source):
         raise adapter_beside(Path(adapter))
     if model.quantization == "int8" and model.lora is not None and model.lora.use_dora and device.type == "cpu":
@@ -146,11 +157,13 @@ def load_base(
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded = _load_strictly(
-        loader,
+        family.loader,
         source,
+        config=config,
+        **family.options(config),
         dtype=dtype,
         attn_implementation=_attention(model, config),
-        **_quantization(model, dtype),
+        **_quantization(model, dtype, family),
         **_placed(quantized, device, others),
         trust_remote_code=granted().remote_code,
     )
@@ -161,6 +174,7 @@ def load_base(
         # transformers (5.23) leaves embedding and norms as they were saved: float16 and autocast to bfloat16 don't mix.
         for weight in loaded.parameters():
             weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
+    keep_in_float32(loaded, family.float32_layers)
     if device.type == "cpu":
         _keep_full_precision(loaded)
     loaded.requires_grad_(model.lora is None and not quantized)
@@ -207,8 +221,29 @@ def _attention(model: Model, config: Any) -> str | None:
         return model.attn_implementation
     # A class that does not go through the attention interface, or that is not known before its code is loaded, keeps
     # the attention that it brings. That is right for padded batches; packed ones are refused by the classifier.
-    kind: Any = MODEL_MAPPING.get(type(config), None)
-    return attention.NAME if attention.reads_topology(kind) else None
+    return attention.NAME if attention.reads_topology(class_of(config)) else None
+
+
+def require_safetensors(source: str) -> None:
+    """Do nothing unless the weights of a model, in a folder or on the hub, are pickles alone. Nothing is fetched.
+
+    Raises:
+        ModelError: they are.
+    """
+
+    def has(*names: str) -> bool:
+        if Path(source).is_dir():
+            return any((Path(source) / name).is_file() for name in names)
+        if constants.HF_HUB_OFFLINE:
+            return any(isinstance(try_to_load_from_cache(source, name), str) for name in names)
+        return any(file_exists(source, name) for name in names)
+
+    if not has(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) and has(WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        raise ModelError(
+            f"the weights of {source} are in {WEIGHTS_NAME}, a pickle, which can run code when it is read",
+            remedy="convert them once, with `python scripts/convert_bin.py FOLDER NEW` of pairclf's repository, and "
+            "set model.base=NEW",
+        )
 
 
 def weight_files(source: str) -> list[Path]:
@@ -233,7 +268,8 @@ def weight_files(source: str) -> list[Path]:
 def _load_strictly(loader: Any, source: str, **options: Any) -> nn.Module:
     """Load every weight of the backbone from the files: transformers fills a missing one at random, with a warning."""
     try:
-        loaded, info = loader.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+        with _without_report():
+            loaded, info = loader.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
     except _UNREADABLE as error:
         raise ModelError(
             f"the weights of {source} can't be loaded: {_said(error)}",
@@ -249,6 +285,18 @@ def _load_strictly(loader: Any, source: str, **options: Any) -> nn.Module:
     return model
 
 
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Within, transformers prints no table of the weights that a model leaves in its files: an LM head, a decoder."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _keep_full_precision(loaded: nn.Module) -> None:
     """Compute NF4 layers in float32 in evaluation as in training.
 
@@ -260,15 +308,16 @@ def _keep_full_precision(loaded: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization(model: Model, dtype: torch.dtype) -> dict[str, Any]:
+def _quantization(model: Model, dtype: torch.dtype, family: Family) -> dict[str, Any]:
     """Options of `from_pretrained` that quantise; none for weights that are to stay as their files hold them.
 
     A `quantization_config` of None would make transformers (5.23) forget the files' own, and read int8 as numbers.
     """
     if model.quantization == "none":
         return {}
+    skipped = {"llm_int8_skip_modules": list(family.float32_layers) or None}  # of NF4, too
     if model.quantization == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}  # type: ignore[no-untyped-call]
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, **skipped)}  # type: ignore[no-untyped-call]
     # NF4 with double quantisation, as in QLoRA: https://arxiv.org/abs/2305.14314
     nf4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
@@ -276,6 +325,7 @@ def _quantization(model: Model, dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=torch.uint8,
+        **skipped,
     )
     return {"quantization_config": nf4}
 
@@ -286,20 +336,22 @@ def add_adapters(base: nn.Module, lora: Lora) -> nn.Module:
     Raises:
         ModelError: no linear module of the base has one of the names in `lora.target_modules`.
     """
-    linear = [name for name, module in base.named_modules() if isinstance(module, LINEAR)]
-    leaves = {name.rsplit(".", 1)[-1] for name in linear}
-    if not leaves:
+    every = [name for name, module in base.named_modules() if isinstance(module, LINEAR)]
+    if not every:
         raise ModelError(
             f"model.lora: {type(base).__name__} has no linear module, which is all that gets an adapter",
             remedy="set model.lora=null, or use another base",
         )
+    idle = family_of(base.config).idle  # type: ignore[arg-type]
+    linear = [name for name in every if not idle(name)]
+    leaves = {name.rsplit(".", 1)[-1] for name in linear}
     targets = sorted(leaves) if lora.target_modules == "all-linear" else lora.target_modules
     if unknown := sorted(set(targets) - leaves):
         raise ModelError(
             f"model.lora.target_modules names {unknown}, which the base has not",
             remedy=f"choose among {sorted(leaves)}",
         )
-    if lora.first_layer:
+    if lora.first_layer or len(linear) < len(every):
         # By whole names: peft's own `layers_to_transform` finds no layer in a base without a prefix.
         targets = [
             name for name in linear if name.rsplit(".", 1)[-1] in targets and layer_number(name) >= lora.first_layer

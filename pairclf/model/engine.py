@@ -9,21 +9,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from pairclf.bundles.base import resolve_base
 from pairclf.config import Config
 from pairclf.errors import ModelError
-from pairclf.model.attention import NAME, AttentionCalls, recording_calls
-from pairclf.model.backbone import add_adapters, load_base, load_tokenizer, pick_dtype
+from pairclf.inputs.sequences import Item
+from pairclf.model.attention import NAME, AttentionCalls, recording_calls, why_not_packed
+from pairclf.model.backbone import (
+    add_adapters,
+    load_base,
+    load_tokenizer,
+    pick_dtype,
+    read_settings,
+    require_safetensors,
+)
 from pairclf.model.batch import BackboneInputs
-from pairclf.model.families import REMEDY, family_of
-from pairclf.model.inputs import builder_for
+from pairclf.model.families import REMEDY, class_of, family_of, states_settings
+from pairclf.model.inputs import builder_for, with_pooling
 from pairclf.model.isolation import isolation_of
 from pairclf.model.layouts import BATCH_LAYOUTS, layout_of
 from pairclf.model.lm_head import lm_head_of
-from pairclf.model.positions import require_positions
+from pairclf.model.positions import first_position, moved, require_positions
 from pairclf.model.precision import in_float32
-from pairclf.model.readout import POOLINGS, READOUTS, BaseParts, Head
+from pairclf.model.rationale import RationaleWriter, writer_of
+from pairclf.model.readout import POOLINGS, READOUTS, BaseParts, Head, pooled
 from pairclf.model.trim import reading_at
 
 
@@ -34,26 +44,31 @@ class Classifier(nn.Module):
         backbone: returns an output with `last_hidden_state` `(B, T, H)`.
         head: `(S, H)` -> `(R, C)`.
         dtype: what the backbone computes in.
-        pooling: a key of `readout.POOLINGS`.
+        pooling: a key of `readout.POOLINGS`; None: the family's first.
 
     Attributes:
         family: the kind of the backbone.
+        first_position: number of a row's first position, as the backbone counts them.
         isolation: which layouts give every row the states that it has alone.
+        writer: of rationales; None: it writes none.
 
     Raises:
         ModelError: the backbone can't be run or not be read so, or not even padded rows score as each alone.
     """
 
-    def __init__(self, backbone: nn.Module, head: Head, dtype: torch.dtype, pooling: str = "last") -> None:
+    def __init__(self, backbone: nn.Module, head: Head, dtype: torch.dtype, pooling: str | None = None) -> None:
         super().__init__()
         self.family = family_of(backbone.config)  # type: ignore[arg-type]
+        pooling = pooling or self.family.poolings[0]
         if pooling not in self.family.poolings:
             raise ModelError(f"model.pooling={pooling} is none of the base's: {', '.join(self.family.poolings)}")
         self.backbone = backbone
         self.head = head
         self.dtype = dtype
         self.pooling = pooling
+        self.first_position = first_position(backbone)
         self.isolation = isolation_of(backbone, dtype)
+        self.writer: RationaleWriter | None = None
 
     def forward(self, inputs: BackboneInputs, read_at: Tensor, lengths: Tensor, *, trim: bool = False) -> Tensor:
         """Logits `(R, C)` of a batch.
@@ -62,7 +77,7 @@ class Classifier(nn.Module):
             inputs: `Batch.inputs`, and so on.
             read_at: `(S,)`.
             lengths: `(S,)`.
-            trim: compute the last layer at `read_at` alone; for evaluation, and where `why_not_trimmed` is None.
+            trim: compute the last layer at the read tokens alone; for evaluation, and where `why_not_trimmed` is None.
         """
         topology = inputs.get("topology")
         layout = layout_of(inputs)
@@ -74,16 +89,28 @@ class Classifier(nn.Module):
         # The same autocast in training, validation and the notebook, whoever calls.
         with (
             torch.autocast(read_at.device.type, self.dtype, enabled=self.dtype != torch.float32),
-            reading_at(self.backbone, read_at) if trim else nullcontext(),
+            reading_at(self.backbone, self._place(read_at, lengths)) if trim else nullcontext(),
             recording_calls(calls) if topology is not None else nullcontext(),
         ):
-            hidden = self.backbone(**keywords, **self.family.forward).last_hidden_state
+            hidden = self.family.states(self.backbone, moved(keywords, self.first_position))
         if topology is not None:
             self._require_topology_received(calls, layout)
-        if trim:
-            read_at = torch.arange(len(read_at), device=read_at.device)
-        logits: Tensor = self.head(POOLINGS[self.pooling](hidden, read_at, lengths))
+        states = hidden[0] if trim else pooled(self.pooling, hidden, read_at, lengths)
+        logits: Tensor = self.head(states)
         return logits
+
+    def _place(self, read_at: Tensor, lengths: Tensor) -> Tensor:
+        """`(S,)`: places of the tokens that are read, where the pooling reads one a sequence."""
+        place = POOLINGS[self.pooling]
+        assert place is not None
+        return place(read_at, lengths)
+
+    def with_rationales(self, items: Sequence[Item]) -> list[Item]:
+        """The items with rationales in place of their marks; with nothing to write, as they are."""
+        if (writer := self.writer) is None:
+            return list(items)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return [item._replace(ids=writer.completed(self.backbone, item.ids)) for item in items]
 
     @contextmanager
     def computing_in_float32(self) -> Iterator[None]:
@@ -123,7 +150,7 @@ class Classifier(nn.Module):
         """Why the last layer is computed for every token; None: it need not be."""
         if not BATCH_LAYOUTS[layout].topology:
             return f"rows are {layout}"
-        if self.pooling != "last":
+        if POOLINGS[self.pooling] is None:
             return f"model.pooling={self.pooling} reads every token"
         return self.family.refuses.get("trim") or self.isolation.trimmed
 
@@ -141,11 +168,7 @@ def build(config: Config, device: torch.device) -> Classifier:
     """
     classifier = build_untrained(config, device)
     if why := classifier.why_not(config.train.layout):
-        legal = [name for name in BATCH_LAYOUTS if classifier.why_not(name) is None]
-        raise ModelError(
-            f"train.layout={config.train.layout} does not go with model.base={config.model.base}: {why}",
-            remedy=f"set train.layout={legal[-1]}" if legal else "use another base",
-        )
+        raise _layout_error(config, why, [name for name in BATCH_LAYOUTS if classifier.why_not(name) is None])
     if config.trains_all and not any(weight.requires_grad for weight in classifier.backbone.parameters()):
         raise ModelError(
             f"model.base={config.model.base} holds quantised weights: model.lora=null leaves only the head to train",
@@ -156,12 +179,36 @@ def build(config: Config, device: torch.device) -> Classifier:
     return classifier
 
 
+def require_base(config: Config, settings: PretrainedConfig) -> None:
+    """Do nothing if a base's files and class allow its training as set, as far as is known before they are loaded.
+
+    Raises:
+        ModelError: its weights are pickles, or its rows can't lie as `train.layout` says.
+    """
+    require_safetensors(resolve_base(config.model.base))
+    layout, family = config.train.layout, family_of(settings)
+    kind = class_of(settings)
+    why = family.refuses.get(layout)
+    if kind is not None and BATCH_LAYOUTS[layout].topology and (mixes := why_not_packed(kind, settings)):
+        why = why or f"{kind.__name__} {mixes}"
+    if config.trains and why:
+        raise _layout_error(config, why, ["padded"])
+
+
+def _layout_error(config: Config, why: str, legal: Sequence[str]) -> ModelError:
+    return ModelError(
+        f"train.layout={config.train.layout} does not go with model.base={config.model.base}: {why}",
+        remedy=f"set train.layout={legal[-1]}" if legal else "use another base",
+    )
+
+
 def build_untrained(config: Config, device: torch.device) -> Classifier:
     """The base with its head as it is before any training, seeded by `config.seed`; no adapters yet.
 
     Raises:
         ModelError: the base can't be loaded, or has no LM head or no one token for a label word.
     """
+    config = with_pooling(config, family_of(read_settings(resolve_base(config.model.base), config.model.pooling)))
     torch.manual_seed(config.seed)
     classifier = build_frozen(config, device, None, training=True)
     READOUTS[config.model.readout].start(classifier.head, config, _parts_of(config, None, classifier.backbone, None))
@@ -195,9 +242,11 @@ def build_frozen(
     """
     dtype, _ = pick_dtype(config.model.dtype, device)
     # Full fine-tuning keeps its weights in float32 and computes under autocast: bf16 weights swallow small updates.
-    stored = torch.float32 if training and config.trains_all else dtype
-    backbone = load_base(resolve_base(config.model.base, base), config.model, stored, device, others)
-    hidden_size: int | None = getattr(backbone.config.get_text_config(), "hidden_size", None)  # type: ignore[union-attr, operator]
+    source = resolve_base(config.model.base, base)
+    family = family_of(read_settings(source, config.model.pooling))
+    in_float32 = training and (config.trains_all or family.float32)
+    backbone = load_base(source, config.model, torch.float32 if in_float32 else dtype, device, others)
+    hidden_size: int | None = getattr(states_settings(backbone.config), "hidden_size", None)
     if hidden_size is None:
         raise ModelError(
             f"model.base={config.model.base}: the config of {type(backbone).__name__} has no hidden_size", remedy=REMEDY
@@ -206,4 +255,8 @@ def build_frozen(
     readout, parts = READOUTS[config.model.readout], _parts_of(config, base, backbone, tokenizer)
     head = readout.make(config, hidden_size, backbone.config, parts.builder).to(device)
     readout.attach(head, config, parts)
-    return Classifier(backbone, head, dtype, config.model.pooling)
+    classifier = Classifier(backbone, head, dtype, config.model.pooling)
+    if config.rationale:
+        source = resolve_base(config.model.base, base)
+        classifier.writer = writer_of(source, backbone, parts.lm_head("prompt.rationale"), dtype)
+    return classifier

@@ -11,12 +11,14 @@ from pairclf.bundles.base import resolve_base
 from pairclf.bundles.bundle import Bundle
 from pairclf.bundles.examples import read_examples
 from pairclf.config import Config
+from pairclf.errors import ModelError
 from pairclf.inputs.cache import EncodedRows, Frames, TokenCache, token_cache
 from pairclf.inputs.examples import require_room, with_examples
 from pairclf.inputs.labels import LabelTrie, label_trie
 from pairclf.inputs.render import InputBuilder
-from pairclf.inputs.tokenise import settle_template
+from pairclf.inputs.tokenise import add_line_break, settle_template
 from pairclf.model.backbone import load_tokenizer, read_settings
+from pairclf.model.families import Family, family_of
 from pairclf.run import output_of
 
 
@@ -24,8 +26,8 @@ class Opened(NamedTuple):
     """A config with the objects that turn its rows into inputs.
 
     Attributes:
-        config: with the chat template written out.
-        tokenizer: of the base.
+        config: with the chat template written out, and without settings that are null until the base is known.
+        tokenizer: of the base; one that reads line breaks as blanks has a token for them, if the base has room.
         builder: that both make.
         settings: transformers' config of the base.
     """
@@ -40,17 +42,76 @@ def open_inputs(config: Config) -> Opened:
     """Load the base's tokenizer and settle the wording, once for all that is done with it.
 
     Raises:
-        ModelError: the tokenizer can't be loaded, is not a fast one, or has tokens that the base has no embedding for.
+        ModelError: the tokenizer can't be loaded, is not a fast one, or has tokens that the base has no embedding for;
+            or the base's family has no such pooling, readout or rows.
         ConfigError: the wording does not fit the tokenizer or the budget.
     """
     source = resolve_base(config.model.base)
     tokenizer = load_tokenizer(source)
-    template = settle_template(config.inputs.template, tokenizer)
-    settled = config.model_copy(update={"inputs": config.inputs.model_copy(update={"template": template})})
+    settings = read_settings(source, config.model.pooling)
+    family, embeddings = family_of(settings), settings.get_text_config().vocab_size
+    _require_legal(config, family)
+    add_line_break(tokenizer, embeddings)
+    settled = _settled(config, family, tokenizer)
     builder = builder_for(settled, tokenizer)
-    settings = read_settings(source)
-    builder.require_embeddings(settings.get_text_config().vocab_size)
+    _require_special_tokens(settled, family, builder)
+    builder.require_embeddings(embeddings)
     return Opened(settled, tokenizer, builder, settings)
+
+
+def _require_legal(config: Config, family: Family) -> None:
+    """Raises `ModelError` where the family has no such pooling or readout."""
+    model = config.model
+    if model.pooling is not None and model.pooling not in family.poolings:
+        raise ModelError(
+            f"model.pooling={model.pooling} is none of the base's: {', '.join(family.poolings)}",
+            remedy=f"set model.pooling={family.poolings[0]}, or remove it",
+        )
+    if why := family.refuses.get(model.readout):
+        raise ModelError(
+            f"model.readout={model.readout} does not go with model.base={model.base}: {why}",
+            remedy="set model.readout=head, or give a decoder as model.base",
+        )
+    if model.label_words and (why := family.refuses.get("label_words")):
+        raise ModelError(f"model.label_words: {why}", remedy="remove model.label_words")
+
+
+def _require_special_tokens(config: Config, family: Family, builder: InputBuilder) -> None:
+    """Raises `ModelError` where a row lacks tokens that the family's rows have around them."""
+    of_builder = {"opening": builder.opening, "closing": builder.closing}
+    of_tokenizer = {"opening": builder.tokenizer.before, "closing": builder.tokenizer.after}
+    for name in family.special_tokens:
+        if len(of_builder[name]):
+            continue
+        if len(of_tokenizer[name]):
+            raise ModelError(
+                f"inputs.template leaves out the {name} token that model.base={config.model.base} was trained with "
+                f"({', '.join(builder.tokenizer.names(of_tokenizer[name]))})",
+                remedy="set inputs.template.add_special_tokens=true, or remove it and apply_chat_template",
+            )
+        raise ModelError(
+            f"the tokenizer of model.base={config.model.base} puts no {name} token around a text, and the base was "
+            "trained with one (such as [CLS] and [SEP])",
+            remedy="use the tokenizer.json that the base model was published with: its post_processor adds them",
+        )
+
+
+def _settled(config: Config, family: Family, tokenizer: Any) -> Config:
+    """The config with the chat template written out, and with the family's defaults where it names none."""
+    template = settle_template(config.inputs.template, tokenizer)
+    swap = config.train.swap or ("both" if config.train.consistency_weight else family.swap)
+    return with_pooling(config, family).model_copy(
+        update={
+            "inputs": config.inputs.model_copy(update={"template": template}),
+            "train": config.train.model_copy(update={"swap": swap}) if config.trains else config.train,
+        }
+    )
+
+
+def with_pooling(config: Config, family: Family) -> Config:
+    """The config with the family's pooling where it names none."""
+    pooling = config.model.pooling or family.poolings[0]
+    return config.model_copy(update={"model": config.model.model_copy(update={"pooling": pooling})})
 
 
 def run_cache(config: Config, builder: InputBuilder, frames: Frames) -> TokenCache:
@@ -76,14 +137,22 @@ def builder_for(config: Config, tokenizer: Any) -> InputBuilder:
     Raises:
         ConfigError: as `InputBuilder`; a label word can't follow the text; or examples have no room.
     """
-    one_sided, example = config.model.one_sided, config.prompt.template
-    builder = InputBuilder(tokenizer, config.task, config.inputs, one_sided=one_sided, example=example)
+    builder = InputBuilder(
+        tokenizer,
+        config.task,
+        config.inputs,
+        one_sided=config.model.one_sided and not config.is_pointwise,
+        example=config.prompt.template,
+        rationale=config.rationale,
+        trigger=config.prompt.answer_trigger,
+    )
     if config.model.scored_words:
-        builder = builder.continued_by(trie_of(config, builder).branches)
+        builder = builder.continued_by(trie_of(config, builder).nodes)
     require_room(config, builder)
     return builder
 
 
 def trie_of(config: Config, builder: InputBuilder) -> LabelTrie:
-    """The tokens of `model.label_words` behind the builder's text, in the order of the classes."""
-    return label_trie(builder, {name: config.model.scored_words[name] for name in config.task.classes})
+    """The tokens of `model.label_words` where they are read, in the order of the classes; or of yes and no."""
+    words = {name: config.model.scored_words[name] for name in config.answers}
+    return label_trie(builder, words, decoded=config.model.pooling == "decoder")

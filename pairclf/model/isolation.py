@@ -2,9 +2,9 @@
 
 What a model's class says of itself (`attention.why_not_packed`) is a claim. A layer that drops its keyword arguments
 never hands the topology on, and packed rows then see each other in silence. So the base is run on two short rows of
-random ids, each alone with the attention that transformers brings ("eager"), and then together, as every layout lays
-them; the states of every token must agree. Windows are longer than such rows: what the model asks its mask to be is
-compared with the window that it hands to its attention.
+random ids, each alone with the attention and the positions that transformers brings, and then together, as every
+layout lays them; the states of every token must agree. Windows are longer than such rows: what the model asks its mask
+to be is compared with the window that it hands to its attention.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from pairclf.errors import ModelError
-from pairclf.inputs.sequences import Item
+from pairclf.inputs.sequences import MIN_SHARED_TOKENS, Item
 from pairclf.model.attention import NAME, AttentionCalls, recording_calls, why_not_packed
 from pairclf.model.batch import Batch, Topology
-from pairclf.model.families import REMEDY, family_of
-from pairclf.model.layouts import MIN_SHARED_TOKENS, Isolation, packed, padded, shared
+from pairclf.model.families import REMEDY, family_of, states_settings
+from pairclf.model.layouts import Isolation, packed, padded, shared
+from pairclf.model.positions import first_position, moved
 from pairclf.model.precision import in_float32
 from pairclf.model.trim import reading_at, why_not_trimmed
 
@@ -97,7 +98,12 @@ def _cannot_run(backbone: nn.Module, error: Exception) -> ModelError:
 def _compare_layouts(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
     rows, allowed, calls = _test_rows(backbone), TOLERANCE[dtype], AttentionCalls()
     with _stock_attention(backbone):
-        alone = [_run(backbone, padded([row]))[0] for row in rows]
+        alone = [_run(backbone, _by_its_own_positions(padded([row])))[0] for row in rows]
+    size, width = getattr(states_settings(backbone.config), "hidden_size", None), alone[0].shape[-1]
+    if size is not None and width != size:  # Reformer joins two states
+        raise ModelError(
+            f"{_named(backbone)} gives hidden states of {width} numbers, and its config says {size}", remedy=REMEDY
+        )
     spread = _spread(alone)
     with recording_calls(calls):
         states = _run(backbone, padded(rows))
@@ -118,15 +124,16 @@ def _compare_layouts(backbone: nn.Module, dtype: torch.dtype) -> Isolation:
     if why_packed or _implementation(backbone) != NAME:
         unknown = f"model.attn_implementation={_implementation(backbone)} knows no tokens that several sequences see"
         return Isolation(why_packed, why_packed or unknown, why_not_trimmed(backbone) or why_packed, calls.calls)
-    why_trimmed = why_not_trimmed(backbone) or differs(shared(rows), trim=True)
+    refused = family_of(backbone.config).refuses.get("shared")  # type: ignore[arg-type]
+    why_trimmed = why_not_trimmed(backbone) or differs((packed if refused else shared)(rows), trim=True)
     # Where the last layer is right at the read places, so is all before it.
-    why_shared = differs(shared(rows), trim=False) if why_trimmed else None
+    why_shared = differs(shared(rows), trim=False) if why_trimmed and not refused else refused
     return Isolation(None, why_shared, why_trimmed, calls.calls)
 
 
 def claimed(backbone: nn.Module) -> str | None:
     """Why packed rows would see each other, according to the class and its attention implementation."""
-    if why := why_not_packed(backbone):
+    if why := why_not_packed(type(backbone), backbone.config):
         return f"{type(backbone).__name__} {why}"
     if _implementation(backbone) not in (NAME, "flash_attention_2"):
         return f"model.attn_implementation={_implementation(backbone)} would let packed rows see each other"
@@ -193,9 +200,14 @@ def _test_rows(backbone: nn.Module) -> list[Item]:
 
 def _run(backbone: nn.Module, batch: Batch) -> Tensor:
     """Last hidden states in float32, `(B, T, H)`."""
-    further = family_of(backbone.config).forward  # type: ignore[arg-type]
-    states: Tensor = backbone(**batch.to(_device(backbone)).inputs, **further).last_hidden_state
-    return states.float()
+    inputs = moved(batch.to(_device(backbone)).inputs, first_position(backbone))
+    return family_of(backbone.config).states(backbone, inputs).float()  # type: ignore[arg-type]
+
+
+def _by_its_own_positions(batch: Batch) -> Batch:
+    """Without positions: the model counts them itself."""
+    inputs = {name: given for name, given in batch.inputs.items() if name != "position_ids"}
+    return replace(batch, inputs=inputs)
 
 
 def _spread(alone: Sequence[Tensor]) -> Tensor:

@@ -20,16 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pairclf.inputs.sequences import Item, branches_of, shared_start
+from pairclf.inputs.sequences import MIN_SHARED_TOKENS, Item, branches_of, shared_start
 from pairclf.inputs.truncate import Ids
 from pairclf.model.batch import BackboneInputs, Batch, Segment, Span, Topology, end_to_end
 
-MIN_SHARED_TOKENS = 16
-"""Tokens that a sequence must have in common with another for them to be computed once.
-
-On a CPU any number pays: attention over a sequence in two places costs no more than over one (`attention.QUERIES`). A
-template's few first tokens are left alone, so that rows which have nothing else in common stay in one place each.
-"""
 PAD_ID = 0
 """Id at padded places. It is masked and never read, so that any id serves; no tokenizer needs a pad token."""
 

@@ -38,8 +38,11 @@ UNLIKE = frozenset(
 )
 """`model_type` of decoders that do something else to a state or its scores; a test looks for more of them."""
 
-NAMES = ("lm_head", "embed_out")
-"""What an LM head is called; GPT-NeoX has the second."""
+NAMES = ("lm_head", "embed_out", "lm_head.out_proj")
+"""What an LM head is called; GPT-NeoX has the second, T5Gemma the third."""
+
+SCALES_STATES = ("t5", "umt5")
+"""`model_type` of models that, where their LM head is tied, multiply a state by `d_model ** -0.5` before it."""
 
 
 def afterwards(settings: Any) -> Callable[[Tensor], Tensor]:
@@ -62,15 +65,20 @@ class LmHead(NamedTuple):
         size: V, as the base's embedding has it.
         weight: `(V, H)`, a tensor or a slice of a safetensors file, of which a part is read when it is asked for.
         bias: `(V,)` likewise; None: there is none.
+        scale: factor of the states before it.
     """
 
     size: int
     weight: Any
     bias: Any
+    scale: float = 1.0
 
     def rows(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Weight `(len(ids), H)` and bias `(len(ids),)` of these tokens, float32; a bias of zeros if there is none."""
-        weight = torch.cat([self.weight[token : token + 1] for token in ids]).detach().float()
+        """Weight `(len(ids), H)` and bias `(len(ids),)` of these tokens, float32; a bias of zeros if there is none.
+
+        The scale of the states is in the weight.
+        """
+        weight = torch.cat([self.weight[token : token + 1] for token in ids]).detach().float() * self.scale
         if self.bias is None:
             return weight, weight.new_zeros(len(ids))
         return weight, torch.cat([self.bias[token : token + 1] for token in ids]).detach().float()
@@ -87,7 +95,7 @@ class LmHead(NamedTuple):
         copy of the head in float32 is ever in memory.
         """
         parts = [
-            checkpoint(partial(_log_total, finish), state.float(), *block, use_reentrant=False)
+            checkpoint(partial(_log_total, finish), state.float() * self.scale, *block, use_reentrant=False)
             for block in self._blocks()
         ]
         return torch.stack(parts).logsumexp(dim=0)
@@ -105,7 +113,9 @@ def _log_total(finish: Callable[[Tensor], Tensor], state: Tensor, weight: Tensor
 def lm_head_of(source: str, backbone: nn.Module, setting: str) -> LmHead:
     """The LM head of the base at `source`, whose backbone is loaded.
 
-    Where head and embedding are tied it is the embedding; otherwise it alone is opened in the base's files.
+    It alone is opened in the base's files. Where these have none, and head and embedding are tied, it is the embedding;
+    that of the decoder, if the base has an encoder too. FLAN-T5's files have one although its config ties them, and
+    transformers then takes it.
 
     Args:
         source: folder or hub id.
@@ -122,11 +132,13 @@ def lm_head_of(source: str, backbone: nn.Module, setting: str) -> LmHead:
     if why:
         raise ModelError(f"{setting}: {why}", remedy=f"remove {setting}")
     bias = _open(source, "bias")
-    embedding: Tensor = backbone.get_input_embeddings().weight  # type: ignore[operator]
-    if getattr(config, "tie_word_embeddings", False):
-        # Trained weights move on; the head stays what it was.
-        return LmHead(len(embedding), embedding.detach().clone() if embedding.requires_grad else embedding, bias)
+    embedding: Tensor = backbone.get_decoder().get_input_embeddings().weight  # type: ignore[operator]
+    scale = _scale_of(config)
     weight = _open(source, "weight")
+    if weight is None and getattr(config, "tie_word_embeddings", False):
+        # Trained weights move on; the head stays what it was.
+        tied = embedding.detach().clone() if embedding.requires_grad else embedding
+        return LmHead(len(embedding), tied, bias, scale)
     if weight is None:
         raise ModelError(
             f"{setting} needs the LM head of {source}, whose files hold no lm_head.weight",
@@ -138,7 +150,13 @@ def lm_head_of(source: str, backbone: nn.Module, setting: str) -> LmHead:
             f"{list(embedding.shape)}: it is quantised",
             remedy="give a base whose lm_head.weight is not quantised",
         )
-    return LmHead(len(embedding), weight, bias)
+    return LmHead(len(embedding), weight, bias, scale)
+
+
+def _scale_of(config: Any) -> float:
+    # transformers 5.23 calls every T5 tied, and says by another name whether it was published so; 5.0 does neither.
+    scales = config.model_type in SCALES_STATES and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+    return float(config.d_model**-0.5) if scales else 1.0
 
 
 def _open(source: str, part: str) -> Any:

@@ -7,11 +7,14 @@ import re
 from itertools import chain
 from typing import Any, NamedTuple
 
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from pairclf.config import Config
 from pairclf.errors import ModelError
 from pairclf.model.backbone import empty_model
+from pairclf.model.batch import BackboneInputs
+from pairclf.model.families import text_settings
 
 _TABLE = re.compile(r"pos|wpe")
 """In the name of a tensor with a line for each position: `wpe` in GPT-2, `embed_positions` in OPT and GPT-J."""
@@ -37,9 +40,25 @@ class PositionLimit(NamedTuple):
         return f"the base model was made for rows of up to {self.tokens:,} tokens; {self.why}"
 
 
+def first_position(model: nn.Module) -> int:
+    """The number of a row's first position: RoBERTa and its like count from `padding_idx + 1`, others from 0."""
+    numbers = (
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _TABLE.search(name) and module.padding_idx is not None
+    )
+    return next(numbers, 0)
+
+
+def moved(inputs: BackboneInputs, first: int) -> BackboneInputs:
+    """A batch's inputs with `position_ids` counted from `first` in place of 0."""
+    positions = inputs.get("position_ids")
+    return {**inputs, "position_ids": positions + first} if first and isinstance(positions, Tensor) else inputs
+
+
 def position_limit(settings: PretrainedConfig) -> PositionLimit | None:
     """The limit by transformers' config of a model; None: it names none."""
-    text: Any = settings.get_text_config()
+    text = text_settings(settings)
     rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
     parts = list(rope.values()) if all(isinstance(part, dict) for part in rope.values()) else [rope]
     if moving := [limit for part in parts if (limit := _moving_limit(text, part)) is not None]:
@@ -48,8 +67,8 @@ def position_limit(settings: PretrainedConfig) -> PositionLimit | None:
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    if not rope and _has_table(settings, limit):
-        return PositionLimit(limit, "it has no position for a token behind them", True)
+    if not rope and (places := _places_in_table(settings, limit)) is not None:
+        return PositionLimit(places, "it has no position for a token behind them", True)
     stretched = [
         int(part["factor"] * part[_ORIGINAL])
         for part in parts
@@ -66,11 +85,15 @@ def _moving_limit(text: Any, rope: dict[str, Any]) -> int | None:
     return int(text.max_position_embeddings) if "dynamic" in kind else None
 
 
-def _has_table(settings: PretrainedConfig, limit: int) -> bool:
-    """Whether the model reads positions from a table of that size. No weights are read."""
+def _places_in_table(settings: PretrainedConfig, limit: int) -> int | None:
+    """Tokens of the longest row if positions are read from a table of `limit` lines; None: there is none.
+
+    No weights are read.
+    """
     model = empty_model(settings)
     named = chain(model.named_parameters(), model.named_buffers())
-    return any(_TABLE.search(name) and tensor.ndim == 2 and len(tensor) >= limit for name, tensor in named)
+    has_table = any(_TABLE.search(name) and tensor.ndim == 2 and len(tensor) >= limit for name, tensor in named)
+    return limit - first_position(model) if has_table else None
 
 
 def exceeded_limit(settings: PretrainedConfig, max_length: int) -> PositionLimit | None:

@@ -1,8 +1,8 @@
-"""Compute a backbone in float32 for a moment: for rows whose activations overflow float16, if there is no bfloat16."""
+"""Compute in float32 what overflows float16: a backbone for a moment, or single layers of it always."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -38,6 +38,24 @@ def in_float32(model: nn.Module) -> Iterator[None]:
                 for handle in _upcast(module):
                     undo.callback(handle.remove)
         yield
+
+
+class LinearInFloat32(nn.Linear):
+    """A linear layer that computes in float32, under autocast too, and gives float32."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`(..., in)` of any dtype -> `(..., out)` float32."""
+        with torch.autocast(states.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return functional.linear(states.float(), self.weight.float(), bias)
+
+
+def keep_in_float32(model: nn.Module, names: Collection[str]) -> None:
+    """Store the linear layers of these names in float32, and compute them so, whatever the rest computes in."""
+    for name, module in model.named_modules():
+        # Not in a layer that a base's files hold quantised.
+        if type(module) is nn.Linear and name.rsplit(".", 1)[-1] in names:
+            module.float().__class__ = LinearInFloat32  # to peft, it still is a `nn.Linear`
 
 
 def _dequantised(module: Any, states: Tensor) -> Tensor:

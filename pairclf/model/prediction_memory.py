@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pairclf.inputs.plan import LAYOUTS
+from pairclf.inputs.plan import LAYOUTS, SQUARE_FROM
 from pairclf.inputs.sequences import Item, LargestPass, with_branches
 from pairclf.model.device_memory import memory_now, memory_to_have, peak_memory
 from pairclf.model.layouts import BATCH_LAYOUTS
@@ -158,6 +158,9 @@ def _count_pass(scorer: ClassifierScorer, items: Sequence[Item], how: AbstractCo
 def _synthetic_items(layout: str, largest: LargestPass, branches: int = 1) -> list[Item]:
     """Dummy sequences that fill a pass; the orders of a row share their start."""
     random, record = np.random.default_rng(0), LAYOUTS[layout]
+    if record.pads and int(record.sizes(np.array(largest.longest))) <= largest.tokens:
+        # Many rows of this length take more than fewer longer ones: they have as many scores, and more tokens.
+        largest = largest._replace(longest=min(largest.longest, SQUARE_FROM))
     start, _ = record.spans(
         np.full((1, largest.orders), largest.longest), np.array([int(SHARED_SHARE * largest.longest)])
     )

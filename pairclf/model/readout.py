@@ -88,39 +88,65 @@ class LabelTokenHead(nn.Module):
         classes: C.
         finish: the model's cap and scale (`lm_head.afterwards`).
         trie: the labels' tokens, E edges that leave K inner nodes.
+        by_label: the trie's labels are yes and no, which are read behind the text of each class by itself: its logit is
+            that of yes, `log p(yes) - log p(no)`.
 
     Attributes:
-        branches: K.
+        branches: K; C * K by label.
+        measures_mass: the logits of a row are not those, but the logarithm of how likely some label is; by label, of
+            how likely some answer is behind each.
         prior: `(C,)`, log-probabilities that are taken off the labels' logits (`prompt.calibration`).
         vocabulary: the whole LM head: a logit is then the label's log-probability over the vocabulary. None: a token is
             as likely as it is among the labels' tokens at its place; if there is one place, a logit is the LM's own.
             There, both have the same softmax over the labels.
     """
 
-    def __init__(self, hidden_size: int, classes: int, finish: Callable[[Tensor], Tensor], trie: LabelTrie) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        classes: int,
+        finish: Callable[[Tensor], Tensor],
+        trie: LabelTrie,
+        *,
+        by_label: bool = False,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(trie.edges), hidden_size), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(len(trie.edges)), requires_grad=False)
         self.prior = nn.Parameter(torch.zeros(classes), requires_grad=False)
         self.out_features = classes
-        self.branches = len(trie.nodes)
+        self.branches = len(trie.nodes) * (classes if by_label else 1)
+        self.measures_mass = False
         self.vocabulary: LmHead | None = None
         self._finish = finish
         self._trie = trie
+        self._by_label = by_label
 
     def forward(self, state: Tensor) -> Tensor:
-        """`(K * R, H)` of any dtype, a row's inner nodes in sequence -> `(R, C)` float32."""
+        """`(branches * R, H)` of any dtype, a row's in sequence -> `(R, C)` float32; its mass `(R, 1)` or `(R, C)`."""
+        logits = self._of_words(state)
+        classes = self.out_features if self._by_label else 1
+        if self.measures_mass:
+            return logits.logsumexp(dim=1).view(-1, classes)
+        if self._by_label:
+            yes, no = logits.unbind(dim=1)
+            logits = (yes - no).view(-1, classes)
+        return logits - self.prior
+
+    def _of_words(self, state: Tensor) -> Tensor:
+        """`(K * P, H)`, the inner nodes at P places -> `(P, labels of the trie)` float32."""
         nodes = [node for node, _ in self._trie.edges]
-        at_nodes = state.float().view(-1, self.branches, state.shape[-1])
+        at_nodes = state.float().view(-1, len(self._trie.nodes), state.shape[-1])
         edges = self._finish(torch.einsum("reh,eh->re", at_nodes[:, nodes], self.weight) + self.bias)
         if self.vocabulary is not None:
-            edges = edges - self.vocabulary.log_total(state, self._finish).view(-1, self.branches)[:, nodes]
-        elif self.branches > 1:
+            edges = edges - self.vocabulary.log_total(state, self._finish).view(len(at_nodes), -1)[:, nodes]
+        elif len(self._trie.nodes) > 1:
             siblings = torch.tensor([[node == other for node in nodes] for other in nodes], device=state.device)
             edges = edges - edges[:, None].masked_fill(~siblings, -torch.inf).logsumexp(dim=-1)
         words = [(label, edges[:, list(way)].sum(dim=1)) for label, way in self._trie.words]
-        synonyms = [[logits for other, logits in words if other == label] for label in range(self.out_features)]
-        return torch.stack([torch.stack(logits).logsumexp(dim=0) for logits in synonyms], dim=1) - self.prior
+        labels = sorted({label for label, _ in words})
+        synonyms = [[logits for other, logits in words if other == label] for label in labels]
+        return torch.stack([torch.stack(logits).logsumexp(dim=0) for logits in synonyms], dim=1)
 
     @torch.no_grad()
     def start_from(self, weight: Tensor, bias: Tensor) -> None:
@@ -135,24 +161,25 @@ TieModel = Callable[[Tensor, Tensor], Tensor]
 class RewardHead(nn.Module):
     """A reward for each of a row's two sides, and logits of what comes of two rewards; all in float32.
 
-    The logits of the two sides' victories sum to the sum of their rewards.
+    The logits of the two sides' victories sum to the sum of their rewards. For a pointwise task the rewards themselves
+    are the logits.
 
     Args:
         hidden_size: H.
-        task: which class is whose victory; the third is a tie.
+        task: which class is whose victory, the third is a tie; or a pointwise one (`Task.pointwise`).
         ties: `rewards (R, 2), tie () -> (R, 3)`, logits of A, B and a tie, a value of `TIE_MODELS`.
 
     Attributes:
+        branches: 2 sides, or 1 text.
         tie: how likely equal rewards tie; at 0, all three classes are equally likely then.
     """
-
-    branches = 2
 
     def __init__(self, hidden_size: int, task: Task, ties: TieModel) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, hidden_size))
         self.tie = nn.Parameter(torch.zeros(()), requires_grad=len(task.classes) > 2)
         self.out_features = len(task.classes)
+        self.branches = 2 if task.swappable else 1
         nn.init.normal_(self.weight, std=0.02)
         sides = [task.classes.index(name) for name in task.swap_classes or ()]
         ties_at = [column for column in range(len(task.classes)) if column not in sides]
@@ -160,8 +187,10 @@ class RewardHead(nn.Module):
         self._ties = ties
 
     def forward(self, state: Tensor) -> Tensor:
-        """`(2 * R, H)` of any dtype, a row's two sides in sequence -> `(R, C)` float32."""
-        rewards = functional.linear(state.float(), self.weight).view(-1, 2)
+        """`(2 * R, H)` of any dtype, a row's two sides in sequence -> `(R, C)` float32; `(R, H)` -> `(R, 1)`."""
+        rewards = functional.linear(state.float(), self.weight).view(-1, self.branches)
+        if self.branches == 1:
+            return rewards
         return self._ties(rewards, self.tie)[:, self._columns]
 
 
@@ -202,13 +231,14 @@ Head = LinearHead | TwoLayerHead | LabelTokenHead | RewardHead
 
 
 @contextmanager
-def over_vocabulary(head: LabelTokenHead, lm_head: LmHead) -> Iterator[None]:
-    """Within, a label's logit is its log-probability over the whole vocabulary."""
+def over_vocabulary(head: LabelTokenHead, lm_head: LmHead, *, mass: bool = False) -> Iterator[None]:
+    """Within, a label's logit is its log-probability over the whole vocabulary; or the head measures their mass."""
     before, head.vocabulary = head.vocabulary, lm_head.on(head.weight.device)
+    head.measures_mass = mass
     try:
         yield
     finally:
-        head.vocabulary = before
+        head.vocabulary, head.measures_mass = before, False
 
 
 # --- the readouts ----------------------------------------------------------------------------------------------------
@@ -283,8 +313,8 @@ def _attach_vocabulary(head: LabelTokenHead, config: Config, base: BaseParts) ->
 def _label_token_head(
     config: Config, hidden_size: int, settings: Any, builder: Callable[[], InputBuilder]
 ) -> LabelTokenHead:
-    trie = trie_of(config, builder())
-    return LabelTokenHead(hidden_size, len(config.task.classes), afterwards(settings), trie)
+    trie, classes = trie_of(config, builder()), len(config.task.classes)
+    return LabelTokenHead(hidden_size, classes, afterwards(settings), trie, by_label=config.by_label)
 
 
 READOUTS: dict[str, Readout] = {
@@ -296,11 +326,6 @@ READOUTS: dict[str, Readout] = {
     "reward": Readout(make=_reward_head),
 }
 """By `model.readout`. A new one is a record here and a name in `config.model`."""
-
-
-def last(hidden: Tensor, read_at: Tensor, lengths: Tensor) -> Tensor:
-    """`(B, T, H)` hidden states -> `(R, H)`: the last token's of each sequence."""
-    return hidden.flatten(0, 1)[read_at]
 
 
 def mean(hidden: Tensor, read_at: Tensor, lengths: Tensor) -> Tensor:
@@ -315,5 +340,17 @@ def mean(hidden: Tensor, read_at: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(hidden.flatten(0, 1)[places].float(), "mean", lengths=lengths)
 
 
-POOLINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"last": last, "mean": mean}
-"""`model.pooling`: `(B, T, H)` hidden states, `read_at` `(R,)` and `lengths` `(R,)` -> `(R, H)`."""
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
+    "last": lambda read_at, lengths: read_at,
+    "first": lambda read_at, lengths: read_at - lengths + 1,  # [CLS] in BERT
+    "mean": None,
+    "decoder": lambda read_at, lengths: torch.arange(len(read_at), device=read_at.device),  # of (R, 1, H) states
+}
+"""`model.pooling`: from `read_at` `(R,)` and `lengths` `(R,)` the place of the token that sums up a sequence, `(R,)`;
+None: all tokens are read."""
+
+
+def pooled(pooling: str, hidden: Tensor, read_at: Tensor, lengths: Tensor) -> Tensor:
+    """`(B, T, H)` hidden states, `read_at` `(R,)` and `lengths` `(R,)` -> a state a sequence, `(R, H)`."""
+    place = POOLINGS[pooling]
+    return mean(hidden, read_at, lengths) if place is None else hidden.flatten(0, 1)[place(read_at, lengths)]

@@ -84,7 +84,7 @@ class ClassifierScorer:
     def launch(self, items: Sequence[Item]) -> Tensor:
         """Raw logits `(R, C)` on the device. A GPU may still be computing; the next batch can be launched meanwhile."""
         with evaluating(self.classifier):
-            batch = self._lay_out(items).to(self.classifier.device)
+            batch = self._lay_out(self.classifier.with_rationales(items)).to(self.classifier.device)
             logits: Tensor = self.classifier(batch.inputs, batch.read_at, batch.lengths, trim=self.trim)
         return logits
 
@@ -177,7 +177,9 @@ def _batches(items: Sequence[Item], layout: str, budget: int) -> list[list[int]]
     for index, item in enumerate(items):
         rows.setdefault(item.row if record.together else index, []).append(index)
     units = list(rows.values())
-    sizes = [sum(record.computed([len(items[index].ids) for index in unit])) for unit in units]
+    sizes = [
+        int(record.sizes(np.array(record.computed([len(items[index].ids) for index in unit]))).sum()) for unit in units
+    ]
     return [
         [index for unit in members for index in units[unit]]
         for members in by_token_budget(sizes, budget, padded=record.pads)

@@ -43,7 +43,7 @@ def why_not(bundle: Bundle, devices: Sequence[torch.device]) -> str | None:
         return "layers over several devices are not handed to it; set predict.parallelism=replicas"
     if bundle.manifest.weights != "whole":
         return "the bundle holds an adapter; `pairclf export --to bfloat16` (or float16, gptq, awq) makes whole weights"
-    if model.pooling != "last":
+    if model.pooling not in (None, "last"):
         return f"model.pooling={model.pooling} reads every token, and it gives the last one's state"
     if find_spec("vllm") is None:
         return "the package vllm is not installed"

@@ -33,6 +33,8 @@ def vocabulary_loss(config: Config, classifier: Classifier) -> AbstractContextMa
 def label_mass(config: Config, classifier: Classifier, encoded: Sequence[tuple[Encoded, ...]]) -> float | None:
     """The mean probability that some label is the next token, over up to `ROWS` of these rows, drawn by seed.
 
+    Where a row may have several labels, that yes or no is the next token, over the labels too.
+
     Args:
         config: its base has the LM head.
         classifier: in evaluation mode or not; it is left as it is.
@@ -44,9 +46,9 @@ def label_mass(config: Config, classifier: Classifier, encoded: Sequence[tuple[E
     if not isinstance(classifier.head, LabelTokenHead):
         return None
     items = items_of([encoded[row] for row in sampled_rows(config, len(encoded))], orders=1)
-    with over_vocabulary(classifier.head, _lm_head(config, classifier, "the label mass")):
+    with over_vocabulary(classifier.head, _lm_head(config, classifier, "the label mass"), mass=True):
         logits = score(classifier, items, tokens_per_batch=config.predict.tokens_per_batch, title="label mass")
-    mass = float(np.exp(logits).sum(axis=1).mean())
+    mass = float(np.exp(logits).mean())
     console.print(f"label mass {mass:.3f}: the labels' share of all tokens' probability, on {len(items):,} rows")
     if mass < LOW:
         console.print(

@@ -327,7 +327,7 @@ def _record(
     settings, data = config.package, config.data
     copied = ("name", "seal", "fold", "metrics", "base")
     packed = [
-        PackedBundle(folder=name, **{key: getattr(bundle.manifest, key) for key in copied})
+        PackedBundle(folder=name, orders=bundle.config.orders, **{key: getattr(bundle.manifest, key) for key in copied})
         for name, bundle in models.bundles.items()
     ]
     return Build(
@@ -341,12 +341,20 @@ def _record(
         bundles=packed,
         requirements=wheels.requirements,
         config=_run_name(config, models),
-        out_of_fold=out_of_fold_metric(list(models.bundles.values()), models.ensemble.task.metric),
+        out_of_fold=_out_of_fold(models),
         test=None if data.test_file is None else data.test_file.resolve(),
         sample=None if data.sample_file is None else data.sample_file.resolve(),
         columns=models.ensemble.data.test.columns,
         submission=models.ensemble.data.settled_submission,
     )
+
+
+def _out_of_fold(models: _PackagedModels) -> float | None:
+    """The task's metric on held-out rows: of the blend, where its file has it, or of the folds of one run."""
+    metric = models.ensemble.task.metric
+    if metric in models.file.out_of_fold:
+        return models.file.out_of_fold[metric]
+    return out_of_fold_metric(list(models.bundles.values()), metric)
 
 
 def _run_name(config: Config, models: _PackagedModels) -> str:

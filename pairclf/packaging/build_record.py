@@ -47,6 +47,7 @@ class PackedBundle(Section):
     seal: str = Field(description="of its manifest: SHA-256 in hex")
     fold: int | None = Field(description="held out in its training; null: none")
     metrics: dict[str, float] = Field(description="on the rows that were held out")
+    orders: Literal[1, 2] = Field(description="orders of a row that its model sees differently")
     base: str | None = Field(description="base model, as its manifest says; null: it has no language model")
 
 
@@ -72,6 +73,11 @@ class Build(Section):
     sample: Path | None = Field(None, description="its sample submission")
     columns: dict[str, str | None] = Field({}, description="data.test.columns of the bundles")
     submission: Submission = Field(default_factory=Submission, description="data.submission of the bundles")
+
+    @property
+    def orders(self) -> int:
+        """Orders of a row that is scored in full: the fewest of any model, as `PredictionState.num_orders` counts."""
+        return min(bundle.orders for bundle in self.bundles)
 
     def of(self, payload: Payload) -> list[PackagePart]:
         return [part for part in self.parts if part.payload == payload]

@@ -27,12 +27,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
-import nbformat
-from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
-
 EXECUTED, PRINTED = "executed.ipynb", "executed.log"  # what a notebook leaves, and a script
 _REMOUNT = 0x1020  # MS_REMOUNT and MS_BIND of mount(2): with no other flag, the mount can be written to
 _LOOK = 0.5  # seconds between two looks whether the rehearsal lives
@@ -131,6 +125,12 @@ def why_not_found(hidden: str) -> str | None:
 
 def run_notebook(plan: Plan) -> bool:
     """Execute the code cells in order; returns whether all succeeded."""
+    import nbformat  # Jupyter's packages take a moment, which scripts need not wait for
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+
     notebook = nbformat.read(plan["code"], as_version=4)
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     client = NotebookClient(notebook, km=manager, timeout=None)

@@ -42,7 +42,7 @@ class Parity(Section):
 class ScoredRows(Section):
     """How many rows of the submission have which scores."""
 
-    both_orders: int = Field(description="scored in both orders, or in the only one that the task has")
+    both_orders: int = Field(description="scored in both orders, or in the only one that a model sees")
     one_order: int = Field(description="scored in one order of two")
     prior: int = Field(description="nothing but the prior")
 

@@ -21,7 +21,6 @@ from pairclf.rehearsal.kernel_run import SCORES, SERVED, SUBMISSION, VERIFIED
 from pairclf.rehearsal.report import Parity, RehearsalReport, ScoredRows
 from pairclf.rehearsal.resource_monitor import GB
 from pairclf.rehearsal.workspace import Workspace
-from pairclf.task import Task
 
 FIRST_CELL = "check"
 """Id of the kernel's first cell."""
@@ -86,7 +85,8 @@ class RunChecks:
             return
         if report.failed:
             return
-        report.scored = _served(kept / SERVED) if self._serves else _scored(kept / SCORES, self.build.task)
+        count = _served if self._serves else _scored
+        report.scored = count(kept / (SERVED if self._serves else SCORES), self.build.orders)
         yield from self._row_problems(kept, report)
         if self.fault is not None and self.fault.same_scores:
             yield from _differences(path, self.undisturbed, self._row_id)
@@ -127,17 +127,17 @@ class RunChecks:
                 yield f"the fault never struck ({name}): the run says nothing about it"
 
 
-def _scored(path: Path, task: Task) -> ScoredRows | None:
+def _scored(path: Path, full: int) -> ScoredRows | None:
+    """How many rows have scores; `full`: orders of a row that is scored in full."""
     if not path.is_file():
         return None
     orders = pl.read_parquet(path, columns=["orders"])["orders"]
-    full = 2 if task.swappable else 1
     both, prior = int((orders >= full).sum()), int((orders == 0).sum())
     return ScoredRows(both_orders=both, one_order=len(orders) - both - prior, prior=prior)
 
 
-def _served(path: Path) -> ScoredRows | None:
-    """The statistics of the kernel's server; failed rows count as priors.
+def _served(path: Path, full: int) -> ScoredRows | None:
+    """The statistics of the kernel's server; failed rows count as priors. `full`: as for `_scored`.
 
     Raises:
         PackagingError: the file is not what `Server.report` writes.
@@ -148,9 +148,8 @@ def _served(path: Path) -> ScoredRows | None:
         statistics = parsed(path.read_text(encoding="utf-8"))
         if "rows" not in statistics:  # no model could be loaded
             return None
-        return ScoredRows(
-            both_orders=int(statistics["both"]), one_order=int(statistics["one"]), prior=int(statistics["priors"])
-        )
+        both, one, priors = (int(statistics[name]) for name in ("both", "one", "priors"))
+        return ScoredRows(both_orders=both + one * (full == 1), one_order=one * (full > 1), prior=priors)
     except (ValueError, TypeError, KeyError) as error:
         raise PackagingError(f"{SERVED} is not what `Server.report` gives: {error!r}") from error
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 from rich.table import Table
 
 from pairclf.config import Config
 from pairclf.console import console, counted, number, table
 from pairclf.data.identity import refuse_other_rows
-from pairclf.data.scores import class_matrix, read_logits, read_scores, write_scores
+from pairclf.data.rows import targets_of
+from pairclf.data.scores import class_matrix, read_logits, read_scores, with_labels, write_scores
 from pairclf.errors import DataError
 from pairclf.run import OOF, OOF_AB, OOF_LOGITS, Paths, Run, Split, output_of, trained_as
 from pairclf.runs.fit import Session, fit_fold, open_session, run_log
-from pairclf.scores.metrics import METRICS, labels_hint, measure, metrics_of
+from pairclf.scores.metrics import METRICS, class_prior, labels_hint, measure, metrics_of
 from pairclf.task import Task
 
 
@@ -61,13 +63,34 @@ def _join(session: Session, chosen: list[int]) -> Table:
         names.append(OOF_LOGITS)
     else:  # an older pairclf wrote no logits, and those of the other folds would not cover all rows
         (output / OOF_LOGITS).unlink(missing_ok=True)
+    parts: dict[str, dict[int, pl.DataFrame]] = {}
     for name in names:
         read = read_logits if name == OOF_LOGITS else read_scores
-        parts = {fold: read(Paths(output, fold).folder / name, task) for fold in folds}
-        for fold, part in parts.items():
+        parts[name] = {fold: read(Paths(output, fold).folder / name, task) for fold in folds}
+        for fold, part in parts[name].items():
             _check_rows(part, split[fold][1], task, Paths(output, fold).folder / name)
-        write_scores(output / name, pl.concat(parts.values()))
+    logits = parts.get(OOF_LOGITS, {})
+    parts[OOF] = {
+        fold: _with_labels(part, task, fold, split[fold][1], logits.get(fold)) for fold, part in parts[OOF].items()
+    }
+    for name in names:
+        write_scores(output / name, pl.concat(parts[name].values()))
     return _measured(config, read_scores(output / OOF, task), {fold: split[fold][1] for fold in folds})
+
+
+def _with_labels(
+    scores: pl.DataFrame, task: Task, fold: int, held_out: pl.DataFrame, logits: pl.DataFrame | None
+) -> pl.DataFrame:
+    """`with_labels` of a fold's scores, joined on id."""
+    rows = scores.select("id").join(held_out.select("id", "target"), on="id", how="left", maintain_order="left")
+    found = None if logits is None else scores.select("id").join(logits, on="id", how="left", maintain_order="left")
+    return with_labels(
+        scores,
+        task,
+        fold=fold,
+        targets=targets_of(rows),
+        logits=None if found is None else np.array(found["logits"].to_list(), dtype=np.float64),
+    )
 
 
 def _refuse_other_data(session: Session, splits: dict[int, Split]) -> None:
@@ -103,16 +126,20 @@ def _check_rows(scores: pl.DataFrame, held_out: pl.DataFrame, task: Task, where:
 
 
 def _measured(config: Config, scores: pl.DataFrame, held_out: dict[int, pl.DataFrame]) -> Table:
-    """A table with the metrics of each fold, and of all rows."""
+    """A table with the metrics of each fold and of all rows; below it those of the class prior."""
     task, n = config.task, config.folds.n_splits
     names = metrics_of(task)
     oof_table = table(
         f"Out of fold: {len(held_out)} of {n} folds", "fold", "rows", *(METRICS[name].title for name in names)
     )
-    oof_table.caption, oof_table.caption_justify = labels_hint(task) or None, "left"
-    for label, rows in [*held_out.items(), ("all", pl.concat(held_out.values()))]:
+    everything = pl.concat(held_out.values())
+    for label, rows in [*held_out.items(), ("all", everything)]:
         joined = rows.select("id", "target", "weight").join(scores, on="id", how="left", maintain_order="left")
         figures = measure(class_matrix(joined, task), joined["target"].to_list(), task, joined["weight"])
         style = "bold" if label == "all" else None
         oof_table.add_row(str(label), f"{len(rows):,}", *(number(figures.get(name)) for name in names), style=style)
+    targets, weights = targets_of(everything), everything["weight"]
+    of_prior = measure(np.tile(class_prior(targets, weights), (len(targets), 1)), targets, task, weights)
+    prior = f"class prior: {', '.join(f'{METRICS[name].title} {value:.4f}' for name, value in of_prior.items())}"
+    oof_table.caption, oof_table.caption_justify = "\n".join(filter(None, [labels_hint(task), prior])), "left"
     return oof_table

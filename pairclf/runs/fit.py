@@ -23,7 +23,7 @@ from pairclf.config import Config, deciding_settings, setting_changes
 from pairclf.console import console, copied_to
 from pairclf.data.identity import prompt_marks, row_hashes
 from pairclf.data.rows import targets_of, to_rows
-from pairclf.data.scores import scores_frame, write_logits, write_scores
+from pairclf.data.scores import scores_frame, with_labels, write_logits, write_scores
 from pairclf.errors import BundleError, ConfigError, PairclfError, cut
 from pairclf.files import atomic_folder, locked, open_to_append, write_json
 from pairclf.run import (
@@ -242,7 +242,7 @@ def _save(trainer: Trainer, paths: Paths, fitted: Fitted, split: Split) -> None:
     own = config.task.metric
     if config.orders > 1 and own + ONE_ORDER in metrics:
         figures += f"; in one order {title(own, config.task)} {metrics[own + ONE_ORDER]:.4f}"
-    console.print(f"saved and re-scored {paths.bundle} (logits differ by {difference:.1g}) {figures}")
+    console.print(f"saved and re-scored {paths.bundle} (logits differ by {difference:.1g}): {figures}")
 
 
 def _write_held_out(config: Config, paths: Paths, held_out: pl.DataFrame, logits: Floats) -> dict[str, float]:
@@ -255,9 +255,10 @@ def _write_held_out(config: Config, paths: Paths, held_out: pl.DataFrame, logits
     for name, orders in ((OOF, logits.shape[1]), (OOF_AB, 1)):
         values = mean_of_orders(logits[:, :orders], task, temperature)
         # `Run.split` has asserted that no held-out prompt was trained on: seen=0.
-        write_scores(
-            paths.folder / name, scores_frame(ids.to_list(), values, task, orders, models, seen=0, hashes=hashes)
-        )
+        scores = scores_frame(ids.to_list(), values, task, orders, models, seen=0, hashes=hashes)
+        if name == OOF and paths.fold is not None:
+            scores = with_labels(scores, task, fold=paths.fold, targets=targets, logits=logits)
+        write_scores(paths.folder / name, scores)
         figures[name] = measure(values, targets, task, weights)
     one_order = {f"{name}{ONE_ORDER}": value for name, value in figures[OOF_AB].items()}
     counts = dict(zip(COUNTS, (float(len(ids)), float(weights.sum())), strict=True))

@@ -40,8 +40,8 @@ def list_runs(folder: Path) -> Table:
             remedy="give the folder of your runs (output_dir), or train one: `pairclf cv CONFIG`",
         )
     runs_table = table(f"Runs below {folder}", "run", "folds", "out of fold", "hours", "finished (UTC)", "differs by")
-    for column in runs_table.columns[:-1]:
-        column.no_wrap = True  # the settings take what is left of the line
+    for column in runs_table.columns[1:-1]:
+        column.no_wrap = True  # in a narrow terminal names and settings break, and no figure is cut off
     for (run, _), bundles in listed.items():
         runs_table.add_row(os.path.relpath(run, folder), *_cells(run, bundles))
     return runs_table

@@ -37,6 +37,7 @@ GRACE = 5.0
 
 COMMAND = (sys.executable, "-m", "pairclf")
 
+_STDERR = 2
 _POLL = 0.05  # seconds
 _TAIL = 30  # lines
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -93,11 +94,12 @@ def _note(kind: str) -> Path:
     return Path(os.environ[ERRORS], f"{os.environ['RANK']}.{kind}")
 
 
-def run_processes(count: int, arguments: Sequence[str]) -> int:
+def run_processes(count: int, arguments: Sequence[str], *, to_stderr: bool = False) -> int:
     """Run `pairclf ARGUMENTS` in `count` connected processes, and show the output of the first.
 
     SIGTERM, SIGINT and SIGHUP are forwarded to the workers, which may take time to write a checkpoint. A second SIGINT
-    kills them. If one fails, the others are ended, and the error is printed once.
+    kills them. If one fails, the others are ended, and the error is printed once. `to_stderr`: what the first prints is
+    no output of this command.
 
     Returns:
         0, or the exit code of the failure or the signal (128 and its number).
@@ -115,7 +117,9 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
     with TemporaryDirectory(prefix="pairclf-") as name, _forwarding(workers) as received, ExitStack() as opened:
         notes, port = Path(name), _free_port()
         for rank in range(count):
-            workers.append(opened.enter_context(_worker(rank, count, arguments, notes=notes, port=port)))
+            workers.append(
+                opened.enter_context(_worker(rank, count, arguments, notes=notes, port=port, to_stderr=to_stderr))
+            )
         killed = _wait(workers, received)
         return _conclude([worker.wait() for worker in workers], killed, received, notes)
 
@@ -129,7 +133,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _worker(
-    rank: int, count: int, arguments: Sequence[str], *, notes: Path, port: int
+    rank: int, count: int, arguments: Sequence[str], *, notes: Path, port: int, to_stderr: bool
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a worker, and kill it at the end of the block. Only the output of the first worker is shown."""
     environment = {
@@ -150,7 +154,7 @@ def _worker(
             [*COMMAND, *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=_STDERR if to_stderr and rank == 0 else output,
             stderr=output,
             process_group=0,  # Ctrl-C reaches only the parent, which forwards it once
         )

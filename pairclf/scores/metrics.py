@@ -41,11 +41,21 @@ def log_loss(
     Raises:
         DataError: shapes differ, there are no rows, or a number is not finite.
     """
-    predicted, target = _pair(probabilities, targets)
+    losses = row_losses(probabilities, targets, multi_label=multi_label)
+    return float(np.average(losses, weights=_weights(weights, len(losses))))
+
+
+def row_losses(probabilities: ArrayLike, targets: ArrayLike, *, multi_label: bool = False) -> Floats:
+    """The cross-entropy of each row, `(N,)`, whose mean is `log_loss`.
+
+    Raises:
+        DataError: as `log_loss`.
+    """
+    predicted, target = checked_pair(probabilities, targets)
     if multi_label:
         predicted, target = (np.concatenate([matrix, 1 - matrix], axis=1) for matrix in (predicted, target))
-    loss = -(target * _log_clipped(predicted)).sum(axis=1)
-    return float(np.average(loss, weights=_weights(weights, len(loss))))
+    losses: Floats = -(target * _log_clipped(predicted)).sum(axis=1)
+    return losses
 
 
 def likeliest(probabilities: ArrayLike) -> NDArray[np.intp]:
@@ -79,13 +89,39 @@ def accuracy(
     Raises:
         DataError: as `log_loss`.
     """
-    predicted, target = _pair(probabilities, targets)
-    if multi_label:
-        predicted, target = (np.stack([matrix, 1 - matrix], axis=2) for matrix in (predicted, target))
-    chosen, best = _best(predicted), _best(target)
-    right = (chosen & best).sum(axis=-1) / (chosen.sum(axis=-1) * best.sum(axis=-1))
-    by_row = right.mean(axis=1) if multi_label else right
-    return float(np.average(by_row, weights=_weights(weights, len(by_row))))
+    right = right_of_rows(probabilities, targets, multi_label=multi_label)
+    return float(np.average(right, weights=_weights(weights, len(right))))
+
+
+def right_of_rows(probabilities: ArrayLike, targets: ArrayLike, *, multi_label: bool = False) -> Floats:
+    """How far each row is right, `(N,)` from 0 to 1, whose mean is `accuracy`.
+
+    Raises:
+        DataError: as `log_loss`.
+    """
+    predicted, target = checked_pair(probabilities, targets)
+    if not multi_label:
+        right: Floats = (decided(predicted) * decided(target)).sum(axis=1)
+        return right
+    chosen, held = (decided_labels(matrix) for matrix in (predicted, target))
+    labels: Floats = (chosen * held + (1 - chosen) * (1 - held)).mean(axis=1)
+    return labels
+
+
+def decided(values: Floats) -> Floats:
+    """`(..., C)`: 1 for the likeliest class and 0 for the others; 1 / k for each of k classes that are equally likely.
+
+    >>> decided(np.array([[0.2, 0.8], [0.5, 0.5]])).tolist()
+    [[0.0, 1.0], [0.5, 0.5]]
+    """
+    best = _best(values)
+    shares: Floats = best / best.sum(axis=-1, keepdims=True)
+    return shares
+
+
+def decided_labels(values: Floats) -> Floats:
+    """`(N, C)`: 1 where a label is likelier than not, 0 where it is less likely, one half where it is tied."""
+    return decided(np.stack([values, 1 - values], axis=-1))[..., 0]
 
 
 def class_prior(targets: ArrayLike, weights: ArrayLike | None = None) -> Floats:
@@ -137,7 +173,7 @@ def expected_calibration_error(
     Raises:
         DataError: as `log_loss`.
     """
-    predicted, target = _pair(probabilities, targets)
+    predicted, target = checked_pair(probabilities, targets)
     shares = _weights(weights, len(predicted))
     shares = np.ones(len(predicted)) if shares is None else shares
     if not multi_label:
@@ -241,7 +277,7 @@ def measure(
         DataError: as `log_loss`.
         ConfigError: as `check_metric`.
     """
-    predicted, target = _pair(probabilities, targets)
+    predicted, target = checked_pair(probabilities, targets)
     return {
         name: METRICS[name].function(predicted, target, weights, multi_label=task.multi_label)
         for name in metrics_of(task)
@@ -321,7 +357,12 @@ def _matrix(values: ArrayLike, name: str) -> Floats:
     return matrix
 
 
-def _pair(probabilities: ArrayLike, targets: ArrayLike) -> tuple[Floats, Floats]:
+def checked_pair(probabilities: ArrayLike, targets: ArrayLike) -> tuple[Floats, Floats]:
+    """Both as `(N, C)` float64.
+
+    Raises:
+        DataError: as `log_loss`.
+    """
     predicted, target = _matrix(probabilities, "probabilities"), _matrix(targets, "targets")
     if predicted.shape != target.shape:
         raise DataError(f"probabilities have shape {predicted.shape}, targets {target.shape}; they must be alike")

@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 import polars as pl
 import pytest
 from check_approach import CHECKS, Case, Killed
+from encoder_decoders_support import tiny_encoder_decoder
 from models_support import with_lm_head
-from sklearn.linear_model import LogisticRegression
 from tests_support import make_rows, write_csv
 
 from pairclf import approaches
 from pairclf.approaches import APPROACHES
 from pairclf.approaches import prompt as prompting
 from pairclf.approaches.classical import ClassicalApproach, ClassicalTrainer, FittedClassical
-from pairclf.approaches.classical_model import ClassicalModel
+from pairclf.approaches.classical_model import MODELS, ClassicalModel
+from pairclf.approaches.classical_vectors import Space
 from pairclf.approaches.finetune import train as loop
 from pairclf.approaches.protocol import Approach, Prepared, Process
 from pairclf.bundles import bundle as bundles
@@ -57,13 +58,13 @@ def killed_finetune() -> Iterator[None]:
 
 @contextmanager
 def killed_classical() -> Iterator[None]:
-    """While the regressions are fitted."""
+    """When the IDF and the SVD are fitted, and the models are not."""
 
     def die(*arguments: Any, **options: Any) -> None:
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LogisticRegression, "fit", die)
+        patch.setattr(Space, "vectors", die)
         yield
 
 
@@ -112,6 +113,15 @@ READOUTS: dict[str, dict[str, Any]] = {
 }
 """Settings of the approach `finetune` for each readout."""
 
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "t5-head": {"train": {"layout": "padded"}},
+    "t5-label_tokens": {
+        "model": READOUTS["label_tokens"]["model"],
+        "train": {"layout": "padded", "loss": "vocabulary"},
+    },
+}
+"""Settings of the approach `finetune` on an encoder-decoder."""
+
 PROMPTS: dict[str, dict[str, Any]] = {
     "zero-shot": {"model": READOUTS["label_tokens"]["model"], "prompt": {"k": 0}},
     "nearest": {
@@ -119,14 +129,30 @@ PROMPTS: dict[str, dict[str, Any]] = {
         "prompt": {"k": 2, "examples": "nearest", "max_length": 100},
         "inputs": {"max_length": 400},
     },
+    "rationale": {
+        "model": READOUTS["label_tokens"]["model"],
+        "prompt": {"k": 0, "rationale": 3},
+        "inputs": {"max_length": 200},
+    },
     "few-shot": {"model": READOUTS["label_tokens"]["model"], "prompt": {"k": 4, "calibration": "batch"}},
 }
 """Settings of the approach `prompt`."""
 
+YES_NO: dict[str, Any] = {"readout": "label_tokens", "label_words": {"yes": "Y", "no": "N"}}
+
 VARIANTS = {
     **READOUTS,
+    **ENCODER_DECODERS,
+    "encoder": {"model": {"lora": None, "pooling": "mean"}, "train": {"learning_rate": 5e-3, "layer_decay": 0.7}},
     **PROMPTS,
+    "yes or no": {"model": YES_NO, "inputs": {"max_length": 200}, "train": {}},
+    "yes or no, few-shot": {"model": YES_NO, "prompt": {"k": 3, "calibration": "contextual"}},
     "lightgbm": {"classical": {"model": "lightgbm", "n_estimators": 8, "learning_rate": 0.5, "min_child_samples": 1}},
+    "svm": {"classical": {"model": "svm"}},
+    "nb": {"classical": {"model": "nb"}},
+    "knn": {"classical": {"model": "knn", "n_neighbors": 3}},
+    "tree": {"classical": {"model": "tree", "min_child_samples": 1}},
+    "stack": {"classical": {"model": "stack", "estimators": list(MODELS), "n_estimators": 8, "min_child_samples": 1}},
 }
 
 
@@ -165,23 +191,36 @@ def test_every_approach_has_its_sections_and_a_contract() -> None:
     assert READOUTS.keys() == readouts.READOUTS.keys() == {*choices(Model.model_fields["readout"].annotation)}
 
 
-HEADS = [("classical", task, variant) for task in TASKS for variant in ("head", "lightgbm")] + [
+HEADS = [("classical", task, variant) for task in TASKS for variant in ("head", "stack")] + [
     ("finetune", task, "head") for task in ("pairs", "labels")
 ]
 CASES = [*HEADS, ("finetune", "pairs", "label_tokens"), ("finetune", "pairs", "reward")]
+CASES += [("finetune", "pairs", kind) for kind in ENCODER_DECODERS]
+CASES += [("finetune", "pairs", "encoder")]
 CASES += [("prompt", "pairs", kind) for kind in PROMPTS]
+CASES += [("finetune", "labels", "yes or no"), ("prompt", "labels", "yes or no, few-shot")]
+CASES += [("classical", "pairs", name) for name in [*MODELS][1:]]
 """A model with a head does not know what its classes mean: two or three are the same to it."""
 
+THOROUGH = [("prompt", "pairs", "rationale"), ("prompt", "labels", "yes or no, few-shot")]
+THOROUGH += [("classical", "pairs", name) for name in [*MODELS][1:]]
+"""Cases with siblings: other prompts, labels in training, and other classical models."""
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=[pytest.mark.thorough] * (case in THOROUGH), id="-".join(case)) for case in CASES],
+)
 def case(
     request: pytest.FixtureRequest, base_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Case]:
     approach, task, readout = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "estimate_resources", lambda *_: None)
-        base = base_of("llama") if approach != "classical" else None
-        if base is not None and readout != "head":
+        base = base_of("bert" if readout == "encoder" else "llama") if approach != "classical" else None
+        if readout in ENCODER_DECODERS:
+            tiny_encoder_decoder("t5", base := tmp_path_factory.mktemp("base"))
+        elif base is not None and readout not in ("head", "encoder"):
             base = with_lm_head(base, tmp_path_factory.mktemp("base"), tied=True, initializer_range=0.3)
         yield make_case(approach, task, tmp_path_factory.mktemp("contract"), base, readout)
 
@@ -230,8 +269,9 @@ class SpoiledModel:
 class SpoiledFitted:
     """A fitted model that gives and saves what is spoiled."""
 
-    def __init__(self, model: SpoiledModel, before: int, spoils: Spoils) -> None:
+    def __init__(self, model: SpoiledModel, extracted: Any, before: int, spoils: Spoils) -> None:
         self._model = model
+        self._extracted = extracted
         self._before = before
         self._spoils = spoils
         self.record: dict[str, float] = {}
@@ -240,7 +280,7 @@ class SpoiledFitted:
         return self._spoils.fitted(self._before, self._model.logits(to_rows(rows, self._model.task)))
 
     def save(self, folder: Path) -> Saved:
-        return FittedClassical(self._spoils.saved(self._model.model), (), 0.0).save(folder)
+        return FittedClassical(self._spoils.saved(self._model.model), self._extracted, 0).save(folder)
 
 
 class SpoiledTrainer(ClassicalTrainer):
@@ -254,7 +294,8 @@ class SpoiledTrainer(ClassicalTrainer):
     def fit(self, split: Split, folder: Path, *, resume: bool | None, trust_checkpoint: bool) -> Any:
         rows = self._spoils.trained_on(split.training, bool(resume))
         fitted = super().fit(Split(rows, split.held_out), folder, resume=resume, trust_checkpoint=trust_checkpoint)
-        return SpoiledFitted(SpoiledModel(fitted._model, self._spoils), next(self._before), self._spoils)
+        model = SpoiledModel(fitted._model, self._spoils)
+        return SpoiledFitted(model, self._extracted, next(self._before), self._spoils)
 
 
 class SpoiledApproach(ClassicalApproach):
@@ -326,7 +367,9 @@ BROKEN = {
     "other sections": Broken(OtherSections, ("sections_are_those_of_the_table",)),
     "reads everything": Broken(SpoiledApproach, ("settings_that_it_does_not_read_are_errors",), read_everything),
     "saves other weights": Broken(
-        lambda: SpoiledApproach(saved=lambda model: replace(model, side_weight=1.1 * model.side_weight)),
+        lambda: SpoiledApproach(
+            saved=lambda model: replace(model, space=replace(model.space, idf=1.1 + model.space.idf))
+        ),
         (
             "a_saved_model_gives_the_logits_of_the_fitted_one",
             "probes_verify",

@@ -1,4 +1,4 @@
-"""The classical model: exact swaps, no leak, strict files, and figures that scikit-learn gives as well."""
+"""Logistic regression and the file of a classical model: exact swaps, no leak, scikit-learn's own figures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from classical_support import fit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -19,15 +20,14 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from pairclf.approaches import classical_model
-from pairclf.approaches.classical_model import ClassicalModel, characters, check, fit, load
+from pairclf.approaches.classical_model import ClassicalModel, characters, check, fit_extracted, load
+from pairclf.approaches.classical_vectors import extract
 from pairclf.config import Classical
 from pairclf.demo.arena import generate
 from pairclf.errors import BundleError, ConfigError, DataError
-from pairclf.scores.metrics import log_loss
+from pairclf.scores.metrics import Floats, log_loss
 from pairclf.scores.probabilities import mean_of_orders
 from pairclf.task import LMSYS, WSDM, Row, Task
-
-Floats = classical_model.Floats
 
 TOPICS = Task(name="topics", fields=("text",), classes=("animal", "tool", "fruit"))
 LABELS = Task(name="labels", fields=("title", "text"), classes=("rude", "long", "empty"), multi_label=True)
@@ -205,11 +205,11 @@ def test_a_weight_counts_as_often_as_it_says() -> None:
 def test_the_idf_is_that_of_the_training_rows_alone() -> None:
     rows, targets = topics(30)
     model = fitted(TOPICS, rows, targets)
-    before = model.idf.copy()
+    before = model.space.idf.copy()
     model.logits(single(TOPICS, *["a word that no training row has"] * 50))
-    assert np.array_equal(model.idf, before)
+    assert np.array_equal(model.space.idf, before)
     more, their_targets = [*rows, *single(TOPICS, "saw saw", "zebra")], np.concatenate([targets, targets[:2]])
-    assert not np.array_equal(fitted(TOPICS, more, their_targets).idf, before)
+    assert not np.array_equal(fitted(TOPICS, more, their_targets).space.idf, before)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_rows_logits_depend_on_no_other_row(monkeypatch: pytest.MonkeyPatch) -
     together = ARENA_MODEL.logits(rows)
     assert np.array_equal(np.concatenate([ARENA_MODEL.logits([row]) for row in rows]), together)
     assert np.array_equal(ARENA_MODEL.logits(rows[::-1]), together[::-1])
-    monkeypatch.setattr(classical_model, "_CHUNK", 7)
+    monkeypatch.setattr(classical_model, "CHUNK", 7)
     assert np.array_equal(ARENA_MODEL.logits(rows), together)
     assert ARENA_MODEL.logits([]).shape == (0, 2, 3)
 
@@ -261,7 +261,8 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     for threads in (1, 2):
         with threadpool_limits(threads):
             models.append(fitted(YES_NO, rows, np.eye(2)[[0, 1] * 20], Classical(dense=False, C=100)))
-    assert np.array_equal(models[0].class_weight, models[1].class_weight)
+    weights = [model.members["logistic"].arrays["class_weight"] for model in models]
+    assert np.array_equal(weights[0], weights[1])
 
 
 # --- rows at the edge ------------------------------------------------------------------------------------------------
@@ -314,8 +315,9 @@ def test_a_huge_text_works() -> None:
     ],
 )
 def test_impossible_training_rows_are_refused(targets: Floats, weights: Floats, what: str) -> None:
+    rows = extract(ARENA_ROWS[:3], LMSYS, SMALL)[: len(weights)]
     with pytest.raises(DataError, match=what):
-        fit(ARENA_ROWS[: len(weights)], targets, weights, LMSYS, SMALL, seed=0)
+        fit_extracted(rows, range(len(weights)), targets, weights, LMSYS, SMALL, seed=0)
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
@@ -361,17 +363,22 @@ def test_any_changed_byte_is_refused(saved: Path) -> None:
 def test_other_arrays_are_refused(change: str, saved: Path) -> None:
     arrays = load_file(saved)
     if change == "shape":
-        arrays["class_weight"] = arrays["class_weight"].T.copy()
+        arrays["logistic.class_weight"] = arrays["logistic.class_weight"].T.copy()
     elif change == "dtype":
         arrays["idf"] = arrays["idf"].view(np.int64)
     elif change == "missing":
-        del arrays["class_bias"]
+        del arrays["logistic.class_bias"]
     elif change == "unknown":
         arrays["extra"] = np.zeros(1)
     elif change == "nan":
         arrays["idf"][3] = np.nan
     save_file(arrays, saved)
-    words = {"nan": "not finite", "no digest": "was changed", "missing": "class_bias", "unknown": "extra"}
+    words = {
+        "nan": "not finite",
+        "no digest": "was changed",
+        "missing": "class_bias",
+        "unknown": "(?s)extra.*train it again",
+    }
     with pytest.raises(BundleError, match=words.get(change, "must be F64")) as caught:
         load(saved, LMSYS, SMALL)
     assert caught.value.where == saved
@@ -414,11 +421,13 @@ def test_neither_torch_nor_pickle_takes_part(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 import numpy as np
-from pairclf.approaches.classical_model import fit, load
+from pairclf.approaches.classical_model import fit_extracted, load
+from pairclf.approaches.classical_vectors import extract
 from pairclf.config import Classical
 from pairclf.task import LMSYS, Row
 rows = [Row(str(i), {{"prompt": ("p",), "response_a": ("a " * i,), "response_b": ("b",)}}) for i in range(9)]
-model = fit(rows, np.eye(3)[[0, 1, 2] * 3], np.ones(9), LMSYS, Classical(), 0)
+features = extract(rows, LMSYS, Classical())
+model = fit_extracted(features, range(9), np.eye(3)[[0, 1, 2] * 3], np.ones(9), LMSYS, Classical(), 0)
 path = Path({str(tmp_path / "model.safetensors")!r})
 model.save(path)
 assert np.array_equal(load(path, LMSYS, Classical()).logits(rows), model.logits(rows))

@@ -108,7 +108,7 @@ def test_what_is_not_loaded_does_not_count(config_for: Callable[..., Config], tm
     bundle = open_bundle(hollow_bundle(tmp_path / "bundle", config_for(), "test"))
     base, adapter = tmp_path / "base", (tmp_path / "bundle" / "adapter" / "adapter_model.safetensors").stat().st_size
     base.mkdir()
-    (base / "config.json").write_text("{}")
+    (base / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="are not there"):
         model_bytes(bundle, base)
     weights = {"model.norm.weight": torch.zeros(10), "lm_head.weight": torch.zeros(100, 100)}

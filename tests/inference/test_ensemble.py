@@ -18,7 +18,7 @@ from pairclf.config.load import override
 from pairclf.config.predict import Predict
 from pairclf.errors import BundleError, ConfigError
 from pairclf.inference.ensemble import DEFAULT_MEMBER_GAINS, DEFAULT_SWAP_GAIN, Ensemble, EnsembleMember, open_ensemble
-from pairclf.scores.probabilities import apply_temperature
+from pairclf.scores.probabilities import Calibration, apply_temperature
 from pairclf.task import LMSYS, Task
 
 SEVERAL = {"name": "tags", "fields": ["text"], "classes": ["x", "y", "z"], "multi_label": True}
@@ -43,7 +43,7 @@ def written(folder: Path, text: str) -> list[Path]:
 def test_folders_alone_count_alike(folder: Path) -> None:
     ensemble = open_ensemble([folder / "a", folder / "b"], folder / "base", ["predict.temperature=1.5"])
     assert [one.bundle.manifest.name for one in ensemble.members] == ["a", "b"]
-    assert [(one.weight, one.temperature, one.share) for one in ensemble.members] == [(1.0, 1.5, 1.0)] * 2
+    assert [(one.weight, one.calibration.temperature, one.share) for one in ensemble.members] == [(1.0, 1.5, 1.0)] * 2
     assert [one.base for one in ensemble.members] == [folder / "base"] * 2
     assert (ensemble.temperature, ensemble.task) == (1.0, LMSYS)
     assert ensemble.prior == pytest.approx([0.3, 0.3, 0.4])
@@ -66,12 +66,29 @@ def test_a_file_says_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ensemble = open_ensemble(written(folder, text), Path("given"), ["model.dtype=float32"])
     a, b = ensemble.members
     assert (a.bundle.folder, a.base, b.base) == (folder / "a", folder / "bases/gemma", Path("given"))
-    assert (a.weight, a.temperature, a.share, b.weight, b.temperature, b.share) == (0.75, 1.03, 1, 0.25, 1, 0.3)
+    assert (a.weight, a.calibration, a.share) == (0.75, Calibration(1.03), 1)
+    assert (b.weight, b.calibration, b.share) == (0.25, Calibration(), 0.3)
     assert (a.gain_member, b.gain_member) == (DEFAULT_MEMBER_GAINS[0], 0.004)
     assert (a.gain_swap, b.gain_swap) == (pytest.approx(0.012), DEFAULT_SWAP_GAIN / 2)
     assert ensemble.temperature == 1.02
     assert ensemble.prior == pytest.approx([0.4, 0.3, 0.3])
     assert {one.bundle.config.model.dtype for one in ensemble.members} == {"float32"}
+
+
+def test_a_member_may_scale_its_tie_or_each_label(folder: Path) -> None:
+    """Where the task has a tie, or several labels; elsewhere the setting would change nothing."""
+    entries = "[{bundle: a, temperature: 1.2, tie_scale: 0.8, tie_bias: 0.1}, {bundle: b, tie_bias: -0.3}]"
+    ensemble = open_ensemble(written(folder, f"members: {entries}"), None, ["model.dtype=float32"])
+    assert ensemble.calibrations == [Calibration(1.2, 0.8, 0.1), Calibration(1.0, 1.0, -0.3)]
+    text = "members: [{bundle: tags, temperature: [1.5, 0.7, 1]}]"
+    (member,) = open_ensemble(written(folder, text), None, []).members
+    assert member.calibration == Calibration((1.5, 0.7, 1.0))
+    for entry, words in (
+        ("temperature: [1.5]", "or one for each of the 3 labels"),
+        ("tie_bias: 0.1", "tie_scale or tie_bias of .*tags changes nothing: task 'tags' has no tie"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            open_ensemble(written(folder, f"members: [{{bundle: tags, {entry}}}]"), None, [])
 
 
 def test_a_folder_outside_of_the_files_own_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +131,7 @@ def test_all_errors_of_a_file_at_once(folder: Path) -> None:
         "members.0.wieght: no such setting; the nearest is members.weight",
         "members.0.share: Input should be less than or equal to 1 (given: 1.5)",
         "members.1.bundle is missing: add `bundle` below `members.1`",
-        "members.1.weight: Input should be greater than 0",
+        "members.1.weight: Input should be greater than or equal to 0.000000001",
         "temprature: no such setting; the nearest is temperature",
         "ensemble.yaml",
     ):
@@ -130,6 +147,16 @@ def test_all_errors_of_a_file_at_once(folder: Path) -> None:
         ("members: [{bundle: a, share: 0.5}, {bundle: b}]", [], r"members\.0\.share=0\.5: the first member"),
         ("members: [{bundle: a}, {bundle: a}]", [], "given twice"),
         ("members: [{bundle: a, temperature: 2}]", ["predict.temperature=3"], "is set, and the ensemble's file gives"),
+        ("members: [{bundle: a, temperature: [1.1, 1, 2]}]", [], r"1.0, 2.0\] of .*a must be one number\n"),
+        ("members: [{bundle: a, tie_scale: 0}]", [], "greater than or equal to 0.001"),
+        ("members: [{bundle: a, tie_bias: 1.0e+308}]", [], "less than or equal to 1000"),
+        ("members: [{bundle: a, temperature: 1.0e-320}]", [], "greater than or equal to 0.001"),
+        ("members: [{bundle: a}]\ntemperature: 1.0e+300", [], "less than or equal to 1000"),
+        (
+            "members: [{bundle: a, weight: 1.0e+308}, {bundle: b, weight: 1.0e+308}]",
+            [],
+            "less than or equal to 1000000000",
+        ),
         ("members: [{bundle: a}]", ["inputs.max_length=9"], "can't be set for a trained bundle"),
         ("members: [{bundle: a}]", ["predict.swop=full"], r"nearest is predict\.swap"),
     ],
@@ -181,7 +208,7 @@ def test_nothing_is_hashed_but_a_changed_config_is_found(folder: Path, monkeypat
 
 def ensemble_of(weights: list[float], temperature: float = 1.0, task: Task = LMSYS) -> Ensemble:
     nothing: Any = None
-    members = tuple(EnsembleMember("m", nothing, None, weight, 1.0, 1.0, 0.0, 0.0) for weight in weights)
+    members = tuple(EnsembleMember("m", nothing, None, weight, Calibration(), 1.0, 0.0, 0.0) for weight in weights)
     return Ensemble(members, temperature, task, Predict(), np.array([0.5, 0.3, 0.2]))
 
 
@@ -234,3 +261,13 @@ def test_a_member_that_does_not_know_a_row_takes_no_part_in_it() -> None:
     result = ensemble_of([3, 1]).blend([first, second])
     assert result[0] == pytest.approx([0.65, 0.25, 0.1])
     assert result[1] == pytest.approx(first[1])  # and not 3/4 of it
+
+
+def test_a_geometric_mean_is_over_the_members_that_scored_a_row(folder: Path) -> None:
+    members = "members: [{bundle: a, weight: 0.75}, {bundle: b, weight: 0.25}]"
+    ensemble = open_ensemble(written(folder, f"{{mean: geometric, temperature: 1.5, {members}}}"), None, [])
+    a, b = np.array([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1]]), np.array([[0.2, 0.2, 0.6], [np.nan] * 3])
+    product = a[0] ** 0.75 * b[0] ** 0.25
+    expected = [apply_temperature([product / product.sum()], 1.5, LMSYS)[0], apply_temperature(a[1:], 1.5, LMSYS)[0]]
+    assert ensemble.blend([a, b]) == pytest.approx(np.array(expected))
+    assert ensemble.blend([np.full((1, 3), np.nan)] * 2)[0] == pytest.approx(ensemble.prior)

@@ -18,6 +18,7 @@ from pairclf.inference.simulate import SimulatedClock, SimulatedPool
 from pairclf.inference.state import PredictionState
 from pairclf.inputs.sequences import SequenceIndex
 from pairclf.scores.metrics import Floats
+from pairclf.scores.probabilities import Calibration
 from pairclf.task import LMSYS
 
 LINEAR, QUADRATIC = 2.0e10, 6.0e5  # about a 9B model's
@@ -33,7 +34,7 @@ class Shape:
 class Judge:
     """The mean of the members that know a row, else the prior."""
 
-    temperatures: Sequence[float]
+    calibrations: Sequence[Calibration]
 
     def blend(self, per_member: Sequence[Floats]) -> Floats:
         known = np.stack(per_member)
@@ -179,7 +180,7 @@ def conduct(
     conductor = PredictionLoop(
         believed,
         LMSYS,
-        Judge([1.0] * len(parts)),
+        Judge([Calibration()] * len(parts)),
         pool=crew,
         clock=clock,
         journal=journal or Memory(),
@@ -249,7 +250,7 @@ def test_the_same_passes_are_made_after_a_kill() -> None:
         conductor = PredictionLoop(
             [part(rows=200)],
             LMSYS,
-            Judge([1.0]),
+            Judge([Calibration()]),
             pool=crew,
             clock=clock,
             journal=kept,
@@ -356,7 +357,7 @@ def test_what_a_worker_keeps_for_too_long_is_done_by_another() -> None:
     conductor = PredictionLoop(
         [one],
         LMSYS,
-        Judge([1.0]),
+        Judge([Calibration()]),
         pool=crew,
         clock=clock,
         journal=journal,
@@ -390,7 +391,7 @@ def test_a_single_worker_that_hangs_costs_its_limit_and_no_row_but_one_that_alwa
     conductor = PredictionLoop(
         [one],
         LMSYS,
-        Judge([1.0]),
+        Judge([Calibration()]),
         pool=crew,
         clock=clock,
         journal=Memory(),
@@ -415,7 +416,7 @@ def test_a_model_that_never_loads_is_an_error() -> None:
     conductor = PredictionLoop(
         [part()],
         LMSYS,
-        Judge([1.0]),
+        Judge([Calibration()]),
         pool=Dead([part()], clock),
         clock=clock,
         journal=Memory(),
@@ -514,3 +515,23 @@ def test_a_member_tells_of_those_of_its_own_approach_alone(approach: str, load: 
     agenda.plan()
     assert agenda.load_seconds == [5.0, load]
     assert agenda.throughput_by_model[1].speed == pytest.approx(speed)
+
+
+def test_units_are_scored_whole_or_not_at_all_before_a_deadline() -> None:
+    """Rows of one order, in units of up to eight: a prompt whose answers are half scored can't be ranked."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(40, 1000, (400, 1))
+    plain = SequenceIndex(lengths, np.zeros(400, dtype=np.int64), np.arange(400)[:, None])
+    grouped = plain.in_units(np.repeat(np.arange(50), 8), 16_384)
+
+    def units_in_part(index: SequenceIndex) -> tuple[int, int]:
+        run = conduct([part(inputs=index)], stop=stop)
+        scored = run.outcome.state.is_scored(0)[:, 0].reshape(50, 8).sum(axis=1)
+        return int((scored % 8 > 0).sum()), int((scored == 8).sum())
+
+    whole = conduct([part(inputs=grouped)]).outcome.seconds
+    stop = 60 + (whole - 60) / 2
+    in_part, complete = units_in_part(grouped)
+    assert in_part <= 5, "the last passes before the deadline"
+    assert complete > 10
+    assert units_in_part(plain)[0] > 20, "the shortest rows of all prompts are scored first"

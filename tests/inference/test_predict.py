@@ -343,13 +343,13 @@ def test_identity_differs_by_device_dtype_and_torch(
     """`auto` is float32 here and float16 on a T4: what was begun there does not go on here."""
     bundle = random_bundle(tmp_path / "bundle", run_config(tmp_path, base_of("llama")))
     ensemble = open_ensemble([bundle], None, ())
-    here = job._identity(ensemble, "digest")
+    here = job.identity_of_run(ensemble, "digest")
     with monkeypatch.context() as gpu:
         gpu.setattr(torch.cuda, "device_count", lambda: 2)
         gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        there = job._identity(ensemble, "digest")
+        there = job.identity_of_run(ensemble, "digest")
     monkeypatch.setattr(torch, "__version__", "2.0")
-    later = job._identity(ensemble, "digest")
+    later = job.identity_of_run(ensemble, "digest")
     mine, theirs, newer = (identity.pop("models")[0] for identity in (here, there, later))
     assert [name for name in here if here[name] != there[name]] == ["device"]
     assert here == later
@@ -435,7 +435,7 @@ def test_predict_refuses_a_work_folder_with_links(tmp_path: Path, name: str) -> 
         work.mkdir()
     (work / name).symlink_to(tmp_path / "mine")
     with pytest.raises(PairclfError, match=r"is a link|is no folder"):
-        job._check_paths(tmp_path / "out.csv", None, tmp_path / "test.csv", None, work)
+        job.check_paths(tmp_path / "out.csv", None, tmp_path / "test.csv", None, work)
 
 
 @pytest.mark.parametrize("name", ["test.csv", "sample.csv"])
@@ -444,7 +444,7 @@ def test_predict_refuses_a_pipe_as_data_or_sample(tmp_path: Path, name: str) -> 
     for path in given:
         os.mkfifo(path) if path.name == name else path.touch()
     with pytest.raises(DataError, match="no regular file") as caught:
-        job._check_paths(tmp_path / "out.csv", None, *given, tmp_path / "out.work")
+        job.check_paths(tmp_path / "out.csv", None, *given, tmp_path / "out.work")
     assert caught.value.where == tmp_path / name
 
 

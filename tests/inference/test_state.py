@@ -13,7 +13,7 @@ from scipy.special import softmax
 from pairclf.inference.state import PredictionState, orders_of
 from pairclf.inputs.sequences import SequenceIndex
 from pairclf.scores.metrics import Floats
-from pairclf.scores.probabilities import unswap
+from pairclf.scores.probabilities import Calibration, unswap
 from pairclf.task import LMSYS
 
 
@@ -21,7 +21,7 @@ from pairclf.task import LMSYS
 class Judge:
     """The mean of the members that know a row, else the prior."""
 
-    temperatures: Sequence[float]
+    calibrations: Sequence[Calibration]
 
     def blend(self, per_member: Sequence[Floats]) -> Floats:
         with warnings.catch_warnings(action="ignore"):
@@ -43,7 +43,7 @@ def all_of(rows: int) -> list[tuple[int, int]]:
 
 
 def test_both_orders_are_un_swapped_and_averaged() -> None:
-    standing, given = PredictionState([inputs(5)], LMSYS, Judge([1.3]), "full"), logits(5)
+    standing, given = PredictionState([inputs(5)], LMSYS, Judge([Calibration(1.3)]), "full"), logits(5)
     standing.add(0, all_of(5), given.reshape(-1, 3))
     wanted = (softmax(given[:, 0] / 1.3, axis=1) + unswap(softmax(given[:, 1] / 1.3, axis=1), LMSYS)) / 2
     np.testing.assert_allclose(standing.probabilities(), wanted, atol=1e-12)
@@ -51,7 +51,7 @@ def test_both_orders_are_un_swapped_and_averaged() -> None:
 
 
 def test_a_row_has_what_is_known_of_it() -> None:
-    standing, given = PredictionState([inputs(4)], LMSYS, Judge([1.0]), "full"), logits(4)
+    standing, given = PredictionState([inputs(4)], LMSYS, Judge([Calibration()]), "full"), logits(4)
     standing.add(0, [(0, 0), (1, 1), (2, 0), (2, 1)], given[[0, 1, 2, 2], [0, 1, 0, 1]])
     found = standing.probabilities()
     np.testing.assert_allclose(found[0], softmax(given[0, 0]))
@@ -63,7 +63,7 @@ def test_a_row_has_what_is_known_of_it() -> None:
 def test_twins_share_what_is_known() -> None:
     one = inputs(2)
     one.duplicate_of[1] = [1, 0]  # the mirrored pair
-    standing = PredictionState([one], LMSYS, Judge([1.0]), "full")
+    standing = PredictionState([one], LMSYS, Judge([Calibration()]), "full")
     standing.add(0, [(0, 0), (0, 1)], logits(1).reshape(-1, 3))
     found = standing.probabilities()
     np.testing.assert_allclose(found[1], found[0][[1, 0, 2]])
@@ -73,7 +73,7 @@ def test_an_order_that_is_not_wanted_does_not_count() -> None:
     one = inputs(1)
     one.duplicate_of[0] = [0, 0]  # equal sides: scored once for both orders
     given = logits(1)[:, 0]
-    off, full = (PredictionState([one], LMSYS, Judge([1.0]), swap) for swap in ("off", "full"))
+    off, full = (PredictionState([one], LMSYS, Judge([Calibration()]), swap) for swap in ("off", "full"))
     for standing in (off, full):
         standing.add(0, [(0, 0)], given)
     np.testing.assert_allclose(off.probabilities(), softmax(given, axis=1))
@@ -81,7 +81,7 @@ def test_an_order_that_is_not_wanted_does_not_count() -> None:
 
 
 def test_members_that_know_a_row_are_blended_and_those_before_a_cascade_decide() -> None:
-    standing = PredictionState([inputs(2), inputs(2)], LMSYS, Judge([1.0, 1.0]), "full")
+    standing = PredictionState([inputs(2), inputs(2)], LMSYS, Judge([Calibration(), Calibration()]), "full")
     standing.add(0, all_of(2), logits(2).reshape(-1, 3))
     before = standing.uncertainty(1)
     standing.add(1, [(0, 0)], logits(1, seed=1)[:, 0])
@@ -101,6 +101,6 @@ def test_what_swap_wants_of_members() -> None:
 def test_twins_of_what_can_not_be_scored_are_listed_too() -> None:
     one = inputs(3)
     one.duplicate_of[2] = [1, 0]
-    standing = PredictionState([one], LMSYS, Judge([1.0]), "full")
+    standing = PredictionState([one], LMSYS, Judge([Calibration()]), "full")
     standing.mark_failed(0, [(0, 0)], "it is poisoned")
     assert set(standing.failed[0]) == {(0, 0), (2, 1)}

@@ -15,8 +15,10 @@ from tests_support import make_rows
 from pairclf.config import Config, Prompt, override, resolve
 from pairclf.config.section import choices
 from pairclf.errors import ConfigError
+from pairclf.inference.pending import PendingSequences
 from pairclf.inputs.examples import CHOICES, pick_examples, with_examples
 from pairclf.inputs.render import MARKER, InputBuilder
+from pairclf.inputs.sequences import Item, branches_of, index_sequences
 from pairclf.inputs.tokenise import settle_template
 from pairclf.inspect.show import show
 from pairclf.model.backbone import load_tokenizer
@@ -175,6 +177,28 @@ def test_the_layout_shared_computes_the_examples_once_for_all_rows(prompt_config
     assert len(shared(items).inputs["input_ids"][0]) <= whole - 14 * before, "twice, for 8 rows in 2 orders"
 
 
+def test_the_planner_counts_the_examples_once_a_pass(prompt_config: Callable[..., Config]) -> None:
+    builder, _ = built(prompt_config(), EXAMPLE_ROWS)
+    encoded = builder.encode(make_rows(30))
+    pending = PendingSequences(index_sequences(encoded), (AB, BA))
+    before = builder._reserve
+    assert len(pending.inputs.prefixes) == 3, "none, the examples, and their mirrors"
+    packed_tokens = pending.workload_left(2_000).tokens
+    pending.layout = "shared"
+    planned = computed = 0.0
+    batches = pending.batches(2_000)
+    for batch in batches:
+        pieces = pending.row_orders(batch)
+        items = [Item(row, order, encoded[row][order].ids) for row, orders in pieces for order in orders]
+        planned += pending.workload_of(pieces).tokens
+        computed += len(shared(items).inputs["input_ids"][0])  # type: ignore[index]
+    assert computed <= planned <= computed + len(batches) * before, "examples and mirrors begin alike"
+    assert abs(pending.workload_left(2_000).tokens - planned) <= sum(pending.inputs.prefixes), "of a pass"
+    assert planned < 0.5 * packed_tokens
+    own, _ = built(prompt_config("prompt.examples=random", "inputs.max_length=2000"), POOL)
+    assert index_sequences(own.encode(make_rows(30))).prefixes == (0,)
+
+
 # --- chosen for each row ---------------------------------------------------------------------------------------------
 
 POOL = [
@@ -266,3 +290,70 @@ def test_interleaved_rows_have_examples_too(prompt_config: Callable[..., Config]
     text = opened.tokenizer.decode(builder.encode(make_rows(1))[0][BA].ids)
     example = "For example:\n\n### Prompt\nbb\n\n### Response a\nx\n\n### Response b\ny\nSaid: A"
     assert text.startswith(f"<bos>Judge.\n\n{example}\n\n### Prompt\nquestion 0\n")
+
+
+# --- several labels at once ------------------------------------------------------------------------------------------
+
+SEVERAL = {"name": "topics", "fields": ["text"], "classes": ["sea", "law"], "multi_label": True}
+
+
+def labelled(base: str, *overrides: str, **prompt: Any) -> Config:
+    model = {"base": base, "quantization": "none", "readout": "label_tokens", "label_words": {"yes": "Y", "no": "N"}}
+    template = {"text": "{text}\n\nIs it about {label}?\n", "labels": {"sea": "the sea", "law": "law"}}
+    inputs = {"max_length": 640, "template": template}
+    tree = {"task": SEVERAL, "approach": "prompt", "inputs": inputs, "model": model, "prompt": {"k": 4, **prompt}}
+    return override(resolve(tree), overrides)
+
+
+def topics(*cells: tuple[str, int, int]) -> pl.DataFrame:
+    targets = [[float(sea), float(law)] for _, sea, law in cells]
+    texts = [text for text, *_ in cells]
+    frame = pl.DataFrame({"id": texts, "text": [[text] for text in texts], "target": targets})
+    return frame.with_columns(weight=pl.lit(1.0))
+
+
+TOPICS = topics(("neither", 0, 0), ("both of them", 1, 1), ("just law", 0, 1), ("the sea", 1, 0), ("both", 1, 1))
+
+
+def test_each_example_is_about_the_next_label_which_half_of_them_have(prompt_config: Callable[..., Config]) -> None:
+    config = labelled(prompt_config().model.base)
+    examples = pick_examples(TOPICS, config)
+    assert ids(examples) == ["both", "neither", "just law", "both of them"]
+    builder, opened = built(config, examples)
+    ((encoded,),) = builder.encode([Row("9", {"text": ("a row",)})])
+    sea, law = (opened.tokenizer.decode(branch) for branch in branches_of(encoded.ids))
+    shown = "".join(
+        f"\n\n{text}\n\nIs it about {label}?\n{answer}"
+        for text, label, answer in (
+            ("both", "the sea", "Y"), ("neither", "law", "N"), ("just law", "the sea", "N"),
+            ("both of them", "law", "Y"),
+        )
+    )  # fmt: skip
+    assert sea == f"<bos>{shown}\n\na row\n\nIs it about the sea?\n"
+    assert law == f"<bos>{shown}\n\na row\n\nIs it about law?\n"
+    assert index_sequences([(encoded,), (encoded,)]).prefixes == (0, encoded.spans[3].start), "shared by all rows"
+
+
+@pytest.mark.parametrize("examples", ["random", "nearest"])
+def test_chosen_examples_about_labels_keep_their_answers(prompt_config: Callable[..., Config], examples: str) -> None:
+    config = labelled(prompt_config().model.base, k=2, examples=examples)
+    pool = pick_examples(TOPICS, config)
+    assert len(pool) == 5
+    builder, opened = built(config, pool)
+    ((encoded,),) = builder.encode([Row("9", {"text": ("a law row",)})])
+    text = opened.tokenizer.decode(branches_of(encoded.ids)[0])
+    shown = re.findall(r"\n\n(.+?)\n\nIs it about (.+?)\?\n([YN])", text)
+    classes = {"the sea": 0, "law": 1}
+    assert len(shown) == 2
+    for example, label, answer in shown:
+        number = ids(pool).index(example)
+        assert number % 2 == classes[label]
+        assert answer == ("Y" if (pool[number].target or ())[classes[label]] else "N")
+
+
+def test_a_label_that_no_row_has_is_noted(
+    prompt_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = labelled(prompt_config().model.base, k=2)
+    assert ids(pick_examples(topics(("a", 0, 0), ("b", 1, 0)), config)) == ["b", "a"]
+    assert "no training row has the label law" in capsys.readouterr().err

@@ -8,7 +8,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairclf.inputs.plan import by_token_budget, micro_batches, random_steps
+from pairclf.inference.pending import PendingSequences
+from pairclf.inputs.plan import LAYOUTS, by_token_budget, micro_batches, random_steps
+from pairclf.inputs.sequences import Item, SequenceIndex
+from pairclf.model.scoring import _batches
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 
@@ -49,3 +52,29 @@ def test_processes_share_a_step_without_overlap(rows: int, size: int, processes:
     shared = [row for part in parts for batch in part for row in batch]
     assert sorted(shared) == list(range(rows))
     assert all(len(batch) <= size for part in parts for batch in part)
+
+
+def test_padded_rows_beyond_512_tokens_count_by_their_square() -> None:
+    """A batch of 4,096 tokens holds no more than 4,096 x 512 scores a head, unless one row alone has them."""
+    lengths, budget = [1024] * 4 + [512] * 8 + [2048], 4096
+    items = [Item(row, 0, np.zeros(length, dtype=np.int32)) for row, length in enumerate(lengths)]
+    index = SequenceIndex(np.array(lengths)[:, None], np.zeros(13, dtype=np.int64), np.arange(13)[:, None])
+    pending = PendingSequences(index, (0,))
+    expected = {"padded": [1, 2, 2, 8], "packed": [4, 8, 1]}
+    for layout, sizes in expected.items():
+        pending.layout = layout
+        plans = {
+            "training": micro_batches(np.arange(13), lengths, 99, process=0, processes=1, tokens_per_batch=budget,
+                                      layout=LAYOUTS[layout]),
+            "scoring": _batches(items, layout, budget),
+            "prediction": pending.batches(budget),
+        }  # fmt: skip
+        for name, batches in plans.items():
+            widths = [max(lengths[row] for row in batch) for batch in batches]
+            assert sorted(chain.from_iterable(batches)) == list(range(13))
+            assert sorted(map(len, batches)) == sorted(sizes) if layout == "padded" else len(batches) == 3, name
+            if layout == "padded":
+                scores = [len(batch) * width**2 for batch, width in zip(batches, widths, strict=True)]
+                assert all(count <= budget * 512 for count in scores if count != 2048**2)
+    pending.layout = "padded"
+    assert pending.workload_left(budget).passes == np.ceil((4 * 2048 + 8 * 512 + 8192) / budget)

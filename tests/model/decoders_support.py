@@ -1,4 +1,4 @@
-"""Every decoder that the installed transformers know, built tiny, and how its rows score in each layout."""
+"""Every decoder and encoder that the installed transformers know, built tiny, and how its rows score in each layout."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import numpy as np
 import torch
 import transformers
 from models_support import logits_of
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pairclf.config import resolve
 from pairclf.errors import ModelError
 from pairclf.inputs.sequences import Item
 from pairclf.model.engine import Classifier, build
+from pairclf.model.families import FAMILIES
 from pairclf.model.layouts import BATCH_LAYOUTS, padded
 from pairclf.model.lm_head import afterwards, lm_head_of
 
-DECODERS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+DECODERS, ENCODERS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 VOCABULARY, LAYERS, WINDOW = 96, 4, 4
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
@@ -192,35 +193,38 @@ def _verdict(classifier: Classifier, layout: str, alone: torch.Tensor, *, trim: 
     return "equal" if apart <= 1e-5 * max(1.0, float(alone.abs().max())) else f"wrong by {apart:.2g}"
 
 
-def outcome(kind: str) -> dict[str, str]:
-    """`verdicts` of a decoder; of one that can't be built or is refused as a base, why."""
+def outcome(kind: str, family: str = "decoder") -> dict[str, str]:
+    """`verdicts` of a model of the family; of one that can't be built, is of another or refused as a base, why."""
     with TemporaryDirectory() as folder:
         try:
             tiny_decoder(kind, Path(folder))
+            settings = AutoConfig.from_pretrained(folder)
         except Exception as error:  # noqa: BLE001 - whatever transformers raises for a config so small
             return {"build": f"not built: {type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+        if not FAMILIES[family].matches(settings):
+            return {"base": "another family"}
         try:
             return verdicts(Path(folder))
         except ModelError as error:
             return {"base": f"refused: {error.what}".replace(folder, kind)}
 
 
-def rendered(table: dict[str, dict[str, str]]) -> str:
-    """The table as docs/decoders.md has it."""
-    asked = [kind for kind, found in table.items() if "not a decoder" in found.get("base", "")]
+def rendered(table: dict[str, dict[str, str]], family: str = "decoder") -> str:
+    """The table as docs/decoders.md, or docs/encoders.md, has it."""
+    asked = [kind for kind, found in table.items() if found.get("base") == "another family"]
     absent = {kind: found["build"] for kind, found in table.items() if "build" in found}
     rest = {kind: found for kind, found in table.items() if kind not in (*asked, *absent)}
     lines = [f"| `{kind}` | {' | '.join(_cells(found))} |" for kind, found in rest.items()]
     packed_too = sum(found.get("packed") == "equal" for found in rest.values())
     return "\n".join([
         f"transformers {transformers.__version__}: {len(table)} architectures, {len(table) - len(absent)} built, "
-        f"{packed_too} equal in packed rows, {len(rest) - packed_too} refused packed, {len(asked)} no decoders.",
+        f"{packed_too} equal in packed rows, {len(rest) - packed_too} refused packed, {len(asked)} no {family}s.",
         "",
         "| `model_type` | padded | packed | shared | last layer at the read tokens | why not |",
         "|---|---|---|---|---|---|",
         *lines,
         "",
-        f"No decoders, and refused as such: {', '.join(asked)}.",
+        f"No {family}s: {', '.join(asked)}.",
         "",
         "Not built so small, and measured when they are loaded as every other base:",
         "",

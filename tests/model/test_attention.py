@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,12 +24,15 @@ def states(tokens: int = 48, device: str = "cpu", dtype: torch.dtype = torch.flo
     return tuple(torch.randn(1, heads, tokens, 16, device=device, dtype=dtype) for heads in (4, 2, 2))  # type: ignore[return-value]
 
 
-def plainly(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, window: int | None) -> Tensor:
+def plainly(
+    query: Tensor, key: Tensor, value: Tensor, softcap: float | None, window: int | None, *, behind: bool = False
+) -> Tensor:
     """Token by token, from the definition: `(1, heads, T, D)` of one sequence -> `(1, T, heads, D)`."""
     out = torch.empty_like(query)
     for head in range(query.shape[1]):
         for token in range(query.shape[2]):
-            seen = slice(max(0, token + 1 - window) if window else 0, token + 1)
+            last = (token + window if window else query.shape[2]) if behind else token + 1
+            seen = slice(max(0, token + 1 - window) if window else 0, last)
             scores = key[0, head // 2, seen] @ query[0, head, token] / 4
             scores = softcap * torch.tanh(scores / softcap) if softcap else scores
             out[0, head, token] = scores.softmax(dim=0) @ value[0, head // 2, seen]
@@ -112,16 +117,36 @@ def test_attend_refuses_arguments_it_does_not_know(unknown: str) -> None:
         attend(nn.Module(), *states(), None, **{unknown: torch.zeros(4)})  # type: ignore[arg-type]
 
 
-def test_attend_refuses_bidirectional_attention_in_packed_rows_alone() -> None:
+def _both_ways() -> nn.Module:
     module = nn.Module()
     module.is_causal = False  # type: ignore[assignment]
-    query, key, value = states()
-    found, _ = attend(module, query, key, value, None)
-    last = plainly(query, key, value, None, None)[:, -1]
-    assert (found[:, -1] - last).abs().max() <= 1e-6
-    assert (found[:, 0] - value[:, [0, 0, 1, 1], 0]).abs().max() > 1e-3  # the first token sees more than itself
-    with pytest.raises(ModelError, match="sees both ways"):
-        attend(module, query, key, value, None, **PACKED)  # type: ignore[arg-type]
+    return module
+
+
+@pytest.mark.parametrize("told", [PACKED, {}], ids=["packed", "one"])
+@pytest.mark.parametrize(
+    ("softcap", "window", "block"),
+    [(None, None, 7), (2.0, None, 64), (None, 1, 4), (None, 6, 1), (2.0, 6, 7), (None, 9, 64), (2.0, 39, 16)],
+)
+def test_attend_both_ways_equals_the_definition(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None, window: int | None, block: int, told: dict[str, object]
+) -> None:
+    monkeypatch.setattr(attention, "QUERIES_ON_CPU", block)
+    whole = states()
+    ends = STARTS.tolist() if told else [0, 48]
+    expected = [
+        plainly(*(one[:, :, start:end] for one in whole), softcap, window, behind=True) for start, end in pairwise(ends)
+    ]
+    found, _ = attend(_both_ways(), *whole, None, softcap=softcap, sliding_window=window, **told)  # type: ignore[arg-type]
+    assert (found - torch.cat(expected, dim=1)).abs().max() <= 1e-6
+    if window != 1:
+        looks_back, _ = attend(nn.Module(), *whole, None, softcap=softcap, sliding_window=window, **told)  # type: ignore[arg-type]
+        assert (found - looks_back).abs().max() > 1e-2
+
+
+def test_attend_refuses_shared_beginnings_both_ways() -> None:
+    with pytest.raises(ModelError, match="sees both ways where sequences share a beginning"):
+        attend(_both_ways(), *states(), None, topology=TREE)
 
 
 @pytest.mark.parametrize(
@@ -155,12 +180,18 @@ def test_pick_kernel_goes_by_device_dtype_head_and_package(
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("topology", [end_to_end(LENGTHS), TREE], ids=["packed", "shared"])
-def test_flash_kernel_equals_the_loop(topology: Topology, softcap: float | None, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("topology", "causal"),
+    [(end_to_end(LENGTHS), True), (TREE, True), (end_to_end(LENGTHS), False)],
+    ids=["packed", "shared", "both ways"],
+)
+def test_flash_kernel_equals_the_loop(
+    topology: Topology, causal: bool, softcap: float | None, window: int | None
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     pytest.importorskip("flash_attn")
-    scores = ScoreOptions(0.25, softcap, window, 0.0)
+    scores = ScoreOptions(0.25, softcap, window, 0.0, causal)
     outputs, gradients = [], []
     for kernel in ("loop", "flash"):
         given = [one.requires_grad_() for one in states(device="cuda", dtype=torch.bfloat16)]

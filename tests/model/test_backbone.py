@@ -177,9 +177,9 @@ def test_a_weight_that_is_missing_is_not_filled_at_random(
         build(config_for("llama", model={"base": str(base), "quantization": quantization}), CPU)
 
 
-def test_an_encoder_is_refused(config_for: Callable[..., Config], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
-    with pytest.raises(ModelError, match="not a decoder"):
+def test_a_model_of_no_family_is_refused(config_for: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "is_decoder": True}))
+    with pytest.raises(ModelError, match="is a bert, which is none of: decoder, encoder"):
         build(config_for("llama", model={"base": str(tmp_path)}), CPU)
 
 

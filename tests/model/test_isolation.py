@@ -10,25 +10,33 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from decoders_support import DECODERS, LAYERS, decoder_of, outcome, rendered, rows, tiny_decoder
+from decoders_support import DECODERS, ENCODERS, LAYERS, decoder_of, outcome, rendered, rows, tiny_decoder
 from models_support import logits_of
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel
-from transformers.masking_utils import blockwise_overlay, or_masks, sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    blockwise_overlay,
+    or_masks,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from pairclf.config import Config
 from pairclf.errors import ModelError
 from pairclf.inputs.sequences import Item
 from pairclf.model import isolation, trim
-from pairclf.model.attention import NAME, AttentionCalls, attend
+from pairclf.model.attention import NAME, AttentionCalls, ScoreOptions, attend
 from pairclf.model.backbone import checkpoint_gradients
 from pairclf.model.engine import build, build_frozen
 from pairclf.model.isolation import probe
 from pairclf.model.layouts import Isolation, packed, padded, shared
 from pairclf.model.scoring import ClassifierScorer
 
-DOCS = Path(__file__).parents[2] / "docs" / "decoders.md"
+DOCS = Path(__file__).parents[2] / "docs"
 CPU = torch.device("cpu")
+LOOKS_BOTH_WAYS = {"bert-generation"}
+"""No masked language models, and no decoders unless their config says so."""
 EQUAL = dict.fromkeys(["eager, padded", "padded", "packed", "shared"], "equal")
 
 
@@ -65,17 +73,23 @@ def test_decoder_scores_each_row_as_alone_or_is_refused(kind: str, layout: str |
 
 
 @pytest.mark.thorough
-def test_decoders_of_transformers_score_each_row_as_alone_or_are_refused(tmp_path: Path) -> None:
-    table = {kind: outcome(kind) for kind in DECODERS}
-    found = tmp_path / "decoders.md"
-    found.write_text(rendered(table))
+@pytest.mark.parametrize(("family", "kinds", "most"), [("decoder", DECODERS, 75), ("encoder", ENCODERS, 15)])
+def test_models_of_transformers_score_each_row_as_alone_or_are_refused(
+    tmp_path: Path, family: str, kinds: list[str], most: int
+) -> None:
+    table = {kind: outcome(kind, family) for kind in kinds}
+    found = tmp_path / f"{family}s.md"
+    found.write_text(rendered(table, family))
     assert not {kind: one for kind, one in table.items() if any(told.startswith("wrong") for told in one.values())}
     equal = [kind for kind, one in table.items() if one.get("packed") == "equal"]
-    assert all(table[kind]["padded"] == table[kind]["shared"] == "equal" for kind in equal)
-    assert len(equal) >= 75
-    kept = DOCS.read_text(encoding="utf-8")
+    assert all(table[kind]["padded"] == "equal" for kind in equal)
+    assert all(
+        (table[kind]["shared"] == "equal") == (family == "decoder") for kind in equal if kind not in LOOKS_BOTH_WAYS
+    )
+    assert len(equal) >= most
+    kept = (DOCS / found.name).read_text(encoding="utf-8")
     if f"transformers {transformers.__version__}:" in kept:
-        assert kept.endswith(rendered(table)), f"docs/decoders.md is to end as {found}"
+        assert kept.endswith(rendered(table, family)), f"docs/{found.name} is to end as {found}"
 
 
 def tiny(kind: str, **settings: object) -> nn.Module:
@@ -157,6 +171,31 @@ def test_probe_refuses_a_batch_that_has_a_say_in_its_rows() -> None:
         probe(model, torch.float32)
 
 
+def _call(window: int | None, mask: Tensor, *, causal: bool = True) -> tuple[str, ScoreOptions, Tensor]:
+    return "Attention", ScoreOptions(1.0, None, window, 0.0, causal), mask
+
+
+@pytest.mark.parametrize(
+    ("function", "window", "causal", "is_right"),
+    [
+        (sliding_window_bidirectional_mask_function(3), 4, False, True),
+        (sliding_window_bidirectional_mask_function(3), 3, False, False),
+        (sliding_window_bidirectional_mask_function(3), None, False, False),
+        (sliding_window_bidirectional_mask_function(3), 4, True, False),
+        (sliding_window_causal_mask_function(4), 4, False, False),
+        (bidirectional_mask_function, None, False, True),
+        (bidirectional_mask_function, None, True, False),
+        (bidirectional_mask_function, 4, False, False),
+    ],
+)
+def test_watch_knows_windows_on_both_sides(
+    function: Callable[..., Tensor], window: int | None, causal: bool, is_right: bool
+) -> None:
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    found = AttentionCalls(masks=[(mask, function)], scores=[_call(window, mask, causal=causal)]).wrong_window()
+    assert found is None if is_right else f"hands sliding_window={window}" in str(found)
+
+
 def test_watch_knows_a_mask_made_of_one_batch() -> None:
     blocks = torch.zeros(1, 8, dtype=torch.long)
     plain = sliding_window_causal_mask_function(4)
@@ -167,9 +206,9 @@ def test_watch_knows_a_mask_made_of_one_batch() -> None:
         (mixed, 4, "one batch"),
     ):
         mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-        found = AttentionCalls(masks=[(mask, function)], windows=[("Attention", window, mask)]).wrong_window()
+        found = AttentionCalls(masks=[(mask, function)], scores=[_call(window, mask)]).wrong_window()
         assert found is None if why is None else why in str(found)
-    assert "another mask" in str(AttentionCalls(windows=[("Attention", None, torch.ones(1))]).wrong_window())
+    assert "another mask" in str(AttentionCalls(scores=[_call(None, torch.ones(1))]).wrong_window())
 
 
 @pytest.mark.parametrize("ignored", ["softcap", "scaling"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise, product
-from types import SimpleNamespace
 from typing import get_args
 from unittest import mock
 
@@ -42,6 +41,9 @@ from pairclf.model.prediction_memory import footprint
 from pairclf.model.scoring import ClassifierScorer, score
 
 BACKBONES = ["gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"]
+PACKED_ENCODERS = ["bert", "roberta", "modernbert", "eurobert"]
+ENCODERS = [*PACKED_ENCODERS, "deberta-v2"]
+WINDOWS = {"modernbert": 17}  # 16 tokens to either side; of the decoders 32
 
 
 def items() -> list[Item]:
@@ -56,12 +58,15 @@ def with_attention(config_for: Callable[..., Config], kind: str, name: str, **mo
 
 
 @pytest.mark.parametrize("rows", [items, related_items], ids=["unrelated", "related"])
-@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.parametrize("kind", [*BACKBONES, *ENCODERS])
 def test_layouts_score_each_row_as_alone(
     classifier_of: Callable[[str], Classifier], kind: str, rows: Callable[[], list[Item]]
 ) -> None:
     classifier, alone = classifier_of(kind), one_at_a_time(classifier_of(kind), rows())
-    for layout in BATCH_LAYOUTS.values():
+    legal = [name for name in BATCH_LAYOUTS if classifier.why_not(name) is None]
+    illegal = {"shared"} if kind in PACKED_ENCODERS else {"shared", "packed"} if kind in ENCODERS else set()
+    assert {*legal} == BATCH_LAYOUTS.keys() - illegal
+    for layout in map(BATCH_LAYOUTS.__getitem__, legal):
         batch = layout.lay_out(rows())
         assert (logits_of(classifier, batch) - alone).abs().max() <= 1e-5
         sequences = zip(batch.row_at.tolist(), batch.order.tolist(), batch.lengths.tolist(), strict=True)
@@ -145,6 +150,23 @@ def test_layouts_with_a_wrong_mask_place_or_position_change_logits(
         assert (right - wrong).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encoders_with_a_wrong_mask_place_or_position_change_logits(
+    classifier_of: Callable[[str], Classifier], kind: str
+) -> None:
+    """The place read is the first one: it hangs on the lengths too."""
+    classifier, by_layout = classifier_of(kind), {padded: [_attend_to_padding, _read_one_too_early]}
+    if kind in PACKED_ENCODERS:
+        by_layout[packed] = [_join_the_first_two, _say_nothing_of_sequences, _read_one_too_early]
+    if kind in ("bert", "roberta"):  # the others' positions are relative
+        by_layout[padded].append(_positions_from_the_end)
+        by_layout[packed] += [_positions_from_the_end, _positions_run_on]
+    for layout, variants in by_layout.items():
+        batch = layout(items())
+        for spoil in variants:
+            assert (logits_of(classifier, batch) - logits_of(classifier, spoil(batch))).abs().max() > 1e-3, spoil
+
+
 def test_attention_finds_packed_sequences_by_topology_and_the_stock_one_by_positions(
     config_for: Callable[..., Config],
 ) -> None:
@@ -164,6 +186,7 @@ def test_attention_finds_packed_sequences_by_topology_and_the_stock_one_by_posit
         ("gemma3_text", None, shared),
         ("mistral", 31, packed),
         ("qwen3", 33, shared),
+        *product(["modernbert"], [16, 18, None], [packed]),
     ],
 )
 def test_attention_with_a_wrong_window_changes_logits(
@@ -173,14 +196,14 @@ def test_attention_with_a_wrong_window_changes_logits(
     window: int | None,
     layout: MakeBatch,
 ) -> None:
-    classifier = classifier_of(kind)
+    classifier, right_window = classifier_of(kind), WINDOWS.get(kind, 32)
     right = logits_of(classifier, layout(related_items()))
     sequence = attention._sequence
 
     def wrong(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: attention.ScoreOptions
     ) -> torch.Tensor:
-        return sequence(query, key, value, scores._replace(window=window) if scores.window == 32 else scores)
+        return sequence(query, key, value, scores._replace(window=window) if scores.window == right_window else scores)
 
     monkeypatch.setattr(attention, "_sequence", wrong)
     assert (logits_of(classifier, layout(related_items())) - right).abs().max() > 1e-3
@@ -257,8 +280,8 @@ LORA = {"r": 4, "lora_dropout": 0.0}
 @pytest.mark.parametrize(
     ("kind", "lora"),
     [
-        *(pytest.param(kind, None, id=f"{kind}-whole") for kind in BACKBONES),
-        *(pytest.param(kind, LORA, id=f"{kind}-lora") for kind in ("gemma2", "llama")),
+        *(pytest.param(kind, None, id=f"{kind}-whole") for kind in (*BACKBONES, *PACKED_ENCODERS)),
+        *(pytest.param(kind, LORA, id=f"{kind}-lora") for kind in ("gemma2", "llama", "modernbert")),
     ],
 )
 def test_packed_trains_as_stock_attention_row_by_row(
@@ -268,8 +291,9 @@ def test_packed_trains_as_stock_attention_row_by_row(
     assert_same_training(ours, stock, [packed(items())], [padded([item]) for item in items()])
 
 
-def test_packed_with_joined_sequences_changes_gradients(config_for: Callable[..., Config]) -> None:
-    config = config_for("gemma2")
+@pytest.mark.parametrize("kind", ["gemma2", "modernbert"])
+def test_packed_with_joined_sequences_changes_gradients(config_for: Callable[..., Config], kind: str) -> None:
+    config = config_for(kind)
     batch = packed(items())
     with pytest.raises(AssertionError):
         assert_same_training(as_built(config), as_built(config), [batch], [_join_the_first_two(batch)])
@@ -283,7 +307,9 @@ def test_checkpoint_gradients_keeps_gradients(config_for: Callable[..., Config],
     assert_same_training(plain, recomputing, [packed(items())], [packed(items())])
 
 
-@pytest.mark.parametrize(("kind", "stock"), [*product(BACKBONES, ["eager"]), ("llama", "sdpa"), ("mistral", "sdpa")])
+@pytest.mark.parametrize(
+    ("kind", "stock"), [*product([*BACKBONES, *PACKED_ENCODERS], ["eager"]), ("llama", "sdpa"), ("mistral", "sdpa")]
+)
 def test_padded_trains_as_stock_attention(config_for: Callable[..., Config], kind: str, stock: str) -> None:
     ours, theirs = (with_attention(config_for, kind, name) for name in ("auto", stock))
     assert ours.backbone.config._attn_implementation == attention.NAME  # type: ignore[union-attr]
@@ -312,7 +338,7 @@ def test_packed_is_refused_where_layers_mix_rows(config_for: Callable[..., Confi
     classifier = as_built(config_for("llama"))
     for spoilt in ({"layer_types": ["conv", "full_attention"]}, {"layer_types": ["linear_attention"]}):
         config = AutoConfig.for_model("lfm2", num_hidden_layers=len(spoilt["layer_types"]), **spoilt)
-        why = attention.why_not_packed(SimpleNamespace(config=config))  # type: ignore[arg-type]
+        why = attention.why_not_packed(None, config)
         assert why is not None
         assert spoilt["layer_types"][0] in why
     classifier.isolation = classifier.isolation._replace(packed=why)

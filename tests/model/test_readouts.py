@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bundles_support import write_model
-from models_support import as_built, logits_of, related_items, with_lm_head
+from models_support import as_built, logits_of, related_items, see_the_siblings, with_lm_head
 from safetensors.torch import load_file
 from scipy.special import logsumexp
 from tests_support import make_rows
@@ -159,6 +159,7 @@ def test_a_word_follows_the_text_as_words_do(label_config: MakeConfig, ending: s
 
 
 LABELS = {"task": {"name": "t", "fields": ["text"], "classes": ["u", "v"], "multi_label": True}}
+YES_NO = {"readout": "label_tokens", "label_words": {"yes": "yes", "no": "no"}}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,28 @@ LABELS = {"task": {"name": "t", "fields": ["text"], "classes": ["u", "v"], "mult
         ({"model": TOKENS, "train": {"head_learning_rate": 0.1}}, "has no trained head"),
         ({"train": {"loss": "vocabulary"}}, "model.readout=head gives none"),
         ({"train": {"max_steps": 0}}, "leaves the head of model.readout=head at random"),
-        ({**LABELS, "model": {"readout": "label_tokens", "label_words": {"u": "a", "v": "b"}}}, "t is multi_label"),
+        (
+            {**LABELS, "model": {"readout": "label_tokens", "label_words": {"u": "a", "v": "b"}}},
+            r"it must name each answer: \['yes', 'no'\]",
+        ),
+        ({**LABELS, "model": YES_NO, "train": {"loss": "vocabulary"}}, "set train.loss=labels"),
+        ({**LABELS, "model": YES_NO, "train": {"layout": "padded"}}, "text once for all labels: set train.layout"),
+        (
+            {**LABELS, "model": YES_NO, "approach": "prompt", "prompt": {"template": "{text}\n"}},
+            r"prompt.template must contain \{label\} exactly once",
+        ),
+        (
+            {**LABELS, "model": YES_NO, "inputs": {"template": {"text": "{label}: {text}!"}}},
+            r"must have \{label\} behind the other fields: .* once for all labels",
+        ),
+        (
+            {**LABELS, "model": YES_NO, "inputs": {"template": {"text": "{text}!"}}},
+            r"must contain \{label\} exactly once",
+        ),
+        ({**LABELS, "model": YES_NO, "inputs": {"template": {"labels": {"u": "a"}}}}, "must give each class a text"),
+        ({**LABELS, "model": YES_NO, "inputs": {"template": {"labels": {"u": "a", "v": "a"}}}}, "a text of its own"),
+        ({"inputs": {"template": {"labels": {"u": "a"}}}}, "inputs.template.labels changes nothing"),
+        ({"task": {**LABELS["task"], "fields": ["label"]}, "model": YES_NO}, r"\{label\} is a label's place"),
     ],
 )
 def test_settings_that_contradict_the_readout_are_refused(tree: dict[str, Any], message: str) -> None:
@@ -267,9 +289,9 @@ def test_labels_of_several_tokens_are_laid_out_as_branches_alone(label_config: M
 # --- untrained, and the label mass -----------------------------------------------------------------------------------
 
 
-def bundle_of(config: Config, classifier: Classifier, folder: Path) -> Bundle:
+def bundle_of(config: Config, classifier: Classifier, folder: Path, rows: Sequence[Row] | None = None) -> Bundle:
     settled, tokenizer, builder, _ = open_inputs(config)
-    rows = make_rows(4)
+    rows = rows or make_rows(4)
     items = items_of(builder.encode(rows), orders=2)
     probes = pick_probes(rows, by_order(items, score(classifier, items, tokens_per_batch=2_000), len(rows)))
     write_model(folder, classifier, settled, tokenizer, probes=probes)
@@ -312,6 +334,113 @@ def test_label_mass_is_the_labels_share_of_the_vocabulary(
     assert ("warning: the label mass" in printed) == (low > 0)
     plain = config.model_copy(update={"model": config.model.model_copy(update={"readout": "head"})})
     assert vocabulary.label_mass(plain, build(plain, CPU), encoded) is None
+
+
+# --- several labels at once ------------------------------------------------------------------------------------------
+
+
+def yes_no_config(base: str, text: str, words: dict[str, Any], *, max_steps: int | None = 0, **model: Any) -> Config:
+    """Of three labels, each with a text of its own; or of the question about one of them, which `text` spells out."""
+    task: dict[str, Any] = {"name": "topics", "fields": ["text"], "classes": ["yes", "no"], "label_column": "l"}
+    template: dict[str, Any] = {"text": text}
+    if "{label}" in text:
+        task |= {"classes": list(TOPICS), "label_column": None, "multi_label": True}
+        template["labels"] = TOPICS
+    tokens = {"base": base, "quantization": "none", "readout": "label_tokens", "label_words": words, "lora": None}
+    inputs = {"max_length": 220, "template": template}
+    train = {"max_steps": max_steps, "layout": "shared"}
+    return resolve({"task": task, "inputs": inputs, "model": {**tokens, **model}, "train": train})
+
+
+TOPICS = {"a_b": "the sea", "c": "sky", "d": "law { and order"}
+QUESTION = "{text}\n\nIs it about {label}?\n"
+TEXTS = [Row(str(number), {"text": (text,)}) for number, text in enumerate(["So it is.", "a b " * 300, "", "Why not?"])]
+
+
+@pytest.mark.parametrize(
+    ("words", "scoring"),
+    [
+        ({"no": "N", "yes": ["yes", "Y"]}, "trie"),
+        ({"yes": "yes!", "no": ["no", "N"]}, "joint"),
+        ({"yes": "Y", "no": "N"}, "joint"),
+    ],
+)
+def test_yes_or_no_for_each_label_is_what_each_label_has_alone(
+    label_config: MakeConfig, tmp_path: Path, words: dict[str, Any], scoring: str
+) -> None:
+    base = label_config("gemma2", tied=True, final_logit_softcapping=0.5, initializer_range=0.3).model.base
+    config = yes_no_config(base, QUESTION, words, label_scoring=scoring)
+    classifier, builder = build(config, CPU).eval(), open_inputs(config).builder
+    encoded = builder.encode(TEXTS)
+    assert len(encoded[1][0].ids) <= 220
+    assert encoded[1][0].dropped["text"]
+    items = items_of(encoded, orders=2)
+    nodes, expected = classifier.head.branches // 3, np.zeros((len(items), 3, 2))
+    for column, topic in enumerate(TOPICS.values()):
+        alone = yes_no_config(base, QUESTION.replace("{label}", topic), words, label_scoring=scoring)
+        texts = open_inputs(alone).builder.encode(TEXTS)
+        for item in items:
+            ids = branches_of(item.ids)[column * nodes]
+            assert item.row == 1 or np.array_equal(ids, branches_of(texts[item.row][0].ids)[0])
+            expected[item.row, column] = brute_force(alone, ids)
+    apart = expected[..., 0] - expected[..., 1]
+    assert np.ptp(apart, axis=0).min() > 0.05
+    assert np.ptp(apart, axis=1).min() > 0.01
+    logits = score(classifier, items, tokens_per_batch=2_000)
+    assert np.abs(logits - apart).max() <= 1e-5
+    if scoring == "joint":
+        head, lm = classifier.head, lm_head_of(base, classifier.backbone, "a test")
+        assert isinstance(head, LabelTokenHead)
+        with over_vocabulary(head, lm, mass=True):
+            mass = score(classifier, items, tokens_per_batch=2_000)
+        assert np.abs(np.exp(mass) - np.exp(expected).sum(axis=2)).max() <= 1e-5
+        assert vocabulary.label_mass(config, classifier, encoded) == pytest.approx(np.exp(mass).mean())
+    batch = shared(items)
+    assert (logits_of(classifier, see_the_siblings(batch)) - torch.from_numpy(apart)).abs().max() > 0.001
+    loaded = load_classifier(bundle_of(config, classifier, tmp_path / "bundle", TEXTS), CPU)
+    assert np.array_equal(score(loaded, items, tokens_per_batch=2_000), logits)
+
+
+def test_gradients_of_labels_are_those_of_each_label_alone(label_config: MakeConfig) -> None:
+    config = yes_no_config(label_config().model.base, QUESTION, {"yes": "Y", "no": "N"}, max_steps=1, lora={"r": 2})
+    classifier = as_built(config)
+    items = items_of(open_inputs(config).builder.encode(TEXTS), orders=1)
+    alone = [Item(0, 0, branch) for item in items for branch in branches_of(item.ids)]
+    targets = torch.tensor([[1, 0, 1], [0, 0, 1], [0, 1, 0], [0, 0, 0.5]])
+    weights = [weight for weight in classifier.parameters() if weight.requires_grad]
+    batch = shared(items)
+    loss = LOSSES["labels"](classifier(batch.inputs, batch.read_at, batch.lengths), targets, config.task).sum()
+    states = [classifier.backbone(input_ids=torch.from_numpy(one.ids).long()[None]) for one in alone]
+    edges = torch.cat([state.last_hidden_state[:, -1] for state in states]) @ classifier.head.get_parameter("weight").T
+    tokens = open_inputs(config).builder.tokenizer(["Y", "N"], special=True)
+    yes, no = (edges[:, int(rank)] for rank in np.argsort(np.argsort([int(ids[0]) for ids in tokens])))
+    logits = (yes - no).view(-1, 3)
+    expected = torch.nn.BCEWithLogitsLoss(reduction="sum")(logits, targets)
+    assert float((loss - expected).abs()) <= 1e-4
+    pairs = list(zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True))
+    largest = max(float(theirs.abs().max()) for _, theirs in pairs)
+    assert largest > 1e-3
+    assert max(float((ours - theirs).abs().max()) for ours, theirs in pairs) <= 1e-5 * max(1.0, largest)
+
+
+def test_one_label_is_asked_for_without_branches(label_config: MakeConfig) -> None:
+    config = yes_no_config(label_config().model.base, QUESTION, {"yes": "Y", "no": "N"})
+    one = config.model_dump(exclude={"classical", "prompt"})
+    one["task"]["classes"], one["inputs"]["template"]["labels"] = ["c"], {"c": "sky"}
+    shown = show(open_inputs(config), TEXTS[0], coloured=False)[0].plain
+    assert shown.count("⟨branch⟩") == 3
+    assert all(f"{topic}?\n" in shown for topic in TOPICS.values())
+    (encoded,) = open_inputs(resolve(one)).builder.encode(TEXTS[:1])
+    assert branches_of(encoded[0].ids)[0] is encoded[0].ids
+    assert np.array_equal(encoded[0].ids, branches_of(open_inputs(config).builder.encode(TEXTS)[0][0].ids)[1])
+
+
+def test_a_word_is_checked_behind_each_labels_text(label_config: MakeConfig) -> None:
+    config = yes_no_config(label_config().model.base, "{text} It is {label}.", {"yes": " yes", "no": "No"})
+    with pytest.raises(
+        ConfigError, match=r"label_words.no='No' begins without a blank behind a text that ends in '\.'"
+    ):
+        open_inputs(config)
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------

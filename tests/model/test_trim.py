@@ -22,16 +22,17 @@ from pairclf.model import attention
 from pairclf.model.batch import Batch, Segment, Topology
 from pairclf.model.engine import Classifier
 from pairclf.model.layouts import packed, shared
-from pairclf.model.trim import FAMILIES, last_layer, why_not_trimmed
+from pairclf.model.trim import LAYERS, last_layer, why_not_trimmed
 
 
 def assert_trimmed_is_whole(classifier: Classifier, allowed: float = 1e-5) -> None:
     alone = one_at_a_time(classifier, related_items())
-    for layout in (packed, shared):
+    assert classifier.isolation.trimmed is None
+    for layout in (packed, shared) if classifier.family.causal else (packed,):
         assert (logits_of(classifier, layout(related_items()), trim=True) - alone).abs().max() <= allowed
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", LAYERS)
 def test_trim_gives_the_logits_of_the_whole_layer(classifier_of: Callable[[str], Classifier], kind: str) -> None:
     assert_trimmed_is_whole(classifier_of(kind))
 
@@ -88,6 +89,32 @@ def test_trim_with_a_wrong_place_or_path_changes_logits(
     for classifier in map(classifier_of, ("gemma2", "llama")):
         right, wrong = (logits_of(classifier, one, trim=True) for one in (batch, spoil(batch)))
         assert (right - wrong).abs().max() > 1e-3
+
+
+def _read_one_too_late(batch: Batch) -> Batch:
+    return replace(batch, read_at=batch.read_at + 1)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "eurobert"])
+def test_trim_of_an_encoder_with_a_wrong_place_or_path_changes_logits(
+    classifier_of: Callable[[str], Classifier], kind: str
+) -> None:
+    """The first token is read, and sees those behind it."""
+    classifier, batch = classifier_of(kind), packed(related_items())
+    right = logits_of(classifier, batch, trim=True)
+    for spoil in (_read_one_too_late, _see_one_token_less):
+        assert (logits_of(classifier, spoil(batch), trim=True) - right).abs().max() > 1e-3
+
+
+def test_trim_is_refused_where_the_last_layer_sees_a_window_to_both_sides(
+    classifier_of: Callable[[str], Classifier],
+) -> None:
+    backbone = classifier_of("modernbert").backbone
+    backbone.config.layer_types.reverse()  # type: ignore[union-attr]
+    try:
+        assert "sees a window around each token" in str(why_not_trimmed(backbone))
+    finally:
+        backbone.config.layer_types.reverse()  # type: ignore[union-attr]
 
 
 def test_trim_without_the_window_changes_logits(

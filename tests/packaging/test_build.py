@@ -54,6 +54,7 @@ def test_folder_is_complete_and_the_same_each_time(config: Config, bundle: Path,
     assert record.code_file == ("a-notebook.py" if kernel == "script" else "a-notebook.ipynb")
     assert metadata_of(made)["code_file"] == record.code_file
     (packed,) = record.bundles
+    assert packed.orders == record.orders == 2
     assert packed.folder == f"fold0-{packed.seal[:8]}"
     assert sha256_tree(made / "bundle" / packed.folder) == sha256_tree(bundle)
     assert [part.folder for part in record.parts] == ["bundle", "wheels"]
@@ -65,6 +66,14 @@ def test_folder_is_complete_and_the_same_each_time(config: Config, bundle: Path,
         assert json.loads((folder / part.marker).read_text())["files"] == uploaded
     assert metadata_of(made)["dataset_sources"] == [part.source for part in record.parts]
     assert re.search(r"\| log loss 1\.0100(, [^|]*)? \| equal \| `", code)  # the fold's metric, and a plain mean
+
+
+def test_record_says_in_how_many_orders_each_model_sees_a_row(config: Config, bundle: Path, tmp_path: Path) -> None:
+    reward = resolve({"model": {"readout": "reward"}, "package": config.package.model_dump()})
+    bundles = [bundle, write_bundle(tmp_path / "reward", reward, "fold1")]
+    record = read_build(package(config, bundles, tmp_path / "a"))
+    assert [packed.orders for packed in record.bundles] == [2, 1]
+    assert record.orders == 1
 
 
 @pytest.mark.parametrize("kernel", ["notebook", "server"])
@@ -123,6 +132,12 @@ def test_out_of_fold_loss_is_over_the_rows_of_all_folds(config: Config, tmp_path
     assert read_build(package(config, [one], tmp_path / "out")).out_of_fold == 1.0
     twice = package(config, [one, written("y", 2.0, 300.0)], tmp_path / "out")
     assert read_build(twice).out_of_fold is None, "both held out fold 0"
+    blend = tmp_path / "ensemble.yaml"
+    blend.write_text("{mean: geometric, members: [{bundle: x}, {bundle: y}], out_of_fold: {log_loss: 0.9}}")
+    blended = package(changed(config, ensemble=blend), [], tmp_path / "out")
+    assert read_build(blended).out_of_fold == 0.9, "as `pairclf blend` has measured it"
+    (packed,) = (blended / "bundle").rglob("ensemble-*.yaml")
+    assert "mean: geometric" in packed.read_text()
 
 
 def test_full_disk_leaves_the_older_package_and_nothing_half_built(
@@ -210,7 +225,7 @@ def test_ensemble_keeps_its_weights_and_finds_its_members(config: Config, tmp_pa
         (1.0, 0.3, False),
     ]
     ensemble = open_ensemble([file], None, [])
-    assert [one.temperature for one in ensemble.members] == [1.0, 1.1]
+    assert [one.calibration.temperature for one in ensemble.members] == [1.0, 1.1]
     code = (made / "kernel" / "a-notebook.ipynb").read_text()
     assert f'MEMBERS = [\\"{file.name}\\"]' in code
     assert '\\"winner_model_a\\": \\"0.500000000\\"' in code, "the prior is weighted as the blend is"

@@ -18,15 +18,23 @@ from typing import Any
 import nbformat
 import polars as pl
 import pytest
-from support.packages import alike
+from support.faults import killed_after_a_batch
+from support.forked import command as command_of
+from support.forked import forked
+from support.kernels import make_report
+from support.packages import TEST_ROWS, alike, files_of, hollow_wheelhouse, predicted, random_package
 from support.runs import random_bundle, run_config
 
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.errors import PackagingError
 from pairclf.inference.predict import predict
+from pairclf.packaging.build_record import read_build
 from pairclf.packaging.notebook import Value, make_notebook, make_script
 from pairclf.packaging.own_files import shipped
 from pairclf.rehearsal.gateway import DefaultInferenceServer
+from pairclf.rehearsal.report import ScoredRows
+from pairclf.rehearsal.result_checks import RunChecks
+from pairclf.rehearsal.workspace import workspace
 from pairclf.trust import Trust
 
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -706,3 +714,49 @@ def test_serve_cell_gives_the_submission_of_predict(
     predict([bundle], tmp_path / "test.csv", tmp_path / "here.csv", sample=tmp_path / "sample_submission.csv")
     assert json.loads(Path("served.json").read_text())["both"] == 8
     assert alike(Path("submission.csv"), tmp_path / "here.csv", tolerance=1e-5)
+
+
+# --- all cells -------------------------------------------------------------------------------------------------------
+
+
+def test_packaged_kernel_of_a_reward_model_goes_on_after_a_kill_to_the_submission_of_predict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of its cells, in this process, with its commands in processes of their own: forked, as each would take
+    seconds to import torch. `pytest --thorough` rehearses it in the sandbox, and kills kernels there."""
+    hollow_wheelhouse(monkeypatch)
+    package = random_package(tmp_path / "top", model={"readout": "reward"}, kernel_type="script")
+    build, (test, sample), mounts = read_build(package), files_of(package.parent), tmp_path / "input"
+    for part in build.parts:
+        shutil.copytree(package / part.folder, mounts / part.folder)
+    (mounts / build.package.competition).mkdir()
+    for path in (test, sample):
+        shutil.copy(path, mounts / build.package.competition)
+
+    commands: list[str] = []
+
+    def call(arguments: list[str], *, env: Mapping[str, str], timeout: float) -> int:
+        commands.append(" ".join(arguments[2:4]))
+        if arguments[2] == "pip":
+            return 0
+        run = killed_after_a_batch if commands == ["pip install", "pairclf verify", "pairclf predict"] else command_of
+        process = forked(run, *arguments[3:], output=tmp_path / f"{len(commands)}.log")
+        process.join(timeout)
+        assert process.exitcode is not None
+        return process.exitcode
+
+    monkeypatch.setattr("subprocess.call", call)
+    monkeypatch.setenv("PAIRCLF_KAGGLE_INPUT", str(mounts))
+    monkeypatch.setenv("PAIRCLF_CLOCK_SPEED", "50")
+    with workspace() as place:
+        monkeypatch.chdir(place.results_folder)
+        exec((package / "kernel" / build.code_file).read_text(), {"__name__": "__main__"})
+        assert commands == ["pip install", "pairclf verify", "pairclf predict", "pairclf predict"]
+        assert "predict was killed (exit code -9)" in capsys.readouterr().out
+        assert "sequences are taken from the journal" in (tmp_path / "4.log").read_text()
+        scored = RunChecks(build, sample, None, "", sample)
+        report = make_report(rows=TEST_ROWS, scored=None, parity=[], passed=False, submission={}, projections=[])
+        scored.check(place, report)
+        assert report.problems == []
+        assert report.scored == ScoredRows(both_orders=TEST_ROWS, one_order=0, prior=0)
+        assert alike(predicted(package, tmp_path, [0]), Path("submission.csv"), tolerance=1e-4)

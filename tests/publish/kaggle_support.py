@@ -41,7 +41,10 @@ def small_package(
     """
     sealed = hashlib.sha256(weights.encode()).hexdigest()
     name = f"fold0-{sealed[:8]}"
-    packed = {"folder": name, "name": "fold0", "seal": sealed, "fold": 0, "metrics": {"log_loss": 0.9}, "base": "x"}
+    packed = {
+        "folder": name, "name": "fold0", "seal": sealed, "fold": 0, "metrics": {"log_loss": 0.9}, "orders": 2,
+        "base": "x",
+    }  # fmt: skip
     return write_package(
         folder,
         make_package(**settings),

@@ -571,8 +571,16 @@ class Killed(BaseException):
     """As a signal would end it: nothing in between catches it."""
 
 
-@pytest.mark.parametrize("bundles_as", ["dataset", "model"])
-@pytest.mark.parametrize("answered", [False, True], ids=["before the request", "after it"])
+BEFORE, AFTER = False, True
+KILLS = [
+    pytest.param("dataset", BEFORE, id="dataset-before the request"),
+    pytest.param("model", AFTER, id="model-after it"),
+    pytest.param("dataset", AFTER, id="dataset-after it", marks=pytest.mark.thorough),
+    pytest.param("model", BEFORE, id="model-before the request", marks=pytest.mark.thorough),
+]
+
+
+@pytest.mark.parametrize(("bundles_as", "answered"), KILLS)
 def test_push_that_is_killed_at_any_request_can_be_repeated(
     tmp_path: Path,
     kaggle: FakeKaggle,

@@ -1,10 +1,12 @@
-"""The first cell of a packaged notebook, in rehearsals of the faults that it is there to find; its bundle is hollow."""
+"""The first cell of a packaged kernel, in rehearsals of the faults that it is there to find; its bundle is hollow.
+
+Kernels are scripts where nothing is about a notebook: Jupyter takes a second to start.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import nbformat
 import polars as pl
 import pytest
 from support.kernels import forecast_nothing, use_light_image
@@ -16,6 +18,7 @@ from pairclf.config import Config, resolve
 from pairclf.errors import PackagingError
 from pairclf.packaging.build import package
 from pairclf.packaging.build_record import identity_of, read_build, write_build
+from pairclf.rehearsal.cell_runner import HEAD
 from pairclf.rehearsal.rehearse import Options, rehearse
 from pairclf.rehearsal.report import RehearsalReport
 from pairclf.task import LMSYS
@@ -24,7 +27,15 @@ ROWS = 4
 
 
 @pytest.fixture
-def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def kernel_type(request: pytest.FixtureRequest) -> str:
+    return getattr(request, "param", "script")
+
+
+notebook = pytest.mark.parametrize("kernel_type", ["notebook"], indirect=True)
+
+
+@pytest.fixture
+def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_type: str) -> Path:
     """A package as `package` builds it, with a wheel that is none."""
     hollow_wheelhouse(monkeypatch)
     use_light_image(monkeypatch)
@@ -35,7 +46,7 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows.select("id", *LMSYS.classes).write_csv(tmp_path / "sample_submission.csv")
     images = freeze_here(tmp_path / "images", [RUNNING], without=())
     settings = {"owner": "someone", "name": "a-notebook", "python_versions": [RUNNING], "image_freezes": str(images)}
-    config: Config = resolve({"package": settings})
+    config: Config = resolve({"package": {**settings, "kernel_type": kernel_type}})
     return package(config, [hollow_bundle(tmp_path / "bundle", config, "fold0")], tmp_path / "package")
 
 
@@ -46,6 +57,7 @@ def run(package: Path, fault: str) -> RehearsalReport:
     return report
 
 
+@notebook
 def test_first_cell_leaves_priors_where_the_bundles_never_come(packaged: Path) -> None:
     report = run(packaged, "missing-model")
     assert report.scored is None
@@ -61,6 +73,7 @@ def test_first_cell_fails_at_a_changed_bundle(packaged: Path) -> None:
     assert read_build(packaged).bundles[0].folder in report.last_output
 
 
+@notebook
 def test_first_cell_fails_in_another_python(packaged: Path) -> None:
     report = run(packaged, "wrong-python")
     assert report.failed == "check"
@@ -86,12 +99,11 @@ def test_first_cell_without_a_precaution_does_not_pass(
 ) -> None:
     build = read_build(packaged)
     kernel = packaged / "kernel" / build.code_file
-    notebook = nbformat.reads(kernel.read_text(), as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:1]
-    (cell,) = notebook.cells
-    assert old in cell.source, "the kernel has other words for it now"
-    cell.source = cell.source.replace(old, new)
-    kernel.write_text(nbformat.writes(notebook))
+    text = kernel.read_text()
+    first, second, *_ = HEAD.finditer(text)
+    cell = text[first.start() : second.start()]
+    assert old in cell, "the kernel has other words for it now"
+    kernel.write_text(cell.replace(old, new))
     write_build(packaged, build.model_copy(update={"identity": identity_of(packaged, build.code_file, build.parts)}))
     with pytest.raises(PackagingError, match=says):
         run(packaged, fault)

@@ -110,6 +110,22 @@ def test_judge_counts_what_a_server_served(judge: RunChecks, served: dict[str, A
         assert says in str(report.problems)
 
 
+@pytest.mark.parametrize(("orders", "full"), [((1,), 2), ((2,), 1), ((2, 1), 2)], ids=["reward", "head", "both"])
+def test_judge_counts_rows_in_full_by_the_orders_of_the_bundles(
+    judge: RunChecks, orders: tuple[int, ...], full: int
+) -> None:
+    """A row of a reward model has one order, and of an ensemble the fewest of its models."""
+    (bundle,) = judge.build.bundles
+    bundles = [bundle.model_copy(update={"orders": count}) for count in orders]
+    expected = ScoredRows(both_orders=full, one_order=2 - full, prior=0)
+    for kernel_type in ("notebook", "server"):
+        build = make_build(package=make_package(kernel_type=kernel_type), bundles=bundles)
+        with workspace() as stage:
+            leave(stage, orders=(2, 1))
+            (stage.results_folder / "served.json").write_text(json.dumps({"rows": 2, "both": 1, "one": 1, "priors": 0}))
+            assert judged(replace(judge, build=build), stage).scored == expected
+
+
 def test_judge_asks_of_each_fault_what_must_come_of_it(judge: RunChecks) -> None:
     """With the fault `oom` one row at least; with `slow` any; with `null-rows` all of them."""
     for name, passes in (("oom", True), ("slow", True), ("null-rows", False)):

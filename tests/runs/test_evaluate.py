@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,12 +22,13 @@ from scipy.special import softmax
 from pairclf.approaches.finetune.drift import HeldOutSample, compare
 from pairclf.approaches.finetune.drift import render as render_shift
 from pairclf.bundles.bundle import Bundle, open_bundle
-from pairclf.config import Config, Predict, dump_config, override, resolve
+from pairclf.config import Config, Predict, deciding_settings, dump_config, override, resolve
 from pairclf.data.identity import row_hashes
 from pairclf.data.rows import read_rows, to_rows
 from pairclf.data.scores import class_matrix, read_scores, scores_frame, write_logits, write_scores
 from pairclf.demo import demo
 from pairclf.errors import DataError
+from pairclf.inference.ensemble import open_ensemble
 from pairclf.inference.state import PredictionState
 from pairclf.packaging import build
 from pairclf.packaging.build_record import Build, PackedBundle
@@ -34,9 +36,13 @@ from pairclf.publish import ledger, submit
 from pairclf.publish.push import Pushed
 from pairclf.run import Paths, labelled_rows, out_of_fold_metric, output_of, trained_as
 from pairclf.runs import cv, fit
-from pairclf.runs.evaluate import Evaluation, evaluate, evaluate_run, out_of_fold, render, scored
+from pairclf.runs.calibrated import write_calibrated
+from pairclf.runs.evaluate import Evaluation, _classical_beside, evaluate, evaluate_run, out_of_fold, scored
+from pairclf.runs.evaluation_report import as_tree, render
+from pairclf.scores.calibration import FittedCalibration, NestedCalibration
+from pairclf.scores.intervals import Estimate
 from pairclf.scores.metrics import METRICS, Floats, Metric, measure, metrics_of, title
-from pairclf.scores.probabilities import mean_of_orders
+from pairclf.scores.probabilities import Calibration, mean_of_orders
 from pairclf.task import LMSYS, WSDM, Task
 
 ROWS = 24
@@ -158,12 +164,16 @@ def assert_every_command_prints(config: Config, printed: str) -> None:
     scores = read_scores(run / "oof.parquet", task)
     wanted = figures_of(scores)
     assert row("all     24", wanted).search(printed)
+    prior = evaluate(labelled, out_of_fold(run, task, Predict()), task).prior
+    assert f"class prior: {METRICS[task.metric].title} {prior[task.metric]:.4f}" in printed
     for source in (out_of_fold(run, task, Predict()), scored(run / "oof.parquet", task)):
         judged = evaluate(labelled, source, task)
         assert judged.model == pytest.approx(wanted, rel=1e-9)
         assert judged.weighted
-        assert row("model", wanted).search(shown(judged, task))
-        summary = text_of(demo._summary(judged, 1.0, task, demo.Stages(), Path()))
+        text = shown(judged, task)
+        for name, value in wanted.items():
+            assert row(title(name, task), {name: value}).search(text)
+        summary = "\n".join(" ".join(line) for line in demo._figures(judged, 1.0, task))
         for name, value in wanted.items():
             assert row(f"{title(name, task)}, out of fold", {name: value}).search(summary)
     rows = scores.select("id").join(labelled, on="id", how="left", maintain_order="left")
@@ -194,7 +204,7 @@ def assert_the_ledger_prints(task: Task, bundles: Sequence[Bundle], run: Path) -
     metric = METRICS[task.metric]
     out_of_fold_figure = out_of_fold_metric(bundles, task.metric)
     packed = [
-        PackedBundle(folder=bundle.name, **{name: getattr(bundle.manifest, name) for name in PACKED})
+        PackedBundle(folder=bundle.name, orders=2, **{name: getattr(bundle.manifest, name) for name in PACKED})
         for bundle in bundles
     ]
     record = SimpleNamespace(
@@ -246,6 +256,13 @@ def shown(judged: Evaluation, task: Task) -> str:
     return text_of(render(judged, task))
 
 
+def tempered(judged: Evaluation) -> tuple[float, float]:
+    """The temperature, and the log loss that the very rows have at it."""
+    fitted = judged.calibrations[0].fitted
+    assert isinstance(fitted.calibration.temperature, float)
+    return fitted.calibration.temperature, fitted.flattering
+
+
 def test_the_output_says_how_several_labels_come_together(config_of: Callable[[str], tuple[Config, str]]) -> None:
     config, printed = config_of("tags")
     evaluation = evaluate(labelled_rows(config), out_of_fold(output_of(config), TAGS, Predict()), TAGS)
@@ -272,8 +289,8 @@ def test_yes_to_everything_costs_something(config_of: Callable[[str], tuple[Conf
 class Judge:
     """What `PredictionState` asks of an ensemble, for one member."""
 
-    def __init__(self, temperature: float) -> None:
-        self.temperatures = [temperature]
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibrations = [calibration]
 
     def blend(self, per_member: Any) -> Floats:
         (only,) = per_member
@@ -303,22 +320,21 @@ def test_the_temperature_is_fitted_where_it_is_applied(tmp_path: Path) -> None:
         return evaluate(labelled, out_of_fold(tmp_path / "run", LMSYS, Predict(temperature=temperature)), LMSYS)
 
     promised = judged(1.0)
-    for now in (1.0, 0.7, promised.temperature):  # whatever the scores were made with
-        again = judged(now)
-        assert again.temperature == pytest.approx(promised.temperature, rel=1e-4)
-        assert again.tempered["log_loss"] == pytest.approx(promised.tempered["log_loss"], abs=1e-9)
-    assert judged(promised.temperature).model["log_loss"] == pytest.approx(promised.tempered["log_loss"], abs=1e-12)
+    temperature, loss = tempered(promised)
+    for now in (1.0, 0.7, temperature):  # whatever the scores were made with
+        assert tempered(judged(now)) == (pytest.approx(temperature, rel=1e-4), pytest.approx(loss, abs=1e-9))
+    assert judged(temperature).model["log_loss"] == pytest.approx(loss, abs=1e-12)
     targets = np.array(labelled["target"].to_list())
     best = min(
         sklearn.metrics.log_loss(targets.argmax(axis=1), mean_of_orders(logits, LMSYS, one))
         for one in np.geomspace(0.5, 10, 400)
     )
-    assert promised.tempered["log_loss"] == pytest.approx(best, abs=1e-5)
+    assert loss == pytest.approx(best, abs=1e-5)
     # After the mean another temperature would be best, which does harm before it.
     mean = mean_of_orders(logits, LMSYS)
     write_scores(tmp_path / "s.parquet", scores_frame(labelled["id"].to_list(), mean, LMSYS, 2, ["m"]))
     after = evaluate(labelled, scored(tmp_path / "s.parquet", LMSYS), LMSYS)
-    assert abs(after.temperature - promised.temperature) > 0.2
+    assert abs(tempered(after)[0] - temperature) > 0.2
     assert after.setting != promised.setting
 
 
@@ -339,34 +355,35 @@ def test_the_promise_of_one_order_is_that_of_one_order(kept: bool, tmp_path: Pat
         return float(sklearn.metrics.log_loss(labels, mean_of_orders(one_way, LMSYS, temperature)))
 
     assert judged.model["log_loss"] == pytest.approx(at(1.0), abs=1e-9)
-    assert judged.tempered["log_loss"] == pytest.approx(at(judged.temperature), abs=1e-9)
-    assert judged.tempered["log_loss"] == pytest.approx(min(map(at, np.geomspace(0.5, 20, 400))), abs=1e-4)
+    temperature, loss = tempered(judged)
+    assert loss == pytest.approx(at(temperature), abs=1e-9)
+    assert loss == pytest.approx(min(map(at, np.geomspace(0.5, 20, 400))), abs=1e-4)
     assert judged.swap_gain is None
     assert "order AB alone" in shown(judged, LMSYS)
 
 
-def test_prediction_applies_it_where_it_was_fitted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("calibration", [Calibration(2.5), Calibration(2.5, 0.7, -0.4)])
+def test_prediction_applies_it_where_it_was_fitted(calibration: Calibration, tmp_path: Path) -> None:
     from pairclf.inputs.sequences import SequenceIndex
 
     _, logits = biased(tmp_path / "run", 20)
     places = np.arange(40).reshape(20, 2)
     standing = PredictionState(
-        [SequenceIndex(np.full((20, 2), 9), np.zeros(20, int), places)], LMSYS, Judge(2.5), "full"
+        [SequenceIndex(np.full((20, 2), 9), np.zeros(20, int), places)], LMSYS, Judge(calibration), "full"
     )
     standing.add(0, [(row, order) for row in range(20) for order in (0, 1)], logits.reshape(-1, 3))
-    np.testing.assert_array_equal(standing.probabilities(), mean_of_orders(logits, LMSYS, 2.5))
+    np.testing.assert_array_equal(standing.probabilities(), mean_of_orders(logits, LMSYS, calibration))
 
 
 def test_several_labels_are_tempered_by_the_sigmoid(config_of: Callable[[str], tuple[Config, str]]) -> None:
     config, _ = config_of("tags")
     labelled, run = labelled_rows(config), output_of(config)
     promised = evaluate(labelled, out_of_fold(run, TAGS, Predict()), TAGS)
-    at_it = evaluate(labelled, out_of_fold(run, TAGS, Predict(temperature=promised.temperature)), TAGS)
-    assert at_it.model["log_loss"] == pytest.approx(promised.tempered["log_loss"], abs=1e-12)
+    temperature, loss = tempered(promised)
+    at_it = evaluate(labelled, out_of_fold(run, TAGS, Predict(temperature=temperature)), TAGS)
+    assert at_it.model["log_loss"] == pytest.approx(loss, abs=1e-12)
     of_scores = evaluate(labelled, scored(run / "oof.parquet", TAGS), TAGS)
-    assert of_scores.tempered["log_loss"] == pytest.approx(
-        promised.tempered["log_loss"], abs=1e-6
-    )  # one order: both places are one
+    assert tempered(of_scores)[1] == pytest.approx(loss, abs=1e-6)  # one order: both places are one
 
 
 # --- files of other people ---------------------------------------------------------------------------------------
@@ -408,6 +425,254 @@ def test_true_probabilities_hold_each_row_once(tmp_path: Path) -> None:
         evaluate(labelled, scored(tmp_path / "theirs.parquet", LMSYS), LMSYS, truth=tmp_path / "twice.parquet")
 
 
+# --- what stands beside the figures ---------------------------------------------------------------------------------
+
+
+def test_a_run_is_judged_with_intervals_orders_slices_and_bins(tmp_path: Path) -> None:
+    labelled, logits = biased(tmp_path / "run")
+    logits -= np.array([0.0, 0.0, 4.0])  # too few ties
+    write_logits(tmp_path / "run" / "oof-logits.parquet", labelled["id"], logits, row_hashes(labelled, LMSYS))
+    judged = evaluate(labelled, out_of_fold(tmp_path / "run", LMSYS, Predict()), LMSYS)
+    loss = judged.figures["log_loss"]
+    assert loss.value == pytest.approx(judged.model["log_loss"], rel=1e-12)
+    assert loss.low < loss.value < loss.high
+    assert (judged.rows, judged.groups, judged.without_score) == (600, 600, 0)
+    assert judged.orders is not None
+    assert judged.orders.figures["first_position_bias"].low > 0.2
+    assert judged.orders.figures["swap_gain"].value == pytest.approx(judged.swap_gain)
+    advised = judged.advised
+    assert advised is not None
+    assert advised.fitted.method == "tied vector scaling"
+    assert advised.nested < judged.calibrations[0].nested < judged.model["log_loss"] - 0.3
+    text = shown(judged, LMSYS)
+    for words in ("Both orders", "bias for the side that stands first", "nested in 5 folds of prompts", "raw"):
+        assert words in text
+    assert "--calibrated FILE writes it" in text
+    tree = json.loads(json.dumps(as_tree(judged), allow_nan=False))
+    assert tree["figures"]["log_loss"] == {"value": loss.value, "low": loss.low, "high": loss.high}
+    assert tree["advised_calibration"] == "tied vector scaling"
+    assert {line["class"] for line in tree["reliability"]} == {None, *LMSYS.classes}
+    assert tree["orders"]["gain_curve"][-1]["gain"] == pytest.approx(judged.swap_gain)
+    rows = judged.by_row
+    assert rows["loss"].mean() == pytest.approx(loss.value)
+    assert rows["loss_tied_vector_scaling"].mean() == pytest.approx(advised.nested)
+    assert (rows["loss_ab"] - rows["loss"]).mean() == pytest.approx(judged.swap_gain)
+    assert rows["id"].to_list() == labelled["id"].to_list()
+
+
+def test_a_model_without_an_order_is_said_to_have_none(tmp_path: Path) -> None:
+    labelled, logits = biased(tmp_path / "run", 60)
+    logits[:, 1] = logits[:, 0][:, list(LMSYS.swapped_columns)]
+    write_logits(tmp_path / "run" / "oof-logits.parquet", labelled["id"], logits, row_hashes(labelled, LMSYS))
+    text = shown(evaluate(labelled, out_of_fold(tmp_path / "run", LMSYS, Predict()), LMSYS), LMSYS)
+    assert "Both orders have the same probabilities." in text
+    assert "the swap gained" not in text
+
+
+def test_rows_of_one_prompt_are_drawn_together(tmp_path: Path) -> None:
+    """Each row stands four times: the interval is that of the rows once, and not half as wide."""
+    labelled, _ = biased(tmp_path / "run", 100)
+    of_others(tmp_path / "once.parquet", labelled["id"], labelled)
+    four = pl.concat([labelled.with_columns(id=pl.col("id") + f"-{copy}") for copy in range(4)])
+    of_others(tmp_path / "four.parquet", four["id"], four)
+    widths = []
+    for name, rows in (("once", labelled), ("four", four)):
+        frame = pl.read_parquet(tmp_path / f"{name}.parquet").with_columns(
+            winner_tie=pl.col("winner_tie") * 0.5, winner_model_a=pl.col("winner_model_a") + pl.col("winner_tie") * 0.5
+        )
+        frame.drop("prompt").write_parquet(tmp_path / f"{name}.parquet")
+        judged = evaluate(rows, scored(tmp_path / f"{name}.parquet", LMSYS), LMSYS)
+        widths.append(judged.figures["log_loss"].high - judged.figures["log_loss"].low)
+        assert judged.groups == 100
+    assert widths[1] == pytest.approx(widths[0], rel=0.1)
+
+
+def test_the_command_prints_json_and_writes_the_rows(
+    config_of: Callable[[str], tuple[Config, str]], tmp_path: Path, cli: Callable[..., tuple[int, str]]
+) -> None:
+    config, _ = config_of("lmsys")
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    code, text = cli("evaluate", tmp_path / "c.yaml", "--json", "--losses", tmp_path / "rows.parquet")
+    tree = json.loads(text[text.index("{") : text.rindex("}") + 1])
+    assert (code, tree["rows"], tree["folds"]) == (0, ROWS, "the run's folds")
+    assert f"wrote {tmp_path / 'rows.parquet'}" in text
+    rows = pl.read_parquet(tmp_path / "rows.parquet")
+    assert sorted(rows["fold"].unique()) == [0, 1]
+    assert np.average(rows["loss"], weights=rows["weight"]) == pytest.approx(tree["model"]["log_loss"])
+
+
+def test_a_labelled_holdout_is_judged(
+    config_of: Callable[[str], tuple[Config, str]], tmp_path: Path, cli: Callable[..., tuple[int, str]]
+) -> None:
+    config, _ = config_of("wsdm")
+    write_data(tmp_path / "holdout.csv", WSDM, prefix="held out ")
+    labelled = read_rows([tmp_path / "holdout.csv"], WSDM, labelled=True)
+    shares = 0.05 + 0.9 * np.array(labelled["target"].to_list())
+    frame = pl.DataFrame({"id": labelled["id"], "model_b": shares[:, 1], "model_a": shares[:, 0]})  # another order
+    frame.write_csv(tmp_path / "scores.csv")
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    line = ["evaluate", tmp_path / "c.yaml", "--data", tmp_path / "holdout.csv"]
+    code, text = cli(*line, "--scores", tmp_path / "scores.csv", "--json")
+    tree = json.loads(text[text.index("{") : text.rindex("}") + 1])
+    assert (code, tree["rows"], tree["model"]["accuracy"]) == (0, ROWS, 1.0)
+    assert tree["model"]["log_loss"] == pytest.approx(-np.log(0.95))
+    code, text = cli(*line)
+    assert code == 2
+    assert "has other rows than the run's out-of-fold scores" in " ".join(text.split())
+
+
+def test_a_simpler_model_is_compared_with(tmp_path: Path) -> None:
+    """A file; a run folder; and without either, a classical run beside this one."""
+    labelled, logits = biased(tmp_path / "runs" / "large")
+    for name, heat in (("large", 3.0), ("small", 1.0)):
+        folder = tmp_path / "runs" / name
+        (folder / "fold0").mkdir(parents=True, exist_ok=True)
+        values = mean_of_orders(logits, LMSYS, 3 / heat)
+        hashes = row_hashes(labelled, LMSYS)
+        frame = scores_frame(labelled["id"].to_list(), values, LMSYS, 2, ["m"], hashes=hashes)
+        write_scores(folder / "oof.parquet", frame)
+        config = resolve({"task": "lmsys", "approach": "classical" if heat == 1 else "finetune"})
+        (folder / "fold0" / "trained.json").write_text(json.dumps(deciding_settings(config)))
+    large, small = tmp_path / "runs" / "large", tmp_path / "runs" / "small"
+    assert _classical_beside(large, config) == small
+    assert _classical_beside(small, config) is None
+    assert _classical_beside(large, resolve({"task": "wsdm"})) is None
+    for baseline in (small, small / "oof.parquet"):
+        judged = evaluate(labelled, scored(large / "oof.parquet", LMSYS), LMSYS, baseline=baseline)
+        assert judged.baseline is not None
+        expected = measure(mean_of_orders(logits, LMSYS, 3.0), np.array(labelled["target"].to_list()), LMSYS)
+        assert judged.baseline.log_loss == pytest.approx(expected["log_loss"])
+        assert judged.baseline.gain.value == pytest.approx(expected["log_loss"] - judged.model["log_loss"])
+        assert f"worse than the baseline {baseline}: log loss" in shown(judged, LMSYS)
+        assert as_tree(judged)["baseline"]["gain"]["high"] < 0
+    same = evaluate(labelled, scored(small / "oof.parquet", LMSYS), LMSYS, baseline=small)
+    assert "not distinguishable from the baseline" in shown(same, LMSYS)
+    better = evaluate(labelled, scored(small / "oof.parquet", LMSYS), LMSYS, baseline=large)
+    assert "better than the baseline" in shown(better, LMSYS)
+
+
+def test_a_baseline_of_other_rows_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled, _ = biased(tmp_path / "run", 30)
+    of_others(tmp_path / "all.parquet", labelled["id"], labelled)
+    pl.read_parquet(tmp_path / "all.parquet").head(20).write_parquet(tmp_path / "some.parquet")
+    scores = scored(tmp_path / "all.parquet", LMSYS)
+    judged = evaluate(labelled, scores, LMSYS, baseline=tmp_path / "some.parquet")
+    assert judged.baseline is None
+    assert "it has no score of 10 rows of 30" in " ".join(capsys.readouterr().err.split())
+    part = evaluate(labelled, scored(tmp_path / "some.parquet", LMSYS), LMSYS)
+    assert "10 labelled rows have no score and are left out" in shown(part, LMSYS)
+
+
+def test_the_calibration_that_is_worth_it_becomes_an_ensemble(
+    config_of: Callable[[str], tuple[Config, str]], tmp_path: Path
+) -> None:
+    config, _ = config_of("lmsys")
+    judged, path = evaluate_run(config, None), tmp_path / "deep" / "calibrated.yaml"
+    path.parent.mkdir()
+    assert judged.advised is None  # labels that follow no text
+    assert not write_calibrated(judged, config, [], path)
+    assert not path.exists()
+    calibration = Calibration(1.25, 0.75, 0.5)
+    fitted = FittedCalibration("tied vector scaling", calibration, np.zeros(ROWS), 0.9)
+    worth = NestedCalibration(fitted, 1.0, 0.95, Estimate(0.05, np.full(10, 0.05)))
+    assert write_calibrated(replace(judged, calibrations=[worth]), config, [], path)
+    ensemble = open_ensemble([path], None, [])
+    assert ensemble.calibrations == [calibration] * 2
+    assert [member.bundle.folder.resolve() for member in ensemble.members] == [
+        Paths(output_of(config), fold).bundle.resolve() for fold in (0, 1)
+    ]
+    assert "0.95000 nested in the run's folds" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--calibrated", "c.yaml", "--scores", "s.csv"], "names the bundles of a run"),
+        (["--calibrated", "c.yaml", "predict.swap=off"], "predict.swap=off predicts with one"),
+        (["--calibrated", "c.txt"], "must be a YAML file"),
+        (["--losses", "."], "is a folder and will not be replaced"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_first(
+    line: list[str], message: str, config_of: Callable[[str], tuple[Config, str]], tmp_path: Path,
+    cli: Callable[..., tuple[int, str]],
+) -> None:  # fmt: skip
+    config, _ = config_of("lmsys")
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    code, text = cli("evaluate", tmp_path / "config.yaml", *line)
+    assert code == 2
+    assert message in " ".join(text.split())
+
+
+def test_out_of_fold_scores_need_no_join(config_of: Callable[[str], tuple[Config, str]]) -> None:
+    """`oof.parquet` alone gives every figure: fold, targets, and the logits of both orders."""
+    for kind in ("lmsys", "tags"):
+        config, _ = config_of(kind)
+        run, task = output_of(config), config.task
+        frame = pl.read_parquet(run / "oof.parquet")
+        names = {part: [f"{part}_{name}" for name in task.classes] for part in ("target", "logit_ab", "logit_ba")}
+        targets = frame.select(names["target"]).to_numpy()
+        judged = evaluate_run(config, None)
+        weights = frame.select("id").join(labelled_rows(config), on="id", how="left", maintain_order="left")["weight"]
+        assert measure(class_matrix(frame, task), targets, task, weights) == pytest.approx(judged.model)
+        orders = [names[f"logit_{order}"] for order in (("ab", "ba") if task.swappable else ("ab",))]
+        logits = np.stack([frame.select(order).to_numpy() for order in orders], axis=1)
+        np.testing.assert_allclose(mean_of_orders(logits, task), class_matrix(frame, task), atol=1e-12)
+        folds = pl.read_csv(run / "folds.csv", schema_overrides={"id": pl.String})
+        assert frame.select("id", "fold").sort("id").rows() == folds.select("id", "fold").sort("id").rows()
+        assert (
+            read_scores(run / "oof.parquet", task).columns == pl.read_parquet(run / "oof-ab.parquet").columns
+        )  # an older pairclf, and every command, reads the columns that it knows
+        part = pl.read_parquet(Paths(run, 1).folder / "oof.parquet")
+        assert frame.filter(fold=1).sort("id").equals(part.sort("id"))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def spoilt(path: Path, labelled: pl.DataFrame, **changes: pl.Expr) -> Path:
+    of_others(path.with_suffix(".parquet"), labelled["id"], labelled)
+    pl.read_parquet(path.with_suffix(".parquet")).with_columns(**changes).write_csv(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"winner_tie": pl.col("winner_tie") + 0.1}, "probabilities of 30 rows do not sum to one"),
+        ({"winner_tie": pl.lit(float("nan"))}, "probabilities of 30 rows are no finite numbers"),
+        ({"winner_tie": pl.lit(None, dtype=pl.Float64)}, "probabilities of 30 rows are no finite numbers"),
+        ({"winner_tie": pl.lit(-0.2)}, "probabilities of 30 rows are outside"),
+        ({"winner_tie": pl.lit("much")}, "scores can't be read"),
+        ({"id": pl.lit("7")}, "ids that are empty or stand twice"),
+        ({"id": pl.lit(None, dtype=pl.String)}, "ids"),
+        ({"id": pl.col("id") + "x"}, "scored rows have no label"),
+    ],
+)
+def test_bad_scores_are_one_message(changes: dict[str, pl.Expr], message: str, tmp_path: Path) -> None:
+    labelled, _ = biased(tmp_path / "run", 30)
+    with pytest.raises(DataError, match=message):
+        evaluate(labelled, scored(spoilt(tmp_path / "s.csv", labelled, **changes), LMSYS), LMSYS)
+
+
+def test_equal_predictions_an_absent_class_and_ten_rows_have_a_result(tmp_path: Path) -> None:
+    labelled, _ = biased(tmp_path / "run", 30)
+    ten = labelled.filter(pl.col("target").list.get(2) == 0).head(10)
+    equal = {name: pl.lit(share) for name, share in zip(LMSYS.classes, (0.5, 0.25, 0.25), strict=True)}
+    judged = evaluate(ten, scored(spoilt(tmp_path / "s.csv", ten, **equal), LMSYS), LMSYS)
+    text = shown(judged, LMSYS)
+    for words in (
+        "10 prompts: too few for intervals to be relied on",
+        "no row has the class winner_tie",
+        "all rows have the same probabilities",
+    ):
+        assert words in text
+    tree = as_tree(judged)
+    assert tree["figures"]["roc_auc"] == {"value": None, "low": None, "high": None}
+    assert tree["figures"]["roc_auc_sides"]["value"] == 0.5
+    json.dumps(tree, allow_nan=False)
+
+
 # --- which rows ------------------------------------------------------------------------------------------------------
 
 
@@ -443,14 +708,14 @@ def test_figures_of_rows_that_were_trained_on_say_so(
     write_scores(tmp_path / "scores.parquet", known.with_columns(seen))
     judged = evaluate(rows, scored(tmp_path / "scores.parquet", task), task)
     assert judged.seen == 2
-    assert "in sample: the models were trained on prompts of 2 of these rows" in str(render(judged, task).caption)
+    assert "in sample: the models were trained on prompts of 2 of these rows" in shown(judged, task)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     line = ["evaluate", tmp_path / "c.yaml", "--scores"]
     code, text = cli(*line, tmp_path / "scores.parquet")
     assert (code, "--in-sample accepts them" in text) == (1, True)
     assert cli(*line, tmp_path / "scores.parquet", "--in-sample")[0] == cli(*line, run / "oof.parquet")[0] == 0
     out = evaluate(rows, scored(run / "oof.parquet", task), task)
-    assert (out.seen, "in sample" in str(render(out, task).caption)) == (0, False)
+    assert (out.seen, "in sample" in shown(out, task)) == (0, False)
 
 
 def test_one_fold_is_evaluated(config_of: Callable[[str], tuple[Config, str]]) -> None:
@@ -458,6 +723,7 @@ def test_one_fold_is_evaluated(config_of: Callable[[str], tuple[Config, str]]) -
     alone = evaluate_run(config, None, folds=[1])
     held_out = open_bundle(Paths(output_of(config), 1).bundle).manifest.metrics
     assert (alone.rows, alone.model["log_loss"]) == (held_out["rows"], pytest.approx(held_out["log_loss"]))
+    assert alone.without_score == 0  # the rows of the other fold are not asked for
     assert evaluate_run(config, None, folds=[0, 1]).model == pytest.approx(evaluate_run(config, None).model)
 
 
@@ -476,8 +742,8 @@ def test_bad_scores_are_called_so(tmp_path: Path) -> None:
     labelled, _ = biased(tmp_path / "run", 30)
     wrong = 0.05 + 0.425 * (1 - np.array(labelled["target"].to_list()))
     for values, words in (
-        (wrong, ["worse than the class prior: log loss 2.9957 against", "20 is at the bound of its range"]),
-        ((1.0 - wrong) / 2, ["was fitted on these very rows"]),
+        (wrong, ["worse than the class prior: log loss 2.9957 against", "is at the bound of its range"]),
+        ((1.0 - wrong) / 2, ["no calibration is worth it", "on its own rows"]),
     ):
         frame = scores_frame(labelled["id"].to_list(), values / values.sum(axis=1, keepdims=True), LMSYS, 1, ["m"])
         write_scores(tmp_path / "s.parquet", frame)

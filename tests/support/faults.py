@@ -64,6 +64,21 @@ def faulty(
     return loaded._replace(scorer=Faulty(loaded.scorer, kind, row, clock))
 
 
+def killed_after_a_batch(*arguments: str) -> None:
+    """`pairclf ARGUMENTS`, which is killed when its first batch is in the journal."""
+    from pairclf.inference.journal import Journal
+    from support.forked import command
+
+    add = Journal.add
+
+    def add_and_die(journal: Journal, *batch: Any) -> None:
+        add(journal, *batch)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Journal.add = add_and_die  # type: ignore[method-assign]
+    command(*arguments)
+
+
 def unloadable(assignment: worker.Assignment) -> worker.Loaded:
     if "fold1" in str(assignment.bundle):
         raise BundleError("the second one does not load")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sysconfig
 import tempfile
 import venv
@@ -26,6 +27,28 @@ def make_light_image(folder: Path, hidden: Collection[str]) -> Path:
         if "pairclf" not in path.name:
             (site / path.name).symlink_to(path)
     return folder / "bin" / "python"
+
+
+HEAVY = ("torch", "transformers", "accelerate", "peft")
+"""Packages of language models, which a classical model does without."""
+
+
+def block(site: Path) -> None:
+    """Have an import of torch, and of what imports it, fail from this folder, and leave a file `imported` if it can."""
+    touch = 'with suppress(OSError):\n    Path(__file__).parents[1].joinpath("imported").touch()'
+    code = f"from contextlib import suppress\nfrom pathlib import Path\n{touch}\nraise ImportError\n"
+    for name in HEAVY:
+        (site / name).unlink(missing_ok=True)
+        (site / name).mkdir(parents=True)
+        (site / name / "__init__.py").write_text(code)
+
+
+def make_image_without_torch(folder: Path, hidden: Collection[str]) -> Path:
+    """As `make_light_image`; torch is listed there, as on Kaggle, and can't be imported."""
+    python = make_light_image(folder, hidden)
+    block(next(folder.glob("lib/python*/site-packages")))
+    assert subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode
+    return python
 
 
 def use_light_image(patch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ import polars as pl
 import pytest
 from wheels_support import freeze_here
 
-from pairclf.config import Config, resolve
+from pairclf.config import Config, parse_yaml, resolve
 from pairclf.data.rows import read_rows, to_rows
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.inference.predict import predict
 from pairclf.packaging import build
 from pairclf.packaging.build import package
+from pairclf.packaging.own_files import shipped
 from pairclf.packaging.wheelhouse import Wheel, Wheelhouse
 from pairclf.rehearsal.report import RehearsalReport
 from pairclf.runs.fit import fit
@@ -53,9 +54,12 @@ def random_package(
 
 
 def classical_package(folder: Path, **settings: object) -> Path:
-    """Package a classical bundle; `settings` as in `random_package`."""
-    sections = {"approach": "classical", "classical": {"n_features": 1024}, "folds": {"n_splits": 2}}
-    config = _package_config(folder, settings, **sections)
+    """Package a bundle of the config for arena3, on few rows of its form; `settings` as in `random_package`."""
+    path = shipped("configs/arena3/classical.yaml")
+    tree = parse_yaml(path.read_text(encoding="utf-8"), path)
+    sections = {"approach": tree["approach"], "classical": {**tree["classical"], "n_estimators": 20}}
+    settings = {"machine_shape": tree["package"]["machine_shape"], **settings}
+    config = _package_config(folder, settings, **sections, folds={"n_splits": 2})
     return package(config, [fit(config, 0)], folder / "package")
 
 

@@ -38,7 +38,7 @@ def make_part(package: Package, payload: Payload, number: int = 1) -> PackagePar
 
 def make_build(**facts: object) -> Build:
     """The record of a package with one bundle, whose parts are not there."""
-    bundle = PackedBundle(folder=BUNDLE, name="fold0", seal="0" * 64, fold=0, metrics={}, base="embedded:x")
+    bundle = PackedBundle(folder=BUNDLE, name="fold0", seal="0" * 64, fold=0, metrics={}, orders=2, base="embedded:x")
     fields: dict[str, object] = {
         "pairclf": "0.1.0", "identity": "a" * 64, "package": make_package(), "task": LMSYS,
         "kernel": "someone/a-notebook", "code_file": "a-notebook.ipynb", "parts": [], "bundles": [bundle],

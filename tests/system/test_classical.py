@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+from support.kernels import block
 from support.packages import hollow_wheelhouse
 from support.runs import TEST_ROWS, bundles_of
 
@@ -25,7 +26,6 @@ from pairclf.runs.fit import fit
 from pairclf.task import LMSYS
 
 Cli = Callable[..., tuple[int, str]]
-HEAVY = ("torch", "transformers", "accelerate", "peft")
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +90,7 @@ def test_from_folds_to_a_package_with_a_language_model(
 @pytest.fixture
 def without_torch(tmp_path: Path) -> dict[str, str]:
     """An environment in which an import of torch, and of what imports it, fails and leaves a file `imported`."""
-    for name in HEAVY:
-        (tmp_path / "blocked" / name).mkdir(parents=True)
-        code = "from pathlib import Path\nPath(__file__).parents[1].joinpath('imported').touch()\nraise ImportError\n"
-        (tmp_path / "blocked" / name / "__init__.py").write_text(code)
+    block(tmp_path / "blocked")
     places = [str(tmp_path / "blocked"), str(Path(__file__).parents[2])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(places)}
 

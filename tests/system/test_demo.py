@@ -14,25 +14,40 @@ from pairclf.inference.predict import predict
 from pairclf.rehearsal.report import read_passed
 
 SMALLER = [
-    "data.max_rows=2500", "data.sampling=head", "folds.n_splits=5", "folds.run=[0]", "train.num_train_epochs=1",
+    "data.sampling=head", "folds.n_splits=5", "folds.run=[0]", "train.num_train_epochs=1",
     f"package.python_versions=['{RUNNING}']",
 ]  # fmt: skip
-"""As many rows to learn from as in a fold of `make demo`, which takes them half again, and holds as many out."""
+ROWS = [(1250, 0.2), pytest.param(2500, 0.5, marks=pytest.mark.thorough)]
+"""Rows, and the least part of the way from the prior to the best possible log loss; of 1,250 rows 31% was measured.
+
+2,500 rows are as many to learn from as in a fold of `make demo`, which takes them half again, and holds as many out.
+"""
 
 
 @pytest.mark.slow
-def test_demo_learns_and_ends_with_a_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("rows", "way"), ROWS)
+def test_demo_learns_and_ends_with_a_submission(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int, way: float
+) -> None:
     folder = tmp_path / "demo"
-    judged = demo(folder, SMALLER)
+    judged = demo(folder, [f"data.max_rows={rows}", *SMALLER])
     assert judged.best is not None
     assert judged.best < judged.model["log_loss"] < judged.prior["log_loss"]
     assert judged.way is not None
-    assert judged.way >= 0.5
+    assert judged.way >= way
     assert judged.swap_gain is not None
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["test_log_loss"] < (judged.prior["log_loss"] + judged.best) / 2
+    assert summary["test_log_loss"] < judged.prior["log_loss"] - way * (judged.prior["log_loss"] - judged.best)
     printed = capsys.readouterr().out
-    for words in ("class prior", "best possible", "gained by the swap", "accuracy", "seconds: training", "submission"):
+    for words in (
+        "class prior",
+        "best possible",
+        "gained by the swap",
+        "accuracy",
+        "seconds: training",
+        "submission",
+        "blend with LightGBM",
+    ):
         assert words in printed
 
     test, sample = folder / "data" / "test.csv", folder / "data" / "sample_submission.csv"

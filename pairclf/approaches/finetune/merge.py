@@ -354,7 +354,7 @@ def _loading_dtype(source: str, config: Config, new: Path, into: str) -> str:
         BundleError: the disk is too small.
         ModelError: the base can't be found.
     """
-    settings = read_settings(source)
+    settings = read_settings(source, config.model.pooling)
     weights = sum(weight.numel() for weight in empty_model(settings).parameters())
     target: torch.dtype = getattr(torch, into)
     loaded = target if getattr(settings, "dtype", None) == target else torch.float32

@@ -196,7 +196,10 @@ def print_plan(state: TrainState, steps: int, estimate: TrainingEstimate, folder
     check_disk(folder, estimate.disk)
     limit = f" or {settings.tokens_per_batch:,} tokens" if settings.tokens_per_batch else ""
     most = f", train.max_steps={settings.max_steps}" if settings.max_steps else ""
-    peaks = ", ".join(f"{peak:g}" for peak in dict.fromkeys(state.peaks))
+    different = sorted(set(state.peaks))
+    # One for each layer under `train.layer_decay`: the ends say enough.
+    shown = dict.fromkeys(state.peaks) if settings.layer_decay == 1 else [different[0], "...", different[-1]]
+    peaks = ", ".join(peak if isinstance(peak, str) else f"{peak:g}" for peak in shown)
     rows_a_step = counted(settings.global_batch_size, "row")
     epochs = "epoch" if settings.num_train_epochs == 1 else "epochs"
     orders = f" x {counted(settings.orders, 'order')}" if config.task.swappable else ""

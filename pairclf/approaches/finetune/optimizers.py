@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +15,14 @@ from torch.optim import AdamW, Optimizer
 from transformers.optimization import Adafactor
 
 from pairclf.config import Train
+from pairclf.model.backbone import layer_number
 from pairclf.model.engine import Classifier
+from pairclf.model.families import decoder_layers, text_settings
 
 Groups = list[dict[str, Any]]
+
+_BELOW = re.compile(r"emb|shared|wte|wpe|relative_attention_bias")
+"""In names of weights that are no layer's and go into the first one: `wte` and `wpe` are embeddings of GPT-2."""
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -25,10 +31,12 @@ def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameter_groups(classifier: Classifier, train: Train) -> Groups:
-    """One group for each learning rate: head, LoRA A and LoRA B may differ. No weight decay for norms, biases and head.
+    """One group for each learning rate: head, LoRA A, LoRA B and layers may differ. No decay of norms, biases and head.
 
     The key is `lr`: torch silently ignores a group's `learning_rate`.
     """
+    settings: Any = classifier.backbone.config
+    layers, behind = text_settings(settings).num_hidden_layers, decoder_layers(settings)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, weight in trained_weights(classifier).items():
         head = name.startswith("head.")
@@ -38,8 +46,30 @@ def parameter_groups(classifier: Classifier, train: Train) -> Groups:
             "B": train.lora_b_learning_rate if ".lora_B." in name else None,
         }
         rate = next((rate for rate in own_rates.values() if rate is not None), train.learning_rate)
+        rate *= 1.0 if head else train.layer_decay ** _layers_above(name, layers, behind)
         groups.setdefault((rate, 0.0 if head or weight.ndim <= 1 else train.weight_decay), []).append(weight)
     return [{"params": weights, "lr": rate, "weight_decay": decay} for (rate, decay), weights in groups.items()]
+
+
+def _layers_above(name: str, layers: int, behind: int = 0) -> int:
+    """Layers of the backbone above a weight: all above embeddings, none above a last norm.
+
+    Args:
+        name: of the weight.
+        layers: that read the text.
+        behind: layers of the decoder behind an encoder.
+
+    >>> [_layers_above(f"backbone.{name}", 12) for name in ("embeddings.word", "layers.0.q", "layers.11.q", "norm")]
+    [12, 11, 0, 0]
+    >>> [_layers_above(f"backbone.{name}", 12) for name in ("wte.weight", "h.0.attn", "ln_f", "layer_norm_emb.bias")]
+    [12, 11, 0, 12]
+    >>> [_layers_above(f"backbone.{name}", 12, 6) for name in ("shared", "encoder.block.11.q", "decoder.block.5.q")]
+    [18, 6, 0]
+    """
+    above = behind if behind and "decoder." not in name else 0
+    if (layer := layer_number(name)) >= 0:
+        return (behind if behind and not above else layers) - 1 - layer + above
+    return layers + behind if _BELOW.search(name) else above
 
 
 def _adafactor(groups: Groups, **_moments: Any) -> Optimizer:

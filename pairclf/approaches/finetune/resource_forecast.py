@@ -29,6 +29,7 @@ from pairclf.model.batch import Batch
 from pairclf.model.cost import Cost, cost_of_model, count_weights, linear_layers
 from pairclf.model.device_memory import give_back_freed_memory, memory_now, memory_to_have, peak_memory
 from pairclf.model.engine import Classifier
+from pairclf.model.families import text_settings
 from pairclf.model.layouts import BATCH_LAYOUTS
 
 SAMPLED_STEPS = 2000
@@ -256,7 +257,7 @@ def _activations(config: Config, classifier: Classifier, batches: Sequence[Seque
     kept = kept_coefficients(config, classifier)
     backbone: Any = classifier.backbone
     kind, checkpointing = classifier.device.type, config.train.gradient_checkpointing
-    layers: int = backbone.config.get_text_config().num_hidden_layers
+    layers: int = text_settings(backbone.config).num_hidden_layers
     reached = max(1, round(cost_of_model(backbone).reached * layers))
     of_layer = kept * [0.0, 1 / reached, 1 / reached]
     forward = kept * [0.0, 1.0, 1.0]
@@ -294,7 +295,7 @@ def heap_growth_of_layer(config: Config, classifier: Classifier, lengths: Sequen
         lengths: tokens of each sequence.
         skipped: lower layers that keep nothing for the backward pass.
     """
-    layers: int = classifier.backbone.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    layers: int = text_settings(classifier.backbone.config).num_hidden_layers  # type: ignore[arg-type]
     layer_lists = [
         module for module in classifier.modules() if isinstance(module, nn.ModuleList) and len(module) == layers
     ]

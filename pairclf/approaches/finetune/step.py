@@ -156,8 +156,8 @@ class TrainState:
 
     @property
     def rate(self) -> float:
-        """Current learning rate of the first group."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """`train.learning_rate` as the schedule has it now."""
+        return self.config.train.learning_rate * float(self.optimizer.param_groups[0]["lr"]) / self.peaks[0]
 
     def batches(self, row_indices: RowIndices, budget: int | None, process: int) -> list[list[int]]:
         """The micro-batches of one process; see `plan.micro_batches`."""
@@ -201,7 +201,7 @@ def orders_of_rows(config: Config, row_indices: RowIndices, step: int) -> dict[i
     if config.train.swap == "random":
         coins = np.random.default_rng((config.seed, step)).integers(0, 2, len(row_indices))
         return {row: (int(coin),) for row, coin in zip(row_indices.tolist(), coins, strict=True)}
-    return dict.fromkeys(row_indices.tolist(), (AB, BA) if config.train.swap == "both" else (AB,))
+    return dict.fromkeys(row_indices.tolist(), (AB, BA) if config.train.orders == 2 else (AB,))
 
 
 def accumulate_with_oom_retry(

@@ -47,6 +47,20 @@ def test_head_and_both_factors_have_their_own_rates(config_for: Callable[..., Co
         assert found[0] == (7e-3 if "lora_A" in name else 1e-4), name
 
 
+@pytest.mark.parametrize(("kind", "lora"), [("bert", None), ("deberta-v2", None), ("modernbert", {"r": 4})])
+def test_layer_decay_slows_lower_layers_and_neither_the_top_nor_the_head(
+    config_for: Callable[..., Config], kind: str, lora: dict[str, object] | None
+) -> None:
+    rates = {"learning_rate": 1e-4, "head_learning_rate": 5e-3, "layer_decay": 0.5}
+    found = {name: rate for name, (rate, _) in rates_of(config_for(kind, model={"lora": lora}, train=rates)).items()}
+    layers = "layers" if kind == "modernbert" else "encoder.layer"
+    parts = {"embeddings": 2.5e-5, f"{layers}.0.": 5e-5, f"{layers}.1.": 1e-4, "orm": 1e-4, "head": 5e-3}
+    for name, rate in found.items():
+        part = next(part for part in parts if part in name)
+        assert rate == pytest.approx(parts[part]), name
+    assert {1e-4, 5e-5, 5e-3} | ({2.5e-5} if lora is None else set()) == {round(rate, 8) for rate in found.values()}
+
+
 def test_norms_biases_magnitudes_and_the_head_do_not_decay(config_for: Callable[..., Config]) -> None:
     for model in ({"lora": None}, {"lora": {"r": 4, "use_dora": True}}, {"lora": None, "head": "two_layer"}):
         found = rates_of(config_for("qwen2", model=model, train={"weight_decay": 0.3}))
