@@ -44,7 +44,8 @@ from pairclf.errors import PairclfError
 from pairclf.files import open_to_append, write_text
 from pairclf.run import Run
 from pairclf.runs.fit import open_session
-from pairclf.scores.metrics import Floats, class_prior, likeliest, log_loss, measure
+from pairclf.scores.figures import measure
+from pairclf.scores.metrics import Floats, class_prior, likeliest, log_loss
 from pairclf.scores.probabilities import mean_of_orders, unswap
 from pairclf.task import Task
 

@@ -8,7 +8,9 @@
 
 Half of the layers are the decoder's, which computes one token of a row. Everything is trained; a fold of five is held
 out. Prints a line for each way and seed, and last a line of JSON: log loss and accuracy of the held-out rows, CPU
-seconds of training and scoring, and parameters. Nothing is pretrained: the figures compare ways, not models.
+seconds of training and scoring, and parameters; and the paired differences of the log loss from that of the class
+frequencies and from that of the head, with their 95% intervals. Below 0, the way is better. Nothing is pretrained: the
+figures compare ways, not models.
 """
 
 from __future__ import annotations
@@ -24,15 +26,20 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from pairclf.bundles.base import resolve_base
 from pairclf.bundles.bundle import open_bundle
 from pairclf.config import Config, resolve
+from pairclf.data.scores import class_matrix, read_scores
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.model.backbone import empty_model, read_settings
+from pairclf.run import OOF, Paths, labelled_rows, output_of
 from pairclf.runs.fit import fit
+from pairclf.scores.intervals import difference
+from pairclf.scores.metrics import Floats, row_losses
 
 WAYS: dict[str, dict[str, Any]] = {
     "head": {},
@@ -100,6 +107,20 @@ def config_of(way: str, base: Path, rows: Path, output: Path, options: argparse.
     })  # fmt: skip
 
 
+def losses_of(config: Config, prior: Sequence[float]) -> tuple[Floats, Floats]:
+    """`(N,)` each, of the held-out rows: of the trained model, and of the class frequencies."""
+    scores = read_scores(Paths(output_of(config), 0).folder / OOF, config.task)
+    frame = labelled_rows(config).select("id", "target")
+    targets = np.array(scores.select("id").join(frame, on="id", how="left", maintain_order="left")["target"].to_list())
+    return row_losses(class_matrix(scores, config.task), targets), row_losses(np.tile(prior, (len(scores), 1)), targets)
+
+
+def compared(losses: Floats, others: Floats) -> list[float]:
+    """The mean of `losses - others`, and the bounds of its interval."""
+    gap = difference(losses, others, np.arange(len(losses)))
+    return [round(value, 4) for value in (gap.value, gap.low, gap.high)]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train each way with each seed, and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -118,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in range(options.seeds):
             base = folder / f"base{seed}"
             base.mkdir()
+            of_head = np.empty(0)
             make_base(base, width=options.width, layers=options.layers, seed=seed)
             for way in WAYS:
                 config = config_of(way, base, folder, folder / f"{way}{seed}", options, seed)
@@ -125,9 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 bundle = open_bundle(fit(config, 0))
                 seconds = time.process_time() - start
                 model = empty_model(read_settings(str(base), config.model.pooling))
+                losses, of_prior = losses_of(config, bundle.manifest.prior)
+                of_head = losses if way == "head" else of_head
+                gaps = {"over_prior": compared(losses, of_prior), "over_head": compared(losses, of_head)}
                 metrics = {name: round(bundle.manifest.metrics[name], 4) for name in ("log_loss", "accuracy")}
                 size = sum(weight.numel() for weight in model.parameters())
-                results.append({"way": way, "seed": seed, **metrics, "cpu_seconds": round(seconds), "weights": size})
+                results.append(
+                    {"way": way, "seed": seed, **metrics, **gaps, "cpu_seconds": round(seconds), "weights": size}
+                )
                 print(results[-1], flush=True)
     print(json.dumps({**vars(options), "results": results}))
 

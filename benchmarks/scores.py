@@ -34,7 +34,7 @@ from pairclf.run import folds_of, labelled_rows
 from pairclf.runs.evaluate import evaluate, out_of_fold
 from pairclf.runs.evaluation_report import as_tree, render
 from pairclf.scores.calibration import NestedCalibration, fit_nested
-from pairclf.scores.figures import FIGURES, Judged, judge, values_of
+from pairclf.scores.figures import METRICS, Judged, judge, values_of
 from pairclf.scores.intervals import difference, estimate
 from pairclf.scores.metrics import Floats, row_losses
 from pairclf.scores.probabilities import logits_of, probabilities
@@ -85,7 +85,7 @@ def coverage(trials: int, rows: int) -> dict[str, Any]:
     accepted = 0
     for trial in range(trials):
         judged, prompts = alike(rows, trial)
-        statistics = {name: FIGURES[name].statistic(judged) for name in COVERED}
+        statistics = {name: METRICS[name].statistic(judged) for name in COVERED}
         for kind, groups in (("prompts", prompts), ("rows", np.arange(rows))):
             for name, found in estimate(statistics, groups).items():
                 held[kind][name] += found.low <= population[name] <= found.high

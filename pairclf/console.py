@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import StringIO
 from typing import IO, Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Task as ProgressTask
 from rich.table import Column, Table
@@ -62,8 +63,8 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: float, *, done: int = 0, visible: bool = True) -> Iterator[Advance]:
-    """A progress bar with count, elapsed time and ETA; in a log, one line per minute."""
+def progress(title: str, total: float | None, *, done: int = 0, visible: bool = True) -> Iterator[Advance]:
+    """A progress bar with count, elapsed time and ETA; in a log, one line per minute. `total` may be unknown (None)."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=10),
@@ -91,7 +92,7 @@ def progress(title: str, total: float, *, done: int = 0, visible: bool = True) -
 
 def _line(task: ProgressTask) -> str:
     left = "?" if task.time_remaining is None else f"{task.time_remaining / 60:.0f} min"
-    done = f"{task.completed:,.0f}/{task.total or 0:,.0f}"
+    done = f"{task.completed:,.0f}/{'?' if task.total is None else f'{task.total:,.0f}'}"
     return f"{task.description} {done} after {(task.elapsed or 0) / 60:.0f} min, eta {left} {task.fields['note']}"
 
 
@@ -115,3 +116,29 @@ def table(title: str, *columns: str) -> Table:
     for index, name in enumerate(columns):
         empty_table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     return empty_table
+
+
+class Tables:
+    """Shows in Jupyter as tables: a class says which."""
+
+    __slots__ = ()
+
+    def tables(self) -> Iterable[RenderableType]:
+        """The tables, as the command line prints them."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        page = Console(record=True, file=StringIO(), width=120, highlight=False, markup=False, soft_wrap=True)
+        for part in self.tables():
+            page.print(part, "")
+        return page.export_html(inline_styles=True, code_format='<pre style="line-height: normal">{code}</pre>')
+
+
+@contextmanager
+def silenced(silent: bool = True) -> Iterator[None]:
+    """Within, `console` prints nothing; errors are exceptions, and are not affected."""
+    before, console.quiet = console.quiet, console.quiet or silent
+    try:
+        yield
+    finally:
+        console.quiet = before

@@ -70,6 +70,7 @@ Ampere, Ada and Blackwell white papers; RTX PRO 6000 is the Server Edition, as K
 
 
 _KAGGLE = "loading at 200 MB/s is a guess"
+_L4 = Profile("NVIDIA L4", 1, 48e12, 300e9, 22 * GIB, 2e8, f"40% of the data sheet's peak; {_KAGGLE}")
 _T4 = Profile("Tesla T4", 1, 24e12, 300e9, 15 * GIB, 2e8, f"24 TFLOP/s under its 70 W cap, measured; {_KAGGLE}")
 
 
@@ -82,7 +83,9 @@ def _of_data_sheet(gpu: str, bandwidth: float, gib: int) -> Profile:
 PROFILES = {
     "t4": _T4,
     "t4x2": replace(_T4, count=2),
-    "l4x4": Profile("NVIDIA L4", 4, 48e12, 300e9, 22 * GIB, 2e8, f"40% of the data sheet's peak; {_KAGGLE}"),
+    "l4": _L4,
+    "l4x4": replace(_L4, count=4),
+    "a100-40": Profile("NVIDIA A100 40GB", 1, 200e12, 1.555e12, 39 * GIB, 1e9, "64% of the data sheet's peak"),
     "a100": Profile("NVIDIA A100 80GB", 1, 200e12, 2.0e12, 79 * GIB, 1e9, "64% of the data sheet's peak"),
     "h100": Profile("NVIDIA H100", 1, 500e12, 3.3e12, 79 * GIB, 1e9, "50% of the data sheet's peak"),
     "h200": Profile("NVIDIA H200", 1, 500e12, 4.8e12, 139 * GIB, 1e9, "50% of the data sheet's peak"),
@@ -95,6 +98,12 @@ PROFILES = {
 
 SUSTAINED = {"cuda": _T4.flops, "cpu": 3e10}
 """Operations a second that a worker is taken to do before it made a pass: a T4's, and those of a CPU's core."""
+
+
+LAUNCH_SECONDS = 1 / 25.5 / 32
+"""Seconds of a forward pass over one token for each layer, in which a processor launches its kernels one after the
+other; a GPU that is faster waits. 25.5 tokens a second of a Llama of 7B with 32 layers on an A100, without a compiler
+(https://pytorch.org/blog/accelerating-generative-ai-2); its weights alone would take 7 ms of these 39."""
 
 
 def peak_of_name(name: str) -> float | None:
@@ -122,16 +131,26 @@ class Machine:
 MACHINES = {
     "NvidiaTeslaT4": Machine("two T4 with 16 GB each", 2, 4, 29, 20, "t4x2"),
     "NvidiaL4": Machine("four L4 with 24 GB each, in some competitions", 4, 48, 192, 20, "l4x4"),
+    "NvidiaL4X1": Machine("one L4 with 24 GB, in some competitions", 1, 4, 16, 20, "l4"),
+    "NvidiaTeslaA100": Machine("one A100 with 40 GB or more, in some competitions", 1, 12, 85, 20, "a100-40"),
+    "NvidiaH100": Machine("one H100 with 80 GB, in some competitions", 1, 26, 234, 20, "h100"),
     "NvidiaRtxPro6000": Machine("one RTX PRO 6000 with 96 GB, in some competitions", 1, 48, 180, 20, "rtxpro6000"),
     "None": Machine("no accelerator", 0, 4, 29, 20),
 }
 """`machine_shape`, in the client's words (`kernels push --accelerator`). TPUs are left out: nothing here runs on them.
 
-Cores and memory beside L4 and RTX PRO 6000 are those of the cloud's machines with these GPUs (g2-, g4-standard-48).
+Cores and memory beside other GPUs than T4 are those of the cloud's machines with these GPUs, the smallest where Kaggle
+does not say which (g2-standard-48, g2-standard-4, a2-highgpu-1g, a3-highgpu-1g, g4-standard-48).
 """
 
-
-RETIRED = {"NvidiaTeslaP100": "retired"}
+_TPU = "a TPU, on which nothing here runs"
+REFUSED_MACHINES = {
+    "NvidiaTeslaP100": "retired: Kaggle would run it on NvidiaTeslaT4",
+    "NvidiaTeslaT4Highmem": "for Kaggle's staff alone",
+    **dict.fromkeys(("TpuV38", "Tpu1VmV38", "TpuV232", "TpuV2256", "TpuV5E8", "TpuV6E8"), _TPU),
+}
+"""`{machine_shape that is no choice: why}`. kaggle 2.2.5 (`_RETIRED_ACCELERATORS`) warns of the retired ones, and sends
+them all the same; the staff's machine: github.com/Kaggle/kaggle-cli/issues/1196."""
 
 
 def resident_memory() -> int:

@@ -15,17 +15,18 @@ from rich.console import Group
 
 from pairclf.bundles.base import resolve_base
 from pairclf.bundles.bundle import Bundle
-from pairclf.config import BY_BASE, SECTIONS, Config, deciding_settings, setting_changes
+from pairclf.config import BY_BASE, SECTIONS, Config, deciding_settings, setting_changes, settings_before
 from pairclf.console import console
 from pairclf.data.audit import ACROSS_ROWS, Finding, clean, exclude_overlap, note_absent_classes, note_changes
 from pairclf.data.folds import assert_apart, assert_no_leak, draw_rows, make_folds, read_folds, report, write_folds
 from pairclf.data.formats import check_is_file, expand
 from pairclf.data.identity import fingerprint
 from pairclf.data.rows import read_rows, scan_rows, to_rows
+from pairclf.data.teachers import with_soft_labels
 from pairclf.errors import ConfigError, DataError, quoted
-from pairclf.files import MAX_JSON, locked, parsed, read_plain
+from pairclf.files import MAX_JSON, locked, parsed, read_plain, write_text
 from pairclf.inputs.cache import Frames
-from pairclf.scores.metrics import METRICS
+from pairclf.scores.figures import METRICS
 
 FOLDS, OOF, OOF_AB, OOF_LOGITS = "folds.csv", "oof.parquet", "oof-ab.parquet", "oof-logits.parquet"
 BUNDLE = "bundle"
@@ -61,6 +62,11 @@ def output_of(config: Config) -> Path:
             "output_dir is not set, and there is no config file to derive it from", remedy="set output_dir=FOLDER"
         )
     return config.output_dir
+
+
+def tokens_of(config: Config) -> Path:
+    """The folder of a run's token caches."""
+    return config.data.cache_dir or output_of(config) / "tokens"
 
 
 def check_folds(config: Config, folds: Sequence[int]) -> None:
@@ -123,10 +129,9 @@ def trained_otherwise(config: Config, trained: Mapping[str, Any]) -> dict[str, s
     if config.inputs.template.apply_chat_template:  # a training has the chat template written out
         now = {key: value for key, value in now.items() if not key.startswith("inputs.template.")}
     now = {key: value for key, value in now.items() if value is not None or key not in BY_BASE}
+    before = settings_before(now, trained)
     return {
-        key: f"{key}={quoted(trained.get(key))} (now {quoted(value)})"
-        for key, value in now.items()
-        if trained.get(key) != value
+        key: f"{key}={quoted(before[key])} (now {quoted(value)})" for key, value in now.items() if before[key] != value
     }
 
 
@@ -165,22 +170,18 @@ def out_of_fold_metric(bundles: Sequence[Bundle], metric: str) -> float | None:
 
     None: it is not known, or no mean over rows.
     """
-    if metric not in METRICS or not METRICS[metric].by_row:
-        return None
+    return mean_over_folds(bundles, metric) if metric in METRICS and METRICS[metric].by_row else None
+
+
+def mean_over_folds(bundles: Sequence[Bundle], name: str) -> float | None:
+    """The mean of a figure of the bundles' manifests by the rows' weights; None: as `out_of_fold_metric`."""
     folds = [bundle.manifest.fold for bundle in bundles]
     figures = [bundle.manifest.metrics for bundle in bundles]
-    if (
-        None in folds
-        or len(set(folds)) < len(folds)
-        or not all({"weight", metric} <= fold_figures.keys() for fold_figures in figures)
-    ):
+    is_known = all({"weight", name} <= of_fold.keys() for of_fold in figures)
+    if not is_known or None in folds or len(set(folds)) < len(folds):
         return None
-    return float(
-        np.average(
-            [fold_figures[metric] for fold_figures in figures],
-            weights=[fold_figures["weight"] for fold_figures in figures],
-        )
-    )
+    weights = [of_fold["weight"] for of_fold in figures]
+    return float(np.average([of_fold[name] for of_fold in figures], weights=weights))
 
 
 def check_files(config: Config, data: Path | None = None) -> None:
@@ -195,6 +196,8 @@ def check_files(config: Config, data: Path | None = None) -> None:
     names = [data] if data else [name for source in config.data.sources for name in source.files]
     for path in expand(names):
         check_is_file(path)
+    if data is None and (labels := config.data.soft_label_file) is not None:
+        check_is_file(labels)
 
 
 def labelled_rows(config: Config) -> pl.DataFrame:
@@ -243,6 +246,13 @@ def folds_of(config: Config, frame: pl.DataFrame, *, renew: bool = False) -> pl.
         )
         write_folds(path, folds)
     return folds
+
+
+def copy_folds(source: Path, output: Path) -> None:
+    """Give a run the folds.csv of another run folder, unless it has its own."""
+    if not (output / FOLDS).exists():
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / FOLDS, (source / FOLDS).read_text(encoding="utf-8"))
 
 
 def remake_folds(config: Config) -> Group:
@@ -300,6 +310,11 @@ class Run:
         return labelled_rows(self.config) if self._frame is None else self._frame
 
     @cached_property
+    def _training_labels(self) -> pl.DataFrame:
+        """`id` and `target` of each row as a training row: `data.soft_labels` apply, and to no row that is held out."""
+        return with_soft_labels(self.frame, self.config).select("id", "target")
+
+    @cached_property
     def folds(self) -> pl.DataFrame:
         """As `folds_of`."""
         return folds_of(self.config, self.frame)
@@ -331,21 +346,22 @@ class Run:
             ConfigError, LeakError: as `prove`.
         """
         if fold is None:
-            return Split(self.frame, None)
+            return Split(self._for_training(self.frame), None)
         self.prove([fold])
         return Split(*self.sides(fold))
 
     def sides(self, fold: int) -> tuple[pl.DataFrame, pl.DataFrame]:
         """Like `split`, without the leak check."""
-        return sides(self.frame, self.folds, fold)
+        joined = self.frame.join(self.folds.select("id", "fold"), on="id", how="left", maintain_order="left")
+        others = (pl.col("fold") >= 0) & (pl.col("fold") != fold)
+        held_out = joined.filter(pl.col("fold") == fold).drop("fold")
+        return self._for_training(joined.filter(others | pl.col("train_only")).drop("fold")), held_out
 
-
-def sides(frame: pl.DataFrame, folds: pl.DataFrame, fold: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Training rows and held-out rows of a fold, without the leak check."""
-    joined = frame.join(folds.select("id", "fold"), on="id", how="left", maintain_order="left")
-    others = (pl.col("fold") >= 0) & (pl.col("fold") != fold)
-    held_out = joined.filter(pl.col("fold") == fold).drop("fold")
-    return joined.filter(others | pl.col("train_only")).drop("fold"), held_out
+    def _for_training(self, rows: pl.DataFrame) -> pl.DataFrame:
+        if self.config.data.soft_labels is None:
+            return rows
+        columns = rows.columns
+        return rows.drop("target").join(self._training_labels, on="id", how="left", maintain_order="left")[columns]
 
 
 def chunks_of(config: Config, data: Path | None) -> Frames:

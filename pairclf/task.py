@@ -253,6 +253,11 @@ def hidden_rows(slug: str) -> int:
     return HIDDEN_ROWS if record is None or record.hidden_rows is None else record.hidden_rows
 
 
+def hidden_rows_of(task: Task) -> int:
+    """Approximate number of rows in the hidden test of a preset task's competition; `HIDDEN_ROWS` if it is unknown."""
+    return hidden_rows(TASKS[task.name].slug) if task.name in TASKS else HIDDEN_ROWS
+
+
 def as_task(value: Any) -> Any:
     """A name of `TASKS` as its task; anything else is left to pydantic (a mapping spells out a task)."""
     if isinstance(value, str):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from support.tokenizers import tiny_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in several processes
@@ -103,27 +104,13 @@ def shared() -> Path:
     return SHARED
 
 
-def tiny_tokenizer(folder: Path, *, closing: bool = False) -> None:
-    """A byte-level tokenizer with a few special tokens, made in place; `closing`: it ends texts, as encoders' do."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
-    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end, ids = (" <eos>", [("<bos>", 1), ("<eos>", 2)]) if closing else ("", [("<bos>", 1)])
-    tokenizer.post_processor = processors.TemplateProcessing(f"<bos> $A{end}", f"<bos> $A $B{end}", ids)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<eos>",  # pad == eos, the trap of FACTS: nothing here may hang on it
-        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
-    )
-    fast.save_pretrained(folder)
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """A folder with all-MiniLM-L6-v2, as `../shared/models/minilm.py` makes one; `PAIRCLF_MINILM` says where it is."""
+    folder = os.environ.get("PAIRCLF_MINILM")
+    if folder is None:
+        pytest.skip("PAIRCLF_MINILM names no folder with all-MiniLM-L6-v2")
+    return Path(folder)
 
 
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}

@@ -66,10 +66,12 @@ ABSENT = "no-such-file.csv"
 
 WITH_PATHS = {
     "check": [ABSENT],
+    "convert": [ABSENT, "--to", "x.parquet"],
     "predict": [ABSENT, "--data", ABSENT],
     "rank": [ABSENT, "--data", ABSENT],
     "forecast": [ABSENT, "--data", ABSENT],
     "package": [ABSENT],
+    "distill": [ABSENT, "--to", ABSENT],
 }
 """Commands that take several paths, which overrides may lie among, and arguments that they need."""
 

@@ -17,6 +17,7 @@ from pairclf.config import (
     MAX_YAML,
     RENAMED,
     Config,
+    deciding_settings,
     describe_config,
     dump_config,
     load_config,
@@ -24,6 +25,7 @@ from pairclf.config import (
     parse_yaml,
     resolve,
     run_folder,
+    setting_changes,
     settings,
 )
 from pairclf.config.renamed import ELSEWHERE
@@ -151,6 +153,73 @@ def test_overrides_lie_on_the_file_and_the_file_on_what_it_extends(tmp_path: Pat
     assert config.model.lora is not None
     assert config.model.lora.target_modules == ["q_proj"]
     assert config.output_dir == Path("runs/x")
+
+
+OVERRIDES = (
+    ["prompt.k=0"],
+    ["prompt.k=0", "prompt.rationale=8"],
+    ["prompt.examples=nearest", "prompt.k=2"],
+    ["inputs.template.preset=judge"],
+    ["inputs.template.turns=interleaved"],
+    ["model.readout=reward"],
+    ["model.readout=head", "model.label_words={}"],
+    ["train.max_steps=0"],
+    ["model.lora=null", "model.quantization=none"],
+    ["task=wsdm"],
+)
+
+
+@pytest.mark.parametrize("name", ["fewshot-gemma", "reward-gemma", "t5gemma", "arxiv-2512.12677-instruction"])
+def test_a_saved_config_takes_overrides_as_its_source_does(name: str) -> None:
+    """What was derived for it is derived anew: the wording, an example's template, a layout."""
+
+    def outcome(read: Callable[[], Config]) -> str:
+        try:
+            return dump_config(read())
+        except ConfigError as error:
+            return str(error).partition("\n  where")[0]
+
+    path = ROOT / f"configs/recipes/{name}.yaml"
+    saved = resolve(parse_yaml(dump_config(load_config(path)), path))
+    for overrides in OVERRIDES:
+        read = outcome(lambda overrides=overrides: load_config(path, overrides))
+        assert outcome(lambda overrides=overrides: override(saved, overrides)) == read, overrides
+    if name == "fewshot-gemma":
+        zero_shot = override(saved, ["prompt.k=0"])
+        assert (zero_shot.num_examples, zero_shot.prompt.template) == (0, "")
+        assert "{examples}" not in zero_shot.inputs.template.text
+
+
+def test_what_was_set_stays_whatever_is_overridden(tmp_path: Path) -> None:
+    text = "A{prompt}B{response_a}C{response_b}D"
+    config = override(resolve({"inputs": {"template": {"text": text}}}), ["inputs.template.preset=judge"])
+    assert config.inputs.template.text == text
+    path = tmp_path / "a.yaml"
+    path.write_text("inputs: {template: judge}", encoding="utf-8")
+    template = load_config(path, ["inputs.template.add_special_tokens=true"]).inputs.template
+    assert (template.preset, template.add_special_tokens) == ("judge", True), "and not the other preset"
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("task", [{}, {"task": "lmsys"}, {"task": "wsdm"}])
+def test_a_part_of_a_preset_task_can_be_replaced(task: dict[str, object], saved: bool) -> None:
+    source, change = resolve({**task, "approach": "classical"}), ["task.metric=brier", "output_dir=x"]
+    other = override(source, change) if saved else load_config({**task, "approach": "classical"}, change)
+    assert other.task == source.task.model_copy(update={"metric": "brier"})
+
+
+def test_a_setting_that_a_former_version_lacked_had_its_default() -> None:
+    now = deciding_settings(resolve({"task": "lmsys", "model": {"base": "b"}}))
+    for key in now:
+        if "." in key and now[key] is not None:
+            other = {name: value for name, value in now.items() if name != key}
+            assert setting_changes(now, other).keys() <= {key}
+    before = {key: value for key, value in now.items() if key != "model.lora.use_rslora"}
+    assert setting_changes(now, before) == {}
+    assert setting_changes(now | {"model.lora.use_rslora": True}, before).keys() == {"model.lora.use_rslora"}
+    whole = deciding_settings(resolve({"task": "lmsys", "model": {"base": "b", "quantization": "none", "lora": None}}))
+    assert "model.lora" in setting_changes(whole, now)
+    assert "model.lora.r" in setting_changes(now, whole)
 
 
 def test_a_circle_of_extends_is_an_error(tmp_path: Path) -> None:
@@ -309,8 +378,7 @@ PROMPT: dict[str, Any] = {"approach": "prompt", "model": {"readout": "label_toke
             "inputs.template.text must contain {examples} exactly once",
         ),
         (
-            PROMPT
-            | {"prompt": {"k": 0}, "inputs": {"template": {"text": "{examples}{prompt}{response_a}{response_b}:"}}},
+            {"inputs": {"template": {"text": "{examples}{prompt}{response_a}{response_b}:"}}},
             "contains {examples}; allowed placeholders",
         ),
         (

@@ -35,6 +35,11 @@ def test_code_map_matches_docstrings() -> None:
     assert script["PAGE"].read_text(encoding="utf-8") == script["page"](), "run: python scripts/codemap.py"
 
 
+def test_api_page_matches_docstrings() -> None:
+    script = runpy.run_path(str(ROOT / "scripts/apidocs.py"))
+    assert script["PAGE"].read_text(encoding="utf-8") == script["page"](), "run: python scripts/apidocs.py"
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=name_of)
 def test_examples_in_docstrings_run(path: Path) -> None:
     result = doctest.testmod(importlib.import_module(name_of(path)))

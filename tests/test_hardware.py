@@ -52,7 +52,8 @@ def test_a_machine_has_the_gpus_of_its_profile() -> None:
     assert (
         counts
         == {name: MACHINES[name].gpus for name in counts}
-        == {"NvidiaTeslaT4": 2, "NvidiaL4": 4, "NvidiaRtxPro6000": 1}
+        == {"NvidiaTeslaT4": 2, "NvidiaL4": 4}
+        | dict.fromkeys(("NvidiaL4X1", "NvidiaTeslaA100", "NvidiaH100", "NvidiaRtxPro6000"), 1)
     )
 
 

@@ -15,8 +15,9 @@ from pairclf.config import Config, load_config
 from pairclf.data.submission import check_submission
 from pairclf.demo.examples import EXAMPLES, next_commands, write_example
 from pairclf.packaging.build_record import read_build
-from pairclf.run import FOLDS
+from pairclf.run import FOLDS, OOF
 from pairclf.scores.metrics import entropy
+from pairclf.scores.thresholds import fit_thresholds
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/tasks.md"
@@ -76,6 +77,8 @@ def test_an_example_goes_from_its_files_to_a_notebook(
     check_submission(Path("submission.csv"), sample, config.task, config.data.settled_submission)
     assert_learnt(config, Path("scores.parquet"))
     assert_together(config)
+    if config.task.multi_label:
+        assert_labels_at_fitted_thresholds(cli, bundles, config)
     said(
         cli, "package", path, *fast, "package.owner=someone", f"package.python_versions=['{RUNNING}']", "--out", "built"
     )
@@ -98,6 +101,21 @@ def assert_learnt(config: Config, scores: Path) -> None:
 
     best = entropy(true, multi_label=many)
     assert best <= loss(predicted) < loss(prior) - 0.1 * (loss(prior) - best)
+
+
+def assert_labels_at_fitted_thresholds(cli: Cli, bundles: list[Path], config: Config) -> None:
+    """`predict` writes labels at the mean of the folds' thresholds, each of the best macro F1 on its held-out rows."""
+    names = list(config.task.classes)
+    fitted, oof = [], pl.read_parquet(Path("runs", config.task.name, OOF))
+    for own in oof.partition_by("fold"):
+        targets = own.select(f"target_{name}" for name in names).to_numpy()
+        fitted.append(fit_thresholds(own.select(names).to_numpy(), targets, "macro"))
+    levels, asked = np.mean(fitted, axis=0), ("data.submission.values=labels", "--out", "labels.csv")
+    said(cli, "predict", *bundles, "--data", config.data.folder / "test.csv", *asked)
+    chosen = pl.read_csv("labels.csv").select(names).to_numpy()
+    scores = pl.read_parquet("scores.parquet").select(names).to_numpy()
+    assert (chosen == (scores >= levels)).all()
+    assert (chosen != (scores >= 0.5)).any()
 
 
 def assert_together(config: Config) -> None:

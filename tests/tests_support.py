@@ -92,6 +92,7 @@ def hollow_bundle(
     fold: int = 0,
     metrics: Mapping[str, float] | None = None,
     prior: Sequence[float] = (),
+    thresholds: Sequence[float] = (),
 ) -> Path:
     """A folder that `open_bundle` accepts; its weights are no weights."""
     from pairclf.bundles.bundle import Saved, write_bundle
@@ -111,6 +112,7 @@ def hollow_bundle(
         metrics={"log_loss": 1.01} if metrics is None else dict(metrics),
         prior=list(prior) or [1 / classes] * classes,
         probes=[],
+        thresholds=thresholds,
     )
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")  # nothing of it left out
     hashes = sha256_tree(folder, without=frozenset({MANIFEST}))

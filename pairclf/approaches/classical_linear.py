@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,6 +74,19 @@ class LinearModel:
             scores[:, second] += log_expit(-preference)
             return np.stack([scores, scores[:, list(self.task.swapped_columns)]], axis=1)
         return scores[:, None]
+
+
+@contextmanager
+def convergence_said_once() -> Iterator[None]:
+    """Print once that solvers stopped early, however many models and inner folds there are."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        yield
+    for text in dict.fromkeys(str(one.message) for one in caught if one.category is ConvergenceWarning):
+        console.print(text, style="yellow")
+    for other in caught:
+        if other.category is not ConvergenceWarning:
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
 
 
 def fit_linear(
@@ -192,8 +206,7 @@ class _Problem:
         """Weights `(K, F)` and biases `(K,)` for targets `(N, K)`."""
         everything = np.arange(len(targets))
         # BLAS adds in another order for each number of threads.
-        with threadpool_limits(1), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # said in `_solved`, in the words of the settings
+        with threadpool_limits(1):
             weight, bias = self._solved(everything, targets)
             if self._solver.calibrated and self._folds:
                 decisions = np.zeros((1, *targets.shape))
@@ -226,10 +239,12 @@ class _Problem:
         index, classes, shares = repeated(targets, weights)
         blank = sparse.csr_matrix((int((index < 0).sum()), features.shape[1]))
         model = self._solver.make(fit_intercept=not self._antisymmetric, **self._options)
-        model.fit(sparse.vstack([features[index[index >= 0]], blank], format="csr"), classes, sample_weight=shares)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # said below in the words of the settings
+            model.fit(sparse.vstack([features[index[index >= 0]], blank], format="csr"), classes, sample_weight=shares)
         if np.max(model.n_iter_) >= self._max_iter:
             stopped = f"the solver stopped at classical.max_iter={self._max_iter} before it converged"
-            console.print(f"{stopped}; set it higher", style="yellow")
+            warnings.warn(f"{stopped}; set it higher", ConvergenceWarning, stacklevel=2)
         weight, bias = model.coef_, np.broadcast_to(model.intercept_, len(model.coef_))
         if targets.shape[1] == 2:  # scikit-learn gives the difference of the two logits
             weight, bias = np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])

@@ -27,7 +27,7 @@ from sklearn.model_selection import GroupKFold
 
 from pairclf.approaches import classical_linear, classical_neighbours, classical_trees
 from pairclf.approaches.classical_features import COMPARISONS, MEASURES
-from pairclf.approaches.classical_linear import Folds, fit_linear, load_linear
+from pairclf.approaches.classical_linear import Folds, convergence_said_once, fit_linear, load_linear
 from pairclf.approaches.classical_neighbours import fit_neighbours, load_neighbours
 from pairclf.approaches.classical_pool import fit_pool
 from pairclf.approaches.classical_trees import BoostedTrees, fit_boosted, fit_tree, load_boosted, load_tree
@@ -301,12 +301,14 @@ def fit_extracted(
     space = Space.fit(rows, task, settings, seed, components=_components(settings))
     training = TrainingRows(space.vectors(rows, tfidf=_reads_words(settings.members)), targets, weights)
     folds = _inner_folds(group) if reads_groups(settings) else []
-    members: dict[str, FittedMember] = {
-        name: MODELS[name].fit(training, task, settings, seed, folds) for name in settings.members
-    }
+    with convergence_said_once():
+        members: dict[str, FittedMember] = {
+            name: MODELS[name].fit(training, task, settings, seed, folds) for name in settings.members
+        }
+        is_stack = settings.model == "stack"
+        logits = _unseen_logits(training, members, group, folds, task, settings, seed) if is_stack else []
     weight, bias, final = np.full(len(members), 1 / len(members)), np.zeros(len(task.classes)), None
-    if settings.model == "stack":
-        logits = _unseen_logits(training, members, group, folds, task, settings, seed)
+    if is_stack:
         if settings.boosts_stack:
             stacked = TrainingRows(_with_logits(training.vectors, logits), targets, weights)
             final = fit_boosted(*stacked, task, settings, seed)

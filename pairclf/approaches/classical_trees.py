@@ -178,6 +178,7 @@ def fit_boosted(
         "learning_rate": settings.learning_rate,
         "num_leaves": settings.num_leaves,
         "min_data_in_leaf": settings.min_child_samples,
+        "extra_trees": settings.extra_trees,
     }
     boosters = []
     for bag in range(settings.n_bags):

@@ -20,8 +20,9 @@ from pairclf.bundles.bundle import Bundle, Saved
 from pairclf.bundles.probes import probe_rows
 from pairclf.config import Config
 from pairclf.console import Advance, console, progress
-from pairclf.hardware import SUSTAINED
+from pairclf.hardware import LAUNCH_SECONDS, SUSTAINED
 from pairclf.inputs.cache import EncodedRows, RowSource, token_cache
+from pairclf.inputs.plan import DECIDED_ALONE
 from pairclf.inputs.render import Encoded, InputBuilder
 from pairclf.inputs.sequences import Item, SequenceIndex, index_sequences
 from pairclf.inputs.tokenise import keeps_line_breaks
@@ -166,9 +167,11 @@ class LanguageModelApproach:
         cost = cost_of(bundle.config.model_copy(update={"model": model}))
         size, moved = model_bytes(bundle, base), DEQUANTISED * cost.linear / 2 if model.quantization != "none" else 0.0
         if bundle.config.rationale:
-            # What is read before a rationale, and the rationale, are read again with the label word behind it; and a
-            # pass over one token takes as long as it takes to read the weights.
-            return ModelCost(2 * cost.linear, 2 * cost.quadratic, size, SUSTAINED, max(moved, size))
+            # What is read before a rationale, and the rationale, are read again with the label word behind it, and once
+            # more for each token that is decided alone. A pass over a token a sequence takes as long as it takes to
+            # read the weights, or to launch its kernels.
+            times, launched = 2 + DECIDED_ALONE * bundle.config.rationale, LAUNCH_SECONDS * cost.layers
+            return ModelCost(times * cost.linear, times * cost.quadratic, size, SUSTAINED, max(moved, size), launched)
         return ModelCost(cost.linear, cost.quadratic, size, SUSTAINED, moved)
 
     def identity(self, bundle: Bundle, devices: Sequence[str]) -> dict[str, object]:

@@ -29,7 +29,8 @@ from pairclf.model.readout import LabelTokenHead
 from pairclf.model.scoring import by_order, items_of, score
 from pairclf.model.vocabulary import label_mass, sampled_rows
 from pairclf.run import Run, Split, identity_of_rows
-from pairclf.scores.metrics import Floats, measure
+from pairclf.scores.figures import measure
+from pairclf.scores.metrics import Floats
 from pairclf.scores.probabilities import mean_of_orders, probabilities
 from pairclf.task import Row
 
@@ -153,6 +154,8 @@ def calibrate(
         f"{title}: log loss {before:.4f} before, {after:.4f} after, on {counted(len(others), 'training row')} whose "
         "labels it did not see"
     )
+    if after > before:
+        console.print(f"warning: {title} made the log loss worse by {after - before:.4f}; set prompt.calibration=none")
     return before - after
 
 

@@ -200,7 +200,8 @@ class ModelCost:
         bytes: of its weights on a device.
         speed: operations a second of one worker, by kind of device, before a pass was timed; without `cuda`, it
             computes on the CPU where there is a GPU, too.
-        moved: bytes of weights that each forward pass writes and reads again, as it dequantises them.
+        moved: bytes of weights that each forward pass writes and reads again, as it dequantises them; or that it reads.
+        launched: seconds of a GPU's forward pass, however few its tokens and weights.
     """
 
     linear: float
@@ -208,6 +209,7 @@ class ModelCost:
     bytes: int
     speed: Mapping[str, float]
     moved: float = 0.0
+    launched: float = 0.0
 
     def speed_on(self, gpu: bool) -> float:
         """Operations a second of a worker that was given a GPU, or a CPU."""

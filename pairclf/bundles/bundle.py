@@ -126,6 +126,7 @@ def write_bundle(
     metrics: dict[str, float],
     prior: Sequence[float],
     probes: Sequence[Probe],
+    thresholds: Sequence[float] = (),
     trained_on: pl.DataFrame | None = None,
 ) -> None:
     """Complete a bundle: config and manifest beside what its approach has `saved` in the folder `new`.
@@ -134,6 +135,7 @@ def write_bundle(
 
     Args:
         prior: mean target `(C,)` of the training rows.
+        thresholds: `(C,)` that were fitted to held-out rows of several labels; empty: none were.
         trained_on: `identity.prompt_marks` of all rows that any of the weights was trained on. Without them the bundle
             can't say what it has seen, and its scores are refused as a teacher's.
     """
@@ -159,6 +161,7 @@ def write_bundle(
         versions={package: version(package) for package in saved.packages} | {"python": platform.python_version()},
         files=sha256_tree(new),
         probes=list(probes),
+        thresholds=list(thresholds),
     ).write(new)
 
 
@@ -233,6 +236,8 @@ def _contradiction(manifest: Manifest, config: Config) -> str | None:
         return f"needs_base {manifest.needs_base} with weights {manifest.weights} over {quoted(config.model.base)}"
     if len(manifest.prior) != classes or (not task.multi_label and abs(sum(manifest.prior) - 1) > 1e-3):
         return f"prior {quoted(manifest.prior)} is not one of {classes} classes"
+    if len(manifest.thresholds) not in (0, classes * task.multi_label):
+        return f"thresholds {quoted(manifest.thresholds)} are not those of several labels, one for each class"
     for probe in manifest.probes:
         if probe.fields.keys() != set(task.fields):
             return f"probe {quoted(probe.id)} has fields {quoted(list(probe.fields))}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,6 +80,7 @@ class Manifest:
         base: `model.base` of its config, and its fingerprint; None where `weights` is none.
         dtype: of the logits that the probes keep.
         prior: mean target `(C,)` of the training rows: what to say of a row that could not be scored.
+        thresholds: `(C,)` with several labels a row, for the best macro F1 on the held-out rows; empty: there are none.
         seal: SHA-256 of all the other fields, so that a changed manifest shows.
     """
 
@@ -100,11 +101,14 @@ class Manifest:
     versions: dict[_Name, _Name]
     files: dict[_Name, _Name]
     probes: list[Probe]
+    thresholds: list[Annotated[float, Field(ge=0, le=1)]] = field(default_factory=list)
     seal: str = ""
 
     def write(self, folder: Path) -> None:
         """Write it into a bundle's folder, sealed anew."""
         tree = asdict(self)
+        if not self.thresholds:  # an older pairclf refuses a field that it does not know
+            del tree["thresholds"]
         write_json(folder / MANIFEST, tree | {"seal": seal_of(tree)})
 
 
@@ -117,6 +121,16 @@ def seal_of(tree: Mapping[str, Any]) -> str:
 def amend(folder: Path, *, metrics: dict[str, float], probes: Sequence[Probe]) -> None:
     """Let the manifest say how the bundle scores, where that was found out after it was written; the files stay."""
     replace(read_manifest(folder), metrics=metrics, probes=list(probes)).write(folder)
+
+
+def mean_thresholds(manifests: Sequence[Manifest], weights: Sequence[float] | None = None) -> list[float]:
+    """The mean of the thresholds `(C,)` of those bundles that have some, by weight; empty: none has."""
+    weights = weights or [1.0] * len(manifests)
+    fitted = [(manifest.thresholds, weight) for manifest, weight in zip(manifests, weights, strict=True)]
+    fitted = [(thresholds, weight) for thresholds, weight in fitted if thresholds and weight]
+    total = sum(weight for _, weight in fitted)
+    columns = zip(*([weight / total * value for value in thresholds] for thresholds, weight in fitted), strict=True)
+    return [sum(column) for column in columns]
 
 
 def read_manifest(folder: Path) -> Manifest:

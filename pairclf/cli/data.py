@@ -1,4 +1,4 @@
-"""The commands `check`, `folds`, `show`, `lengths` and `config`."""
+"""The commands `check`, `convert`, `folds`, `show`, `lengths` and `config`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pairclf.cli.options import (
     permit,
     split_overrides,
 )
-from pairclf.console import console, stdout
+from pairclf.console import console, counted, stdout
 from pairclf.hardware import PROFILES
 
 GROUP = Group("Data and settings")
@@ -102,6 +102,30 @@ def check(
     if message := refusal(findings, write):
         console.print(message)
         raise typer.Exit(1)
+
+
+@GROUP.command("pairclf convert data/arena/*.parquet --to data/arena.parquet --task lmsys")
+def convert(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE|KEY=VALUE",
+            help="labelled files or globs: .csv, .parquet or .jsonl, of the task or of a public preference set; and "
+            "settings to override, e.g. data.rules.undecodable=drop",
+        ),
+    ],
+    to: Annotated[Path, typer.Option("--to", help="the file to write: .csv, .parquet or .jsonl")],
+    task: Annotated[
+        str, typer.Option("--task", help="a preset, such as lmsys, or a config: its task, data.rules and sources")
+    ] = "lmsys",
+) -> None:
+    """Write files of other formats as one file with the task's columns: ids, lists of turns, labels."""
+    from pairclf.inspect.check import config_of
+    from pairclf.inspect.check import convert as workflow
+
+    files, overrides = split_overrides(arguments)
+    rows = workflow(files, config_of(task, overrides), to)
+    console.print(f"wrote {to} with {counted(rows, 'row')}")
 
 
 @GROUP.command("pairclf folds configs/lmsys/gemma2-9b-qlora.yaml folds.n_splits=5")

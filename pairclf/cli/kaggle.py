@@ -99,7 +99,14 @@ def rehearse(
 
 
 @GROUP.command("pairclf push kaggle/build/lmsys --go")
-def push(folder: PackageFolder, go: Go = False) -> None:
+def push(
+    folder: PackageFolder,
+    go: Go = False,
+    no_run: Annotated[
+        bool,
+        typer.Option("--no-run", help="save the kernel without running it, to look at it on Kaggle; kaggle >= 2.2.5"),
+    ] = False,
+) -> None:
     """Upload bundles and wheels, push the kernel, and wait until Kaggle has run it.
 
     The package must have passed `pairclf rehearse` on this machine. If the command fails, start it again: uploads that
@@ -110,7 +117,7 @@ def push(folder: PackageFolder, go: Go = False) -> None:
     require_extra()
     from pairclf.publish.push import push as workflow
 
-    workflow(folder, go=go)
+    workflow(folder, go=go, run=not no_run)
 
 
 @GROUP.command('pairclf submit kaggle/build/lmsys -m "five folds, both orders" --go')

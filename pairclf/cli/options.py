@@ -176,18 +176,23 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def load(config: Path, overrides: Sequence[str] | None) -> Config:
-    """The settings of a config file with overrides.
+    """`figures.read_config`, imported where it is needed."""
+    from pairclf.scores.figures import read_config
+
+    return read_config(config, overrides or [])
+
+
+def load_run(run: Path, overrides: Sequence[str] | None) -> Config:
+    """The settings of a config file, or those that a run's folder keeps, with overrides.
 
     Raises:
-        ConfigError: one of them can't be used, or a metric does not apply to the task.
+        ConfigError: as `load`; or the folder holds no finished training.
     """
-    from pairclf.config import load_config
-    from pairclf.scores.metrics import check_metric
+    from pairclf.runs.held_out import config_of_run
+    from pairclf.scores.figures import read_config
 
-    settings = load_config(config, overrides or [])
-    check_metric("task.metric", settings.task.metric, settings.task)
-    check_metric("train.metric_for_best_model", settings.train.metric_for_best_model, settings.task)
-    return settings
+    kept = config_of_run(run) if run.is_dir() else None
+    return read_config(run if kept is None else kept, overrides or [])
 
 
 def permit(trust_remote_code: bool, linked_files: bool = False, *, bundles_only: bool = False) -> None:

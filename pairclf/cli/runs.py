@@ -19,6 +19,7 @@ from pairclf.cli.options import (
     Overrides,
     TrustRemoteCode,
     load,
+    load_run,
     one_fold,
     permit,
 )
@@ -182,7 +183,7 @@ def runs(
 
 @GROUP.command("pairclf evaluate configs/demo/gemma2-tiny.yaml --truth runs/demo/data/truth.parquet")
 def evaluate(
-    config: ConfigPath,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="config file of a run, or its folder")],
     overrides: Overrides = None,
     scores: Annotated[
         Path | None, typer.Option(help="file of scores to evaluate; default: the run's out-of-fold scores")
@@ -221,7 +222,7 @@ def evaluate(
     from pairclf.runs.evaluate import evaluate_run
     from pairclf.runs.evaluation_report import as_tree, render, write_rows
 
-    settings = load(config, overrides)
+    settings = load_run(config, overrides)
     if calibrated is not None:
         check_calibrated(settings, calibrated, scores)
     if losses is not None:
@@ -286,8 +287,12 @@ def merge(
 def export(
     config: ConfigPath,
     to: Annotated[
-        Literal["bfloat16", "float16", "float32", "int8", "gptq", "awq"],
-        typer.Option("--to", help="type of the weights; gptq has 8 bits, awq 4"),
+        Literal["bfloat16", "float16", "float32", "int8", "gptq", "awq", "transformers"],
+        typer.Option(
+            "--to",
+            help="type of the weights; gptq has 8 bits, awq 4; transformers: a folder for its "
+            "AutoModelForSequenceClassification, in float32",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="folder for the new bundle")],
     overrides: Overrides = None,
@@ -304,12 +309,19 @@ def export(
     """Write a bundle with whole weights, quantised or not, for inference.
 
     The new bundle is written only if its scores are those of the old one, within `--max-shift`. See docs/export.md.
+    `--to transformers` writes no bundle, and compares logits of probe rows.
     """
     permit(trust_remote_code, linked_files)
     settings, source = load(config, overrides), one_fold(fold, "pairclf merge CONFIG, or one export per fold")
     _check_bundles(settings, "export", fold, bundle)
     from pairclf.approaches.finetune.export import export as workflow
+    from pairclf.approaches.finetune.export import source_bundle
 
+    if to == "transformers":
+        from pairclf.approaches.finetune.stock import export_stock
+
+        stdout.print(export_stock(source_bundle(settings, source, bundle, out).folder, out, base=base))
+        return
     stdout.print(workflow(settings, out, to=to, fold=source, bundle=bundle, max_shift=max_shift, rows=rows, base=base))
 
 

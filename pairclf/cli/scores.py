@@ -1,15 +1,23 @@
-"""The commands `compare`, `blend` and `sweep`."""
+"""The commands `compare`, `blend`, `forecast-score`, `sweep`, `suspects` and `distill`."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pairclf.cli.options import Folds, Group
+from pairclf.cli.options import Folds, Group, LinkedFiles, TrustRemoteCode, permit, split_overrides
 from pairclf.console import stdout
+from pairclf.hardware import PROFILES
+from pairclf.trust import REMOTE_CODE
+
+if TYPE_CHECKING:
+    from pairclf.runs.plan import PlanReport
 
 GROUP = Group("Judging runs")
 
@@ -30,6 +38,27 @@ Common = Annotated[
         "--common", help="use only the rows that all runs have scored; default: refuse runs whose rows differ"
     ),
 ]
+Deadline = Annotated[
+    str | None,
+    typer.Option(help="time of the notebook, e.g. 8h30m: choose members, orders and cascades that are in time"),
+]
+Device = Annotated[str | None, typer.Option(help=f"with --deadline: {', '.join(PROFILES)}; default: t4x2")]
+Hours = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=HOURS[,HOURS]",
+        help="with --deadline: hours of a run's first and second order, in place of a forecast (repeat for more)",
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", help="with --deadline: rows like the hidden ones, to forecast; default: data.test"),
+]
+HiddenRows = Annotated[
+    int | None,
+    typer.Option("--rows", min=1, help="with --deadline: rows of the hidden test; default: the competition's"),
+]
+Plot = Annotated[Path | None, typer.Option(help="with --deadline: HTML file for a plot of the log loss over hours")]
 AsJson = Annotated[bool, typer.Option("--json", help="print all figures as JSON in place of tables")]
 
 
@@ -47,29 +76,74 @@ def blend(
     scores: Annotated[
         Path | None, typer.Option(help="parquet file for the blend's held-out scores, by weights of other folds")
     ] = None,
+    deadline: Deadline = None,
+    device: Device = None,
+    hours: Hours = None,
+    data: Data = None,
+    hidden_rows: HiddenRows = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Fit weights and temperatures to held-out scores, judge them on other folds, and write an ensemble's file.
 
-    `pairclf predict` and `pairclf package` take the file. See docs/compare.md.
+    With `--deadline`, as in `pairclf blend RUN RUN --deadline 8h30m --device t4x2`, it is the blend with the lowest log
+    loss that is in time. `pairclf predict` and `pairclf package` take the file. See docs/compare.md.
     """
     from pairclf.files import check_file_target
     from pairclf.inference.ensemble import SUFFIXES
     from pairclf.runs.blend import blend_runs, note_written, render, write_ensemble
     from pairclf.runs.held_out import open_runs
+    from pairclf.runs.plan import plan_blend, write_planned
 
+    planned = {"--device": device, "--hours": hours, "--data": data, "--rows": hidden_rows, "--plot": plot}
+    _refuse_idle(
+        planned if deadline is None else {"--method": method, "--scores": scores},
+        "without --deadline" if deadline is None else "with --deadline",
+    )
     if not figures_only:
         check_file_target(out, *SUFFIXES)
-    if scores is not None:
-        check_file_target(scores, ".parquet")
+    for path, suffix in ((scores, ".parquet"), (plot, ".html")):
+        if path is not None:
+            check_file_target(path, suffix)
+    if deadline is not None:
+        from pairclf.inference.deadline import seconds_until
+
+        seconds = seconds_until(deadline, datetime.now(UTC))
     rows = open_runs(runs, config, folds=fold or [], common=common)
+    if deadline is not None:
+        chosen = plan_blend(
+            rows, deadline=seconds, device=device or "t4x2", hours=hours or [], data=data, hidden_rows=hidden_rows
+        )
+        _show_plan(chosen, plot, as_json=as_json)
+        if not figures_only:
+            note_written(out, write_planned(out, chosen, rows.runs))
+        return
     report = blend_runs(rows, method=method, scores=scores)
     if as_json:
         stdout.print(json.dumps(report.as_dict(), indent=1))
-    for table in [] if as_json else render(report, rows.task):
+    for table in [] if as_json else render(report):
         stdout.print(table, "")
     if not figures_only:
         note_written(out, write_ensemble(out, report, rows.runs))
+
+
+def _show_plan(chosen: PlanReport, plot: Path | None, *, as_json: bool) -> None:
+    from pairclf.runs import plan
+
+    if as_json:
+        stdout.print(json.dumps(chosen.as_dict(), indent=1))
+    for table in [] if as_json else plan.render(chosen):
+        stdout.print(table, "")
+    if plot is not None:
+        plan.plot(chosen, plot)
+
+
+def _refuse_idle(options: Mapping[str, object], when: str) -> None:
+    """Refuse options that change nothing."""
+    from pairclf.errors import ConfigError
+
+    if idle := [name for name, value in options.items() if value is not None]:
+        raise ConfigError(f"{', '.join(idle)} changes nothing {when}", remedy="leave it out")
 
 
 @GROUP.command("pairclf compare runs/lmsys/gemma2-9b-qlora runs/lmsys/llama3-8b-qlora other-scores.csv")
@@ -81,6 +155,12 @@ def compare(
     public_rows: Annotated[
         int | None, typer.Option(min=1, help="rows of the public leaderboard; default: those of the hidden test")
     ] = None,
+    forecast: Annotated[
+        bool,
+        typer.Option("--forecast", help="forecast hours of language models too: loads torch, tokenises the test file"),
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    linked_files: LinkedFiles = False,
     out: Annotated[
         Path | None, typer.Option(help="folder for compare.json and losses.parquet; default: none is written")
     ] = None,
@@ -94,16 +174,56 @@ def compare(
     from pairclf.runs.compare import compare_runs, render, write_comparison
     from pairclf.runs.held_out import open_runs
 
+    permit(trust_remote_code, linked_files, bundles_only=True)
     if out is not None:
         check_file_target(out / "compare.json")
     rows = open_runs(runs, config, folds=fold or [], common=common)
-    comparison = compare_runs(rows, public_rows=public_rows)
+    comparison = compare_runs(rows, public_rows=public_rows, language_models=forecast)
     if out is not None:
         write_comparison(out, comparison, rows)
     if as_json:
         stdout.print(json.dumps(comparison.as_dict(), indent=1))
     for table in [] if as_json else render(comparison):
         stdout.print(table, "")
+
+
+@GROUP.command("pairclf forecast-score runs/lmsys/gemma2-9b-qlora blend.parquet --public-share 0.3")
+def forecast_score(
+    runs: Runs,
+    public_share: Annotated[
+        float,
+        typer.Option(help="part of the hidden rows that the public leaderboard has; the leaderboard's page says it"),
+    ],
+    config: LabelsFrom = None,
+    fold: Folds = None,
+    common: Common = False,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="file of hidden rows, or of rows like them; default: data.test")
+    ] = None,
+    hidden_rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=2, help="rows of the hidden test; default: the file's, or the competition's"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Forecast the public and the private score of runs with 90% intervals, and suggest two final picks.
+
+    A blend is forecast from the file that `pairclf blend --scores` writes. If the test file has enough rows, a shift
+    between its texts and the held-out ones is measured and taken into account. See docs/last-week.md.
+    """
+    from pairclf.runs.held_out import open_runs
+    from pairclf.runs.score_forecast import forecast_scores, refuse_ensembles
+
+    refuse_ensembles(runs)
+    rows = open_runs(runs, config, folds=fold or [], common=common)
+    forecast = forecast_scores(rows, public_share=public_share, data=data, hidden_rows=hidden_rows)
+    if as_json:
+        stdout.print(json.dumps(forecast.as_dict(), indent=1))
+        return
+    for table in forecast.tables():
+        stdout.print(table, "")
+    for remark in forecast.remarks:
+        stdout.print(remark, soft_wrap=True)
 
 
 @GROUP.command("pairclf sweep configs/lmsys/gemma2-9b-qlora.yaml model.lora.r=8,16,32 seed=0,1 --hours 20")
@@ -124,18 +244,105 @@ def sweep(
     hours: Annotated[
         float | None, typer.Option(min=0, help="start no run that would end later than this; default: no limit")
     ] = None,
+    halving: Annotated[
+        bool,
+        typer.Option(
+            "--halving",
+            help="train fold by fold; of the worse half, settings leave that are really worse than the best",
+        ),
+    ] = False,
     processes: Annotated[int, typer.Option(min=1, help="processes of each training, as in `cv`")] = 1,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a run for each combination of values, and say which effects exceed the noise of rows and seeds.
 
     Finished runs are kept: the same command continues. See docs/compare.md.
     """
-    from pairclf.runs.sweep import effects_of, plan_sweep, render, train_arms
+    from pairclf.runs.halving import halve_arms
+    from pairclf.runs.sweep import Arm, Sweep, effects_of, plan_sweep, render, train_arms
 
+    permit(trust_remote_code)
     planned = plan_sweep(config, entries or [], fold or [])
-    result = effects_of(planned, train_arms(planned, hours=hours, processes=processes))
+    options, start = [REMOTE_CODE] * trust_remote_code, time.monotonic()
+
+    def train(part: Sweep) -> list[Arm]:
+        left = None if hours is None else max(0.0, hours - (time.monotonic() - start) / 3600)
+        return train_arms(part, hours=left, processes=processes, options=options)
+
+    result = effects_of(planned, *(halve_arms(planned, train) if halving else (train(planned),)))
     if as_json:
         stdout.print(json.dumps(result.as_dict(), indent=1))
     for table in [] if as_json else render(result):
         stdout.print(table, "")
+
+
+@GROUP.command("pairclf distill runs/lmsys/gemma2-9b-qlora --to configs/recipes/minilm-cpu.yaml")
+def distill(
+    teachers: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|KEY=VALUE",
+            help="the teachers, whose mean is taught: run folders, config files of runs, files of scores; and settings "
+            "of the student, e.g. classical.C=0.1",
+        ),
+    ],
+    to: Annotated[
+        Path, typer.Option("--to", help="config file of the student; it gets the run's task, rows and folds")
+    ],
+    teacher_weight: Annotated[
+        float, typer.Option(min=0, max=1, help="share of the teachers in the loss; the labels have the rest")
+    ] = 0.5,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the student's runs; default: distill/NAME in the run's folder")
+    ] = None,
+    speed_rows: Annotated[int, typer.Option(min=0, help="rows to measure the speed on; 0: it is not measured")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small student on out-of-fold scores of a run, and say what it loses and how fast it is.
+
+    It is trained with its teachers and, to compare, on the labels alone. Finished folds are kept. See docs/labels.md.
+    """
+    from pairclf.console import console
+    from pairclf.runs.distill import TAUGHT, plan_students, render
+    from pairclf.runs.distill import distill as workflow
+
+    runs, overrides = split_overrides(teachers)
+    result = workflow(plan_students(runs, to, overrides, weight=teacher_weight, out=out), rows=speed_rows)
+    if as_json:
+        stdout.print(json.dumps(result.as_dict(), indent=1))
+    for table in [] if as_json else render(result):
+        stdout.print(table, "")
+    console.print(f"the student: {result.folder / TAUGHT}")
+
+
+@GROUP.command("pairclf suspects runs/lmsys/classical --out suspects.parquet")
+def suspects(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="run folder, config file of a run, or a file of scores (CSV, parquet)")
+    ],
+    config: LabelsFrom = None,
+    fold: Folds = None,
+    out: Annotated[Path, typer.Option(help="parquet file of ids, P(wrong), reasons and soft labels")] = Path(
+        "suspects.parquet"
+    ),
+    top: Annotated[int, typer.Option(min=1, help="rows to print, the most suspicious first")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Find labels that are probably wrong, by held-out scores in both orders and by rows with the same texts.
+
+    It writes soft labels, and prints the command that trains on them. Held-out rows keep
+    their labels. See docs/labels.md.
+    """
+    from pairclf.console import console, counted
+    from pairclf.runs.suspects import check_out, find_suspects, next_command, render, write_suspects
+
+    check_out(out, run)
+    report = find_suspects(run, config, folds=fold)
+    write_suspects(out, report)
+    if as_json:
+        stdout.print(json.dumps(report.as_dict(top), indent=1))
+    else:
+        stdout.print(render(report, top))
+    console.print(f"wrote {out}: {counted(len(report.rows), 'row')}. To train on its soft labels:")
+    console.print(next_command(run, config, out, report.config), soft_wrap=True)

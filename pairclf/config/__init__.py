@@ -7,7 +7,15 @@ errors that name the nearest key, and all errors of a config are shown at once.
 
 from pairclf.config.classical import Classical
 from pairclf.config.data import Data, Folds, Rules, Source, Submission, Unlabelled
-from pairclf.config.dump import BY_BASE, deciding_settings, describe_config, dump_config, flat_settings, setting_changes
+from pairclf.config.dump import (
+    BY_BASE,
+    deciding_settings,
+    describe_config,
+    dump_config,
+    flat_settings,
+    setting_changes,
+    settings_before,
+)
 from pairclf.config.inputs import Inputs, Template, Truncation
 from pairclf.config.kaggle import Package
 from pairclf.config.load import load_config, override, resolve, run_folder
@@ -27,5 +35,5 @@ __all__ = [
     "Template", "Train", "Truncation", "Unlabelled",
     "checked", "deciding_settings", "describe_config", "dump_config", "flat_settings",
     "load_config", "override", "parse_yaml", "resolve", "run_folder",
-    "setting_changes", "settings",
+    "setting_changes", "settings", "settings_before",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ READ_BY = {
     "n_estimators": {"lightgbm"},
     "learning_rate": {"lightgbm"},
     "n_bags": {"lightgbm"},
+    "extra_trees": {"lightgbm"},
     "num_leaves": _TREES,
     "min_child_samples": _TREES,
 }
@@ -72,6 +73,11 @@ class Classical(Section):
     learning_rate: float = Field(0.05, gt=0, le=1, description="lightgbm: part of each tree that is added")
     n_bags: int = Field(
         1, ge=1, le=100, description="lightgbm: fits with different random rows and columns, which are averaged"
+    )
+    extra_trees: bool = Field(
+        False,
+        description="lightgbm: try one random threshold a feature and node, as extremely randomized trees do; it suits "
+        "few prompts with many rows each, and wants more rounds",
     )
     num_leaves: int = Field(15, ge=2, le=4096, description="tree, lightgbm: most leaves of a tree")
     min_child_samples: int = Field(40, ge=1, description="tree, lightgbm: fewest rows of a leaf, each order counted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,11 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pairclf.config.section import Section, as_list
 from pairclf.task import Label
+
+Format = Literal[
+    "arena-140k", "arena-100k", "chatbot-arena-33k", "helpsteer3", "helpsteer2", "ultrafeedback", "chosen-rejected"
+]
+"""The formats of public preference sets; `data.preferences.FORMATS` describes them."""
 
 
 class Source(Section):
@@ -37,6 +43,29 @@ class Source(Section):
     escape: Literal["backslash"] | None = Field(
         None, description="escape character of the CSV files; null: quotes are doubled (RFC 4180)"
     )
+    format: Format | None = Field(
+        None,
+        description="the files are a public preference set, which has columns and labels of its own; `pairclf check "
+        "FILE` says which; null: the task's columns",
+    )
+    margin_scale: float = Field(
+        1.0,
+        gt=0,
+        description="with a format that has margins: the preferred side's probability is 1 / (1 + exp(-margin / "
+        "margin_scale)); near 0: one winner",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Source:
+        if self.format is None and self.margin_scale != 1.0:
+            raise ValueError("margin_scale is for files of a `format`; name one, or remove it")
+        own = sorted({*self.columns} - {"id", "group", "weight"}) if self.format else []
+        if self.format and (own or self.labels or self.label_column):
+            raise ValueError(
+                f"format {self.format} has columns and labels of its own: remove label_column, labels, and of columns "
+                f"all but id, group and weight{f', here {own}' * bool(own)}; or convert the files (pairclf convert)"
+            )
+        return self
 
 
 def as_source(value: Any) -> Any:
@@ -77,7 +106,7 @@ class Submission(Section):
     thresholds: dict[Label, Annotated[float, Field(gt=0, lt=1)]] = Field(
         {},
         description="several labels, written as 1 and 0: the probability from which a row gets a label, e.g. "
-        "{software: 0.3}; a label that is not named has 0.5; `pairclf evaluate` fits them",
+        "{software: 0.3}; a label that is not named has the threshold that its bundles were fitted, or else 0.5",
     )
 
 
@@ -144,7 +173,12 @@ class Data(Section):
     train: Annotated[list[Annotated[Source, BeforeValidator(as_source)]], BeforeValidator(as_list)] = Field(
         [],
         description="labelled files (.csv, .parquet, .jsonl), globs, or mappings with files, columns, label_column, "
-        "labels, id_prefix, weight, ignore_columns, exclude_overlap, train_only, escape (docs/data.md)",
+        "labels, id_prefix, weight, ignore_columns, exclude_overlap, train_only, escape, format (docs/data.md)",
+    )
+    soft_labels: Path | None = Field(
+        None,
+        description="file of ids and a probability for each class (`pairclf suspects` and `pairclf distill` write it): "
+        "the labels of training rows, in place of their own; rows that are held out keep theirs, and so do others",
     )
     test: Annotated[Unlabelled, BeforeValidator(as_unlabelled)] = Field(
         default_factory=Unlabelled, description="unlabelled file to predict, or a mapping with file, columns"
@@ -168,10 +202,19 @@ class Data(Section):
     def path(self, name: Path) -> Path:
         return self.folder / name
 
+    def name_of(self, path: Path) -> str:
+        """The name of a file relative to `folder`, as the settings of this section have it."""
+        return os.path.relpath(path.resolve(), self.folder.resolve())
+
     @property
     def test_file(self) -> Path | None:
         """The path of `test.file`; None: it is not set."""
         return None if self.test.file is None else self.path(self.test.file)
+
+    @property
+    def soft_label_file(self) -> Path | None:
+        """The path of `soft_labels`; None: it is not set."""
+        return None if self.soft_labels is None else self.path(self.soft_labels)
 
     @property
     def sample_file(self) -> Path | None:

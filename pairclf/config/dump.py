@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from pairclf.config.section import choices
 from pairclf.config.tree import Config
@@ -64,11 +64,38 @@ def setting_changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[s
     >>> setting_changes({"seed": 1, "train.max_steps": 5}, {"seed": 0, "train.max_steps": 5})
     {'seed': 'seed=1 (was 0)'}
     """
+    values = settings_before(now, before)
     return {
-        key: f"{key}={quoted(value)} (was {quoted(before.get(key))})"
-        for key, value in now.items()
-        if before.get(key) != value
+        key: f"{key}={quoted(value)} (was {quoted(values[key])})" for key, value in now.items() if values[key] != value
     }
+
+
+def settings_before(keys: Iterable[str], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of settings in a record that an earlier version may have written.
+
+    A setting that it lacks, although it has others of the section, came with a later version, and had its default.
+    """
+    return {key: before[key] if key in before else _default_before(key, before) for key in keys}
+
+
+def _default_before(key: str, before: Mapping[str, Any]) -> Any:
+    """The default of a setting, as JSON has it; of a section that is null now, the settings that it had."""
+    if settings := {other: value for other, value in before.items() if other.startswith(f"{key}.")}:
+        return settings
+    section, _, name = key.rpartition(".")
+    if not any(other.rpartition(".")[0] == section for other in before):
+        return None  # the section was null
+    kind: Any = Config
+    for part in section.split("."):
+        field = kind.model_fields.get(part)
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        kind = next((each for each in kinds if isinstance(each, type) and issubclass(each, BaseModel)), None)
+        if kind is None:
+            return None
+    field = kind.model_fields.get(name)
+    if field is None or field.is_required():
+        return None
+    return TypeAdapter(Any).dump_python(field.get_default(call_default_factory=True), mode="json")
 
 
 def tree_of(config: Config) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 
 from pairclf.config.dump import tree_of
 from pairclf.config.parse import MAX_YAML, parse_yaml
-from pairclf.config.section import checked
+from pairclf.config.section import checked, settings
 from pairclf.config.tree import Config
 from pairclf.errors import ConfigError, cut, quoted
 from pairclf.files import read_plain
+from pairclf.task import TASKS, Task
 
 
 def resolve(tree: Mapping[str, Any], where: object = "config") -> Config:
@@ -26,14 +27,20 @@ def resolve(tree: Mapping[str, Any], where: object = "config") -> Config:
     )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key=value` overrides, check the result, and settle the run folder.
+def load_config(source: Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+    """Take the settings of a YAML file, a mapping or a config, apply `key=value` overrides, and check the result.
+
+    The run folder of a file mirrors its path, where `output_dir` names no other; a mapping has to name it.
 
     Raises:
         ConfigError: the file can't be read, is not YAML, or holds settings that can't be used.
     """
-    config = resolve(_overridden(_read(path), overrides), path)
-    config.output_dir = config.output_dir or run_folder(path)
+    if isinstance(source, Config):
+        return override(source, overrides)
+    if isinstance(source, Mapping):
+        return resolve(_overridden(dict(source), overrides), "the config's mapping")
+    config = resolve(_overridden(_read(source), overrides), source)
+    config.output_dir = config.output_dir or run_folder(source)
     return config
 
 
@@ -78,6 +85,9 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    tree = _not_implied(tree) if overrides else tree
+    if any(text.startswith("task.") for text in overrides):
+        tree = _with_whole_task(tree)
     for text in overrides:
         key, equals, yaml_text = text.partition("=")
         if not equals or not key:
@@ -90,11 +100,54 @@ def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
     return tree
 
 
+def _with_whole_task(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with its task spelled out, so that a part of a preset can be replaced: `task.metric=accuracy`."""
+    task = tree.get("task", Config.model_fields["task"].default)
+    whole = TASKS[task].task if isinstance(task, str) and task in TASKS else task
+    return {**tree, "task": whole.model_dump(mode="json") if isinstance(whole, Task) else whole}
+
+
+def _not_implied(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a tree that its other settings do not imply.
+
+    A config that was saved holds what was derived, such as the wording of examples; what is overridden may imply
+    another wording, or none.
+    """
+    try:
+        whole = resolve(tree)
+    except ConfigError:  # the overrides may mend it
+        return tree
+    before: dict[str, Any] = {}
+    while before != tree:  # what one setting implies may be implied by another one that is gone only now
+        before = tree
+        for key, _ in settings(Config):
+            shorter = _without(tree, key.split("."))
+            if shorter != tree and _is_valid_as(shorter, whole):
+                tree = shorter
+    return tree
+
+
+def _without(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    name, *below = path
+    if not below:
+        return {key: value for key, value in tree.items() if key != name}
+    return {**tree, name: _without(tree[name], below)} if isinstance(tree.get(name), dict) else tree
+
+
+def _is_valid_as(tree: dict[str, Any], whole: Config) -> bool:
+    try:
+        return resolve(tree) == whole
+    except ConfigError:
+        return False
+
+
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` merged into `base`, section by section; lists and scalars are replaced, and so is what `over` empties."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
+        if key == "template" and isinstance(below, str) and isinstance(value, Mapping):
+            below = {"preset": below}  # `inputs.template: judge`, of which a part is replaced
         both = isinstance(value, Mapping) and bool(value) and isinstance(below, Mapping)
         merged[key] = _merge(dict(below), value) if both and below is not None else value
     return merged

@@ -51,6 +51,11 @@ class Model(Section):
     head: Literal["linear", "two_layer"] = Field(
         "linear", description="classification head: one linear layer, or two with a GELU between them"
     )
+    head_bias: bool = Field(
+        True,
+        description="a bias a class in a linear head; false: none, as in transformers' classes for decoders, which "
+        "`pairclf export --to transformers` writes",
+    )
     pooling: Literal["last", "first", "mean", "decoder"] | None = Field(
         None,
         description="input of the head: the hidden state of the last or the first token, the mean over the sequence, "

@@ -162,6 +162,8 @@ class Config(Section):
     def _complete_wording(self) -> None:
         template, words = self.inputs.template, self.model.scored_words.values()
         one_sided, examples = self.model.one_sided, self.num_examples > 0
+        if self._reads("prompt") and not examples and "examples" not in self.task.fields:
+            template.text = template.text.replace("{examples}", "")
         complete_template(
             template,
             self.task,
@@ -219,6 +221,11 @@ class Config(Section):
             )
         if len(different) < sum(map(len, words.values())):
             raise ValueError(f"model.label_words {words} gives two classes the same word, or one class a word twice")
+        if not self.model.head_bias and (self.model.readout, self.model.head) != ("head", "linear"):
+            raise ValueError(
+                f"model.head_bias=false is for model.readout=head with model.head=linear; these are "
+                f"{self.model.readout} and {self.model.head}"
+            )
         if not self._reads("train") and self.model.lora not in (None, Lora()):
             raise ValueError(f"model.lora changes nothing: approach={self.approach} trains no adapters; remove it")
         if not self.trains:
@@ -270,11 +277,6 @@ class Config(Section):
         """What a yes or no for each label needs."""
         if not self.by_label:
             return
-        if self.train.loss == "vocabulary":
-            raise ValueError(
-                f"train.loss=vocabulary is of one label word a row, and the task {self.task.name} is multi_label; set "
-                "train.loss=labels"
-            )
         if self.rationale:
             raise ValueError(
                 f"prompt.rationale={self.rationale} is written before one label word, and the task {self.task.name} is "

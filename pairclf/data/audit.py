@@ -174,7 +174,10 @@ class _Judge:
             return "give every row an id of its own: test rows are never dropped, and scores are joined by id"
         first, *others = (action for action in legal_actions(rule) if action != "error")
         more = f" (or {', '.join(others)})" if others else ""
-        of_turns = "; plain texts need a task with multi_turn=false; of messages (role, content) write the texts alone"
+        of_turns = (
+            "; plain texts need a task with multi_turn=false; messages (role, content) need known roles, and the two "
+            "sides of a row the same questions (docs/data.md)"
+        )
         plain = of_turns if rule == "undecodable" and self.task.multi_turn else ""
         return f"mend these rows, or set data.rules.{rule}={first}{more}{plain}"
 

@@ -112,6 +112,48 @@ def clusters(prompts: Sequence[str], threshold: float | None) -> Places:
     return firsts
 
 
+def same_rows(frame: pl.DataFrame, task: Task, threshold: float | None) -> tuple[Places, NDArray[np.bool_]]:
+    """Which rows have equal, or nearly equal, texts in every field; of a pair in either order.
+
+    Args:
+        frame: canonical table of `N` rows.
+        task: its fields and their swap.
+        threshold: Jaccard index from which two texts are nearly equal; None: equal ones alone.
+
+    Returns:
+        `(N,)` numbers, equal for rows of one group; and `(N,)`, which rows have their sides exchanged beside others of
+        their group, so that their labels are to be swapped before the two are compared.
+    """
+    columns = [normalised_texts(frame[name].list.join("\n").fill_null("")).to_list() for name in task.fields]
+    mirror = [task.fields.index(name) for name in task.swapped_fields.values()]
+    rows = [(row, tuple(row[place] for place in mirror)) for row in zip(*columns, strict=True)]
+    turned = np.array([other < row for row, other in rows], dtype=np.bool_)
+    numbers: dict[tuple[str, ...], int] = {}
+    number = np.array([numbers.setdefault(min(both), len(numbers)) for both in rows], dtype=np.int64)
+    if threshold is None:
+        return number, turned
+    texts = list(numbers)
+    firsts = clusters(["\n".join(row) for row in texts], threshold)
+    for place in np.flatnonzero(firsts != np.arange(len(texts))).tolist():  # candidates: now field by field
+        first, own = texts[firsts[place]], texts[place]
+        straight = min(map(_resemblance, own, first))
+        exchanged = min(map(_resemblance, [own[other] for other in mirror], first))
+        if max(straight, exchanged) < threshold:
+            firsts[place] = place
+        elif exchanged > straight:
+            turned[number == place] ^= True
+    return firsts[number], turned
+
+
+def _resemblance(text: str, other: str) -> float:
+    """The Jaccard index of two normalised texts; 1 for equal ones, also where they are shorter than a shingle."""
+    if text == other:
+        return 1.0
+    own, theirs = shingles(text), shingles(other)
+    shared = len(np.intersect1d(own, theirs, assume_unique=True))
+    return shared / max(1, len(own) + len(theirs) - shared)
+
+
 def samples(prompts: pl.Series) -> pl.Series:
     """The `SAMPLE` lowest hashes of each normalised prompt's shingles, their upper 32 bits, ascending; List(UInt32)."""
     lowest = [np.unique(shingles(prompt) >> np.uint64(32)).astype(np.uint32)[:SAMPLE] for prompt in prompts]

@@ -95,6 +95,12 @@ def prompt_hashes(frame: pl.DataFrame, task: Task) -> pl.Series:
     return pl.Series("prompt", [text_hash(prompt) for prompt in prompts], dtype=pl.UInt64)
 
 
+def folds_of_groups(groups: pl.Series, n: int) -> NDArray[np.int64]:
+    """`(N,)`: one of `n` folds for each row, by the hash of its group alone."""
+    of_group = {group: text_hash(group) % n for group in groups.unique()}
+    return np.array([of_group[group] for group in groups], dtype=np.int64)
+
+
 def text_hash(text: str) -> int:
     """64 bits of a text's SHA-256."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -31,6 +31,7 @@ from polars.exceptions import ComputeError, NoDataError, PanicException, PolarsE
 
 from pairclf.console import counted
 from pairclf.data.csv_syntax import Shape, check_csv, check_stream, without_escapes
+from pairclf.data.messages import field_turns, is_messages
 from pairclf.errors import DataError
 
 CHUNK = 16_384
@@ -60,7 +61,9 @@ class Flaw(IntFlag):
     CONTROL_CHARACTER = auto()
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair."""
+
 _MIXED = pl.Struct({"text": pl.String(), "turns": TURNS, "surrogate": pl.Boolean(), "kind": pl.String()})
 """A JSONL column whose cells are not all texts or all lists of turns. `kind`: what a cell that is neither is, in words.
 """
@@ -202,6 +205,22 @@ def _reader(path: Path, escape: bool) -> _Reader:
     if kind != ".parquet":
         check_text(path)
     return readers[kind]
+
+
+def column_names(path: Path) -> list[str]:
+    """The names of a file's columns, by its header, its schema or its first record; none if that can't be read.
+
+    What is wrong with the file is for `read_file` to say.
+    """
+    kind = path.suffix.lower()
+    with suppress(OSError, ValueError, RecursionError, csv.Error, pa.ArrowException):
+        if kind == ".parquet":
+            return list(pq.read_schema(path).names)
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+            if kind == ".jsonl":
+                return list(json.loads(next((line for line in stream if line.strip()), "{}")))
+            return next(csv.reader(stream), []) if kind == ".csv" else []
+    return []
 
 
 def check_is_file(path: Path) -> None:
@@ -462,6 +481,24 @@ def as_ids(cells: pl.Series, where: object) -> pl.Series:
     return texts
 
 
+def python_cells(cells: pl.Series) -> list[Any]:
+    """The cells of a column as Python's own values: texts, lists, dicts; in JSONL, what the file has.
+
+    Half a surrogate pair in a text is replaced already; in lists and objects of a JSONL file it is not.
+    """
+    if cells.dtype != _MIXED:
+        return cells.to_list()
+    rows = cells.struct.unnest().select("text", "turns", "kind").iter_rows()
+    return [json.loads(text) if kind in _STRUCTURED else text if turns is None else turns for text, turns, kind in rows]
+
+
+def mended_texts(cells: pl.Series) -> pl.Series:
+    """The rows of a column whose text had half a surrogate pair, which the reader replaced."""
+    if cells.dtype != _MIXED:
+        return pl.repeat(value=False, n=len(cells), eager=True)
+    return cells.struct.field("surrogate")
+
+
 def _in_words(cells: pl.Series) -> str:
     if cells.dtype != _MIXED:
         inner = cells.dtype.inner if isinstance(cells.dtype, pl.List | pl.Array) else None
@@ -488,6 +525,7 @@ def read_turns(
     """
     _check_fields(raw, fields, where)
     flaws: Bits = np.zeros(len(raw), dtype=np.uint32)
+    raw = raw.with_columns(_message_turns(raw[name], flaws) for name in fields if _holds_messages(raw[name]))
     turns = {name: raw[name].cast(TURNS) for name in fields if raw[name].dtype in (TURNS, pl.List(pl.Null))}
     texts = {name: as_text(raw[name]) for name in fields if name not in turns and _holds_text(raw[name].dtype)}
     mixed = [name for name in fields if raw[name].dtype == _MIXED]
@@ -510,20 +548,41 @@ def read_turns(
     return _without_null_cells(table, texts, flaws), flaws
 
 
+def _holds_messages(cells: pl.Series) -> bool:
+    """Whether the cells are lists of messages, or nulls."""
+    if cells.dtype == _MIXED:
+        kinds = cells.struct.field("kind")
+        others = cells.struct.field("text").is_not_null() | cells.struct.field("turns").list.len().gt(0)
+        return bool((kinds == _MESSAGES).any()) and not ((kinds != _MESSAGES).fill_null(others)).any()
+    return cells.dtype != TURNS and _in_words(cells) == _MESSAGES
+
+
+def _message_turns(cells: pl.Series, flaws: Bits) -> pl.Series:
+    """Cells of messages as turns; marks those with an unknown role, an odd content or half a surrogate pair."""
+    turns: list[list[str | None] | None] = []
+    for row, cell in enumerate(python_cells(cells)):
+        texts, sound = field_turns(cell) if cell else (cell, True)
+        mended = None if texts is None else _encodable(texts)
+        flaws[row] |= 0 if sound else Flaw.UNDECODABLE
+        flaws[row] |= 0 if mended == texts else Flaw.SURROGATE
+        turns.append(mended)
+    return pl.Series(cells.name, turns, dtype=TURNS)
+
+
 def _check_fields(raw: pl.DataFrame, fields: Sequence[str], where: object) -> None:
     """Raises:
     DataError: a field holds other lists than such of texts, objects, bytes or times.
     """
     for name in fields:
         cells = raw[name]
-        if cells.dtype in (TURNS, pl.List(pl.Null)):
+        if cells.dtype in (TURNS, pl.List(pl.Null)) or _holds_messages(cells):
             continue
         if cells.dtype == _MIXED:
             wrong = bool(cells.struct.field("kind").is_in(_STRUCTURED).any())
         else:
             wrong = not is_plain(cells)
         if wrong:
-            what = f"the column of {name!r} holds {_in_words(cells)}; it must hold texts or lists of texts"
+            what = f"the column of {name!r} holds {_in_words(cells)}; it must hold texts, lists of texts, or messages"
             raise DataError(what, where=where, remedy="write each turn as a text, and a cell as a list of its turns")
 
 
@@ -620,10 +679,14 @@ def _decode_cell(text: str) -> tuple[list[str | None] | None, Flaw]:
         return [text], Flaw.UNDECODABLE | _control(text)
     if value is None:
         return None, Flaw.NULL_LITERAL
+    sound = True
+    if is_messages(value):
+        value, sound = field_turns(value)
     if not _is_turns(value):
         return [text], Flaw.UNDECODABLE | _control(text)
     turns = _encodable(value)
-    return turns, (Flaw.SURROGATE if turns != value else Flaw(0)) | _control(*turns)
+    odd = (Flaw.SURROGATE if turns != value else Flaw(0)) | (Flaw(0) if sound else Flaw.UNDECODABLE)
+    return turns, odd | _control(*turns)
 
 
 def _control(*texts: str | None) -> Flaw:
@@ -636,7 +699,7 @@ def _is_turns(value: Any) -> bool:
 
 
 def _encodable(texts: Sequence[str | None]) -> list[str | None]:
-    return [None if text is None else _SURROGATE.sub(REPLACEMENT, text) for text in texts]
+    return [None if text is None else SURROGATE.sub(REPLACEMENT, text) for text in texts]
 
 
 def refuse(problems: Sequence[DataError], where: object) -> None:

@@ -19,7 +19,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ import numpy as np
 import polars as pl
 
 from pairclf.config import Source
-from pairclf.console import console
+from pairclf.console import console, counted
 from pairclf.data.formats import (
     CHUNK,
+    TURNS,
+    Bits,
     Flaw,
     as_ids,
     as_text,
@@ -42,6 +45,7 @@ from pairclf.data.formats import (
     refuse,
     with_plain_texts,
 )
+from pairclf.data.preferences import FORMATS, convert, recognise, why_not
 from pairclf.errors import DataError, cut, quoted
 from pairclf.files import atomic_file
 from pairclf.scores.metrics import Floats
@@ -115,34 +119,92 @@ def _tables(
         layout = _layout(source, task, labelled, group)
         before = 0  # rows of the source in files before this one
         for path in expand(source.files):
-            number, columns, told = 0, None, False
-            for raw in read_file(path, rows=left, lossy=not labelled, size=size, escape=source.escape is not None):
-                if raw.columns != columns:
-                    columns = raw.columns
-                    file_layout = _found(layout, raw, task, labelled)
-                    _check_columns(columns, path, task, file_layout, labelled)
-                rows = _canonical(raw, path, task, file_layout, number, before)
-                told = told or _note_bad_labels(raw.filter(rows["target"].is_null()), file_layout, task, path)
+            number = 0
+            for rows in _file_tables(path, layout, task, labelled, left, size, before):
                 yield rows
-                number += len(raw)
+                number += len(rows)
             before += number
             left = None if left is None else left - number
             if left == 0:
                 return
 
 
-def in_memory(frame: Any) -> pl.DataFrame:
+def _file_tables(
+    path: Path, layout: _Layout, task: Task, labelled: bool, left: int | None, size: int | None, before: int
+) -> Iterator[pl.DataFrame]:
+    number, columns, told = 0, None, False
+    for raw, flaws in _chunks(path, layout.source, task, labelled, left, size, before):
+        if raw.columns != columns:
+            columns = raw.columns
+            file_layout = _found(layout, raw, task, labelled)
+            _check_columns(columns, path, task, file_layout, labelled)
+        rows = _canonical(raw, path, task, file_layout, number, before, flaws)
+        told = told or _note_bad_labels(raw.filter(rows["target"].is_null()), file_layout, task, path)
+        yield rows
+        number += len(raw)
+
+
+def _chunks(
+    path: Path, source: Source, task: Task, labelled: bool, left: int | None, size: int | None, before: int
+) -> Iterator[tuple[pl.DataFrame, Bits | None]]:
+    """Raw chunks of a file; those of a preference set converted to the task's columns, with the flaws of their rows."""
+    number, parts, unequal, unknown = before, Counter[str](), 0, set[str]()
+    chunk = size or (CHUNK if source.format else None)  # a whole set may be too large, and few of its columns are kept
+    for raw in read_file(path, rows=left, lossy=not labelled, size=chunk, escape=source.escape is not None):
+        if source.format is None:
+            yield raw, None
+            continue
+        converted = convert(raw, source, task, path, number)
+        yield converted.frame, converted.flaws
+        number += len(raw)
+        parts += converted.parts
+        unequal += converted.unequal
+        unknown |= converted.unknown
+    for kind, count in sorted(parts.items()):
+        console.print(f"note: {path.name}: {counted(count, 'part')} of type {kind!r} in messages: read as [{kind}]")
+    if unequal:
+        console.print(
+            f"note: {path.name}: the sides of {counted(unequal, 'row')} follow different questions; such rows are "
+            "undecodable, and their prompt is that of the first side"
+        )
+    if unknown and source.format:
+        known = ", ".join(FORMATS[source.format].labels or {})
+        console.print(f"note: {path.name}: {cut(str(sorted(unknown)))} name no winner; the labels are {known}")
+
+
+def in_memory(frame: Any, read: Collection[str] | None = None) -> pl.DataFrame:
     """A polars frame, or a pandas frame converted without its index, with categories as texts.
 
+    Args:
+        frame: either of them.
+        read: the columns that will be read; others may be left out. None: all.
+
     Raises:
-        DataError: it is neither, or a column mixes types.
+        DataError: it is neither, or a column that is read mixes types.
     """
+    if isinstance(frame, pl.DataFrame):
+        return with_plain_texts(frame)
+    remedy = "hand over a polars or pandas DataFrame, one type a column"
+    if not (hasattr(frame, "columns") and hasattr(frame, "items")):
+        raise DataError(f"rows can't be taken from a {type(frame).__name__}", remedy=remedy)
     try:
-        rows = frame if isinstance(frame, pl.DataFrame) else pl.from_pandas(frame)
+        return with_plain_texts(pl.from_pandas(frame))
     except (TypeError, ValueError) as error:
-        what = f"rows can't be taken from a {type(frame).__name__}: {str(error).splitlines()[0]}"
-        raise DataError(what, remedy="hand over a polars or pandas DataFrame, one type a column") from error
-    return with_plain_texts(rows)
+        mixed = [name for name, cells in frame.items() if not _is_convertible(cells)]
+        if mixed and read is not None and not {*mixed} & {*read}:
+            return in_memory(frame.drop(columns=mixed))
+        columns = f", for its columns {mixed}" if mixed else ""
+        what = f"rows can't be taken from a {type(frame).__name__}{columns}: {str(error).splitlines()[0]}"
+        raise DataError(what, remedy=remedy) from error
+
+
+def _is_convertible(cells: Any) -> bool:
+    """Whether a column of a pandas frame has one type."""
+    try:
+        pl.from_pandas(cells)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def rows_in_memory(raw: pl.DataFrame, task: Task, columns: Mapping[str, str | None] | None = None) -> pl.DataFrame:
@@ -268,19 +330,26 @@ def _layout(source: Source, task: Task, labelled: bool, group: str | None = None
         remedy = "the classes stand on the right: {label as the files have it: class}"
         problems.append(DataError(f"labels maps to {unknown}; the classes are {list(task.classes)}", remedy=remedy))
     columns = {name: source.columns.get(name, name) for name in ("id", *task.fields)}
+    if source.format and (reason := why_not(task)):
+        remedy = "a format gives a prompt and two sides; convert the file and map its columns for another task"
+        problems.append(DataError(f"format {source.format!r} can't be read: {reason}", remedy=remedy))
     if source.labels and not (source.label_column or task.label_column):
         problems.append(DataError("labels needs label_column", remedy="name the files' column that names the class"))
     refuse(problems, f"the source of {file_names}")
     label_column = source.label_column or source.columns.get(task.label_column or "", task.label_column)
     labels = (label_column,) if label_column else tuple(source.columns.get(name) or name for name in task.classes)
-    weight = source.columns.get("weight")
+    weight, grouped = source.columns.get("weight"), source.columns.get("group", group)
+    if source.format:  # `convert` gives these names to its columns
+        source = source.model_copy(update={"columns": {**source.columns, "group": grouped}})
+        columns = {name: name for name in columns}
+        labels, weight, grouped = tuple(task.classes), weight and "weight", grouped and "group"
     return _Layout(
         source=source,
         columns=columns,
         labels=labels if labelled else (),
-        named=label_column is not None,
+        named=label_column is not None and source.format is None,
         weight=weight if labelled else None,
-        group=source.columns.get("group", group),
+        group=grouped,
     )
 
 
@@ -315,7 +384,7 @@ def _check_columns(columns: list[str], path: Path, task: Task, layout: _Layout, 
     unknown = [name for name in columns if name not in expected]
     meant = _meant(missing, unknown)
     problems = []
-    shape = _known_shape(columns) if missing else None
+    shape = _known_shape(columns, task) if missing else None
     if shape:
         problems.append(shape)
     elif missing:
@@ -364,39 +433,36 @@ def _ways(missing: Sequence[str], meant: Mapping[str, str], task: Task, layout: 
         yield "a source without folds.group says columns: {group: null}"
 
 
-def _known_shape(columns: Sequence[str]) -> DataError | None:
-    """The problem of a file with the columns of a public set that is not supported."""
-    if {"conversation_a", "conversation_b"} <= set(columns):
+def _known_shape(columns: Sequence[str], task: Task) -> DataError | None:
+    """The problem of a file with the columns of a public set, or with other separators than commas."""
+    if why_not(task) is None and (name := recognise(columns)):
         return DataError(
-            "the file holds whole conversations (`conversation_a`, `conversation_b`: lists of messages with role and "
-            "content, as LMSYS's releases of 33,000 and 140,000 conversations have them), which are not read",
-            remedy="write a file with the users' messages as `prompt`, the assistants' as `response_a` and "
-            "`response_b`, each a list of texts; `both_bad` and `tie (bothbad)` are ties: map them in `labels`",
+            f"the file has columns of a preference set, {name} ({FORMATS[name].page}), and not of the task",
+            remedy=f"say format: {name} in its entry of data.train, which `pairclf check FILE` prints; or write a file "
+            "with the task's columns (pairclf convert FILE --to NEW.parquet)",
         )
     if len(columns) == 1 and (separator := next((sign for sign in ";\t|" if sign in columns[0]), None)):
         return DataError(
             f"the file has one column, {quoted(columns[0])}, as if {separator!r} stood between the cells",
             remedy="write the file with commas between the cells",
         )
-    if {"chosen", "rejected"} <= set(columns):
-        return DataError(
-            "the file holds a preferred and a rejected response (`chosen`, `rejected`, as UltraFeedback and most sets "
-            "for reward models have them), which are not read",
-            remedy="write a file that has `chosen` as `response_a` in half of the rows, drawn by id, and as "
-            "`response_b` in the others, with the label that follows; one side for all would teach the side",
-        )
     return None
 
 
-def _canonical(raw: pl.DataFrame, path: Path, task: Task, layout: _Layout, number: int, before: int) -> pl.DataFrame:
+def _canonical(
+    raw: pl.DataFrame, path: Path, task: Task, layout: _Layout, number: int, before: int, known: Bits | None = None
+) -> pl.DataFrame:
     """A chunk's canonical table.
 
     Args:
         number: rows of the file before this chunk.
         before: rows of the source before this file.
+        known: flaws that were found before, `(N,)`.
     """
     picked = pl.DataFrame([raw[column].alias(name) for name, column in layout.columns.items() if column is not None])
     turns, flaws = read_turns(picked, task.fields, task.multi_turn, path)
+    if known is not None:
+        flaws |= known
     rows = pl.int_range(number + 1, number + len(raw) + 1, eager=True)
     if layout.columns["id"] is None:
         ids = (rows + before).cast(pl.String)
@@ -460,8 +526,21 @@ def _read_ids(cells: pl.Series, rows: pl.Series, path: Path) -> tuple[pl.Series,
 
 
 def _named_targets(raw: pl.DataFrame, source: Source, task: Task, path: Path) -> pl.Series:
-    """One-hot targets from a column that names the class; null where it names none."""
-    labels = as_text(raw.to_series(), path)
+    """One-hot targets from a column that names the class; null where it names none.
+
+    A list of names, one a rater, is their mean; null where one of them is no class.
+    """
+    labels = raw.to_series()
+    if labels.dtype == TURNS:
+        held = pl.DataFrame({"row": np.arange(len(raw)), "name": labels})
+        some = pl.when(pl.col("name").list.len() > 0).then(pl.col("name"))  # polars 2 drops rows of empty lists
+        raters = held.with_columns(some).explode("name")
+        votes = _named_targets(raters.select("name"), source, task, path)
+        means = (pl.col("vote").list.get(place).mean() for place in range(len(task.classes)))
+        voted = raters.select("row", vote=votes).group_by("row", maintain_order=True)
+        sound = pl.col("vote").is_not_null().all()
+        return voted.agg(pl.when(sound).then(pl.concat_list(*means)))["vote"]
+    labels = as_text(labels, path)
     names = labels.replace(_spellings([*source.labels, *task.classes])).replace(source.labels)
     one_hot = pl.concat_list((pl.lit(names) == name).cast(pl.Float64) for name in task.classes)
     return pl.select(pl.when(pl.lit(names).is_in(list(task.classes))).then(one_hot)).to_series()

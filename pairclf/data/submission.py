@@ -17,7 +17,8 @@ from pairclf.data.rows import TRUTH, as_numbers
 from pairclf.data.scores import class_matrix, impossible_values, repeated_ids, score_problems, scores_frame
 from pairclf.errors import DataError
 from pairclf.files import atomic_file
-from pairclf.scores.metrics import METRICS, Floats, likeliest
+from pairclf.scores.figures import METRICS
+from pairclf.scores.metrics import Floats, likeliest
 from pairclf.scores.thresholds import DEFAULT, apply_thresholds, thresholds_of
 from pairclf.task import Task
 
@@ -54,7 +55,7 @@ class Form:
 
     def _levels(self) -> str:
         """The thresholds in words: `0.5`, or `0.5 (software 0.3)`."""
-        own = ", ".join(f"{name} {value:g}" for name, value in self.thresholds.items())
+        own = ", ".join(f"{name} {value:.4g}" for name, value in self.thresholds.items())
         return f"{DEFAULT:g}{f' ({own})' if own else ''}"
 
     def fill(self, scores: pl.DataFrame) -> pl.DataFrame:

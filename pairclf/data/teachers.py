@@ -1,4 +1,4 @@
-"""Teachers' scores for distillation, and the check that no teacher was trained on the rows that it scored.
+"""Teachers' scores for distillation, soft labels, and the check that no teacher was trained on the rows that it scored.
 
 A teacher that was trained on a row repeats its label: the student then learns the labels twice, and validation looks
 better than the leaderboard. So scores record, for each row, how many of their models were trained on its prompt
@@ -7,6 +7,7 @@ better than the leaderboard. So scores record, for each row, how many of their m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,19 @@ def teachers_of(config: Config, training: pl.DataFrame) -> Floats | None:
         DataError: as `out_of_sample`; or no training row is scored.
         LeakError: as `out_of_sample`.
     """
-    settings, task = config.train.distill, config.task
+    settings = config.train.distill
     if not settings.scores:
         return None
-    if len({path.resolve() for path in settings.scores}) != len(settings.scores):
+    return mean_of_teachers(settings.scores, training, config.task, unproven=settings.allow_unknown_provenance)
+
+
+def mean_of_teachers(paths: Sequence[Path], training: pl.DataFrame, task: Task, *, unproven: bool = False) -> Floats:
+    """As `teachers_of`, of files of scores that `pairclf distill` names."""
+    if len({path.resolve() for path in paths}) != len(paths):
         raise ConfigError("train.distill.scores names a file twice, which would count twice in the mean")
     by_teacher = []
-    for path in settings.scores:
-        values = out_of_sample(path, training, task, unproven=settings.allow_unknown_provenance)
+    for path in paths:
+        values = out_of_sample(path, training, task, unproven=unproven)
         by_teacher.append(values)
         scored = np.isfinite(values).all(axis=1)
         console.print(f"note: {path}: a teacher for {int(scored.sum()):,} of {counted(len(training), 'training row')}")
@@ -52,11 +58,36 @@ def teachers_of(config: Config, training: pl.DataFrame) -> Floats | None:
     if np.isnan(mean).all():
         raise DataError(
             f"train.distill.scores: none of the {len(training):,} training rows is scored",
-            where=", ".join(map(str, settings.scores)),
+            where=", ".join(map(str, paths)),
             rows=training["id"].to_list(),
             remedy="give scores of the training rows, joined on id: `pairclf cv` writes oof.parquet",
         )
     return mean
+
+
+def with_soft_labels(rows: pl.DataFrame, config: Config) -> pl.DataFrame:
+    """The canonical table of training rows, with the labels of `data.soft_labels` where the file has the row.
+
+    Raises:
+        DataError: as `out_of_sample`; or the file has none of the rows.
+        LeakError: as `out_of_sample`: its column `seen` must say that no label comes from a model that knew the row.
+    """
+    path = config.data.soft_label_file
+    if path is None:
+        return rows
+    values = out_of_sample(path, rows, config.task, unproven=False)
+    covered = np.isfinite(values).all(axis=1)
+    if not covered.any():
+        raise DataError(
+            f"data.soft_labels: none of the {len(rows):,} training rows is in the file",
+            where=path,
+            rows=rows["id"].to_list(),
+            remedy="give the labels of these rows, joined on id: `pairclf suspects` writes them",
+        )
+    if not config.task.multi_label:
+        values = values / values.sum(axis=1, keepdims=True)  # scores sum to one less strictly than labels
+    labels = pl.Series(values, dtype=pl.Array(pl.Float64, values.shape[1])).cast(pl.List(pl.Float64))
+    return rows.with_columns(labels.zip_with(pl.Series(covered), rows["target"]).alias("target"))
 
 
 def out_of_sample(path: Path, rows: pl.DataFrame, task: Task, *, unproven: bool) -> Floats:
@@ -108,5 +139,5 @@ def _refuse_unknown(path: Path, scored: pl.DataFrame) -> None:
             where=path,
             rows=scored["id"].filter(unknown).to_list(),
             remedy="write them with `pairclf cv` or `pairclf predict --scores`; or, if you know that they are out of "
-            "sample, set train.distill.allow_unknown_provenance=true",
+            "sample, write a column seen of zeros, or set train.distill.allow_unknown_provenance=true",
         )

@@ -34,7 +34,7 @@ from pairclf.runs.cv import cross_validate
 from pairclf.runs.evaluate import Evaluation, evaluate, out_of_fold
 from pairclf.runs.evaluation_report import as_tree, render
 from pairclf.runs.held_out import open_runs
-from pairclf.scores.metrics import measure, title, titled
+from pairclf.scores.figures import measure, title, titled
 from pairclf.task import Task
 
 CONFIG = "configs/demo/gemma2-tiny.yaml"
@@ -97,7 +97,7 @@ def blend_with_classical(config: Config, folder: Path) -> BlendReport:
     cross_validate(classical, resume=False)
     common = open_runs([output_of(config), folder])
     report = blend_runs(common)
-    for blends in render_blends(report, config.task):
+    for blends in render_blends(report):
         stdout.print(blends)
     write_ensemble(folder.parent / ENSEMBLE, report, common.runs)
     return report

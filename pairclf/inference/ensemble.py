@@ -24,14 +24,15 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pairclf.bundles.bundle import Bundle, open_bundle
-from pairclf.bundles.manifest import Manifest
-from pairclf.config import MAX_YAML, Config, Data, Section, checked, override, parse_yaml
+from pairclf.bundles.manifest import Manifest, mean_thresholds
+from pairclf.config import MAX_YAML, Config, Data, Section, Submission, checked, override, parse_yaml
 from pairclf.config.predict import Predict, Scale
 from pairclf.console import console
 from pairclf.errors import BundleError, ConfigError, cut, visible
 from pairclf.files import read_plain
 from pairclf.run import refuse_mixed_bundles
-from pairclf.scores.metrics import ONE_ORDER, Floats
+from pairclf.scores.figures import ONE_ORDER
+from pairclf.scores.metrics import Floats
 from pairclf.scores.probabilities import Calibration, Mean, blend, has_tie
 from pairclf.task import Task
 
@@ -75,7 +76,33 @@ class MemberFile(Section):
     share: float = Field(
         1.0, gt=0, le=1, description="part of the rows that it is for, the most uncertain; the first member takes all"
     )
-    gain: float | None = Field(None, ge=0, description="nats a row that it brings; null: by its place in the list")
+    swap_share: float = Field(
+        1.0, ge=0, le=1, description="part of its rows, the most uncertain, that it scores in both orders; 0: one order"
+    )
+    gain: float | None = Field(
+        None,
+        ge=0,
+        description="nats a row that it brings over those before it, on all rows, with its share; null: by its place "
+        "in the list, times share",
+    )
+
+
+class NestedFigures(Section):
+    """What a calibration or a blend is worth: log losses in nats a row, all on the same held-out rows."""
+
+    method: str = Field(description="of the calibration or the blend")
+    applied: bool = Field(True, description="whether the models' probabilities have it")
+    rows: int = Field(description="number of rows")
+    raw: float = Field(description="log loss without it; of a blend, of the best single run")
+    nested: float = Field(description="log loss of each row by a fit to rows of other folds, as new rows can expect")
+    flattering: float = Field(description="log loss of the fit on the rows that it was fitted to")
+    low: float | None = Field(None, description="lower bound of the 95% interval of raw - nested; null: not known")
+    high: float | None = Field(None, description="its upper bound")
+
+    @property
+    def gain(self) -> float:
+        """Nats a row that it gains on rows that it was not fitted to."""
+        return self.raw - self.nested
 
 
 class EnsembleFile(Section):
@@ -86,6 +113,9 @@ class EnsembleFile(Section):
     mean: Mean = Field("arithmetic", description="mean of the members' probabilities")
     out_of_fold: dict[str, float] = Field(
         default_factory=dict, description="metrics of the blend on held-out rows, as `pairclf blend` measured them"
+    )
+    nested: NestedFigures | None = Field(
+        None, description="what the blend or the calibration gains, as `blend` or `evaluate --calibrated` measured it"
     )
 
     @model_validator(mode="after")
@@ -108,8 +138,9 @@ class EnsembleMember:
         weight: in the blend.
         calibration: of its logits.
         share: fraction of the rows that it scores, the most uncertain ones.
-        gain_member: expected gain of its first order, in nats a row.
-        gain_swap: expected gain of its second order, in nats a row.
+        gain_member: expected gain of its first order with its share, in nats a row over all rows.
+        gain_swap: expected gain of its second order with its shares, in nats a row over all rows.
+        swap_share: fraction of its rows that it scores in both orders under `predict.swap=full`.
     """
 
     name: str
@@ -120,6 +151,7 @@ class EnsembleMember:
     share: float
     gain_member: float
     gain_swap: float
+    swap_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,6 +178,14 @@ class Ensemble:
     def data(self) -> Data:
         """What test files and submissions call their columns."""
         return self.members[0].bundle.config.data
+
+    @property
+    def submission(self) -> Submission:
+        """`data.submission`; a label whose threshold it does not set has the weighted mean of the members' ones."""
+        settings, members = self.data.settled_submission, self.members
+        manifests, weights = [entry.bundle.manifest for entry in members], [entry.weight for entry in members]
+        fitted = dict(zip(self.task.classes, mean_thresholds(manifests, weights), strict=False))
+        return settings.model_copy(update={"thresholds": fitted | settings.thresholds})
 
     @property
     def orders(self) -> int:
@@ -193,11 +233,12 @@ def open_ensemble(paths: Sequence[Path], base: Path | None, overrides: Sequence[
         )
     members = _told_apart([_open_member(entry, place, base, overrides) for place, entry in enumerate(file.members)])
     refuse_mixed_bundles([member.bundle for member in members])
-    task = _common_task(members)
+    task, settings = _common_task(members), _common_settings(members)
+    _refuse_idle_swap_shares(file, members, settings)
     prior = np.average(
         [entry.bundle.manifest.prior for entry in members], axis=0, weights=[entry.weight for entry in members]
     )
-    return Ensemble(members, file.temperature, task, _common_settings(members), prior, file.mean)
+    return Ensemble(members, file.temperature, task, settings, prior, file.mean)
 
 
 def read_ensemble(paths: Sequence[Path]) -> EnsembleFile:
@@ -253,10 +294,24 @@ def _open_member(entry: MemberFile, place: int, base: Path | None, overrides: Se
         weight=entry.weight,
         calibration=_calibration_of(entry, config),
         share=entry.share,
-        gain_member=default_gain if entry.gain is None else entry.gain,
+        swap_share=entry.swap_share,
+        # What was measured, was measured with the share; what is known for all rows counts in part.
+        gain_member=default_gain * entry.share if entry.gain is None else entry.gain,
         gain_swap=_gain_swap(config, bundle.manifest)
-        * (0.5 if place else 1.0),  # the mean already includes other models
+        * (0.5 if place else 1.0)  # the mean already includes other models
+        * (entry.share * entry.swap_share),
     )
+
+
+def _refuse_idle_swap_shares(file: EnsembleFile, members: Sequence[EnsembleMember], settings: Predict) -> None:
+    """Refuse a `swap_share` that changes nothing."""
+    for place, (entry, member) in enumerate(zip(file.members, members, strict=True)):
+        if entry.swap_share < 1 and (settings.swap != "full" or member.bundle.config.orders == 1):
+            why = f"predict.swap={settings.swap}" if settings.swap != "full" else "its rows have one order"
+            raise ConfigError(
+                f"members.{place}.swap_share={entry.swap_share:g} changes nothing: {why}",
+                remedy="remove it; or set predict.swap=full, where rows have two orders",
+            )
 
 
 def _calibration_of(entry: MemberFile, config: Config) -> Calibration:

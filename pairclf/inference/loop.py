@@ -151,7 +151,9 @@ class PredictionLoop:
         reporter: ProgressReporter = SILENT,
         unusable: Mapping[int, str] | None = None,
     ) -> None:
-        self.state = PredictionState([model.inputs for model in models], task, blender, swap)
+        self.state = PredictionState(
+            [model.inputs for model in models], task, blender, swap, [model.swap_share for model in models]
+        )
         self.planner = Planner(models, self.state, clock, swap=swap, budget=budget, stop=stop)
         self.result = PredictionResult(self.state)
         for member, why in (unusable or {}).items():

@@ -8,18 +8,15 @@ from typing import NamedTuple
 import numpy as np
 
 from pairclf.inference.messages import RowOrders
-from pairclf.inputs.plan import LAYOUTS, PLAIN, Layout, by_token_budget
+from pairclf.inputs.plan import DECIDED_ALONE, LAYOUTS, MAX_SHARING, PLAIN, Layout, by_token_budget
 from pairclf.inputs.sequences import Bools, Ints, SequenceIndex
-
-MAX_SHARING = 4
-"""A sequence takes at least its tokens, divided by this, of a batch's room, however few it does not share: kernels copy
-the keys of all that it sees."""
 
 
 class Workload(NamedTuple):
     """What forward passes compute: tokens, and the sum of squared sequence lengths; and their number.
 
-    Each token of a rationale is a pass, beside the batches' own.
+    Each token of a rationale is a pass over its batch, beside the batch's own; a share of the tokens is a pass over one
+    sequence.
     """
 
     tokens: float
@@ -114,8 +111,8 @@ class PendingSequences:
             lengths[index, list(orders)] = self.inputs.lengths[row, list(orders)]
         numbers = self.inputs.prefix_numbers[rows]
         tokens, squares = self.record.of_pass(lengths, self.inputs.shared[rows], self._prefixes[numbers])
-        once, written = self._prefixes[np.unique(numbers[lengths > 0])], int(np.count_nonzero(lengths))
-        passes = 1.0 + self.inputs.rationale * written
+        once = self._prefixes[np.unique(numbers[lengths > 0])]
+        passes = self._passes(1.0, int(np.count_nonzero(lengths)))
         return Workload(tokens + int(once.sum()), squares + int((once**2).sum()), passes)
 
     def workload_left(self, budget: int, rank: int | None = None) -> Workload:
@@ -123,8 +120,11 @@ class PendingSequences:
         pending, once = self._pending_mask(rank), self._prefixes
         tokens, squares = (float(by_row.sum()) for by_row in self._computed(pending))
         batches = self.batches_left(budget, rank)
-        passes = batches + float(self.inputs.rationale * np.count_nonzero(pending))
+        passes = self._passes(batches, int(np.count_nonzero(pending)))
         return Workload(tokens + batches * float(once.sum()), squares + batches * float((once**2).sum()), passes)
+
+    def _passes(self, batches: float, sequences: int) -> float:
+        return batches + self.inputs.rationale * (batches + DECIDED_ALONE * sequences)
 
     def batches_left(self, budget: int, rank: int | None = None) -> float:
         """About how many batches the pending sequences of a rank take."""
@@ -142,6 +142,13 @@ class PendingSequences:
         kept = np.zeros(self.rank.size, dtype=bool)
         kept[self.inputs.duplicate_of[rows].reshape(-1)] = True
         self.rank[~kept.reshape(self.rank.shape)] = 0
+        self.is_pending &= self.rank > 0
+
+    def restrict_second_to(self, rows: Ints) -> None:
+        """Drop the second order of all other rows, except sequences that a kept row is a duplicate of."""
+        kept = np.zeros(self.rank.size, dtype=bool)
+        kept[self.inputs.duplicate_of[rows].reshape(-1)] = True
+        self.rank[(self.rank == 2) & ~kept.reshape(self.rank.shape)] = 0
         self.is_pending &= self.rank > 0
 
     def mark_taken(self, batch: Iterable[RowOrders]) -> None:

@@ -41,8 +41,9 @@ class PlannedModel:
         cost: operations of a sequence.
         speed: operations a second of one worker, a first estimate.
         load_seconds: seconds to load the model, a first estimate.
-        gain, gain_swap: expected gain of the model and of its second order, in nats a row.
+        gain, gain_swap: expected gain of the model and of its second order with their shares, in nats a row over all.
         share: fraction of the rows that it scores, the most uncertain ones.
+        swap_share: fraction of these whose second order it scores, the most uncertain ones, where it scores both.
         approach: how it computes; speeds measured on one model are estimates for others of its approach alone.
     """
 
@@ -54,6 +55,7 @@ class PlannedModel:
     gain: float
     gain_swap: float
     share: float = 1.0
+    swap_share: float = 1.0
     approach: str = "finetune"
 
 
@@ -89,7 +91,7 @@ class Planner:
         """Index of the loaded model; -1: none yet."""
         self.unusable: set[int] = set()
         """Models that could not be loaded or killed their workers."""
-        self._orders = [orders_of(swap, member, model.inputs) for member, model in enumerate(models)]
+        self._orders = [orders_of(swap, member, model.inputs, model.swap_share) for member, model in enumerate(models)]
         self.pending_by_model = [
             PendingSequences(model.inputs, orders) for model, orders in zip(models, self._orders, strict=True)
         ]
@@ -100,6 +102,10 @@ class Planner:
         self._state = state
         self._clock = clock
         self._started: set[int] = set()
+        self._rows: dict[int, Ints] = {}
+        """By started model: the rows that it scores."""
+        self._has_second_rows = {member for member, model in enumerate(models) if model.swap_share in (0, 1)}
+        """Models for which the rows of the second order are known."""
         self._retries: list[tuple[RowOrders, ...]] = []
         self._queue: list[list[int]] = []
         self._queue_key: tuple[object, ...] = ()
@@ -126,10 +132,28 @@ class Planner:
         self.current, self._queue, self._retries, self._passes_since_plan = member, [], [], REPLAN_AFTER
         self.budget = self._initial_budget
         share, rows = self.models[member].share, len(self.pending_by_model[member])
-        if share < 1 and member not in self._started:
-            ranked = np.argsort(-self._state.uncertainty(member), kind="stable")
-            self.pending_by_model[member].restrict_to(ranked[: round(share * rows)])
+        if member not in self._started:
+            self._rows[member] = np.arange(rows)
+            if share < 1:
+                self._rows[member] = np.argsort(-self._state.uncertainty(member), kind="stable")[: round(share * rows)]
+                self.pending_by_model[member].restrict_to(self._rows[member])
         self._started.add(member)
+
+    def _choose_second_rows(self) -> None:
+        """Restrict the current model's second order to its share, once all first orders are known.
+
+        Uncertainty comes from first orders, and from the models before it: a resumed run selects the same rows.
+        """
+        member, pending = self.current, self.pending
+        if member in self._has_second_rows or self._retries or pending.rows_left(1).any():
+            return
+        rows, unscored = self._rows[member], (pending.rank == 1) & ~self._state.is_scored(member)
+        if any((row, order) not in self._state.failed[member] for row, order in np.argwhere(unscored).tolist()):
+            return  # a worker still has some
+        ranked = rows[np.argsort(-self._state.uncertainty_in_first_order(member)[rows], kind="stable")]
+        pending.restrict_second_to(ranked[: round(self.models[member].swap_share * len(rows))])
+        self._has_second_rows.add(member)
+        self._passes_since_plan = REPLAN_AFTER + 1
 
     # --- the plan --------------------------------------------------------------------------------------------------
 
@@ -152,9 +176,11 @@ class Planner:
             share = model.share if member not in self._started else 1.0
             for rank, gain in ((1, model.gain), (2, model.gain_swap)):
                 workload = pending.workload_left(self.budget, rank)
+                if rank == 2 and member not in self._has_second_rows:
+                    share *= model.swap_share
                 if workload.tokens and member not in self.unusable:
                     seconds = share * throughput.seconds(workload) * throughput.margin / self.num_workers
-                    candidates.append(CandidatePass(member, rank, seconds, load_seconds, gain * share))
+                    candidates.append(CandidatePass(member, rank, seconds, load_seconds, gain))
         return candidates
 
     def _throughput_of(self, member: int) -> ThroughputModel:
@@ -220,14 +246,18 @@ class Planner:
         Args:
             free_at: clock time at which a worker is expected to start on it.
         """
+        self._choose_second_rows()
         self._passes_since_plan += 1
         if self._passes_since_plan > REPLAN_AFTER:
             self.plan()
         if self._retries:
             return self._take(self._retries.pop())
-        if self.has_no_deadline:
-            return self._take(self._longest_rows(None))
         rank = 1 if self.pending.rows_left(1).any() else 2
+        is_chosen = self.current in self._has_second_rows
+        if rank == 2 and not is_chosen:
+            return ()  # the most uncertain rows are known when all first orders are
+        if self.has_no_deadline:
+            return self._take(self._longest_rows(None if is_chosen else 1))
         until = self.stop - reserved_seconds(self.planned_passes, self.current, rank)
         share = self._planned_share(rank)
         if rank == 1 and self._both_orders_in_time(until):
@@ -254,7 +284,7 @@ class Planner:
 
     def _both_orders_in_time(self, until: float) -> bool:
         """Whether both orders of all pending rows are in time if scored together; see `SLOWDOWN_MARGIN`."""
-        if self.swap != "full" or self._planned_share(2) < 1:
+        if self.swap != "full" or self.current not in self._has_second_rows or self._planned_share(2) < 1:
             return False
         seconds_left = until - self._clock()
         both = self.throughput.seconds(self.pending.workload_left(self.budget)) * self.throughput.margin

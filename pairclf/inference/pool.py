@@ -5,10 +5,11 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing import connection, forkserver, get_context
@@ -18,6 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from tempfile import gettempdir
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
 from pairclf.approaches.protocol import Assignment, Loader
@@ -221,7 +223,8 @@ class ProcessPool:
         process = self._context.Process(  # type: ignore[attr-defined]
             target=main, args=(number, theirs, self._load, self._clock), name=f"pairclf worker {number}", daemon=True
         )
-        process.start()
+        with _without_script():
+            process.start()
         theirs.close()  # so that our end reports EOF when the worker ends
         worker = _Worker(number, member, devices, process, ours, self._clock())
         Thread(target=_send_messages, args=(worker,), daemon=True).start()
@@ -307,6 +310,21 @@ class ProcessPool:
     def _terminate_all(self) -> None:
         for worker in list(self._workers.values()):
             self._terminate(worker)
+
+
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """Processes that are started within do not import the user's script.
+
+    multiprocessing imports the module `__main__` in each new process, so that a script without
+    `if __name__ == "__main__"` would run again in every worker. A worker needs nothing of it.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _items(job: Job, encoded: Sequence[tuple[Any, ...]]) -> list[Item]:

@@ -39,6 +39,7 @@ from pairclf.inference.ensemble import Ensemble, EnsembleMember, open_ensemble
 from pairclf.inference.journal import Journal
 from pairclf.inference.loop import PredictionLoop, PredictionResult, ProgressReporter, SubmissionOutput
 from pairclf.inference.messages import Clock
+from pairclf.inference.planner import PlannedModel
 from pairclf.inference.pool import ProcessPool
 from pairclf.inference.prepare import (
     PreparationTime,
@@ -51,7 +52,7 @@ from pairclf.inference.prepare import (
     warm_up_workers,
     worker_model_of,
 )
-from pairclf.inference.state import ORDERS_HINT, PredictionState, pass_name
+from pairclf.inference.state import ORDERS_HINT, PredictionState, orders_of, pass_name
 from pairclf.inference.submission import PREVIOUS_SUBMISSION, SubmissionWriter
 from pairclf.inputs.cache import RowDigest, RowSource
 from pairclf.inputs.plan import token_budget
@@ -124,7 +125,7 @@ def predict(
     check_paths(out, scores, data, sample, work)
     out = out or work / PRIVATE_SUBMISSION
     ensemble = open_ensemble(paths, base, overrides)
-    names = ensemble.data.settled_submission
+    names = ensemble.submission
     submission = SubmissionWriter(out, ensemble.task, sample, None, settings=names, clock=clock)
     with signals() as caught, submission.reporting_older(work):
         console.print(f"{out}: {describe_form(ensemble.task, sample, names)}")
@@ -297,7 +298,7 @@ def score_file(
         seconds = time_left.stop - time_left.clock()
         left = "" if seconds == float("inf") else f"; {format_duration(max(0, seconds))} for scoring"
         console.print(f"{placement.why}{left}")
-        console.print(_describe_sequences(prepared))
+        console.print(_describe_sequences(models, settings.swap))
         return loop.run(stop_signal=lambda: time_left.signals.received or 0, tick=TICK)
 
 
@@ -311,14 +312,15 @@ def _in_units(prepared: Sequence[Prepared], groups: Ints, budget: int) -> list[P
     return [in_units[id(rows)] for rows in prepared]
 
 
-def _describe_sequences(prepared: Sequence[Prepared]) -> str:
-    """The number of sequences, and of duplicates among them."""
-    inputs = prepared[0].inputs
-    rows, orders = inputs.lengths.shape
-    equal = inputs.duplicate_of.size - int(inputs.is_first.sum())
+def _describe_sequences(models: Sequence[PlannedModel], swap: str) -> str:
+    """The number of sequences that may be scored, and of duplicates among the first model's."""
+    used = [orders_of(swap, place, model.inputs, model.swap_share) for place, model in enumerate(models)]
+    sequences = models[0].inputs.duplicate_of[:, used[0]]
+    equal = sequences.size - len(np.unique(sequences))
+    orders = len({order for of_model in used for order in of_model})
     passes = f" in {orders} orders" if orders > 1 else ""
-    texts = f"{counted(rows, 'row')}{passes} for {counted(len(prepared), 'model')}"
-    return texts + (f"; {equal:,} of {rows * orders:,} inputs are duplicates, and scored once" if equal else "")
+    texts = f"{counted(len(sequences), 'row')}{passes} for {counted(len(models), 'model')}"
+    return texts + (f"; {equal:,} of {sequences.size:,} inputs are duplicates, and scored once" if equal else "")
 
 
 class _Bars(ExitStack):

@@ -162,6 +162,7 @@ def planned_model_of(
         gain=member.gain_member,
         gain_swap=member.gain_swap,
         share=member.share,
+        swap_share=member.swap_share,
         approach=member.bundle.config.approach,
     )
 

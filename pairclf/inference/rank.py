@@ -63,7 +63,7 @@ ROWS = "rows.parquet"
 """In the folder of tokens: the rows that are scored."""
 
 
-class _Contest(NamedTuple):
+class Contest(NamedTuple):
     """What is scored.
 
     Attributes:
@@ -125,21 +125,18 @@ def rank(
         raise ConfigError(f"--out {out}: a ranking's file ends in {', '.join(WRITERS)}", remedy="give another name")
     check_paths(out, None, data, None, work)
     ensemble = open_ensemble(paths, base, ["predict.swap=full", *overrides])
-    _check_kinds(ensemble, pairs)
+    check_kinds(ensemble, pairs)
     with signals() as caught:
         answers = read_answers(data, ensemble.task, ensemble.data.rules, ensemble.data.test.columns)
-        contest = _contest_of(ensemble, answers, pairs)
+        contest = contest_of(ensemble, answers, pairs)
         result = _score(contest, work, overrides, caught, clock, end, resume=resume) if len(contest.rows) else None
-        if contest.pointwise and result is not None:
-            table = ranking(answers, _rewards(contest, result.state), REWARD)
-        else:
-            table = ranking(answers, _strengths(answers, contest, result), STRENGTH)
+        table = ranking_of(answers, contest, None if result is None else result.state)
         write_ranking(out, table)
     _report(table, result, contest.rows["id"].to_list(), out, strict)
     return table
 
 
-def _check_kinds(ensemble: Ensemble, pairs: int | None) -> None:
+def check_kinds(ensemble: Ensemble, pairs: int | None) -> None:
     """Raise `ConfigError` unless all members score answers in the same way, which `pairs` goes with."""
     task, kinds = ensemble.task, {member.name: member.bundle.config.model.one_sided for member in ensemble.members}
     if not task.swappable:
@@ -158,7 +155,7 @@ def _check_kinds(ensemble: Ensemble, pairs: int | None) -> None:
         )
 
 
-def _contest_of(ensemble: Ensemble, answers: pl.DataFrame, pairs: int | None) -> _Contest:
+def contest_of(ensemble: Ensemble, answers: pl.DataFrame, pairs: int | None) -> Contest:
     """The rows to score, and the ensemble as it reads them: under our own names of columns."""
     task, prior = ensemble.task, ensemble.prior
     pointwise = ensemble.members[0].bundle.config.model.one_sided
@@ -171,11 +168,11 @@ def _contest_of(ensemble: Ensemble, answers: pl.DataFrame, pairs: int | None) ->
         data = config.data.model_copy(update={"test": Unlabelled()})
         bundle = replace(member.bundle, config=config.model_copy(update={"data": data}))
         members.append(replace(member, bundle=bundle))
-    return _Contest(replace(ensemble, members=tuple(members), task=task, prior=prior), rows)
+    return Contest(replace(ensemble, members=tuple(members), task=task, prior=prior), rows)
 
 
 def _score(
-    contest: _Contest, work: Path, overrides: Sequence[str], caught: Signals, clock: Clock, end: float, *, resume: bool
+    contest: Contest, work: Path, overrides: Sequence[str], caught: Signals, clock: Clock, end: float, *, resume: bool
 ) -> PredictionResult:
     """Score the rows, or take their scores from the journal."""
     ensemble, rows = contest.ensemble, contest.rows
@@ -199,7 +196,14 @@ def _score(
 # --- from logits to one number an answer -----------------------------------------------------------------------------
 
 
-def _rewards(contest: _Contest, state: PredictionState) -> pl.DataFrame:
+def ranking_of(answers: pl.DataFrame, contest: Contest, state: PredictionState | None) -> pl.DataFrame:
+    """The ranking of answers from the scores of a contest's rows; `state` is None where it has no rows."""
+    if contest.pointwise and state is not None:
+        return ranking(answers, _rewards(contest, state), REWARD)
+    return ranking(answers, _strengths(answers, contest, state), STRENGTH)
+
+
+def _rewards(contest: Contest, state: PredictionState) -> pl.DataFrame:
     """The rewards of different answers: the mean of the models that scored all answers of a prompt.
 
     Where none has, it is the first model's, as rewards of different models can't be compared.
@@ -219,12 +223,12 @@ def _rewards(contest: _Contest, state: PredictionState) -> pl.DataFrame:
     return rows.select("group", "answer", pl.Series(REWARD, sums / counts.sum(axis=0)))
 
 
-def _strengths(answers: pl.DataFrame, contest: _Contest, result: PredictionResult | None) -> pl.DataFrame:
+def _strengths(answers: pl.DataFrame, contest: Contest, state: PredictionState | None) -> pl.DataFrame:
     """The strengths of different answers, from the pairs that were scored; a prompt's only answer has strength 0."""
     table = answers.filter(pl.col("answer") == pl.col("same_as")).select("group", "answer")
-    if result is None:
+    if state is None:
         return table.with_columns(pl.lit(0.0).alias(STRENGTH))
-    rows, state = contest.rows, result.state
+    rows = contest.rows
     outcomes, is_scored = _outcomes(state.probabilities(), contest.ensemble.task), state.num_orders() > 0
     pairs = (
         rows.select("group", "first", "second").with_columns(row=pl.int_range(pl.len())).filter(pl.Series(is_scored))

@@ -1,25 +1,42 @@
-"""Models that stay loaded in their workers between the batches of an inference server."""
+"""Models that stay loaded in their workers between batches of rows, for the inference server and for `Judge`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import polars as pl
+
 from pairclf.approaches import approach_of
+from pairclf.bundles.bundle import verify_files
 from pairclf.console import counted
+from pairclf.data.audit import clean
+from pairclf.data.rows import rows_in_memory, to_rows
 from pairclf.errors import ModelError
 from pairclf.hardware import HEADROOM, process_memory
 from pairclf.inference.devices import Placement
 from pairclf.inference.ensemble import Ensemble, EnsembleMember
-from pairclf.inference.loop import MAX_DEATHS
+from pairclf.inference.loop import MAX_DEATHS, PredictionLoop, PredictionResult
 from pairclf.inference.messages import BatchScored, Clock, Event, Job, WorkerFailure, WorkerReady
 from pairclf.inference.pending import PendingSequences, Workload
 from pairclf.inference.planner import PlannedModel
 from pairclf.inference.pool import ProcessPool
-from pairclf.inference.prepare import costs_of, devices_of, placement_of, planned_model_of, worker_model_of
+from pairclf.inference.prepare import (
+    costs_of,
+    devices_of,
+    placement_of,
+    planned_model_of,
+    warm_up_workers,
+    worker_model_of,
+)
 from pairclf.inference.throughput import ThroughputModel
+from pairclf.inputs.plan import token_budget
 from pairclf.inputs.sequences import LargestPass, SequenceIndex
+
+TICK = 0.1
+"""Seconds between two looks at the clock."""
 
 
 def placement_of_all(ensemble: Ensemble) -> Placement:
@@ -190,3 +207,108 @@ class BatchPool:
     def close(self) -> None:
         for resident in self._resident:
             resident.pool.drop_queue()
+
+
+class ResidentEnsemble:
+    """All models of an ensemble, loaded in worker processes until `close`. Not thread-safe.
+
+    Each batch of rows is a small prediction, with the inputs, event loop, workers and blend of `pairclf predict`.
+
+    Args:
+        ensemble: the models.
+        overrides: those with which it was opened, for the workers.
+        clock: seconds; must be picklable, as workers use it too.
+
+    Attributes:
+        models: those of the ensemble, in its order.
+        placement: their devices.
+        budget: tokens of a forward pass.
+
+    Raises:
+        ModelError: the models don't fit into memory together.
+    """
+
+    def __init__(self, ensemble: Ensemble, overrides: Sequence[str], clock: Clock) -> None:
+        self._ensemble = ensemble
+        self._clock = clock
+        warm_up_workers(ensemble)
+        self.placement = placement_of_all(ensemble)
+        # Between passes each process keeps its memory for activations, so the models share one budget.
+        tokens = token_budget(ensemble.settings.tokens_per_batch, gpu=self.placement.gpu)
+        self.budget = max(1, tokens // len(ensemble.members))
+        self.models = [
+            ResidentModel(member, self.placement, overrides, self.budget, clock) for member in ensemble.members
+        ]
+        # In the background: Kaggle expects `serve()` within 15 minutes, and hashing 18 GB takes minutes.
+        pool = ThreadPoolExecutor(1)
+        self._verifications = [pool.submit(verify_files, member.bundle) for member in ensemble.members]
+        pool.shutdown(wait=False)
+        self._jobs_submitted = 0
+
+    def close(self) -> None:
+        """Terminate the workers."""
+        for model in self.models:
+            model.pool.close()
+
+    def wait_until_loaded(self, end: float) -> None:
+        """Wait until all bundles are verified and all models loaded, or until the clock time `end`; at once later on.
+
+        Raises:
+            BundleError: a file of a bundle was changed.
+        """
+        if not self._verifications:
+            return
+        for verification in self._verifications:
+            verification.result()
+        self._verifications = []
+        for model in self.models:
+            while not model.is_settled and self._clock() < end:
+                model.wait(TICK)
+
+    def encode(self, rows: pl.DataFrame, columns: Mapping[str, str | None] | None = None) -> list[SequenceIndex]:
+        """Encode a batch for each model; models with the same recipe share the encoding.
+
+        Args:
+            rows: with a column for each field of the task.
+            columns: how they are called; None: as `data.test.columns` of each model says.
+
+        Raises:
+            DataError: a column is missing.
+        """
+        by_recipe: dict[str, tuple[Sequence[tuple[Any, ...]], SequenceIndex]] = {}
+        for model in self.models:
+            if model.recipe not in by_recipe:
+                task, data = self._ensemble.task, model.member.bundle.config.data
+                names = data.test.columns if columns is None else columns
+                frame, _ = clean(rows_in_memory(rows, task, names), task, data.rules, labelled=False)
+                encoded = model.approach.encode(model.member.bundle, to_rows(frame, task))
+                by_recipe[model.recipe] = encoded, model.approach.index(encoded)
+            model.encoded[:] = by_recipe[model.recipe][0]
+        return [by_recipe[model.recipe][1] for model in self.models]
+
+    def score(self, inputs: Sequence[SequenceIndex], *, swap: str, stop: float = float("inf")) -> PredictionResult:
+        """Score the batch that was encoded last, in the orders of `swap`, until the clock time `stop`.
+
+        Raises:
+            PairclfError: no model can be loaded.
+        """
+        planned = [model.planned_model(index) for model, index in zip(self.models, inputs, strict=True)]
+        pool = BatchPool(self.models, self._jobs_submitted)
+        loop = PredictionLoop(
+            planned,
+            self._ensemble.task,
+            self._ensemble,
+            pool=pool,
+            clock=self._clock,
+            swap=swap,
+            budget=self.budget,
+            stop=stop,
+        )
+        try:
+            result = loop.run(tick=TICK)
+        finally:
+            self._jobs_submitted = pool.next_number
+        for model, throughput in zip(self.models, loop.planner.throughput_by_model, strict=True):
+            if throughput.is_fitted:
+                model.speed, model.is_measured = throughput.speed, True
+        return result

@@ -5,8 +5,6 @@
 
 Each batch is a small prediction with the inputs, event loop, workers and blend of `pairclf predict`. The differences:
 workers keep their models between batches, and the number of rows is not known in advance.
-
-In a script, create it under `if __name__ == "__main__"`: worker processes import the script.
 """
 
 from __future__ import annotations
@@ -14,27 +12,22 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from pairclf.bundles.bundle import verify_files
 from pairclf.console import console, counted
-from pairclf.data.audit import clean
-from pairclf.data.rows import in_memory, rows_in_memory, to_rows
+from pairclf.data.rows import in_memory
 from pairclf.data.submission import answer, can_fill
 from pairclf.errors import ConfigError, DataError, PairclfError
 from pairclf.inference.deadline import format_duration
 from pairclf.inference.ensemble import Ensemble, open_ensemble
-from pairclf.inference.loop import PredictionLoop, PredictionResult
+from pairclf.inference.loop import PredictionResult
 from pairclf.inference.messages import Clock
-from pairclf.inference.prepare import warm_up_workers
-from pairclf.inference.resident import BatchPool, ResidentModel, placement_of_all
+from pairclf.inference.resident import ResidentEnsemble
 from pairclf.inference.state import orders_of
-from pairclf.inputs.plan import token_budget
 from pairclf.inputs.sequences import Ints, SequenceIndex
 from pairclf.scores.metrics import Floats
 from pairclf.task import HIDDEN_ROWS
@@ -51,9 +44,6 @@ RESERVED_SHARE = 0.2
 
 REMAINING_MARGIN = 1.25
 """Safety factor for the estimated time of the remaining rows."""
-
-TICK = 0.1
-"""Seconds between two looks at the clock."""
 
 MAX_REPORTED_ROWS = 5
 """Failed rows that are reported by id, at most."""
@@ -100,30 +90,18 @@ class Server:
         self._strict = strict
         self._ensemble = open_ensemble(members, base, overrides)
         _check_shares(self._ensemble)
-        warm_up_workers(self._ensemble)
-        placement = placement_of_all(self._ensemble)
-        members_count, settings = len(self._ensemble.members), self._ensemble.settings
-        # Between passes each process keeps its memory for activations, so the models share one budget.
-        self._budget = max(1, token_budget(settings.tokens_per_batch, gpu=placement.gpu) // members_count)
-        self._swap = settings.swap
-        self._resident = [
-            ResidentModel(member, placement, overrides, self._budget, clock) for member in self._ensemble.members
-        ]
-        # In the background: Kaggle expects `serve()` within 15 minutes, and hashing 18 GB takes minutes.
-        pool = ThreadPoolExecutor(1)
-        self._verifications = [pool.submit(verify_files, member.bundle) for member in self._ensemble.members]
-        pool.shutdown(wait=False)
-        self._jobs_submitted = 0
+        self._resident = ResidentEnsemble(self._ensemble, overrides, clock)
+        self._swap = self._ensemble.settings.swap
         self._counts: Counter[str] = Counter(dict.fromkeys(("rows", "both", "one", "priors", "failed", "batches"), 0))
         self._seconds_spent = 0.0
         self._lost: set[str] = set()
-        models, time_limit = counted(members_count, "model"), format_duration(seconds)
-        console.print(f"serving {models}: {placement.why}; {time_limit} for {counted(rows, 'row')}")
+        models, time_limit = counted(len(self._ensemble.members), "model"), format_duration(seconds)
+        allowed = f"at most {time_limit} for {counted(rows, 'row')}"
+        console.print(f"serving {models}: {self._resident.placement.why}; {allowed}")
 
     def close(self) -> None:
         """Terminate the workers."""
-        for resident in self._resident:
-            resident.pool.close()
+        self._resident.close()
 
     def report(self) -> dict[str, float]:
         """Statistics so far: `rows`, scored in `both` orders, in `one`, or with the prior (`priors`); `failed` rows;
@@ -158,7 +136,7 @@ class Server:
         self._counts.update(rows=len(rows), batches=1, both=int((orders > 1).sum()), one=int((orders == 1).sum()))
         self._counts.update(priors=int((orders == 0).sum()))
         self._seconds_spent += self._clock() - start
-        return answer(rows[row_id], probabilities, task, sample, self._ensemble.data.settled_submission)
+        return answer(rows[row_id], probabilities, task, sample, self._ensemble.submission)
 
     @property
     def _row_id(self) -> str:
@@ -170,7 +148,7 @@ class Server:
             frame
             for frame in others
             if hasattr(frame, "columns")
-            and can_fill(list(frame.columns), self._ensemble.task, self._ensemble.data.settled_submission)
+            and can_fill(list(frame.columns), self._ensemble.task, self._ensemble.submission)
         )
         sample = next(tables, None)
         return None if sample is None else in_memory(sample)
@@ -181,14 +159,14 @@ class Server:
 
     def _score(self, rows: pl.DataFrame) -> tuple[Floats, Ints]:
         """Probabilities `(N, C)`, and the number of orders behind each row, `(N,)`."""
-        self._wait_for_models()
+        self._resident.wait_until_loaded(min(self._clock() + FIRST_SECONDS, self._end))
         start = self._clock()
-        inputs = self._encode(rows)
+        inputs = self._resident.encode(rows)
         stop, swap = self._plan(inputs, start)
         if stop <= self._clock():
             return self._priors(len(rows))
         try:
-            result = self._score_batch(inputs, stop, swap)
+            result = self._resident.score(inputs, swap=swap, stop=stop)
         except PairclfError as error:
             if self._strict:
                 raise
@@ -196,30 +174,6 @@ class Server:
             return self._priors(len(rows))
         self._report_failures(rows[self._row_id], result)
         return result.state.probabilities(), result.state.num_orders()
-
-    def _wait_for_models(self) -> None:
-        """Before the first batch: wait until the bundles are verified and the models loaded."""
-        if not self._verifications:
-            return
-        for verification in self._verifications:
-            verification.result()
-        self._verifications = []
-        end = min(self._clock() + FIRST_SECONDS, self._end)
-        for resident in self._resident:
-            while not resident.is_settled and self._clock() < end:
-                resident.wait(TICK)
-
-    def _encode(self, rows: pl.DataFrame) -> list[SequenceIndex]:
-        """Encode the rows for each model; models with the same recipe share the encoding."""
-        by_recipe: dict[str, tuple[Sequence[tuple[Any, ...]], SequenceIndex]] = {}
-        for resident in self._resident:
-            if resident.recipe not in by_recipe:
-                task, data = self._ensemble.task, resident.member.bundle.config.data
-                frame, _ = clean(rows_in_memory(rows, task, data.test.columns), task, data.rules, labelled=False)
-                encoded = resident.approach.encode(resident.member.bundle, to_rows(frame, task))
-                by_recipe[resident.recipe] = encoded, resident.approach.index(encoded)
-            resident.encoded[:] = by_recipe[resident.recipe][0]
-        return [by_recipe[resident.recipe][1] for resident in self._resident]
 
     def _plan(self, inputs: Sequence[SequenceIndex], began: float) -> tuple[float, str]:
         """Clock time at which this batch's scoring ends, and `predict.swap` for it.
@@ -229,11 +183,12 @@ class Server:
         remaining time but at least by the first model. Unused time is left to later batches, which may get both orders
         again.
         """
+        models, budget = self._resident.models, self._resident.budget
         limit = min(began + (1 - RESERVED_SHARE) * self._batch_seconds, self._end)
         rows, served = len(inputs[0].lengths), self._counts["rows"]
         expected = mean = 0.0
-        for member, (resident, index) in enumerate(zip(self._resident, inputs, strict=True)):
-            workload = resident.add_batch(index, orders_of(self._swap, member, index), self._budget)
+        for member, (resident, index) in enumerate(zip(models, inputs, strict=True)):
+            workload = resident.add_batch(index, orders_of(self._swap, member, index), budget)
             if resident.is_measured:  # others have not scored anything yet, or are lost
                 expected += resident.seconds(workload)
                 mean += resident.seconds(resident.total_workload) / (served + rows)
@@ -242,35 +197,11 @@ class Server:
         if shortage <= 1:
             return limit, self._swap
         swap = "split" if self._swap == "split" else "off"
-        if len(self._resident) == 1:  # one order of one model is the minimum
+        if len(models) == 1:  # one order of one model is the minimum
             return limit, swap
         share_of_time = expected / shortage
-        first = self._resident[0].seconds(
-            self._resident[0].workload(inputs[0], orders_of(swap, 0, inputs[0]), self._budget)
-        )
+        first = models[0].seconds(models[0].workload(inputs[0], orders_of(swap, 0, inputs[0]), budget))
         return min(limit, began + max(share_of_time, REMAINING_MARGIN * first)), swap
-
-    def _score_batch(self, inputs: Sequence[SequenceIndex], stop: float, swap: str) -> PredictionResult:
-        models = [resident.planned_model(index) for resident, index in zip(self._resident, inputs, strict=True)]
-        pool = BatchPool(self._resident, self._jobs_submitted)
-        loop = PredictionLoop(
-            models,
-            self._ensemble.task,
-            self._ensemble,
-            pool=pool,
-            clock=self._clock,
-            swap=swap,
-            budget=self._budget,
-            stop=stop,
-        )
-        try:
-            result = loop.run(tick=TICK)
-        finally:
-            self._jobs_submitted = pool.next_number
-        for resident, throughput in zip(self._resident, loop.planner.throughput_by_model, strict=True):
-            if throughput.is_fitted:
-                resident.speed, resident.is_measured = throughput.speed, True
-        return result
 
     def _report_failures(self, ids: pl.Series, result: PredictionResult) -> None:
         for name, why in result.lost_models.items():

@@ -32,9 +32,10 @@ def pass_name(model: str, order: int, orders: int) -> str:
     return f"{model} {ORDER_NAMES[order]}" if orders > 1 else model
 
 
-def orders_of(swap: str, member: int, inputs: SequenceIndex) -> tuple[int, ...]:
-    """The orders that a model scores under `predict.swap`, the first one first; one order if the task can't swap."""
-    if swap == "off" or inputs.lengths.shape[1] == 1:
+def orders_of(swap: str, member: int, inputs: SequenceIndex, swap_share: float = 1.0) -> tuple[int, ...]:
+    """The orders that a model scores under `predict.swap`, the first one first; one order if the task can't swap, or
+    if no row is to have both (`swap_share`)."""
+    if swap == "off" or swap_share == 0 or inputs.lengths.shape[1] == 1:
         return (AB,)
     if swap == "split":
         return (AB,) if member % 2 == 0 else (BA,)
@@ -49,13 +50,21 @@ class PredictionState:
         task: its swap maps the second order's columns to the first order's.
         blender: calibrations, weights and the prior.
         swap: `predict.swap`. Logits of other orders are ignored, even if a duplicate of theirs was scored.
+        swap_shares: part of each model's rows that have both orders; None: 1.
     """
 
-    def __init__(self, inputs: Sequence[SequenceIndex], task: Task, blender: Blender, swap: str) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[SequenceIndex],
+        task: Task,
+        blender: Blender,
+        swap: str,
+        swap_shares: Sequence[float] | None = None,
+    ) -> None:
         self._inputs = inputs
         self._orders_used = [
-            np.isin(np.arange(index.duplicate_of.shape[1]), orders_of(swap, member, index))
-            for member, index in enumerate(inputs)
+            np.isin(np.arange(index.duplicate_of.shape[1]), orders_of(swap, member, index, swap_share))
+            for member, (index, swap_share) in enumerate(zip(inputs, swap_shares or [1.0] * len(inputs), strict=True))
         ]
         self._task = task
         self._blender = blender
@@ -102,16 +111,29 @@ class PredictionState:
         fewest = np.where(counts > 0, counts, len(ORDER_NAMES)).min(axis=0)
         return np.where(counts.any(axis=0), fewest, 0)
 
-    def model_probabilities(self, member: int) -> Floats:
-        """`(N, C)`: the mean of the scored orders, un-swapped; NaN if none is scored."""
-        return mean_of_orders(self.logits(member), self._task, self._blender.calibrations[member])
+    def model_probabilities(self, member: int, order: int | None = None) -> Floats:
+        """`(N, C)`: the mean of the scored orders, un-swapped, or one order's alone; NaN if none is scored."""
+        logits = self.logits(member)
+        if order is not None:
+            logits = np.where((np.arange(logits.shape[1]) == order)[:, None], logits, np.nan)
+        return mean_of_orders(logits, self._task, self._blender.calibrations[member])
 
-    def probabilities(self, members: int | None = None) -> Floats:
-        """`(N, C)`, every row finite: the blend of all scores so far, or of the first `members` models alone."""
-        per_member = [self.model_probabilities(member) for member in range(len(self._inputs))]
+    def probabilities(self, members: int | None = None, order: int | None = None) -> Floats:
+        """`(N, C)`, every row finite: the blend of all scores so far, of the first `members` models alone, or of one
+        order alone."""
+        per_member = [self.model_probabilities(member, order) for member in range(len(self._inputs))]
         if members is not None:
             per_member[members:] = [np.full_like(per_member[0], np.nan)] * (len(per_member) - members)
         return self._blender.blend(per_member)
+
+    def uncertainty_in_first_order(self, member: int) -> Floats:
+        """`(N,)` nats: the entropy of the blend of the models up to this one, which counts in its first order alone."""
+        per_model = [self.model_probabilities(earlier) for earlier in range(member)]
+        first = self.logits(member)
+        first[:, 1:] = np.nan
+        per_model.append(mean_of_orders(first, self._task, self._blender.calibrations[member]))
+        per_model += [np.full_like(per_model[0], np.nan)] * (len(self._inputs) - member - 1)
+        return entropy_of(self._blender.blend(per_model), multi_label=self._task.multi_label)
 
     def uncertainty(self, members: int | None = None) -> Floats:
         """`(N,)` nats: the entropy of `probabilities`."""

@@ -219,13 +219,27 @@ def token_cache(
         processes: that tokenise at the same time; none: one a core, or one for few rows.
     """
     source = rows if isinstance(rows, RowSource) else RowSource.of(rows, fields)
-    made_from = {"format": FORMAT, "fields": list(fields), "data": source.digest, "tokenizer": tokenizer.fingerprint}
-    place = folder / hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+    made_from = _made_from(source, tokenizer, fields)
+    place = _place(folder, made_from)
     if not _is_sound(place, source.rows):
         with locked(folder / f".{place.name}.lock"):  # several folds may be started at once
             if not _is_sound(place, source.rows):
                 _replace(place, made_from, source, tokenizer, fields, processes=processes)
     return TokenCache(place, fields)
+
+
+def find_cache(folder: Path, source: RowSource, tokenizer: TurnTokenizer, fields: Sequence[str]) -> TokenCache | None:
+    """The cache of these rows, if `token_cache` built it before; None: there is none that can be used."""
+    place = _place(folder, _made_from(source, tokenizer, fields))
+    return TokenCache(place, fields) if _is_sound(place, source.rows) else None
+
+
+def _made_from(source: RowSource, tokenizer: TurnTokenizer, fields: Sequence[str]) -> dict[str, Any]:
+    return {"format": FORMAT, "fields": list(fields), "data": source.digest, "tokenizer": tokenizer.fingerprint}
+
+
+def _place(folder: Path, made_from: dict[str, Any]) -> Path:
+    return folder / hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
 
 
 def _is_sound(place: Path, rows: int) -> bool:

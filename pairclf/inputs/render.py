@@ -78,7 +78,7 @@ class InputBuilder:
     """Row -> `Encoded` in order AB, and BA where the task can swap.
 
     Args:
-        tokenizer: a fast tokenizer of transformers.
+        tokenizer: a fast tokenizer of transformers, or the one of the library tokenizers that it is made of.
         task: the fields and what a swap exchanges.
         inputs: budget, wording and cuts. A template for chat models is put into the tokenizer's chat template here,
             unless `settle_template` did so before.
@@ -364,16 +364,28 @@ class InputBuilder:
 
     def assemble(self, row: TokenisedRow, row_id: str) -> tuple[Encoded, ...]:
         """The second half of `encode`: cut, and splice in each order."""
-        examples = [self._examples[number] for number in self._choose(row_id, row)]
-        before = [self._before(row, source, examples) for source in self._orders.values()]
-        room = self._inputs.max_length - _size(self._outer) - max(map(len, before))
-        rounds, dropped = self._by_rounds(row, room) if self._round else self._by_sides(row, room)
+        before = self._before(row, row_id)
+        rounds, dropped = self._visible(row, before)
         return tuple(
             self._splice(rounds, dropped, source, ids)
             for source, ids in zip(self._orders.values(), before, strict=True)
         )
 
-    def _before(self, row: TokenisedRow, source: Mapping[str, str], examples: Sequence[tuple[Ids, ...]]) -> Ids:
+    def lost(self, row: TokenisedRow, row_id: str) -> dict[str, int]:
+        """Tokens that `assemble` cuts away, by field."""
+        return self._visible(row, self._before(row, row_id))[1]
+
+    def _before(self, row: TokenisedRow, row_id: str) -> list[Ids]:
+        """A row's examples in each order."""
+        examples = [self._examples[number] for number in self._choose(row_id, row)]
+        return [self._mirrored(row, source, examples) for source in self._orders.values()]
+
+    def _visible(self, row: TokenisedRow, before: Sequence[Ids]) -> tuple[list[_Round], dict[str, int]]:
+        """What is seen of a row behind its examples, and the tokens that each field loses."""
+        room = self._inputs.max_length - _size(self._outer) - max(map(len, before))
+        return self._by_rounds(row, room) if self._round else self._by_sides(row, room)
+
+    def _mirrored(self, row: TokenisedRow, source: Mapping[str, str], examples: Sequence[tuple[Ids, ...]]) -> Ids:
         """The examples before a row in an order: mirrored ones where the first side is the greater by its tokens."""
         if not examples:
             return _NOTHING

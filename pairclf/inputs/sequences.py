@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from pairclf.inputs.render import BRANCH, RATIONALE, TEMPLATE, Encoded
@@ -171,6 +173,35 @@ def shared_start(left: Ids, right: Ids) -> int:
     size = min(len(left), len(right))
     differing = left[:size] != right[:size]
     return int(differing.argmax()) if differing.any() else size
+
+
+def common_starts(sequences: Sequence[Ids]) -> tuple[Ints, int]:
+    """What sequences begin with that at least `PREFIX_SHARE` of them begin with, by their ids alone.
+
+    Returns:
+        Tokens of each sequence's common start, `(N,)`, and the tokens of all these starts, each counted once.
+    """
+    many, starts = max(2, math.ceil(PREFIX_SHARE * len(sequences))), np.zeros(len(sequences), dtype=np.int64)
+    if len(sequences) < many:
+        return starts, 0
+    # Sorted, what the first and the last of so many begin with, those between them begin with too.
+    order = sorted(range(len(sequences)), key=lambda index: sequences[index].astype(">u4").tobytes())
+    firsts, lasts = order[: len(order) - many + 1], order[many - 1 :]
+    ends = [
+        min(shared_start(sequences[first], sequences[last]), len(sequences[first]) - 1, len(sequences[last]) - 1)
+        for first, last in zip(firsts, lasts, strict=True)
+    ]
+    windows = pl.Series([end if end >= MIN_SHARED_TOKENS else 0 for end in ends] + [0] * (many - 1))
+    starts[order] = np.minimum(
+        windows.rolling_max(many, min_samples=1).to_numpy(), [len(sequences[at]) - 1 for at in order]
+    )
+    before: Ids = np.zeros(0, dtype=np.int32)
+    once = 0
+    for at in order:
+        start = sequences[at][: starts[at]]
+        once += len(start) - shared_start(before, start)
+        before = start if len(start) else before
+    return starts, once
 
 
 def _shared_by(orders: Sequence[Encoded]) -> int:

@@ -160,9 +160,19 @@ class TurnTokenizer:
         return [token for part in encoded for token in part.ids]
 
 
+def bare_tokenizer(text: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, without transformers, which takes seconds to import.
+
+    Raises:
+        ModelError: it can't be read.
+    """
+    with _whose_failures_are_its_own():
+        return Tokenizer.from_str(text)
+
+
 def _fast(tokenizer: Any) -> Tokenizer:
-    """The tokenizer of the library tokenizers that one of transformers is made of."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    """The tokenizer of the library tokenizers that one of transformers is made of; or it is one."""
+    backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ModelError(
             f"{type(tokenizer).__name__} is not a fast tokenizer", remedy="use a base model that has a tokenizer.json"

@@ -1,4 +1,4 @@
-"""`check`: list the problems in data files and what `data.rules` does about each; write the cleaned rows."""
+"""`check` and `convert`: list the problems in data files and what `data.rules` does about each; write cleaned rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 
 from pairclf.config import Config, Source, load_config, override, resolve
 from pairclf.console import console, counted
-from pairclf.data.audit import Finding, audit, clean, exclude_overlap, note_absent_classes, write_audit
-from pairclf.data.formats import existing, expand
+from pairclf.data.audit import Finding, audit, clean, exclude_overlap, note_absent_classes, note_changes, write_audit
+from pairclf.data.formats import column_names, existing, expand
+from pairclf.data.preferences import FORMATS, entry, recognise, why_not
 from pairclf.data.rows import read_rows, write_rows
 from pairclf.errors import ConfigError
 from pairclf.files import check_file_target
-from pairclf.task import TASKS
+from pairclf.task import TASKS, Task
 
 
 def config_of(task: str, overrides: Sequence[str]) -> Config:
@@ -75,6 +76,29 @@ def check(
     return findings
 
 
+def convert(files: Sequence[Path], config: Config, to: Path) -> int:
+    """Write files as one with the task's columns, after `data.rules`; returns the number of rows.
+
+    Args:
+        files: labelled files or globs; read as `check` reads them.
+        config: its `task`, `data` and `folds.group` are used.
+        to: .csv, .parquet or .jsonl.
+
+    Raises:
+        DataError: a file can't be read, or rows break a rule whose action is `error`.
+    """
+    named = expand(files)
+    check_file_target(to)
+    if to.resolve() in {path.resolve() for path in named}:
+        raise ConfigError(f"{to} would be overwritten", remedy="give --to another name")
+    group = config.folds.group
+    read = read_rows(_sources(named, config, [], [], labelled=True), config.task, labelled=True, group=group)
+    rows, findings = clean(read, config.task, config.data.rules, labelled=True)
+    note_changes(findings)
+    write_rows(to, rows, config.task, group)
+    return len(rows)
+
+
 def refuses(finding: Finding) -> bool:
     """Whether this finding stops a training."""
     return finding.action == "error" and finding.count > 0
@@ -94,14 +118,18 @@ def _sources(
 ) -> list[Source]:
     """The sources of the files: the config's own if it names the file, otherwise one with the task's columns.
 
-    Test files have the columns of `data.test`.
+    A public preference set is read in its format, and the entry for a config is printed. Test files have the columns
+    of `data.test`.
     """
     plain = Source(files=[Path()]) if labelled else config.data.unlabelled(Path())
     plain = plain.model_copy(update={"ignore_columns": config.data.ignore_columns})
     files_by_source = [(source, {path.resolve() for path in existing(source.files)}) for source in config.data.sources]
 
     def source_of(path: Path) -> Source:
-        return next((source for source, files in files_by_source if path.resolve() in files), plain)
+        own = next((source for source, files in files_by_source if path.resolve() in files), None)
+        if own or (name := _recognised(path, config)) is None:
+            return own or plain
+        return plain.model_copy(update={"format": name, "id_prefix": f"{name}-"})
 
     sources = []
     for source, group in groupby(paths, source_of):
@@ -110,3 +138,22 @@ def _sources(
         changes = {"files": list(group), "ignore_columns": ignored, "exclude_overlap": excluded}
         sources.append(source.model_copy(update=changes))
     return sources
+
+
+def _recognised(path: Path, config: Config) -> str | None:
+    """The format of a file that has no columns of the task, but those of a public preference set.
+
+    Prints the entry for a config; of a file with the columns of another preset, the name of that task.
+    """
+    columns, task = {*column_names(path)}, config.task
+    others = [name for name, record in TASKS.items() if _columns_of(record.task) <= columns]
+    if others and not _columns_of(task) <= columns:
+        console.print(f"{path} has the columns of --task {others[0]}")
+    name = None if {*task.fields} <= columns or why_not(task) else recognise([*columns])
+    if name is not None:
+        console.print(f"{path} looks like {name} ({FORMATS[name].page}). To train on it:\n{entry(path, name)}")
+    return name
+
+
+def _columns_of(task: Task) -> set[str]:
+    return {"id", *task.fields, *([task.label_column] if task.label_column else task.classes)}

@@ -28,7 +28,7 @@ from pairclf.config import Lora, Model
 from pairclf.console import console
 from pairclf.errors import ModelError, cut
 from pairclf.model import attention
-from pairclf.model.families import Family, class_of, family_of, has_encoder_alone
+from pairclf.model.families import Family, class_of, family_of, has_encoder_alone, idle_modules
 from pairclf.model.precision import keep_in_float32
 from pairclf.trust import granted
 
@@ -40,6 +40,10 @@ _UNREADABLE = (
     *(AssertionError, SafetensorError, StrictDataclassError),
 )
 """The exceptions that transformers raises for files with nonsense in them: nearly all kinds."""
+
+
+_REPORTERS = ("modeling_utils", "distributed.tensor_parallel")
+"""Modules of transformers that tell of the weights that were loaded."""
 
 
 def pick_device() -> torch.device:
@@ -178,6 +182,8 @@ def load_base(
     if device.type == "cpu":
         _keep_full_precision(loaded)
     loaded.requires_grad_(model.lora is None and not quantized)
+    for module in family.idle(loaded):  # weight decay would shrink what has no gradient
+        module.requires_grad_(False)
     return loaded
 
 
@@ -287,14 +293,19 @@ def _load_strictly(loader: Any, source: str, **options: Any) -> nn.Module:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Within, transformers prints no table of the weights that a model leaves in its files: an LM head, a decoder."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Within, transformers prints no table of the weights that a model leaves in its files: an LM head, a decoder.
+
+    At that level it (5.23) compares weights with its plan of tensor parallelism, and lists all that are not split.
+    """
+    loggers = [logging.getLogger(f"transformers.{name}") for name in _REPORTERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _keep_full_precision(loaded: nn.Module) -> None:
@@ -342,8 +353,8 @@ def add_adapters(base: nn.Module, lora: Lora) -> nn.Module:
             f"model.lora: {type(base).__name__} has no linear module, which is all that gets an adapter",
             remedy="set model.lora=null, or use another base",
         )
-    idle = family_of(base.config).idle  # type: ignore[arg-type]
-    linear = [name for name in every if not idle(name)]
+    idle = idle_modules(base)
+    linear = [name for name in every if base.get_submodule(name) not in idle]
     leaves = {name.rsplit(".", 1)[-1] for name in linear}
     targets = sorted(leaves) if lora.target_modules == "all-linear" else lora.target_modules
     if unknown := sorted(set(targets) - leaves):

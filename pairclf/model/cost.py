@@ -17,7 +17,7 @@ from pairclf.bundles.base import resolve_base
 from pairclf.bundles.bundle import Bundle
 from pairclf.config import Config, Model
 from pairclf.model.backbone import LINEAR, empty_model, layer_number, read_settings, weight_files
-from pairclf.model.families import Family, family_of, text_settings
+from pairclf.model.families import Family, family_of, idle_modules, text_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,14 @@ class Cost:
         trained: the part of `linear` whose weights are trained.
         reached: the part of the layers, from 0 to 1, that a backward pass goes through: it ends at the first trained
             weight, so that layers below the first adapter need none.
+        layers: of the model.
     """
 
     linear: float
     quadratic: float
     trained: float
     reached: float
+    layers: int
 
     def of(self, lengths: ArrayLike) -> float:
         """Operations of a forward pass over sequences of these lengths."""
@@ -69,6 +71,7 @@ def cost_of_model(backbone: nn.Module) -> Cost:
         quadratic=4.0 * pairs * layers * width,
         trained=2.0 * sum(count_weights(layer) for layer in linears if layer.weight.requires_grad),
         reached=1 - first / layers,
+        layers=layers,
     )
 
 
@@ -86,7 +89,8 @@ def linear_layers(backbone: nn.Module) -> list[Any]:
     """The linear modules of a backbone that compute every token of a row, GPT-2's `Conv1D` among them."""
     family = family_of(backbone.config)  # type: ignore[arg-type]
     linear = [(name, module) for name, module in backbone.named_modules() if isinstance(module, LINEAR)]
-    return [module for name, module in linear if not (family.once_a_row(name) or family.idle(name))]
+    idle = idle_modules(backbone)
+    return [module for name, module in linear if module not in idle and not family.once_a_row(name)]
 
 
 def count_weights(linear: nn.Linear | Conv1D) -> int:

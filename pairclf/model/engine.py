@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 
 from pairclf.bundles.base import resolve_base
-from pairclf.config import Config
+from pairclf.config import Config, Train
 from pairclf.errors import ModelError
+from pairclf.inputs.builder import builder_for
 from pairclf.inputs.sequences import Item
 from pairclf.model.attention import NAME, AttentionCalls, recording_calls, why_not_packed
 from pairclf.model.backbone import (
@@ -25,14 +27,14 @@ from pairclf.model.backbone import (
     require_safetensors,
 )
 from pairclf.model.batch import BackboneInputs
-from pairclf.model.families import REMEDY, class_of, family_of, states_settings
-from pairclf.model.inputs import builder_for, with_pooling
+from pairclf.model.families import REMEDY, class_of, family_of, require_pooling, states_settings
+from pairclf.model.inputs import with_pooling
 from pairclf.model.isolation import isolation_of
 from pairclf.model.layouts import BATCH_LAYOUTS, layout_of
 from pairclf.model.lm_head import lm_head_of
 from pairclf.model.positions import first_position, moved, require_positions
 from pairclf.model.precision import in_float32
-from pairclf.model.rationale import RationaleWriter, writer_of
+from pairclf.model.rationale import RationaleWriter, filled_layers, writer_of
 from pairclf.model.readout import POOLINGS, READOUTS, BaseParts, Head, pooled
 from pairclf.model.trim import reading_at
 
@@ -60,8 +62,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.family = family_of(backbone.config)  # type: ignore[arg-type]
         pooling = pooling or self.family.poolings[0]
-        if pooling not in self.family.poolings:
-            raise ModelError(f"model.pooling={pooling} is none of the base's: {', '.join(self.family.poolings)}")
+        require_pooling(backbone.config, pooling)  # type: ignore[arg-type]
         self.backbone = backbone
         self.head = head
         self.dtype = dtype
@@ -77,8 +78,17 @@ class Classifier(nn.Module):
             inputs: `Batch.inputs`, and so on.
             read_at: `(S,)`.
             lengths: `(S,)`.
-            trim: compute the last layer at the read tokens alone; for evaluation, and where `why_not_trimmed` is None.
+            trim: compute the last layer at the read tokens alone, where `why_not_trim` is None; the others have no say
+                in a logit, nor in a gradient.
         """
+        with reading_at(self.backbone, self._place(read_at, lengths)) if trim else nullcontext():
+            hidden = self._hidden(inputs, self.family.states)
+        states = hidden[0] if trim else pooled(self.pooling, hidden, read_at, lengths)
+        logits: Tensor = self.head(states)
+        return logits
+
+    def _hidden(self, inputs: BackboneInputs, states: Callable[[nn.Module, BackboneInputs], Tensor]) -> Tensor:
+        """Hidden states of a batch's inputs, by `states` of the backbone and what it is given of them."""
         topology = inputs.get("topology")
         layout = layout_of(inputs)
         if why := self.why_not(layout):
@@ -88,16 +98,13 @@ class Classifier(nn.Module):
             keywords = {name: value for name, value in inputs.items() if name != "topology"}
         # The same autocast in training, validation and the notebook, whoever calls.
         with (
-            torch.autocast(read_at.device.type, self.dtype, enabled=self.dtype != torch.float32),
-            reading_at(self.backbone, self._place(read_at, lengths)) if trim else nullcontext(),
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
             recording_calls(calls) if topology is not None else nullcontext(),
         ):
-            hidden = self.family.states(self.backbone, moved(keywords, self.first_position))
+            hidden = states(self.backbone, moved(keywords, self.first_position))
         if topology is not None:
             self._require_topology_received(calls, layout)
-        states = hidden[0] if trim else pooled(self.pooling, hidden, read_at, lengths)
-        logits: Tensor = self.head(states)
-        return logits
+        return hidden
 
     def _place(self, read_at: Tensor, lengths: Tensor) -> Tensor:
         """`(S,)`: places of the tokens that are read, where the pooling reads one a sequence."""
@@ -105,12 +112,27 @@ class Classifier(nn.Module):
         assert place is not None
         return place(read_at, lengths)
 
-    def with_rationales(self, items: Sequence[Item]) -> list[Item]:
-        """The items with rationales in place of their marks; with nothing to write, as they are."""
+    def with_rationales(self, items: Sequence[Item], layout: str) -> list[Item]:
+        """The items of a pass in this layout, with rationales in place of their marks if there is a writer."""
         if (writer := self.writer) is None:
             return list(items)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return [item._replace(ids=writer.completed(self.backbone, item.ids)) for item in items]
+
+        def read(inputs: BackboneInputs, cache: DynamicCache | None) -> Tensor:
+            if cache is None:
+                return self._hidden(inputs, self.family.states)
+            return self._hidden(inputs, partial(_extended, cache=cache))
+
+        return writer.completed(read, items, BATCH_LAYOUTS[layout].lay_out)
+
+    @torch.inference_mode()
+    def cached_bytes(self) -> int:
+        """Bytes of a token's keys and values, which are kept while a rationale is written; 0: none is."""
+        if self.writer is None:
+            return 0
+        cache, token = DynamicCache(), torch.ones(1, 1, dtype=torch.long, device=self.device)
+        inputs: BackboneInputs = {"input_ids": token, "attention_mask": token, "position_ids": token - 1}
+        self._hidden(inputs, partial(_extended, cache=cache))
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled_layers(cache))
 
     @contextmanager
     def computing_in_float32(self) -> Iterator[None]:
@@ -154,9 +176,22 @@ class Classifier(nn.Module):
             return f"model.pooling={self.pooling} reads every token"
         return self.family.refuses.get("trim") or self.isolation.trimmed
 
+    def trims_training(self, train: Train) -> bool:
+        """Whether passes of a training, too, compute the last layer at the read tokens alone.
+
+        A layer whose activations are recomputed is run again in backward, when nobody hands it those tokens.
+        """
+        return not train.gradient_checkpointing and self.why_not_trim(train.layout) is None
+
     @property
     def device(self) -> torch.device:
         return next(self.head.parameters()).device
+
+
+def _extended(backbone: nn.Module, inputs: BackboneInputs, cache: DynamicCache) -> Tensor:
+    """Hidden states of tokens behind those of a cache, which takes them up."""
+    states: Tensor = backbone(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+    return states
 
 
 def build(config: Config, device: torch.device) -> Classifier:
@@ -186,19 +221,22 @@ def require_base(config: Config, settings: PretrainedConfig) -> None:
         ModelError: its weights are pickles, or its rows can't lie as `train.layout` says.
     """
     require_safetensors(resolve_base(config.model.base))
-    layout, family = config.train.layout, family_of(settings)
-    kind = class_of(settings)
-    why = family.refuses.get(layout)
-    if kind is not None and BATCH_LAYOUTS[layout].topology and (mixes := why_not_packed(kind, settings)):
-        why = why or f"{kind.__name__} {mixes}"
-    if config.trains and why:
-        raise _layout_error(config, why, ["padded"])
+    family, kind = family_of(settings), class_of(settings)
+    mixes = None if kind is None else why_not_packed(kind, settings)
+
+    def why_not(layout: str) -> str | None:
+        if (why := family.refuses.get(layout)) or kind is None or mixes is None:
+            return why
+        return f"{kind.__name__} {mixes}" if BATCH_LAYOUTS[layout].topology else None
+
+    if config.trains and (why := why_not(config.train.layout)):
+        raise _layout_error(config, why, [name for name in BATCH_LAYOUTS if why_not(name) is None])
 
 
 def _layout_error(config: Config, why: str, legal: Sequence[str]) -> ModelError:
     return ModelError(
         f"train.layout={config.train.layout} does not go with model.base={config.model.base}: {why}",
-        remedy=f"set train.layout={legal[-1]}" if legal else "use another base",
+        remedy=f"set train.layout={' or '.join(legal)}" if legal else "use another base",
     )
 
 
@@ -258,5 +296,5 @@ def build_frozen(
     classifier = Classifier(backbone, head, dtype, config.model.pooling)
     if config.rationale:
         source = resolve_base(config.model.base, base)
-        classifier.writer = writer_of(source, backbone, parts.lm_head("prompt.rationale"), dtype)
+        classifier.writer = writer_of(source, backbone, parts.lm_head("prompt.rationale"), dtype, classifier.isolation)
     return classifier

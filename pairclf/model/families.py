@@ -51,7 +51,7 @@ class Family(NamedTuple):
         float32_layers: names of linear layers that are stored and computed in float32, always.
         unread: prefixes within the names of weights that are in the files and not in the model.
         once_a_row: whether a module, by its name, computes one token of a row and not all of them.
-        idle: whether it computes none, as it reads images.
+        idle: the parts of a model without a say in any state, such as those that read images: they are not trained.
         refuses: what it can't be combined with, and why: names of layouts and readouts, `trim`, `vllm`, `label_words`.
     """
 
@@ -68,7 +68,7 @@ class Family(NamedTuple):
     float32_layers: tuple[str, ...] = ()
     unread: tuple[str, ...] = ("lm_head.",)
     once_a_row: Callable[[str], bool] = lambda name: False
-    idle: Callable[[str], bool] = lambda name: False
+    idle: Callable[[nn.Module], list[nn.Module]] = lambda backbone: []
 
 
 def _is_decoder(settings: PretrainedConfig) -> bool:
@@ -154,8 +154,37 @@ def _decodes(name: str) -> bool:
     return in_decoder and not re.search(r"\.(EncDecAttention|cross_attn)\.(k|v|k_proj|v_proj)\b", name)
 
 
-def _sees(name: str) -> bool:
-    return re.search(r"\b(vision_tower|multi_modal_projector)\b", name) is not None
+def _beside_text(backbone: nn.Module) -> list[nn.Module]:
+    """What stands beside the text model of a multimodal one."""
+    model: Any = backbone
+    if model.config.get_text_config() is model.config:
+        return []
+    text: nn.Module = model.get_decoder()
+    holders = {id(module) for module in backbone.modules() if any(inner is text for inner in module.modules())}
+    inside = {id(module) for module in text.modules()}
+    children = [child for holder in backbone.modules() if id(holder) in holders - inside for child in holder.children()]
+    return [child for child in children if id(child) not in holders]
+
+
+_IMAGES = r"\b(vision_tower|multi_modal_projector)$"
+_OWN_KEYS = r"\bdecoder\..*\.(SelfAttention\.[qk]|self_attn\.[qk]_proj)$"
+
+
+def _idle_of_encoder_decoder(backbone: nn.Module) -> list[nn.Module]:
+    """What T5Gemma 2's encoder has for images; and queries and keys of a decoder that sees its start token alone.
+
+    Of one key the softmax is 1, whatever the scores: a gradient there is rounding noise, which AdamW makes steps of.
+    In T5Gemma 2, the keys of the text stand beside that one.
+    """
+    model_type: Any = backbone.config.model_type  # type: ignore[union-attr]
+    idle = _IMAGES if model_type == "t5gemma2" else _OWN_KEYS
+    return [module for name, module in backbone.named_modules() if re.search(idle, name)]
+
+
+def idle_modules(backbone: nn.Module) -> set[nn.Module]:
+    """All modules within the parts that have no say in any state (`Family.idle`)."""
+    parts = family_of(backbone.config).idle(backbone)  # type: ignore[arg-type]
+    return {module for part in parts for module in part.modules()}
 
 
 def has_encoder_alone(settings: PretrainedConfig) -> bool:
@@ -178,6 +207,7 @@ FAMILIES: dict[str, Family] = {
         float32=False,
         states=_decoder_states,
         refuses={},
+        idle=_beside_text,
     ),
     "encoder": Family(
         matches=_is_encoder,
@@ -198,6 +228,7 @@ FAMILIES: dict[str, Family] = {
             "label_words": "an encoder does not tell the next token",
             "reward": _ALONE,
         },
+        idle=_beside_text,
     ),
     "encoder_decoder": Family(
         matches=lambda settings: settings.model_type in ENCODER_DECODERS and settings.is_encoder_decoder,
@@ -218,7 +249,7 @@ FAMILIES: dict[str, Family] = {
         # Its output is beyond float16's largest number: https://github.com/huggingface/transformers/issues/20287
         float32_layers=("wo",),
         once_a_row=_decodes,
-        idle=_sees,
+        idle=_idle_of_encoder_decoder,
     ),
     "text_encoder": Family(
         matches=lambda settings: settings.model_type in ENCODER_DECODERS and not settings.is_encoder_decoder,
@@ -241,6 +272,22 @@ FAMILIES: dict[str, Family] = {
         unread=("lm_head.", "decoder."),
     ),
 }
+
+
+def require_pooling(settings: PretrainedConfig, pooling: str) -> None:
+    """Do nothing if a model of this config can be read by `model.pooling`.
+
+    Raises:
+        ModelError: it can't.
+    """
+    legal = family_of(settings).poolings
+    if settings.is_encoder_decoder and has_encoder_alone(settings):
+        legal = (*legal, "mean")  # of which `read_settings` makes a config without a decoder
+    if pooling not in legal:
+        raise ModelError(
+            f"model.pooling={pooling} is none of the base's: {', '.join(legal)}",
+            remedy=f"set model.pooling={' or '.join(legal)}, or remove it",
+        )
 
 
 def decoder_layers(settings: Any) -> int:

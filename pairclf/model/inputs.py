@@ -10,16 +10,17 @@ from transformers import PretrainedConfig
 from pairclf.bundles.base import resolve_base
 from pairclf.bundles.bundle import Bundle
 from pairclf.bundles.examples import read_examples
-from pairclf.config import Config
+from pairclf.config import Config, Model
+from pairclf.config.section import choices
 from pairclf.errors import ModelError
+from pairclf.inputs.builder import builder_for
 from pairclf.inputs.cache import EncodedRows, Frames, TokenCache, token_cache
-from pairclf.inputs.examples import require_room, with_examples
-from pairclf.inputs.labels import LabelTrie, label_trie
+from pairclf.inputs.examples import with_examples
 from pairclf.inputs.render import InputBuilder
 from pairclf.inputs.tokenise import add_line_break, settle_template
 from pairclf.model.backbone import load_tokenizer, read_settings
-from pairclf.model.families import Family, family_of
-from pairclf.run import output_of
+from pairclf.model.families import Family, family_of, require_pooling
+from pairclf.run import tokens_of
 
 
 class Opened(NamedTuple):
@@ -50,7 +51,7 @@ def open_inputs(config: Config) -> Opened:
     tokenizer = load_tokenizer(source)
     settings = read_settings(source, config.model.pooling)
     family, embeddings = family_of(settings), settings.get_text_config().vocab_size
-    _require_legal(config, family)
+    _require_legal(config, settings)
     add_line_break(tokenizer, embeddings)
     settled = _settled(config, family, tokenizer)
     builder = builder_for(settled, tokenizer)
@@ -59,18 +60,16 @@ def open_inputs(config: Config) -> Opened:
     return Opened(settled, tokenizer, builder, settings)
 
 
-def _require_legal(config: Config, family: Family) -> None:
-    """Raises `ModelError` where the family has no such pooling or readout."""
-    model = config.model
-    if model.pooling is not None and model.pooling not in family.poolings:
-        raise ModelError(
-            f"model.pooling={model.pooling} is none of the base's: {', '.join(family.poolings)}",
-            remedy=f"set model.pooling={family.poolings[0]}, or remove it",
-        )
+def _require_legal(config: Config, settings: PretrainedConfig) -> None:
+    """Raises `ModelError` where the base's family has no such pooling or readout."""
+    model, family = config.model, family_of(settings)
+    if model.pooling is not None:
+        require_pooling(settings, model.pooling)
     if why := family.refuses.get(model.readout):
+        legal = [name for name in choices(Model.model_fields["readout"].annotation) if name not in family.refuses]
         raise ModelError(
             f"model.readout={model.readout} does not go with model.base={model.base}: {why}",
-            remedy="set model.readout=head, or give a decoder as model.base",
+            remedy=f"set model.readout={' or '.join(legal)}, or give a decoder as model.base",
         )
     if model.label_words and (why := family.refuses.get("label_words")):
         raise ModelError(f"model.label_words: {why}", remedy="remove model.label_words")
@@ -116,8 +115,9 @@ def with_pooling(config: Config, family: Family) -> Config:
 
 def run_cache(config: Config, builder: InputBuilder, frames: Frames) -> TokenCache:
     """The token cache of a canonical table, in the run's folder or where `data.cache_dir` says."""
-    folder = config.data.cache_dir or output_of(config) / "tokens"
-    return token_cache(folder, frames, builder.tokenizer, config.task.fields, processes=config.inputs.num_proc)
+    return token_cache(
+        tokens_of(config), frames, builder.tokenizer, config.task.fields, processes=config.inputs.num_proc
+    )
 
 
 def encoded_rows(config: Config, builder: InputBuilder, frame: pl.DataFrame) -> EncodedRows:
@@ -129,30 +129,3 @@ def builder_of(bundle: Bundle) -> InputBuilder:
     """The input builder with the bundle's own tokenizer, recipe and examples."""
     builder = builder_for(bundle.config, load_tokenizer(str(bundle.files.tokenizer)))
     return with_examples(bundle.config, builder, read_examples(bundle))
-
-
-def builder_for(config: Config, tokenizer: Any) -> InputBuilder:
-    """The input builder of a config with this tokenizer, which shows no examples yet.
-
-    Raises:
-        ConfigError: as `InputBuilder`; a label word can't follow the text; or examples have no room.
-    """
-    builder = InputBuilder(
-        tokenizer,
-        config.task,
-        config.inputs,
-        one_sided=config.model.one_sided and not config.is_pointwise,
-        example=config.prompt.template,
-        rationale=config.rationale,
-        trigger=config.prompt.answer_trigger,
-    )
-    if config.model.scored_words:
-        builder = builder.continued_by(trie_of(config, builder).nodes)
-    require_room(config, builder)
-    return builder
-
-
-def trie_of(config: Config, builder: InputBuilder) -> LabelTrie:
-    """The tokens of `model.label_words` where they are read, in the order of the classes; or of yes and no."""
-    words = {name: config.model.scored_words[name] for name in config.answers}
-    return label_trie(builder, words, decoded=config.model.pooling == "decoder")

@@ -30,6 +30,7 @@ from pairclf.inputs.plan import LAYOUTS, SQUARE_FROM
 from pairclf.inputs.sequences import Item, LargestPass, with_branches
 from pairclf.model.device_memory import memory_now, memory_to_have, peak_memory
 from pairclf.model.layouts import BATCH_LAYOUTS
+from pairclf.model.rationale import MAX_CACHED
 from pairclf.model.scoring import ClassifierScorer, evaluating
 
 HEAP_LARGEST = 1 << 25
@@ -67,7 +68,7 @@ class Footprint:
     Attributes:
         before: its peak so far, loading included.
         held: memory between passes: model, libraries, rows.
-        live: tensors alive at once in the largest pass.
+        live: tensors alive at once in the largest pass, and what rationales are written with.
         heap: fragmentation of C's heap, on a CPU.
         available: memory available to the process.
     """
@@ -110,7 +111,8 @@ def footprint(scorer: ClassifierScorer, largest: LargestPass, *, processes: int 
     tensors = _tensors(scorer, largest)
     at_once = memory_to_have(device, processes) * USABLE_SHARE[device.type]
     heap = HEAP_HOLES * tensors.largest if device.type == "cpu" else 0.0
-    return Footprint(peak_memory(device), memory_now(device), round(tensors.live), round(heap), round(at_once))
+    live = tensors.live + MAX_CACHED * largest.tokens * scorer.classifier.cached_bytes()
+    return Footprint(peak_memory(device), memory_now(device), round(live), round(heap), round(at_once))
 
 
 def fitting_budget(scorer: ClassifierScorer, largest: LargestPass, *, processes: int = 1) -> int:

@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from pairclf.config import Config
 from pairclf.errors import ModelError, quoted
+from pairclf.inputs.builder import trie_of
 from pairclf.inputs.labels import LabelTrie
 from pairclf.inputs.render import InputBuilder
-from pairclf.model.inputs import trie_of
 from pairclf.model.lm_head import LmHead, afterwards
 from pairclf.task import Task
 
@@ -32,8 +32,8 @@ class LinearHead(nn.Linear):
 
     branches = 1
 
-    def __init__(self, hidden_size: int, classes: int) -> None:
-        super().__init__(hidden_size, classes, dtype=torch.float32)
+    def __init__(self, hidden_size: int, classes: int, *, bias: bool = True) -> None:
+        super().__init__(hidden_size, classes, bias=bias, dtype=torch.float32)
         _start_small(self)
 
     def forward(self, state: Tensor) -> Tensor:
@@ -72,7 +72,8 @@ class TwoLayerHead(nn.Module):
 def _start_small(last: nn.Linear) -> None:
     """The first logits are near zero and the first loss is near log C."""
     nn.init.normal_(last.weight, std=0.02)
-    nn.init.zeros_(last.bias)
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)
 
 
 HEADS: dict[str, type[LinearHead] | type[TwoLayerHead]] = {"linear": LinearHead, "two_layer": TwoLayerHead}
@@ -95,6 +96,7 @@ class LabelTokenHead(nn.Module):
         branches: K; C * K by label.
         measures_mass: the logits of a row are not those, but the logarithm of how likely some label is; by label, of
             how likely some answer is behind each.
+        answers_apart: in training, and by label, the logits are `(R, C, 2)`, those of yes and no.
         prior: `(C,)`, log-probabilities that are taken off the labels' logits (`prompt.calibration`).
         vocabulary: the whole LM head: a logit is then the label's log-probability over the vocabulary. None: a token is
             as likely as it is among the labels' tokens at its place; if there is one place, a logit is the LM's own.
@@ -117,6 +119,7 @@ class LabelTokenHead(nn.Module):
         self.out_features = classes
         self.branches = len(trie.nodes) * (classes if by_label else 1)
         self.measures_mass = False
+        self.answers_apart = False
         self.vocabulary: LmHead | None = None
         self._finish = finish
         self._trie = trie
@@ -129,6 +132,8 @@ class LabelTokenHead(nn.Module):
         if self.measures_mass:
             return logits.logsumexp(dim=1).view(-1, classes)
         if self._by_label:
+            if self.training and self.answers_apart:
+                return logits.view(-1, classes, 2)
             yes, no = logits.unbind(dim=1)
             logits = (yes - no).view(-1, classes)
         return logits - self.prior
@@ -232,13 +237,16 @@ Head = LinearHead | TwoLayerHead | LabelTokenHead | RewardHead
 
 @contextmanager
 def over_vocabulary(head: LabelTokenHead, lm_head: LmHead, *, mass: bool = False) -> Iterator[None]:
-    """Within, a label's logit is its log-probability over the whole vocabulary; or the head measures their mass."""
+    """Within, a label's logit is its log-probability over the whole vocabulary; or the head measures their mass.
+
+    In training, and by label, yes and no have such a logit each: their difference would not tell how likely both are.
+    """
     before, head.vocabulary = head.vocabulary, lm_head.on(head.weight.device)
-    head.measures_mass = mass
+    head.measures_mass, head.answers_apart = mass, not mass
     try:
         yield
     finally:
-        head.vocabulary, head.measures_mass = before, False
+        head.vocabulary, head.measures_mass, head.answers_apart = before, False, False
 
 
 # --- the readouts ----------------------------------------------------------------------------------------------------
@@ -317,11 +325,13 @@ def _label_token_head(
     return LabelTokenHead(hidden_size, classes, afterwards(settings), trie, by_label=config.by_label)
 
 
+def _head(config: Config, size: int) -> LinearHead | TwoLayerHead:
+    classes = len(config.task.classes)
+    return HEADS[config.model.head](size, classes) if config.model.head_bias else LinearHead(size, classes, bias=False)
+
+
 READOUTS: dict[str, Readout] = {
-    "head": Readout(
-        make=lambda config, size, settings, builder: HEADS[config.model.head](size, len(config.task.classes)),
-        start=_start_from_words,
-    ),
+    "head": Readout(make=lambda config, size, settings, builder: _head(config, size), start=_start_from_words),
     "label_tokens": Readout(_label_token_head, _start_from_tokens, _attach_vocabulary),
     "reward": Readout(make=_reward_head),
 }

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pairclf.console import counted, progress
 from pairclf.errors import ModelError
-from pairclf.inputs.plan import LAYOUTS, by_token_budget, token_budget
+from pairclf.inputs.plan import LAYOUTS, MAX_SHARING, by_token_budget, token_budget
 from pairclf.inputs.render import Encoded
-from pairclf.inputs.sequences import Item
+from pairclf.inputs.sequences import Item, common_starts
 from pairclf.model.engine import Classifier
 from pairclf.model.layouts import BATCH_LAYOUTS
 from pairclf.scores.metrics import Floats
@@ -53,11 +53,13 @@ class ClassifierScorer:
     """
 
     def __init__(self, classifier: Classifier, layout: str = "auto") -> None:
-        if layout != "auto" and (why := classifier.why_not(layout)):
-            raise ModelError(f"predict.layout={layout}: {why}", remedy="set predict.layout=auto")
         refused = {name: classifier.why_not(name) for name in LAYOUTS}
-        self.classifier = classifier
         legal = [name for name, why in refused.items() if why is None]
+        if layout != "auto" and (why := refused[layout]):
+            raise ModelError(
+                f"predict.layout={layout}: {why}", remedy=f"set predict.layout={' or '.join(['auto', *legal])}"
+            )
+        self.classifier = classifier
         if not legal:
             raise ModelError(f"no layout is legal: {refused['shared']}", remedy="use another base")
         self.layout = layout if layout != "auto" else legal[0]
@@ -84,7 +86,7 @@ class ClassifierScorer:
     def launch(self, items: Sequence[Item]) -> Tensor:
         """Raw logits `(R, C)` on the device. A GPU may still be computing; the next batch can be launched meanwhile."""
         with evaluating(self.classifier):
-            batch = self._lay_out(self.classifier.with_rationales(items)).to(self.classifier.device)
+            batch = self._lay_out(self.classifier.with_rationales(items, self.layout)).to(self.classifier.device)
             logits: Tensor = self.classifier(batch.inputs, batch.read_at, batch.lengths, trim=self.trim)
         return logits
 
@@ -172,17 +174,25 @@ def score(
 
 
 def _batches(items: Sequence[Item], layout: str, budget: int) -> list[list[int]]:
-    """Indices of the items of each forward pass; the orders of a row stay together where the layout wants it."""
+    """Indices of the items of each forward pass; the orders of a row stay together where the layout wants it.
+
+    Where the layout computes once what many sequences begin with, such as examples, it counts once, as in a prediction.
+    """
     record, rows = LAYOUTS[layout], dict[int, list[int]]()
     for index, item in enumerate(items):
         rows.setdefault(item.row if record.together else index, []).append(index)
-    units = list(rows.values())
-    sizes = [
-        int(record.sizes(np.array(record.computed([len(items[index].ids) for index in unit]))).sum()) for unit in units
-    ]
+    units, once = list(rows.values()), 0
+    if record.shares:
+        starts, once = common_starts([item.ids for item in items])
+        lengths = np.array([len(item.ids) for item in items])
+        own = np.maximum(lengths - starts, -(-lengths // MAX_SHARING))
+        sizes = [int(own[unit].sum()) for unit in units]
+    else:
+        computed = [record.computed([len(items[index].ids) for index in unit]) for unit in units]
+        sizes = [int(record.sizes(np.array(lengths)).sum()) for lengths in computed]
     return [
         [index for unit in members for index in units[unit]]
-        for members in by_token_budget(sizes, budget, padded=record.pads)
+        for members in by_token_budget(sizes, max(1, budget - once), padded=record.pads)
     ]
 
 

@@ -82,7 +82,8 @@ def reading_at(backbone: nn.Module, read_at: Tensor) -> Iterator[None]:
     tokens instead of all, and its attention the keys and values of all (`attention.attend`).
 
     Args:
-        backbone: one that `why_not_trimmed` has nothing against, with adapters or without, in evaluation.
+        backbone: one that `why_not_trimmed` has nothing against, with adapters or without; none that recomputes its
+            activations.
         read_at: `(R,)` places in the one row of a batch that has a topology.
     """
     config: Any = backbone.config

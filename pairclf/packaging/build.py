@@ -35,7 +35,7 @@ from pairclf.files import (
     write_text,
 )
 from pairclf.hardware import MACHINES
-from pairclf.inference.ensemble import Ensemble, EnsembleFile, open_ensemble, read_ensemble
+from pairclf.inference.ensemble import Ensemble, EnsembleFile, NestedFigures, open_ensemble, read_ensemble
 from pairclf.packaging.build_record import BUILD, Build, PackedBundle, identity_of, own_note, write_build
 from pairclf.packaging.install_check import check_wheels_suffice
 from pairclf.packaging.metadata import (
@@ -55,8 +55,9 @@ from pairclf.packaging.own_files import shipped
 from pairclf.packaging.payload import seal, split
 from pairclf.packaging.secret_search import refuse_secrets
 from pairclf.packaging.wheelhouse import Wheelhouse, fill_wheelhouse
-from pairclf.run import out_of_fold_metric
-from pairclf.scores.metrics import titled
+from pairclf.run import mean_over_folds, out_of_fold_metric
+from pairclf.scores.calibration import FLATTERING, NESTED
+from pairclf.scores.figures import titled
 from pairclf.task import Task, competition, hidden_rows
 from pairclf.trust import REMOTE_CODE, granted
 
@@ -181,6 +182,13 @@ def _check_shares(ensemble: Ensemble, settings: Package) -> None:
                 where=settings.ensemble,
                 remedy="set share: 1, or package.kernel_type=notebook",
             )
+        if settings.kernel_type == "server" and member.swap_share < 1:
+            raise PackagingError(
+                f"members.{place}.swap_share={member.swap_share:g} chooses orders by the uncertainty of all rows, and "
+                "package.kernel_type=server gets them in batches",
+                where=settings.ensemble,
+                remedy="remove it, or package.kernel_type=notebook",
+            )
 
 
 def _fill_bundles(folder: Path, models: _PackagedModels) -> list[str]:
@@ -296,7 +304,7 @@ def _existing(path: Path | None) -> Path | None:
 
 def _prior(ensemble: Ensemble, sample: Path | None) -> dict[str, str]:
     """`{column: text}` of a row that could not be scored, for every column that a sample submission may have."""
-    task, settings = ensemble.task, ensemble.data.settled_submission
+    task, settings = ensemble.task, ensemble.submission
     row = scores_frame(["row"], np.atleast_2d(ensemble.prior), task, orders=1, models=[])
     forms = possible_forms(task, settings) if sample is None else [open_sample(sample, task, settings)[0]]
     cells = {
@@ -342,10 +350,11 @@ def _record(
         requirements=wheels.requirements,
         config=_run_name(config, models),
         out_of_fold=_out_of_fold(models),
+        nested=_nested(models),
         test=None if data.test_file is None else data.test_file.resolve(),
         sample=None if data.sample_file is None else data.sample_file.resolve(),
         columns=models.ensemble.data.test.columns,
-        submission=models.ensemble.data.settled_submission,
+        submission=models.ensemble.submission,
     )
 
 
@@ -355,6 +364,21 @@ def _out_of_fold(models: _PackagedModels) -> float | None:
     if metric in models.file.out_of_fold:
         return models.file.out_of_fold[metric]
     return out_of_fold_metric(list(models.bundles.values()), metric)
+
+
+def _nested(models: _PackagedModels) -> NestedFigures | None:
+    """What the blend or calibration of the file gains; without one, what a temperature would gain that is not set."""
+    if models.file.nested is not None:
+        return models.file.nested
+    bundles = list(models.bundles.values())
+    found = [mean_over_folds(bundles, name) for name in ("log_loss", NESTED, FLATTERING)]
+    known = [round(value, 6) for value in found if value is not None]
+    if len(known) < len(found):
+        return None
+    raw, nested, flattering = known
+    rows = sum(int(bundle.manifest.metrics["rows"]) for bundle in bundles)
+    figures = {"raw": raw, "nested": nested, "flattering": flattering}
+    return NestedFigures(method="temperature", applied=False, rows=rows, **figures)
 
 
 def _run_name(config: Config, models: _PackagedModels) -> str:

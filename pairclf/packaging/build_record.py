@@ -25,6 +25,7 @@ from pairclf.files import (
     write_private,
     write_text,
 )
+from pairclf.inference.ensemble import NestedFigures
 from pairclf.packaging.metadata import (
     KERNEL,
     KERNEL_METADATA,
@@ -69,6 +70,7 @@ class Build(Section):
     requirements: dict[str, list[str]] = Field(description="project==version that is installed, by Python")
     config: str = Field(description="name of the run: its folder below runs/; or of the bundles' folders")
     out_of_fold: float | None = Field(None, description="the task's metric over the rows of all folds; null: not known")
+    nested: NestedFigures | None = Field(None, description="what calibration or blend gain; null: not known")
     test: Path | None = Field(None, description="test file to rehearse with; null: not known")
     sample: Path | None = Field(None, description="its sample submission")
     columns: dict[str, str | None] = Field({}, description="data.test.columns of the bundles")

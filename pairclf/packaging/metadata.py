@@ -19,7 +19,7 @@ from pydantic import Field
 
 from pairclf.config import Package, Section
 from pairclf.errors import ConfigError, PackagingError
-from pairclf.hardware import MACHINES, RETIRED
+from pairclf.hardware import MACHINES, REFUSED_MACHINES
 from pairclf.inference.deadline import seconds_until
 
 Payload = Literal["bundle", "wheels"]
@@ -179,8 +179,8 @@ def _rules(package: Package) -> Iterator[tuple[str, bool, str]]:
         "has five parts, owner/model/framework/instance/version, and the version is a number; or two, owner/slug",
     )
     shape = package.machine_shape
-    if shape in RETIRED:
-        yield "machine_shape", False, f"is {RETIRED[shape]}; there are {', '.join(MACHINES)}"
+    if shape in REFUSED_MACHINES:
+        yield "machine_shape", False, f"is {REFUSED_MACHINES[shape]}; there are {', '.join(MACHINES)}"
     else:
         yield "machine_shape", shape in MACHINES, f"is none of {', '.join(MACHINES)}{_nearest(shape, MACHINES)}"
     as_model = package.bundles_as == "model"

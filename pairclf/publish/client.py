@@ -7,6 +7,7 @@ the credentials; they are neither stored nor printed.
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import threading
@@ -342,17 +343,23 @@ class KaggleClient:
 
     # --- kernels -----------------------------------------------------------------------------------------------------
 
-    def push_kernel(self, folder: Path) -> tuple[int, str]:
-        """Save the kernel in `folder` as a new version, which starts its run.
+    def push_kernel(self, folder: Path, *, run: bool = True) -> tuple[int, str]:
+        """Save the kernel in `folder` as a new version, which starts its run; `run=False`: it starts none.
 
         Returns:
             The version, and the address of its page.
 
         Raises:
             KaggleError: also where the answer, of status 200, names an error or sources that are not attached.
+            PackagingError: `run=False`, and the client is older than 2.2.5.
         """
+        options = {} if run else {"no_run": True}
+        if options.keys() - inspect.signature(self._api.kernels_push).parameters.keys():
+            raise PackagingError(
+                "--no-run needs kaggle 2.2.5 or newer", remedy="pip install -U kaggle, or push without it"
+            )
         with _kaggle_errors("pushing the kernel"):
-            answer = self._api.kernels_push(str(folder))
+            answer = self._api.kernels_push(str(folder), **options)
             _refuse(answer.error, "pushing the kernel")
             kinds = ("dataset", "competition", "kernel", "model")
             invalid = {kind: getattr(answer, f"invalid_{kind}_sources") or [] for kind in kinds}

@@ -21,8 +21,10 @@ from pairclf.config import Section, checked
 from pairclf.console import console, number, table
 from pairclf.errors import PackagingError
 from pairclf.files import atomic_file, check_file_target, locked, parsed, write_text
+from pairclf.inference.ensemble import NestedFigures
 from pairclf.publish.client import KaggleClient, WaitClock
-from pairclf.scores.metrics import METRICS, Floats
+from pairclf.scores.figures import METRICS
+from pairclf.scores.metrics import Floats
 
 _FEWEST = 3  # runs; of two, any correlation is 1
 
@@ -37,6 +39,7 @@ class LedgerRow(Section):
     metric: str = Field(description="what folds and out_of_fold are, and the leaderboard counts")
     folds: dict[str, float] = Field(description="of each bundle on the rows of its fold")
     out_of_fold: float | None = Field(None, description="over all folds' rows")
+    nested: NestedFigures | None = Field(None, description="what calibration or blend gain; null: not known")
     public: float | None = Field(None, description="score on the public leaderboard")
     private: float | None = Field(None, description="on the private one, which Kaggle shows when the competition ends")
     status: str = Field("PENDING", description="Kaggle's word: PENDING, COMPLETE or ERROR")
@@ -189,7 +192,25 @@ def render(path: Path) -> Group:
         summary.add_row(*cells, style="bold" if row in best else None)
     directions = (f"{name} counts {_direction(metric)}" for name, metric in _metrics(entries))
     summary.caption, summary.caption_justify = "; ".join(directions), "left"
-    return Group(summary, _agreement(entries))
+    return Group(summary, *_nested(entries), _agreement(entries))
+
+
+def _nested(entries: Sequence[LedgerRow]) -> list[Table]:
+    """What the calibrations and blends gain on rows that they were not fitted to; nothing if none is known."""
+    known = [(row, row.nested) for row in entries if row.nested is not None]
+    gains = table("Calibrations and blends: log loss", "when, config", "method", "raw", "nested", "gain", "own rows")
+    for row, found in known:
+        bounds = "" if found.low is None or found.high is None else f"\n{found.low:.4f} to {found.high:.4f}"
+        gains.add_row(
+            Text(f"{row.when[:16].replace('T', ' ')}\n{row.config}"),
+            found.method + "\n(not applied)" * (not found.applied),
+            number(found.raw, 5),
+            number(found.nested, 5),
+            f"{found.gain:+.5f}{bounds}",
+            number(found.flattering, 5),
+        )
+    gains.caption, gains.caption_justify = "nested: each row by a fit to other folds; own rows: flatters", "left"
+    return [gains] if known else []
 
 
 def _metrics(entries: Sequence[LedgerRow]) -> list[tuple[str, str]]:

@@ -54,10 +54,13 @@ class Pushed(Section):
     when: str = Field(description="UTC")
     output: str | None = Field(None, description="name of the submission that its run left; null: not complete")
     seconds: float | None = Field(None, description="of that run, by its log")
+    run: bool = Field(True, description="whether the version was started when it was saved")
 
 
-def push(folder: Path, *, go: bool, clock: WaitClock | None = None) -> None:
+def push(folder: Path, *, go: bool, run: bool = True, clock: WaitClock | None = None) -> None:
     """Upload a package's parts and kernel to Kaggle, and wait until the kernel's run is complete.
+
+    `run=False`: save the kernel's version without starting it, to look at it on Kaggle; it can't be submitted.
 
     `go=False`: print the requests that a first push sends, and send none.
 
@@ -80,8 +83,9 @@ def push(folder: Path, *, go: bool, clock: WaitClock | None = None) -> None:
         }
         versions = {source: version for source, version in uploaded.items() if version is not None}
         kernel = _prepare_kernel(folder / KERNEL, uploads / KERNEL, versions)
-        pushed = kaggle.retry(build.kernel, lambda: _push_kernel(build, kernel, kaggle))
-        _wait_for_run(build, pushed, kaggle)
+        pushed = kaggle.retry(build.kernel, lambda: _push_kernel(build, kernel, kaggle, run))
+        if run:
+            _wait_for_run(build, pushed, kaggle)
     if not go:
         console.print("nothing was sent: these are the requests of a first push, which --go sends")
 
@@ -107,18 +111,25 @@ def read_pushed(folder: Path, build: Build) -> Pushed:
     Raises:
         PackagingError: nothing, or its run is not complete.
     """
-    path = own_note("pushed", build.identity)
-    remedy = f"pairclf push {folder} --go"
-    if not is_regular(path):
+    pushed, remedy = _noted(build), f"pairclf push {folder} --go"
+    if pushed is None:
         raise PackagingError(
             f"this machine has not pushed the build in {folder}",
-            where=path,
+            where=own_note("pushed", build.identity),
             remedy=f"{remedy}; what is on Kaggle already is left alone",
         )
-    pushed = checked(Pushed, parse_json(path), path, remedy)
     if pushed.output is None:
-        raise PackagingError(f"version {pushed.version} of {pushed.kernel} has not run to its end", remedy=remedy)
+        how = "has not run to its end" if pushed.run else "was saved without a run"
+        raise PackagingError(f"version {pushed.version} of {pushed.kernel} {how}", remedy=remedy)
     return pushed
+
+
+def _noted(build: Build) -> Pushed | None:
+    """What this machine recorded about the build's last push; None: nothing."""
+    path = own_note("pushed", build.identity)
+    if not is_regular(path):
+        return None
+    return checked(Pushed, parse_json(path), path, f"delete {path}, and push again")
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -240,18 +251,21 @@ def _metadata(kernel: Path) -> dict[str, Any]:
     return tree
 
 
-def _push_kernel(build: Build, staged: Path, kaggle: KaggleClient) -> Pushed:
-    """Push the kernel unless its newest version is this build and has not failed."""
-    existing = kaggle.kernel(build.kernel)
-    if existing is not None and _is_same_kernel(existing, staged, build):
+def _push_kernel(build: Build, staged: Path, kaggle: KaggleClient, run: bool) -> Pushed:
+    """Push the kernel unless its newest version is this build and has not failed, nor was only saved."""
+    existing, noted = kaggle.kernel(build.kernel), _noted(build)
+    was_run = noted is None or noted.run
+    if existing is not None and _is_same_kernel(existing, staged, build) and (was_run or not run):
         state, _ = kaggle.kernel_status(build.kernel)
         if state not in FAILED_KERNEL:
             kaggle.say(f"{build.kernel}, version {existing.version}, is this build already")
-            return _record(build, existing.version, f"https://www.kaggle.com/code/{build.kernel}", kaggle)
-    version, url = kaggle.push_kernel(staged)
-    kaggle.say(f"pushed {build.kernel}, version {version}: {url}")
-    kaggle.clock.sleep(10.0)  # until its page shows the new run's status, and no longer the last one's
-    return _record(build, version, url, kaggle)
+            url = f"https://www.kaggle.com/code/{build.kernel}"
+            return _record(build, existing.version, url, kaggle, run=run or (noted is not None and was_run))
+    version, url = kaggle.push_kernel(staged, run=run)
+    kaggle.say(f"{'pushed' if run else 'saved without a run:'} {build.kernel}, version {version}: {url}")
+    if run:
+        kaggle.clock.sleep(10.0)  # until its page shows the new run's status, and no longer the last one's
+    return _record(build, version, url, kaggle, run=run)
 
 
 def _is_same_kernel(existing: KaggleKernel, staged: Path, build: Build) -> bool:
@@ -279,8 +293,8 @@ def _code(source: str) -> list[tuple[str, str]]:
     return [(cell["cell_type"], "".join(cell["source"]).strip()) for cell in cells]
 
 
-def _record(build: Build, version: int, url: str, kaggle: KaggleClient) -> Pushed:
-    pushed = Pushed(build=build.identity, kernel=build.kernel, version=version, url=url, when=now())
+def _record(build: Build, version: int, url: str, kaggle: KaggleClient, *, run: bool) -> Pushed:
+    pushed = Pushed(build=build.identity, kernel=build.kernel, version=version, url=url, when=now(), run=run)
     _write(build, pushed, kaggle)
     return pushed
 

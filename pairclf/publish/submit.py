@@ -111,6 +111,7 @@ def _row(folder: Path, build: Build, pushed: Pushed, message: str) -> table.Ledg
         metric=build.task.metric,
         folds={fold: value for fold, value in metrics.items() if value is not None},
         out_of_fold=build.out_of_fold,
+        nested=build.nested,
         seconds=pushed.seconds or read_passed(folder).notebook,
         bundles=[bundle.seal for bundle in build.bundles],
         message=message,

@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from pairclf.bundles.bundle import open_bundle
-from pairclf.console import console, counted, number, progress, table
+from pairclf.console import Tables, console, counted, number, progress, table
 from pairclf.data.scores import scores_frame, write_scores
 from pairclf.errors import ConfigError, DataError, quoted
 from pairclf.files import write_text
-from pairclf.inference.ensemble import EnsembleFile, MemberFile, open_ensemble
+from pairclf.inference.ensemble import EnsembleFile, MemberFile, NestedFigures, open_ensemble
 from pairclf.runs.compare import half_width
 from pairclf.runs.held_out import CommonRows, ScoredRun
 from pairclf.scores.blend import BLENDS, Blend, HeldOutRows, cross_fit, gains
+from pairclf.scores.figures import finite, measure, title
 from pairclf.scores.intervals import Estimate, difference
-from pairclf.scores.metrics import Floats, measure, row_losses, title
+from pairclf.scores.metrics import Floats, row_losses
 from pairclf.scores.significance import Decision, decide
 from pairclf.task import Task
 
@@ -59,10 +60,11 @@ class JudgedBlend:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class BlendReport:
+class BlendReport(Tables):
     """All ways to blend, and the one that is written.
 
     Attributes:
+        task: of the runs.
         runs: as they were given.
         rows: number of rows.
         folds: number of folds that they were judged on.
@@ -73,6 +75,7 @@ class BlendReport:
         notes: what else is to be known.
     """
 
+    task: Task
     runs: list[str]
     rows: int
     folds: int
@@ -81,6 +84,9 @@ class BlendReport:
     ordered: list[tuple[int, float]]
     decision: Decision
     notes: list[str]
+
+    def tables(self) -> list[Table]:
+        return render(self)
 
     def as_dict(self) -> dict[str, Any]:
         """All figures as JSON has them."""
@@ -103,7 +109,7 @@ class BlendReport:
             "nested": judged.nested,
             "flattering_log_loss": judged.flattering,
             "optimism": judged.optimism,
-            "against_single": {"value": gap.value, "low": _known(gap.low), "high": _known(gap.high)},
+            "against_single": {"value": gap.value, "low": finite(gap.low), "high": finite(gap.high)},
         }
 
 
@@ -129,6 +135,7 @@ def blend_runs(common: CommonRows, *, method: str | None = None, scores: Path | 
     if scores is not None:
         _write_scores(scores, common, judged[chosen].scores)
     return BlendReport(
+        task=task,
         runs=[run.name for run in runs],
         rows=len(common.ids),
         folds=len(np.unique(folds)),
@@ -177,7 +184,9 @@ def _judged(rows: HeldOutRows, folds: NDArray[np.int64], groups: NDArray[np.str_
             blend=fits[name],
             scores=values,
             nested=measure(values, rows.targets, task, rows.weights),
-            flattering=rows.loss(fits[name].of(rows.members, task)),
+            flattering=measure(fits[name].of(rows.members, task), rows.targets, task, rows.weights, ["log_loss"])[
+                "log_loss"
+            ],
             against_single=difference(losses[name], losses[single], groups, rows.weights),
         )
         for name, values in scores.items()
@@ -204,13 +213,10 @@ def _notes(common: CommonRows) -> Iterator[str]:
         bundles = run.bundles
         if len(bundles) > 1 and all(open_bundle(path, verified=True).manifest.weights == "adapter" for path in bundles):
             yield (
-                f"{run.name}: the adapters of its {len(bundles)} folds can be averaged into one model, which takes a "
-                "fraction of the time; `pairclf merge` does it, and measures it on held-out rows"
+                f"{run.name}: `pairclf merge` averages the adapters of its {len(bundles)} folds into one model, which "
+                "takes a fraction of the time; it is no row here, as the folds have seen all rows together, and it has "
+                "no held-out scores: judge it on other labelled rows (docs/compare.md)"
             )
-
-
-def _known(value: float) -> float | None:
-    return None if np.isnan(value) else value
 
 
 # --- the ensemble's file ---------------------------------------------------------------------------------------------
@@ -225,57 +231,95 @@ def write_ensemble(out: Path, report: BlendReport, runs: Sequence[ScoredRun]) ->
     Raises:
         ConfigError: a member has no bundle, the bundles don't go together, or the file was not written by `blend`.
     """
-    if out.exists() and not out.read_text(encoding="utf-8", errors="replace").startswith(HEADER):
-        raise ConfigError(f"{out} exists, and `pairclf blend` did not write it", remedy="give another --out")
     chosen = report.judged[report.chosen]
-    if without := [runs[member].name for member, _ in report.ordered if not runs[member].bundles]:
-        raise ConfigError(
-            f"{', '.join(without)} has no bundle, so no ensemble can be predicted with",
-            remedy="leave it out, or blend for the figures alone: --figures-only",
-        )
+    check_target(out, [runs[member] for member, _ in report.ordered])
     rounds = max(len(runs[member].bundles) for member, _ in report.ordered)
     members = [
-        _member(out, runs[member], turn, float(chosen.blend.weights[member]), gain)
+        (
+            runs[member].bundles[turn],
+            member_entry(
+                out,
+                runs[member],
+                turn=turn,
+                weight=float(chosen.blend.weights[member]) / len(runs[member].bundles),
+                gain=gain if turn == 0 else None,
+            ),
+        )
         for turn in range(rounds)
         for member, gain in report.ordered
         if turn < len(runs[member].bundles)
     ]
-    open_ensemble([run.bundles[turn] for run, turn, _ in members], None, [])
+    open_ensemble([bundle for bundle, _ in members], None, [])
     file = EnsembleFile(
-        members=[entry for *_, entry in members],
+        members=[entry for _, entry in members],
         temperature=round(chosen.blend.temperature, 6),
         mean=chosen.blend.mean,
         out_of_fold={name: round(value, 6) for name, value in chosen.nested.items()},
+        nested=_nested_figures(report),
     )
     names = ", ".join(runs[member].name for member, _ in report.ordered)
     comment = (
         f"{HEADER} {report.chosen} of {names};\n# out_of_fold: {counted(report.rows, 'row')}, each by weights fitted "
         "to other folds; the weights here are fitted to all of them.\n"
     )
-    write_text(out, comment + yaml.safe_dump(file.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
+    write_file(out, comment, file)
     return file
 
 
-def _member(out: Path, run: ScoredRun, turn: int, weight: float, gain: float) -> tuple[ScoredRun, int, MemberFile]:
+def _nested_figures(report: BlendReport) -> NestedFigures:
+    chosen, single = report.judged[report.chosen], report.judged[next(iter(BLENDS))]
+    gap = chosen.against_single
+    return NestedFigures(
+        method=report.chosen,
+        rows=report.rows,
+        raw=round(single.nested["log_loss"], 6),
+        nested=round(chosen.nested["log_loss"], 6),
+        flattering=round(chosen.flattering, 6),
+        low=finite(-gap.high),
+        high=finite(-gap.low),
+    )
+
+
+def check_target(out: Path, members: Sequence[ScoredRun]) -> None:
+    """Whether an ensemble's file of these runs can be written.
+
+    Raises:
+        ConfigError: a run has no bundle, or the file was not written by `blend`.
+    """
+    if out.exists() and not out.read_text(encoding="utf-8", errors="replace").startswith(HEADER):
+        raise ConfigError(f"{out} exists, and `pairclf blend` did not write it", remedy="give another --out")
+    if without := [run.name for run in members if not run.bundles]:
+        raise ConfigError(
+            f"{', '.join(without)} has no bundle, so no ensemble can be predicted with",
+            remedy="leave it out, or blend for the figures alone: --figures-only",
+        )
+
+
+def write_file(out: Path, comment: str, file: EnsembleFile) -> None:
+    """Write an ensemble's file below a comment, which begins with `HEADER`."""
+    write_text(out, comment + yaml.safe_dump(file.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
+
+
+def member_entry(out: Path, run: ScoredRun, *, turn: int, weight: float, gain: float | None) -> MemberFile:
+    """The entry of one bundle of a run in the ensemble's file `out`."""
     bundles = run.bundles
     own = open_bundle(bundles[turn], verified=True).config.predict.temperature
     fitted_at = own if run.config is None else run.config.predict.temperature
-    entry = MemberFile(
+    return MemberFile(
         bundle=Path(os.path.relpath(bundles[turn].resolve(), out.resolve().parent)),
-        weight=round(weight / len(bundles), 6),
+        weight=round(weight, 6),
         temperature=None if fitted_at == own else fitted_at,
-        gain=round(max(gain, 0.0), 6) if turn == 0 else None,
+        gain=None if gain is None else round(max(gain, 0.0), 6),
     )
-    return run, turn, entry
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def render(report: BlendReport, task: Task) -> list[Table]:
+def render(report: BlendReport) -> list[Table]:
     """The ways to blend with their figures, and the members of the one that is used."""
-    metric = task.metric
-    own = [] if metric == "log_loss" else [title(metric, task)]
+    metric = report.task.metric
+    own = [] if metric == "log_loss" else [title(metric, report.task)]
     ways = table(
         f"Blends of {counted(len(report.runs), 'run')} on {counted(report.rows, 'row')}",
         "blend",

@@ -11,9 +11,10 @@ import yaml
 from pairclf.config import Config
 from pairclf.errors import ConfigError
 from pairclf.files import check_file_target, write_text
-from pairclf.inference.ensemble import SUFFIXES, EnsembleFile, MemberFile
+from pairclf.inference.ensemble import SUFFIXES, EnsembleFile, MemberFile, NestedFigures
 from pairclf.run import bundles_of
 from pairclf.runs.evaluate import Evaluation
+from pairclf.scores.figures import finite
 
 
 def check_calibrated(config: Config, path: Path, scores: Path | None) -> None:
@@ -55,7 +56,16 @@ def write_calibrated(evaluation: Evaluation, config: Config, folds: Sequence[int
         )
         for bundle in bundles_of(config, folds)
     ]
-    file = EnsembleFile(members=members, out_of_fold={"log_loss": round(advised.nested, 6)})
+    nested = NestedFigures(
+        method=advised.fitted.method,
+        rows=evaluation.rows,
+        raw=round(advised.raw, 6),
+        nested=round(advised.nested, 6),
+        flattering=round(advised.fitted.flattering, 6),
+        low=finite(advised.gain.low),
+        high=finite(advised.gain.high),
+    )
+    file = EnsembleFile(members=members, out_of_fold={"log_loss": nested.nested}, nested=nested)
     tree = file.model_dump(mode="json", exclude_defaults=True)
     head = (
         f"# {advised.fitted.method}, fitted on {evaluation.rows} out-of-fold rows. "

@@ -16,17 +16,17 @@ from rich.table import Table
 
 from pairclf.bundles.bundle import Bundle, open_bundle
 from pairclf.config import deciding_settings
-from pairclf.console import counted, number, progress, table
+from pairclf.console import Tables, counted, number, progress, table
 from pairclf.errors import ConfigError, PairclfError
 from pairclf.files import atomic_file, write_json
 from pairclf.inference.forecast import total_seconds
 from pairclf.run import TRAINING, Paths, output_of
 from pairclf.runs.held_out import CommonRows, ScoredRun
-from pairclf.scores.figures import FIGURES, as_numbers, judge
+from pairclf.scores.figures import METRICS, as_numbers, finite, judge, metrics_of
 from pairclf.scores.intervals import Estimate, Statistic, estimate, mean_of
 from pairclf.scores.metrics import row_losses
 from pairclf.scores.significance import Decision, SeedNoise, decide, pareto_front, seed_noise
-from pairclf.task import HIDDEN_ROWS, TASKS
+from pairclf.task import hidden_rows_of
 
 DEVICE = "t4x2"
 COLUMNS = {"log_loss": "log loss", "accuracy": "accuracy", "macro_f1": "F1", "calibration_error_debiased": "cal. RMSE"}
@@ -65,7 +65,7 @@ class ComparedRun:
 
     Attributes:
         name: of the run.
-        figures: by names of `FIGURES`, and `flip_rate` where both orders are known.
+        figures: by names of `METRICS`, and `flip_rate` where both orders are known.
         to_best: its figure less that of the best, paired, signed so that more is worse.
         decision: whether it is really worse than the best; None: it is the best.
         cost: what it costs.
@@ -81,9 +81,14 @@ class ComparedRun:
     on_front: bool | None
     seeds: tuple[str, ...]
 
+    @property
+    def equals_best(self) -> bool:
+        """Whether it has the best run's figure on all draws of rows, as a copy of it has."""
+        return len(self.to_best.draws) > 0 and self.to_best.value == 0 and not self.to_best.draws.any()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Comparison:
+class Comparison(Tables):
     """Runs on the same rows, the best first.
 
     Attributes:
@@ -129,9 +134,12 @@ class Comparison:
                 chances[run.name] = 0.5 * math.erfc(-run.to_best.value / noise / math.sqrt(2))
         return chances
 
+    def tables(self) -> list[Table]:
+        return render(self)
+
     def as_dict(self) -> dict[str, Any]:
         """All figures as JSON has them."""
-        limits = {name: figure.limits for name, figure in FIGURES.items()}
+        limits = {name: figure.limits for name, figure in METRICS.items()}
         return {
             "metric": self.metric,
             "rows": self.rows,
@@ -141,7 +149,7 @@ class Comparison:
             "pareto_cost": self.cost,
             "leaderboard": {
                 "rows": self.public_rows,
-                "noise": _finite(self.leaderboard_noise(self.runs[0].figures[self.metric])),
+                "noise": finite(self.leaderboard_noise(self.runs[0].figures[self.metric])),
                 "best_above": self.rank_chances,
             },
             "runs": [
@@ -150,12 +158,12 @@ class Comparison:
                     "figures": as_numbers(run.figures, limits),
                     "to_best": {
                         **as_numbers({"to_best": run.to_best}, {})["to_best"],
-                        "p_better": _finite(run.to_best.share_below_zero),
-                        "leaderboard_noise": _finite(self.leaderboard_noise(run.to_best)),
+                        "p_better": finite(run.to_best.share_below_zero),
+                        "leaderboard_noise": finite(self.leaderboard_noise(run.to_best)),
                     },
                     "decision": None
                     if run.decision is None
-                    else {name: _finite(value) for name, value in asdict(run.decision).items()},
+                    else {name: finite(value) for name, value in asdict(run.decision).items()},
                     "cost": asdict(run.cost),
                     "on_front": run.on_front,
                     "seeds": run.seeds,
@@ -165,28 +173,29 @@ class Comparison:
         }
 
 
-def compare_runs(common: CommonRows, *, public_rows: int | None = None) -> Comparison:
-    """Compare runs by the task's metric, or by the log loss where it has no figure of that name.
+def compare_runs(common: CommonRows, *, public_rows: int | None = None, language_models: bool = False) -> Comparison:
+    """Compare runs by the task's metric.
 
     Args:
         common: the runs on their common rows.
         public_rows: rows of the leaderboard; None: those of the competition's hidden test.
+        language_models: whether to forecast their hours too, which loads torch and tokenises the test file.
 
     Raises:
-        ConfigError: there is one run alone.
+        ConfigError: there is one run alone, or as `check_metric`.
     """
     if len(common.runs) < 2:
         raise ConfigError("one run can't be compared", remedy="give two or more; `pairclf evaluate` judges one")
     task, runs = common.task, common.runs
-    metric = task.metric if task.metric in FIGURES else "log_loss"
-    sign = -FIGURES[metric].better
+    metric = metrics_of(task)[0]
+    sign = -METRICS[metric].better
     figures = _figures(common, list(dict.fromkeys([metric, *COLUMNS])))
     order = sorted(range(len(runs)), key=lambda place: sign * figures[place][metric].value)
     best = figures[order[0]][metric]
     groups = seed_groups(runs)
     noise = seed_noise([[figures[place][metric] for place in group] for group in groups])
     gaps = [minus(own[metric], best, sign) for own in figures]
-    costs = _costs(common)
+    costs = _costs(common, language_models)
     cost = next((name for name in COSTS if all(getattr(own, name) is not None for own in costs)), None)
     fronts: list[bool] | list[None] = [None] * len(runs)
     if cost is not None:
@@ -209,8 +218,7 @@ def compare_runs(common: CommonRows, *, public_rows: int | None = None) -> Compa
         )
         for place in order
     ]
-    record = TASKS.get(task.name)
-    hidden = HIDDEN_ROWS if record is None or record.hidden_rows is None else record.hidden_rows
+    hidden = hidden_rows_of(task)
     return Comparison(
         metric, len(common.ids), len(np.unique(common.groups)), compared, noise, public_rows or hidden, cost
     )
@@ -245,7 +253,7 @@ def _figures(common: CommonRows, names: Sequence[str]) -> list[dict[str, Estimat
     statistics: dict[str, Statistic] = {}
     for place, run in enumerate(common.runs):
         judged = judge(run.probabilities, common.targets, common.task, common.weights)
-        statistics |= {f"{place} {name}": FIGURES[name].statistic(judged) for name in names}
+        statistics |= {f"{place} {name}": METRICS[name].statistic(judged) for name in names}
         if run.flips is not None:
             statistics[f"{place} flip_rate"] = mean_of(run.flips.astype(np.float64))
     estimates = estimate(statistics, common.groups, common.weights)
@@ -258,16 +266,16 @@ def _figures(common: CommonRows, names: Sequence[str]) -> list[dict[str, Estimat
 # --- costs -----------------------------------------------------------------------------------------------------------
 
 
-def _costs(common: CommonRows) -> list[RunCost]:
+def _costs(common: CommonRows, language_models: bool) -> list[RunCost]:
     with progress("costs of runs", len(common.runs)) as advance:
         costs = []
         for run in common.runs:
-            costs.append(_cost(run))
+            costs.append(_cost(run, language_models))
             advance(note=run.name)
     return costs
 
 
-def _cost(run: ScoredRun) -> RunCost:
+def _cost(run: ScoredRun, language_models: bool = False) -> RunCost:
     if run.config is None:
         return RunCost(why_not="a file of scores")
     if not run.bundles:
@@ -278,7 +286,7 @@ def _cost(run: ScoredRun) -> RunCost:
     seconds = [float(record["seconds"]) for record in records if "seconds" in record]
     steps = [float(record["steps"]) for record in records if "steps" in record]
     batch = run.config.train.global_batch_size
-    hours, why_not = _forecast(run, bundle)
+    hours, why_not = _forecast(run, bundle, language_models)
     return RunCost(
         trained_weights=trained,
         total_weights=total,
@@ -329,16 +337,15 @@ def _peak_memory(run: ScoredRun) -> float | None:
     return max(peaks, default=None)
 
 
-def _forecast(run: ScoredRun, bundle: Bundle) -> tuple[float | None, str]:
+def _forecast(run: ScoredRun, bundle: Bundle, language_models: bool) -> tuple[float | None, str]:
     """Hours to predict the hidden test, or why they are not known."""
     assert run.config is not None
-    if bundle.manifest.weights != "none":
-        return None, f"a language model's forecast loads torch: pairclf forecast BUNDLE --data FILE --device {DEVICE}"
+    if bundle.manifest.weights != "none" and not language_models:
+        return None, "a language model's forecast takes a while; --forecast makes it"
     data = run.config.data.test_file
     if data is None or not data.is_file():
         return None, "data.test names no file"
-    record = TASKS.get(run.config.task.name)
-    rows = HIDDEN_ROWS if record is None or record.hidden_rows is None else record.hidden_rows
+    rows = hidden_rows_of(run.config.task)
     try:
         return total_seconds(run.bundles, data, device=DEVICE, rows=rows) / 3600, ""
     except PairclfError as error:  # the figures of the run stand without it
@@ -372,7 +379,7 @@ def _figures_table(comparison: Comparison) -> Table:
     figures = table(
         f"{counted(len(comparison.runs), 'run')} on {counted(comparison.rows, 'row')} of "
         f"{counted(comparison.prompts, 'prompt')}",
-        *("run", FIGURES[metric].title, "95%", *others.values(), "flips"),
+        *("run", METRICS[metric].title, "95%", *others.values(), "flips"),
     )
     for run in comparison.runs:
         flips = run.figures.get("flip_rate")
@@ -402,7 +409,7 @@ def half_width(figure: Estimate) -> str:
 def _differences_table(comparison: Comparison) -> Table:
     best = comparison.runs[0]
     differences = table(
-        f"Against {best.name}: {FIGURES[comparison.metric].title}, more is worse",
+        f"Against {best.name}: {METRICS[comparison.metric].title}, more is worse",
         *("run", "difference", "95%", "P(better)", "real from", "real?"),
     )
     for run in comparison.runs[1:]:
@@ -414,7 +421,7 @@ def _differences_table(comparison: Comparison) -> Table:
             half_width(run.to_best),
             number(run.to_best.share_below_zero, 2),
             number(decision.threshold),
-            "another seed" if best.name in run.seeds else verdict(decision),
+            "equal" if run.equals_best else "another seed" if best.name in run.seeds else verdict(decision),
         )
     differences.caption, differences.caption_justify = "\n".join(_remarks(comparison)), "left"
     return differences
@@ -438,6 +445,8 @@ def _remarks(comparison: Comparison) -> list[str]:
         remarks = [f"no winner: {best.name} is not distinguishable from {', '.join(close)}"]
     else:
         remarks = ["no winner: all runs are seeds of one config"]
+    if alike := [run.name for run in comparison.runs[1:] if run.equals_best]:
+        remarks.append(f"equal on all rows: {', '.join([best.name, *alike])}; one may be a copy of the other")
     remarks.append(f"P(better): the chance, over other rows, to be better than {best.name}")
     remarks.append(
         "real?: whether the difference exceeds `real from`, the noise, which grows with the number of runs; in "
@@ -495,8 +504,3 @@ def amount(value: int | None) -> str:
         return "-"
     size = next((size for size in (1e9, 1e6, 1e3) if value >= size), 1.0)
     return f"{value:,}" if size == 1 else f"{value / size:.1f}{ {1e9: 'B', 1e6: 'M', 1e3: 'k'}[size] }"
-
-
-def _finite(value: Any) -> Any:
-    """A number as JSON has it; null for one that is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,7 +16,8 @@ from pairclf.data.scores import class_matrix, read_logits, read_scores, with_lab
 from pairclf.errors import DataError
 from pairclf.run import OOF, OOF_AB, OOF_LOGITS, Paths, Run, Split, output_of, trained_as
 from pairclf.runs.fit import Session, fit_fold, open_session, run_log
-from pairclf.scores.metrics import METRICS, class_prior, labels_hint, measure, metrics_of
+from pairclf.scores.figures import METRICS, labels_hint, measure, metrics_of
+from pairclf.scores.metrics import class_prior
 from pairclf.task import Task
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pairclf.config import Config, Predict, deciding_settings
+from pairclf.config import Config, Predict, deciding_settings, settings_before
 from pairclf.console import console, counted, progress
 from pairclf.data.audit import clean, note_changes
-from pairclf.data.folds import prompt_groups, text_hash
+from pairclf.data.folds import folds_of_groups, prompt_groups
 from pairclf.data.identity import refuse_other_rows
 from pairclf.data.rows import read_rows, targets_of
 from pairclf.data.scores import HASHES, class_matrix, read_logits, read_scores
@@ -34,7 +34,9 @@ from pairclf.run import (
     trained_as,
     trained_otherwise,
 )
+from pairclf.runs.truncation import less_cut, lost_tokens, truncation_traits
 from pairclf.scores.calibration import (
+    NESTED_FOLDS,
     FittedCalibration,
     Method,
     NestedCalibration,
@@ -43,16 +45,13 @@ from pairclf.scores.calibration import (
     fit_nested,
     methods_of,
 )
-from pairclf.scores.figures import Judged, judge, reliability, statistics_of, values_of
+from pairclf.scores.figures import Judged, judge, measure, reliability, statistics_of, values_of
 from pairclf.scores.intervals import Estimate, Statistic, estimate_families, mean_of
-from pairclf.scores.metrics import Floats, class_prior, entropy, measure, row_losses, way_to_best
+from pairclf.scores.metrics import Floats, class_prior, entropy, row_losses, way_to_best
 from pairclf.scores.orders import TwoOrders, gain_curve, order_statistics, shift_quantiles, two_orders
 from pairclf.scores.probabilities import Calibration, logits_of, mean_of_orders, probabilities
 from pairclf.scores.slices import Look, Slice, looks_at, slices_of, surplus_of
 from pairclf.task import Task
-
-NESTED_FOLDS = 5
-"""Folds of prompts in which a calibration is nested, where the scores come from no folds."""
 
 VISIBLE = 5_000
 """Rows from which on the work takes more than a second, and a progress bar is shown."""
@@ -118,7 +117,7 @@ class Evaluation:
         rows: number of rows.
         without_score: number of labelled rows that have no score, and are left out.
         groups: number of prompts (groups of the folds), over which intervals are estimated.
-        figures: `FIGURES` of the scores, with intervals.
+        figures: `METRICS` of the scores, with intervals.
         figures_of_prior: values of the same figures of the class prior.
         prior: the metrics of the class prior.
         model: the metrics of the scores.
@@ -220,18 +219,20 @@ def evaluate_run(
     judged = out_of_fold(run, task, config.predict, folds) if scores is None else scored(scores, task)
     labelled = labelled_rows(config) if data is None else _labelled_file(config, data)
     known = folds_of(config, labelled) if data is None and (run / FOLDS).is_file() else None
+    lost = None
+    if scores is None and known is not None:
+        lost = lost_tokens(config, labelled, judged.rows.select("id").join(known, on="id"))
     if folds and known is not None:  # rows of other folds don't lack a score
         labelled = labelled.join(known.filter(pl.col("fold").is_in(folds)), on="id", how="semi")
-    return evaluate(
-        labelled, judged, task, truth=truth, folds=known, baseline=baseline or _classical_beside(run, config)
-    )
+    baseline = baseline or _classical_beside(run, config)
+    return evaluate(labelled, judged, task, truth=truth, folds=known, baseline=baseline, lost=lost)
 
 
 def _check_trainings(config: Config, run: Path, folds: Sequence[int]) -> None:
     """Refuse folds of different settings, and name settings that changed since the training."""
     keys = deciding_settings(config).keys()
     trained = {fold: trained_as(Paths(run, fold)) for fold in folds or range(config.folds.n_splits)}
-    said = {fold: {key: record.get(key) for key in keys} for fold, record in trained.items() if record}
+    said = {fold: settings_before(keys, record) for fold, record in trained.items() if record}
     refuse_mixed_folds(run, said)
     if said and (differing := trained_otherwise(config, next(iter(said.values())))):
         console.print(f"note: these scores are of a training with other settings: {', '.join(differing.values())}")
@@ -332,6 +333,7 @@ def evaluate(
     truth: Path | None = None,
     folds: pl.DataFrame | None = None,
     baseline: Path | None = None,
+    lost: pl.DataFrame | None = None,
 ) -> Evaluation:
     """Evaluate the rows that have a label and a score; rows are joined on id, and their text hashes must agree.
 
@@ -343,12 +345,14 @@ def evaluate(
         folds: of the run that made the scores: `id`, `fold`, `group`; None: prompts are groups, and calibrations are
             nested in `NESTED_FOLDS` folds of them.
         baseline: file of scores, or run folder with out-of-fold scores, of a simpler model.
+        lost: tokens that truncation cut of each row, as `lost_tokens`; None: not known.
 
     Raises:
         DataError: a score has no label, is another row's, or nothing is scored.
     """
     refuse_other_rows(scores.rows, labelled, task, scores.where)
     rows = _labelled_scores(labelled, scores)
+    lost = None if lost is None else rows.select("id").join(lost, on="id", how="left", maintain_order="left")
     weights, raw = rows["weight"].to_numpy(), Calibration(scores.temperature)
     split = _split(rows, folds, task)
     judged = judge(scores.at(raw), targets_of(rows), task, weights)
@@ -360,7 +364,7 @@ def evaluate(
     with progress("evaluate", total=3, visible=len(rows) >= VISIBLE) as advance:
         fitted = _fit_calibrations(scores, judged, split.folds)
         advance(note="slices")
-        looks = _looks(rows, judged, split)
+        looks = _looks(rows, judged, split, lost)
         advance(note="intervals")
         families = _statistics(judged, prior, fitted, looks, orders)
         others = None if baseline is None else _losses_of(baseline, rows, scores, judged)
@@ -383,7 +387,7 @@ def evaluate(
         weighted=bool(np.ptp(weights) > 0),
         slices=slices_of(looks, estimates["slices"], losses, weights),
         reliability=reliability(judged),
-        by_row=_by_row(rows, judged, prior, fitted, orders, split),
+        by_row=_by_row(rows, judged, prior, fitted, orders, split, lost),
         absent=[name for name, share in zip(task.classes, judged.held.sum(axis=0), strict=True) if share == 0],
         seen=scores.seen,
         one_order=None if orders is None else measure(orders.first, judged.target, task, weights),
@@ -426,9 +430,7 @@ def _split(rows: pl.DataFrame, folds: pl.DataFrame | None, task: Task) -> _Split
         if known["fold"].n_unique() > 1 and known["fold"].null_count() == 0:
             return _Split(known["group"].to_numpy(), known["fold"].to_numpy(), "the run's folds", True)
     groups = prompt_groups(rows, task)
-    of_group = {group: text_hash(group) % NESTED_FOLDS for group in groups.unique()}
-    places = np.array([of_group[group] for group in groups])
-    return _Split(groups.to_numpy(), places, f"{NESTED_FOLDS} folds of prompts", False)
+    return _Split(groups.to_numpy(), folds_of_groups(groups, NESTED_FOLDS), f"{NESTED_FOLDS} folds of prompts", False)
 
 
 def _losses(predicted: Floats, judged: Judged) -> Floats:
@@ -474,18 +476,22 @@ def _compare_orders(orders: TwoOrders, judged: Judged, figures: Mapping[str, Est
     return Orders(figures, shift_quantiles(orders), curve)
 
 
-def _looks(rows: pl.DataFrame, judged: Judged, split: _Split) -> dict[str, Look]:
-    """Slices by the traits of the texts, by file and by fold, and biases for a side."""
+def _looks(rows: pl.DataFrame, judged: Judged, split: _Split, lost: pl.DataFrame | None) -> dict[str, Look]:
+    """Slices by the traits of the texts, by what truncation cut, by file and by fold, and biases for a side."""
     task, columns = judged.task, traits(rows, judged.task)
-    by_trait = {name: columns[name].to_list() for name in columns.columns}
+    by_trait: dict[str, Sequence[str | None]] = {name: columns[name].to_list() for name in columns.columns}
+    if lost is not None:
+        by_trait |= truncation_traits(lost, task)
     if split.of_run:
         by_trait["fold"] = [f"fold {fold}" for fold in split.folds]
     surplus = {}
     if task.swap_classes is not None:
         sides = (task.classes.index(task.swap_classes[0]), task.classes.index(task.swap_classes[1]))
+        preferred = preferred_sides(rows, task)
+        if lost is not None:
+            preferred["the answer that truncation cut less"] = less_cut(lost, task)
         surplus = {
-            name: surplus_of(judged.predicted, judged.target, favoured, sides)
-            for name, favoured in preferred_sides(rows, task).items()
+            name: surplus_of(judged.predicted, judged.target, favoured, sides) for name, favoured in preferred.items()
         }
     return looks_at(_losses(judged.predicted, judged), by_trait, surplus)
 
@@ -517,9 +523,10 @@ def _by_row(
     fitted: Sequence[FittedCalibration],
     orders: TwoOrders | None,
     split: _Split,
+    lost: pl.DataFrame | None,
 ) -> pl.DataFrame:
     """A line a row: `id`, `fold` (in which calibrations are nested), `group`, `weight`, `target_CLASS`, `p_CLASS`,
-    and the losses: `loss`, `loss_prior`, `loss_METHOD` (nested), `loss_ab` and `loss_ba`."""
+    the losses `loss`, `loss_prior`, `loss_METHOD` (nested), `loss_ab` and `loss_ba`, and `cut_FIELD` (tokens)."""
     classes = judged.task.classes
     matrices = {"target": judged.target, "p": judged.predicted}
     losses = {"loss": _losses(judged.predicted, judged), "loss_prior": _losses(prior, judged)}
@@ -537,6 +544,7 @@ def _by_row(
             for column, name in enumerate(classes)
         ),
         *(pl.Series(name, values, dtype=pl.Float64) for name, values in losses.items()),
+        *([] if lost is None else [lost[name].alias(f"cut_{name}") for name in judged.task.fields]),
     )
 
 

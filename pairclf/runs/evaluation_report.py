@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
-from pairclf.console import counted, number, table
+from pairclf.console import Tables, counted, number, table
 from pairclf.files import atomic_file
 from pairclf.runs.evaluate import Evaluation
 from pairclf.scores.calibration import NestedCalibration, at_bound
-from pairclf.scores.figures import FIGURES, as_numbers
+from pairclf.scores.figures import METRICS, as_numbers, labels_hint, title
 from pairclf.scores.intervals import Estimate
-from pairclf.scores.metrics import METRICS, labels_hint, title
 from pairclf.scores.orders import ORDER_TITLES
 from pairclf.scores.probabilities import Calibration
 from pairclf.scores.slices import BIAS, FALSE_DISCOVERIES, Slice
@@ -30,6 +30,25 @@ SAME = 1e-12
 
 FEW_GROUPS = 50
 """With fewer prompts the intervals are too narrow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedEvaluation(Evaluation, Tables):
+    """An evaluation that shows its tables.
+
+    Attributes:
+        task: of the rows.
+    """
+
+    task: Task
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, task: Task) -> ReportedEvaluation:
+        """The same figures, with what their tables need."""
+        return cls(**{field.name: getattr(evaluation, field.name) for field in fields(evaluation)}, task=task)
+
+    def tables(self) -> list[Group]:
+        return [render(self, self.task)]
 
 
 def render(evaluation: Evaluation, task: Task) -> Group:
@@ -57,12 +76,11 @@ def _figures(evaluation: Evaluation, task: Task) -> Table:
     heading = f"Evaluation of {counted(evaluation.rows, 'row')} with {counted(evaluation.groups, 'prompt')}"
     figures_table = table(heading, "", "scores", "95% interval", *columns)
     for name in names:
-        label = title(name, task) if name in METRICS else FIGURES[name].title
         found = evaluation.figures.get(name)
         value = evaluation.model.get(name, None if found is None else found.value)
         cells = (_cell(figures[name]) if name in figures else "" for figures in columns.values())
         figures_table.add_row(
-            label, _cell(value), "" if found is None else _interval(found, FIGURES[name].limits), *cells,
+            title(name, task), _cell(value), "" if found is None else _interval(found, METRICS[name].limits), *cells,
             style="bold" if name == task.metric else None,
         )  # fmt: skip
     return figures_table
@@ -228,7 +246,7 @@ def as_tree(evaluation: Evaluation) -> dict[str, Any]:
         )
     }  # fmt: skip
     tree |= {
-        "figures": as_numbers(evaluation.figures, {name: figure.limits for name, figure in FIGURES.items()}),
+        "figures": as_numbers(evaluation.figures, {name: figure.limits for name, figure in METRICS.items()}),
         "gain_over_prior": _estimate(evaluation.gain),
         "calibrations": [_calibration(found) for found in evaluation.calibrations],
         "advised_calibration": None if advised is None else advised.fitted.method,

@@ -11,6 +11,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
 
 from pairclf import __version__
@@ -21,6 +22,7 @@ from pairclf.bundles.contents import MANIFEST
 from pairclf.bundles.probes import PROBES, pick_probes
 from pairclf.config import Config, deciding_settings, setting_changes
 from pairclf.console import console, copied_to
+from pairclf.data.folds import folds_of_groups, prompt_groups
 from pairclf.data.identity import prompt_marks, row_hashes
 from pairclf.data.rows import targets_of, to_rows
 from pairclf.data.scores import scores_frame, with_labels, write_logits, write_scores
@@ -42,8 +44,11 @@ from pairclf.run import (
     variant_name,
 )
 from pairclf.runs.processes import is_first
-from pairclf.scores.metrics import ONE_ORDER, Floats, check_metric, class_prior, measure, metrics_of, title, titled
-from pairclf.scores.probabilities import mean_of_orders
+from pairclf.scores.calibration import FLATTERING, NESTED, NESTED_FOLDS, Rows, fit_nested
+from pairclf.scores.figures import ONE_ORDER, check_metric, judge, measure, metrics_of, title, titled
+from pairclf.scores.metrics import Floats, class_prior
+from pairclf.scores.probabilities import Calibration, mean_of_orders
+from pairclf.scores.thresholds import fit_thresholds
 
 COUNTS = ("rows", "weight")
 """Names in a bundle's metrics: the number of held-out rows, and the sum of their weights, which weighs the fold."""
@@ -224,6 +229,7 @@ def _save(trainer: Trainer, paths: Paths, fitted: Fitted, split: Split) -> None:
     logits = fitted.logits(to_score)
     metrics = {} if held_out is None else _write_held_out(config, paths, held_out, logits)
     metrics |= {name: value for name, value in fitted.record.items() if name in FITTED}
+    thresholds = [] if held_out is None or not config.task.multi_label else _thresholds(config, held_out, logits)
     with atomic_folder(paths.bundle, known_by=MANIFEST) as new:
         write_bundle(
             new,
@@ -234,6 +240,7 @@ def _save(trainer: Trainer, paths: Paths, fitted: Fitted, split: Split) -> None:
             metrics=metrics,
             prior=class_prior(targets_of(training), training["weight"]).tolist(),
             probes=pick_probes(to_rows(to_score, config.task), logits),
+            thresholds=thresholds,
             trained_on=prompt_marks(training, config.task),
         )
         # Detect a head or adapter that was lost on saving now, not on Kaggle.
@@ -243,6 +250,13 @@ def _save(trainer: Trainer, paths: Paths, fitted: Fitted, split: Split) -> None:
     if config.orders > 1 and own + ONE_ORDER in metrics:
         figures += f"; in one order {title(own, config.task)} {metrics[own + ONE_ORDER]:.4f}"
     console.print(f"saved and re-scored {paths.bundle} (logits differ by {difference:.1g}): {figures}")
+
+
+def _thresholds(config: Config, held_out: pl.DataFrame, logits: Floats) -> list[float]:
+    """Thresholds `(L,)` of the labels, fitted to the held-out rows."""
+    probabilities = mean_of_orders(logits, config.task, config.predict.temperature)
+    fitted = fit_thresholds(probabilities, targets_of(held_out), "macro", held_out["weight"].to_numpy())
+    return [float(threshold) for threshold in fitted]
 
 
 def _write_held_out(config: Config, paths: Paths, held_out: pl.DataFrame, logits: Floats) -> dict[str, float]:
@@ -261,5 +275,21 @@ def _write_held_out(config: Config, paths: Paths, held_out: pl.DataFrame, logits
         write_scores(paths.folder / name, scores)
         figures[name] = measure(values, targets, task, weights)
     one_order = {f"{name}{ONE_ORDER}": value for name, value in figures[OOF_AB].items()}
+    calibrated = _calibrated(config, logits, held_out)
     counts = dict(zip(COUNTS, (float(len(ids)), float(weights.sum())), strict=True))
-    return {**counts, **figures[OOF], **one_order}
+    return {**counts, **figures[OOF], **one_order, **calibrated}
+
+
+def _calibrated(config: Config, logits: Floats, held_out: pl.DataFrame) -> dict[str, float]:
+    """What a temperature is worth on held-out rows, nested in folds of their prompts; nothing if they have one fold."""
+    task, weights = config.task, held_out["weight"].to_numpy().astype(np.float64)
+
+    def at(calibration: Calibration | float, rows: Rows | None = None, /) -> Floats:
+        return mean_of_orders(logits if rows is None else logits[rows], task, calibration)
+
+    folds = folds_of_groups(prompt_groups(held_out, task), NESTED_FOLDS)
+    if len(np.unique(folds)) < 2:
+        return {}
+    judged = judge(at(config.predict.temperature), targets_of(held_out), task, weights)
+    fitted = fit_nested("temperature", at, judged, folds)
+    return {NESTED: float(np.average(fitted.losses, weights=weights)), FLATTERING: fitted.flattering}

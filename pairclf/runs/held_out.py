@@ -43,6 +43,7 @@ class ScoredRun:
         flips: `(N,)`, whether the likeliest class of both orders differs; None: unknown, or there is one order.
         config: of the run; None: it is a file of scores.
         trained: what `trained.json` says of each trained fold.
+        first_order: `(N, C)`, probabilities of order AB alone; None: unknown, or there is one order.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ScoredRun:
     flips: NDArray[np.bool_] | None
     config: Config | None
     trained: Mapping[int, Mapping[str, Any]]
+    first_order: Floats | None = None
 
     @property
     def bundles(self) -> list[Path]:
@@ -68,6 +70,7 @@ class CommonRows:
 
     Attributes:
         config: of the run whose labels are used.
+        frame: canonical table of the rows.
         ids: `N` ids.
         targets: `(N, C)`.
         weights: `(N,)`.
@@ -78,6 +81,7 @@ class CommonRows:
     """
 
     config: Config
+    frame: pl.DataFrame
     ids: list[str]
     targets: Floats
     weights: Floats
@@ -109,7 +113,7 @@ def open_runs(
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError("a run is given twice", remedy="give each run once")
-    configs = [_config_of(path) for path in paths]
+    configs = [config_of_run(path) for path in paths]
     config = load_config(labels) if labels is not None else next((own for own in configs if own is not None), None)
     if config is None:
         raise ConfigError(
@@ -129,6 +133,7 @@ def open_runs(
             name=name,
             path=path,
             probabilities=part.probabilities[at],
+            first_order=None if part.first_order is None else part.first_order[at],
             flips=None if part.flips is None else part.flips[at],
             config=own,
             trained=records,
@@ -139,6 +144,7 @@ def open_runs(
     ]
     return CommonRows(
         config=config,
+        frame=rows,
         ids=ids,
         targets=np.array(rows["target"].to_list(), dtype=np.float64),
         weights=rows["weight"].to_numpy().astype(np.float64),
@@ -151,14 +157,16 @@ def open_runs(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Read:
-    """Scores as they were read, with the columns of the common task: `id`, `HASHES`; `(N, C)`; and flips."""
+    """Scores as they were read, with the columns of the common task: `id`, `HASHES`; `(N, C)` as predicted, and of
+    order AB alone; and flips."""
 
     rows: pl.DataFrame
     probabilities: Floats
+    first_order: Floats | None
     flips: NDArray[np.bool_] | None
 
 
-def _config_of(path: Path) -> Config | None:
+def config_of_run(path: Path) -> Config | None:
     """The config of a run, from its file or as its folds keep it; None: a file of scores."""
     if path.suffix in SUFFIXES and not path.is_dir():
         return load_config(path)
@@ -201,14 +209,16 @@ def _read(path: Path, config: Config | None, trained: Mapping[int, object], task
             remedy="give out-of-fold scores, as `pairclf cv` writes them",
         )
     calibration = Calibration(read.temperature)
-    values = read.at(calibration)[:, [own.classes.index(name) for name in task.classes]]
+    columns = [own.classes.index(name) for name in task.classes]
+    values = read.at(calibration)[:, columns]
     if not task.multi_label:
         values = values / values.sum(axis=1, keepdims=True)
-    flips = None
+    first = flips = None
     if read.logits is not None:
         orders = two_orders(read.logits, own, calibration)
+        first = orders.first[:, columns]
         flips = likeliest(orders.first) != likeliest(orders.second)
-    return _Read(read.rows, values, flips)
+    return _Read(read.rows, values, first, flips)
 
 
 def _folds_of(config: Config) -> pl.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pairclf.config import load_config
 from pairclf.console import console, number, table
 from pairclf.errors import BundleError, ConfigError
 from pairclf.run import BUNDLE, TRAINED, TRAINING, Paths, out_of_fold_metric, trained_as, trained_otherwise
-from pairclf.scores.metrics import title
+from pairclf.scores.figures import title
 
 _RECORDED = {"seconds": (int, float), "finished": (str,), "config_file": (str,)}
 """What is listed of a record, with its types."""
@@ -39,7 +39,7 @@ def list_runs(folder: Path) -> Table:
             f"there is no finished training below {folder}",
             remedy="give the folder of your runs (output_dir), or train one: `pairclf cv CONFIG`",
         )
-    runs_table = table(f"Runs below {folder}", "run", "folds", "out of fold", "hours", "finished (UTC)", "differs by")
+    runs_table = table(f"Runs below {folder}", "run", "folds", "out of fold", "hours", "finished", "differs by")
     for column in runs_table.columns[1:-1]:
         column.no_wrap = True  # in a narrow terminal names and settings break, and no figure is cut off
     for (run, _), bundles in listed.items():
@@ -52,16 +52,31 @@ def _cells(run: Path, bundles: list[Bundle]) -> list[str]:
     config = bundles[0].config
     trained = [trained_as(Paths(run, bundle.manifest.fold)) for bundle in bundles]
     records = [_record(said) for said in trained]
-    folds = [str(bundle.manifest.fold) for bundle in bundles if bundle.manifest.fold is not None]
+    folds = sorted(bundle.manifest.fold for bundle in bundles if bundle.manifest.fold is not None)
     metric = out_of_fold_metric(bundles, config.task.metric)
     seconds = [record["seconds"] for record in records if "seconds" in record]
     return [
-        f"{' '.join(folds)} of {config.folds.n_splits}" if folds else "all rows",
+        f"{_spans(folds)} of {config.folds.n_splits}" if folds else "all rows",
         "-" if metric is None else f"{title(config.task.metric, config.task)} {metric:.4f}",
         number(sum(seconds) / 3600 if len(seconds) == len(bundles) else None, 2),
-        max(record.get("finished", "-") for record in records)[:16].replace("T", " "),
+        max(record.get("finished", "-") for record in records)[:10],
         _differences(trained[0], records[0].get("config_file")),
     ]
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers, those in a row as a span.
+
+    >>> _spans([0, 1, 2, 4, 6, 7])
+    '0-2 4 6-7'
+    """
+    spans: list[list[int]] = []
+    for one in numbers:
+        if spans and spans[-1][-1] == one - 1:
+            spans[-1][1:] = [one]
+        else:
+            spans.append([one])
+    return " ".join("-".join(map(str, span)) for span in spans)
 
 
 def _record(trained: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,26 +26,26 @@ from pydantic import Field, model_validator
 from rich.table import Table
 
 from pairclf.config import MAX_YAML, Config, Section, checked, load_config, parse_yaml
-from pairclf.console import console, counted, number, table
+from pairclf.console import Tables, console, counted, number, table
 from pairclf.errors import ConfigError, quoted
-from pairclf.files import atomic_file, read_plain, write_json
+from pairclf.files import read_plain, write_json
 from pairclf.run import (
     FOLDS,
     TRAINING,
     Paths,
     Run,
     check_training,
+    copy_folds,
     output_of,
     trained_as,
     trained_otherwise,
     variant_name,
 )
 from pairclf.runs.compare import half_width, minus, verdict
-from pairclf.runs.held_out import open_runs
+from pairclf.runs.held_out import CommonRows, open_runs
 from pairclf.runs.processes import WorkerError, run_processes
-from pairclf.scores.figures import FIGURES, judge
+from pairclf.scores.figures import METRICS, check_metric, finite, judge
 from pairclf.scores.intervals import Estimate, estimate
-from pairclf.scores.metrics import check_metric
 from pairclf.scores.significance import Decision, SeedNoise, decide, effect_noise, seed_noise
 from pairclf.signals import ENDING
 
@@ -240,6 +238,7 @@ def train_arms(
     *,
     hours: float | None = None,
     processes: int = 1,
+    options: Sequence[str] = (),
     train: Train | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Arm]:
@@ -249,6 +248,7 @@ def train_arms(
         sweep: from `plan_sweep`.
         hours: no run is started that would end later, by the longest so far; None: no limit.
         processes: of each training.
+        options: of the command line, for each training.
         train: how a run is trained; None: by `pairclf cv`.
         clock: seconds.
 
@@ -275,7 +275,7 @@ def train_arms(
         began = clock()
         folds = f"folds.run=[{', '.join(map(str, sweep.folds))}]"
         try:
-            code = train(["cv", str(sweep.path), *arm.overrides, folds, "--resume"])
+            code = train(["cv", str(sweep.path), *arm.overrides, folds, *options, "--resume"])
         except WorkerError as error:
             if error.exit_code in _ENDED:
                 raise
@@ -289,13 +289,9 @@ def train_arms(
 
 def _share_folds(sweep: Sweep, arm: Arm) -> None:
     """Give a run the folds of the sweep, which the first run makes: a seed alone would make others."""
-    shared, own = sweep.folder / FOLDS, arm.folder / FOLDS
-    if not shared.exists():
+    if not (sweep.folder / FOLDS).exists():
         Run(sweep.arms[0].config.model_copy(update={"output_dir": sweep.folder})).folds  # noqa: B018 - written
-    if not own.exists():
-        own.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(own) as temporary:
-            shutil.copyfile(shared, temporary)
+    copy_folds(sweep.folder, arm.folder)
 
 
 # --- effects ---------------------------------------------------------------------------------------------------------
@@ -337,8 +333,25 @@ class Effect:
     noise: SeedNoise | None
 
 
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """Settings that left a sweep early: in the worse half, and really worse than the best.
+
+    Attributes:
+        settings: of all axes but the seed.
+        folds: on whose rows they were judged.
+        to_best: their mean figure less that of the best settings, paired; more is worse.
+        threshold: the smallest difference that counts as real.
+    """
+
+    settings: dict[str, Any]
+    folds: list[int]
+    to_best: float
+    threshold: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class SweepResult:
+class SweepResult(Tables):
     """The effects of a sweep's settings.
 
     Attributes:
@@ -348,6 +361,7 @@ class SweepResult:
         total: number of combinations.
         effects: of each axis but the seed.
         noise: between seeds; None: the sweep has no two.
+        left: who left early, by `--halving`.
     """
 
     metric: str
@@ -356,6 +370,10 @@ class SweepResult:
     total: int
     effects: list[Effect]
     noise: SeedNoise | None
+    left: Sequence[Departure] = ()
+
+    def tables(self) -> list[Table]:
+        return render(self)
 
     def as_dict(self) -> dict[str, Any]:
         """All figures as JSON has them."""
@@ -366,6 +384,7 @@ class SweepResult:
             "runs": self.total,
             "arms": [{"settings": settings, "figure": figure} for settings, figure in self.arms],
             "seed_noise": None if self.noise is None else asdict(self.noise),
+            "left": [asdict(departure) for departure in self.left],
             "effects": [
                 {
                     "settings": effect.keys,
@@ -376,8 +395,8 @@ class SweepResult:
                             "values": level.values,
                             "figure": level.figure,
                             "to_best": level.to_best.value,
-                            "low": _finite(level.to_best.low),
-                            "high": _finite(level.to_best.high),
+                            "low": finite(level.to_best.low),
+                            "high": finite(level.to_best.high),
                             "is_worse": None if level.decision is None else level.decision.is_real,
                             "runs": level.runs,
                         }
@@ -389,30 +408,25 @@ class SweepResult:
         }
 
 
-def effects_of(sweep: Sweep, arms: Sequence[Arm]) -> SweepResult:
+def effects_of(sweep: Sweep, arms: Sequence[Arm], left: Sequence[Departure] = ()) -> SweepResult:
     """The effect of each axis over the finished runs, on the same held-out rows.
 
+    Args:
+        sweep: from `plan_sweep`.
+        arms: that are finished.
+        left: who left early.
+
     Raises:
-        ConfigError: fewer than two runs are finished.
+        ConfigError: fewer than two runs are finished, and none left.
     """
-    if len(arms) < 2:
+    if len(arms) < (1 if left else 2):
         raise ConfigError(
             f"{counted(len(arms), 'run')} of the sweep finished", remedy="start it again, with more --hours"
         )
-    common = open_runs([arm.folder for arm in arms], folds=sweep.folds)
-    task = common.task
-    metric = task.metric if task.metric in FIGURES else "log_loss"
-    figures = estimate(
-        {
-            str(place): FIGURES[metric].statistic(judge(run.probabilities, common.targets, task, common.weights))
-            for place, run in enumerate(common.runs)
-        },
-        common.groups,
-        common.weights,
-    )
-    by_arm = [figures[str(place)] for place in range(len(arms))]
-    noise = seed_noise([[by_arm[place] for place in group] for group in _alike(arms, [SEED])])
-    sign = -FIGURES[metric].better
+    common, by_arm = figures_of_arms(arms, sweep.folds)
+    metric = common.task.metric
+    noise = seed_noise([[by_arm[place] for place in group] for group in alike(arms, [SEED])])
+    sign = -METRICS[metric].better
     result = SweepResult(
         metric=metric,
         rows=len(common.ids),
@@ -422,12 +436,28 @@ def effects_of(sweep: Sweep, arms: Sequence[Arm]) -> SweepResult:
             _effect(tuple(axis), arms, by_arm, sign, noise, len(common.ids)) for axis in sweep.axes if [*axis] != [SEED]
         ],
         noise=noise,
+        left=left,
     )
     write_json(sweep.folder / "sweep.json", result.as_dict())
     return result
 
 
-def _alike(arms: Sequence[Arm], but: Sequence[str]) -> list[list[int]]:
+def figures_of_arms(arms: Sequence[Arm], folds: Sequence[int]) -> tuple[CommonRows, list[Estimate]]:
+    """The held-out rows of these folds, and the task's metric of each run, with draws that all share."""
+    common = open_runs([arm.folder for arm in arms], folds=folds)
+    record = METRICS[common.task.metric]
+    figures = estimate(
+        {
+            str(place): record.statistic(judge(run.probabilities, common.targets, common.task, common.weights))
+            for place, run in enumerate(common.runs)
+        },
+        common.groups,
+        common.weights,
+    )
+    return common, [figures[str(place)] for place in range(len(arms))]
+
+
+def alike(arms: Sequence[Arm], but: Sequence[str]) -> list[list[int]]:
     """Places of runs that have all settings in common but these."""
     groups: dict[str, list[int]] = {}
     for place, arm in enumerate(arms):
@@ -457,7 +487,7 @@ def _effect(
     shared = sorted(set.intersection(*({*own} for own in runs.values())))
     if not shared:
         return Effect(keys, [], "no two runs differ by this axis alone", None)
-    means = {name: _mean([own[place] for place in shared]) for name, own in runs.items()}
+    means = {name: mean_figure([own[place] for place in shared]) for name, own in runs.items()}
     order = sorted(means, key=lambda name: sign * means[name].value)
     noise = effect_noise([[runs[name][place] for place in shared] for name in order]) or noise
     levels = []
@@ -469,7 +499,7 @@ def _effect(
     return Effect(keys, levels, "; ".join(_edges(keys, levels)), noise)
 
 
-def _mean(figures: Sequence[Estimate]) -> Estimate:
+def mean_figure(figures: Sequence[Estimate]) -> Estimate:
     """The mean of figures that share their draws."""
     return Estimate(float(np.mean([one.value for one in figures])), np.mean([one.draws for one in figures], axis=0))
 
@@ -491,7 +521,7 @@ def render(result: SweepResult) -> list[Table]:
     tables = []
     for effect in result.effects:
         effect_table = table(
-            f"{', '.join(effect.keys)}: {FIGURES[result.metric].title} on {counted(result.rows, 'row')}",
+            f"{', '.join(effect.keys)}: {METRICS[result.metric].title} on {counted(result.rows, 'row')}",
             *("value", "runs", "mean", "vs best", "95%", "real from", "real?"),
         )
         for level in effect.levels:
@@ -526,7 +556,5 @@ def _remarks(effect: Effect, result: SweepResult) -> Iterator[str]:
         yield f"noise of a run beyond its settings: {effect.noise.deviation:.4f} ({degrees} of freedom)"
     if len(result.arms) < result.total:
         yield f"{len(result.arms)} of {result.total} runs are finished"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    for one in result.left:
+        yield f"left after {counted(len(one.folds), 'fold')}: {one.settings} ({one.to_best:+.4f})"

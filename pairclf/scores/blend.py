@@ -34,7 +34,7 @@ class HeldOutRows:
     """Rows with a label that several models have scored, none of which was trained on them.
 
     Attributes:
-        members: `(M, N, C)`, the models' probabilities.
+        members: `(M, N, C)`, the models' probabilities; NaN where one has not scored a row.
         targets: `(N, C)`.
         weights: `(N,)`, of the rows.
         task: whether a row has several labels.
@@ -118,6 +118,8 @@ def arithmetic(rows: HeldOutRows) -> Blend:
     The loss plus the sum of the weights has its minimum over all weights from 0 up where their sum is 1, so bounds
     suffice (Kim, Carbonetto, Stephens and Anitescu 2020, arXiv 1806.01412, section 2).
     """
+    if not np.isfinite(rows.members).all():
+        return _arithmetic_in_part(rows)
     terms, shares = _labelled(rows)
 
     def objective(weights: Floats) -> tuple[float, Floats]:
@@ -125,6 +127,27 @@ def arithmetic(rows: HeldOutRows) -> Blend:
         return float(weights.sum() - shares @ np.log(mean)), 1 - terms @ (shares / mean)
 
     weights = _minimised(objective, len(terms), upper=None)
+    return Blend(weights / weights.sum())
+
+
+def _arithmetic_in_part(rows: HeldOutRows) -> Blend:
+    """`arithmetic`, where members have not scored all rows (NaN): the weights of those that did are normalised.
+
+    The loss is the difference of two convex functions, so that this is a minimum near equal weights. No weight is 0:
+    each row needs one that is above.
+    """
+    known: NDArray[np.bool_] = np.asarray(np.isfinite(rows.members).all(axis=2))
+    filled = np.where(known[..., None], rows.members, 0.5)
+    terms, shares = _labelled(HeldOutRows(filled, rows.targets, rows.weights, rows.task))
+    columns = np.concatenate([rows.targets, 1 - rows.targets], axis=1) if rows.task.multi_label else rows.targets
+    is_known = known[:, np.nonzero(columns * rows.weights[:, None] > 0)[0]].astype(np.float64)
+
+    def objective(weights: Floats) -> tuple[float, Floats]:
+        mean, total = np.maximum(weights @ (terms * is_known), _EPS), weights @ is_known
+        gradient = is_known @ (shares / total) - (terms * is_known) @ (shares / mean)
+        return float(shares @ (np.log(total) - np.log(mean))), gradient
+
+    weights = _minimised(objective, len(terms), upper=1.0, lower=SMALLEST / len(terms))
     return Blend(weights / weights.sum())
 
 
@@ -247,11 +270,13 @@ def _labelled(rows: HeldOutRows) -> tuple[Floats, Floats]:
     return np.maximum(members[:, used], _EPS), parts[used] / parts.sum()
 
 
-def _minimised(objective: Callable[[Floats], tuple[float, Floats]], members: int, *, upper: float | None) -> Floats:
-    """The minimum of a convex function over `(M,)` numbers from 0 to `upper`, from its value and gradient."""
+def _minimised(
+    objective: Callable[[Floats], tuple[float, Floats]], members: int, *, upper: float | None, lower: float = 0.0
+) -> Floats:
+    """The minimum of a convex function over `(M,)` numbers from `lower` to `upper`, from its value and gradient."""
     from scipy.optimize import minimize  # slow to import, and most commands fit nothing
 
-    start, bounds = np.full(members, 1 / members), [(0.0, upper)] * members
+    start, bounds = np.full(members, 1 / members), [(lower, upper)] * members
     result = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=_SOLVER)
     minimum: Floats = result.x
     return minimum

@@ -37,6 +37,14 @@ NEAR = 1.5
 """The factor around the sample's temperature within which that of all rows is searched for first."""
 
 
+NESTED_FOLDS = 5
+"""Folds of prompts in which a calibration is nested, where the scores come from no folds."""
+
+NESTED, FLATTERING = "log_loss_calibrated", "log_loss_calibrated_own_rows"
+"""Names in a bundle's manifest: log loss of the held-out rows with a temperature that was fitted to others of them, and
+with one that was fitted to these very rows. The bundle does not apply it."""
+
+
 Rows = NDArray[np.intp] | NDArray[np.bool_]
 
 

@@ -1,24 +1,28 @@
-"""Figures: everything that `evaluate` says of `(N, C)` probabilities, each as a function of sums, with an interval.
+"""Metrics: everything that is said of `(N, C)` probabilities, each as a function of sums over rows, with an interval.
 
-`FIGURES` is the table. Log loss, Brier score and calibration errors take soft targets by expectation. The other figures
-are about decisions: a row's class is the target's likeliest, and of k classes that are equally likely each counts
-1 / k. A figure over classes is their macro average, as scikit-learn has it, unless its title says otherwise.
+`METRICS` is the one table. A task and a training may go by any of them, `evaluate` prints all, and every other command
+the task's own and those that are `everywhere`; all with the same figures of the same rows. Log loss, Brier score and
+calibration errors take soft targets by expectation. The other metrics are about decisions: a row's class is the
+target's likeliest, and of k classes that are equally likely each counts 1 / k. A metric over classes is their macro
+average, as scikit-learn has it, unless its title says otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pairclf.config import Config, load_config
+from pairclf.errors import ConfigError, quoted
 from pairclf.scores.intervals import Estimate, Statistic, mean_of, ratio
 from pairclf.scores.metrics import (
-    BINS,
     Floats,
     checked_pair,
     checked_weights,
@@ -29,6 +33,8 @@ from pairclf.scores.metrics import (
 )
 from pairclf.scores.probabilities import has_tie, tie_and_sides
 from pairclf.task import Task
+
+BINS = 15  # Guo et al. 2017, arXiv 1706.04599
 
 TOP = 3
 """The k of MAP@k."""
@@ -62,15 +68,19 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A figure: a record of `FIGURES`.
+class Metric:
+    """A metric: a record of `METRICS`.
 
     Attributes:
-        statistic: makes the figure of what is judged.
+        statistic: makes the figure of what is judged; NaN where the rows lack something, such as a class.
         title: the name in tables.
         better: 1 if higher is better, -1 if lower is better.
         limits: the lowest and the highest value that it can have.
         applies: whether a task has it.
+        labels: how the labels of a row are combined, for the titles of multi-label tasks; empty: as the title says.
+        by_row: whether it is a mean over rows, so that the value for all folds is the mean of the folds' values.
+        submits: what a competition of this metric asks for: probabilities, or the likeliest class.
+        everywhere: whether all commands print it, of every task.
     """
 
     statistic: Callable[[Judged], Statistic]
@@ -78,6 +88,19 @@ class Figure:
     better: Literal[1, -1]
     limits: tuple[float, float] = (0.0, 1.0)
     applies: Callable[[Task], bool] = lambda task: True
+    labels: str = ""
+    by_row: bool = False
+    submits: Literal["probabilities", "labels"] = "probabilities"
+    everywhere: bool = False
+
+    @property
+    def direction(self) -> str:
+        """The direction in words."""
+        return "higher is better" if self.better > 0 else "lower is better"
+
+    def is_better(self, figure: float, other: float) -> bool:
+        """Whether `figure` is better than `other`; False if one of them is not a number."""
+        return self.better * (figure - other) > 0
 
 
 def _log_loss(judged: Judged) -> Statistic:
@@ -211,7 +234,7 @@ def _mean_average_precision(judged: Judged) -> Statistic:
 
 
 def _equal_width(judged: Judged) -> Statistic:
-    """As `metrics.expected_calibration_error`."""
+    """Mean difference between confidence and accuracy, over bins of equal width (Guo et al. 2017, eq. 3)."""
     parts = []
     for confidence, right in _confidences(judged):
         place = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
@@ -280,25 +303,119 @@ def _bins(predicted: Floats, bins: int = BINS) -> NDArray[np.intp]:
     return np.unique(np.searchsorted(edges, predicted, side="left"), return_inverse=True)[1]
 
 
-FIGURES: dict[str, Figure] = {
-    "log_loss": Figure(_log_loss, "log loss", -1, (0.0, math.inf)),
-    "accuracy": Figure(_accuracy, "accuracy", 1),
-    "macro_f1": Figure(_by_class("f1", "macro"), "F1, macro", 1),
-    "micro_f1": Figure(_by_class("f1", "micro"), "F1, micro", 1),
-    "weighted_f1": Figure(_by_class("f1", "weighted"), "F1, weighted", 1),
-    "precision": Figure(_by_class("precision", "macro"), "precision", 1),
-    "recall": Figure(_by_class("recall", "macro"), "recall", 1),
-    "roc_auc": Figure(_area, "AUC, one against rest", 1),
-    "roc_auc_sides": Figure(_area_of_sides, "AUC, A against B", 1, applies=has_tie),
-    "brier": Figure(_brier, "Brier score", -1, (0.0, 2.0)),
-    "matthews": Figure(_matthews, "Matthews correlation", 1, (-1.0, 1.0)),
-    "map_at_3": Figure(_mean_average_precision, f"MAP@{TOP}", 1, applies=lambda task: len(task.classes) > TOP),
-    "expected_calibration_error": Figure(_equal_width, "calibration error, equal width", -1),
-    "calibration_error_debiased": Figure(_equal_mass, "calibration RMSE", -1),
-    "calibration_error_class_wise": Figure(_class_wise, "calibration RMSE, class-wise", -1),
-    "calibration_error_tie": Figure(_of_tie, "calibration RMSE, tie", -1, applies=has_tie),
+METRICS: dict[str, Metric] = {
+    "log_loss": Metric(_log_loss, "log loss", -1, (0.0, math.inf), labels="label sum", by_row=True, everywhere=True),
+    "accuracy": Metric(_accuracy, "accuracy", 1, labels="label mean", by_row=True, submits="labels", everywhere=True),
+    "macro_f1": Metric(_by_class("f1", "macro"), "F1, macro", 1, submits="labels"),
+    "micro_f1": Metric(_by_class("f1", "micro"), "F1, micro", 1, submits="labels"),
+    "weighted_f1": Metric(_by_class("f1", "weighted"), "F1, weighted", 1, submits="labels"),
+    "precision": Metric(_by_class("precision", "macro"), "precision", 1, submits="labels"),
+    "recall": Metric(_by_class("recall", "macro"), "recall", 1, submits="labels"),
+    "roc_auc": Metric(_area, "AUC, one against rest", 1),
+    "roc_auc_sides": Metric(_area_of_sides, "AUC, A against B", 1, applies=has_tie),
+    "brier": Metric(_brier, "Brier score", -1, (0.0, 2.0), labels="label mean", by_row=True),
+    "matthews": Metric(_matthews, "Matthews correlation", 1, (-1.0, 1.0), labels="label mean", submits="labels"),
+    "map_at_3": Metric(_mean_average_precision, f"MAP@{TOP}", 1, applies=lambda task: len(task.classes) > TOP),
+    "expected_calibration_error": Metric(_equal_width, "calibration error", -1, labels="label mean", everywhere=True),
+    "calibration_error_debiased": Metric(_equal_mass, "calibration RMSE", -1),
+    "calibration_error_class_wise": Metric(_class_wise, "calibration RMSE, class-wise", -1),
+    "calibration_error_tie": Metric(_of_tie, "calibration RMSE, tie", -1, applies=has_tie),
 }
-"""The figures by name. docs/scores.md says what each means; `evaluate` prints a new record."""
+"""The metrics by their names in `task.metric` and `train.metric_for_best_model`; docs/scores.md explains each."""
+
+ONE_ORDER = "_one_order"
+"""Suffix of a metric's name in a bundle's manifest: the metric of the first order alone."""
+
+
+def check_metric(setting: str, name: str, task: Task) -> None:
+    """Refuse a metric that does not apply to this task.
+
+    Raises:
+        ConfigError: it names the setting and the metrics that apply.
+    """
+    applying = [metric_name for metric_name, metric in METRICS.items() if metric.applies(task)]
+    if name not in applying:
+        raise ConfigError(
+            f"{setting}={quoted(name)} is no metric of a {task.kind} task with {len(task.classes)} classes",
+            remedy=f"one of {', '.join(applying)}",
+        )
+
+
+def read_config(source: Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+    """`load_config`, and the check that its metrics apply to its task.
+
+    Raises:
+        ConfigError: a setting can't be used, or a metric does not apply.
+    """
+    config = load_config(source, overrides)
+    check_metric("task.metric", config.task.metric, config.task)
+    check_metric("train.metric_for_best_model", config.train.metric_for_best_model, config.task)
+    return config
+
+
+def metrics_of(task: Task) -> list[str]:
+    """The names of the metrics that all commands print of a task; its own first.
+
+    Raises:
+        ConfigError: as `check_metric`.
+    """
+    check_metric("task.metric", task.metric, task)
+    names = [name for name, metric in METRICS.items() if metric.everywhere and metric.applies(task)]
+    return list(dict.fromkeys([task.metric, *names]))
+
+
+def measure(
+    predicted: ArrayLike,
+    target: ArrayLike,
+    task: Task,
+    weights: ArrayLike | None = None,
+    names: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """The values of metrics, by name; without those for which the rows lack something, such as an area without a class.
+
+    Args:
+        predicted: `(N, C)` probabilities.
+        target: `(N, C)`.
+        task: its kind and its own metric.
+        weights: `(N,)`, the column `weight` of the rows; None: equal.
+        names: of the metrics; None: `metrics_of(task)`.
+
+    Raises:
+        DataError: as `log_loss`.
+        ConfigError: as `check_metric`.
+    """
+    names = metrics_of(task) if names is None else names
+    judged = judge(predicted, target, task, weights)
+    values = {name: METRICS[name].statistic(judged).value(judged.weights) for name in names}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def title(name: str, task: Task) -> str:
+    """A metric's title; for a multi-label task with the way in which labels are combined.
+
+    >>> title("log_loss", Task(name="t", fields=("text",), classes=("x", "y"), multi_label=True))
+    'log loss (label sum)'
+    """
+    metric = METRICS[name]
+    return f"{metric.title} ({metric.labels})" if task.multi_label and metric.labels else metric.title
+
+
+def labels_hint(task: Task) -> str:
+    """How the metrics of a multi-label task combine the labels of a row, for below a table; empty for other tasks."""
+    named = (f"{METRICS[name].title}: {METRICS[name].labels}" for name in metrics_of(task) if METRICS[name].labels)
+    return "; ".join(named) if task.multi_label else ""
+
+
+def titled(figures: Mapping[str, float], task: Task, prefix: str = "") -> dict[str, float]:
+    """The metrics among `figures`, by title; the task's own first.
+
+    Args:
+        figures: values by name, such as those of a bundle's manifest.
+        task: its metrics are selected.
+        prefix: precedes a metric's name in `figures`.
+    """
+    names = [name for name in metrics_of(task) if prefix + name in figures]
+    return {prefix.replace("_", " ") + title(name, task): figures[prefix + name] for name in names}
 
 
 def judge(predicted: ArrayLike, target: ArrayLike, task: Task, weights: ArrayLike | None = None) -> Judged:
@@ -315,12 +432,12 @@ def judge(predicted: ArrayLike, target: ArrayLike, task: Task, weights: ArrayLik
 
 
 def statistics_of(judged: Judged) -> dict[str, Statistic]:
-    """The statistics of all figures that apply to the task, by name."""
-    return {name: figure.statistic(judged) for name, figure in FIGURES.items() if figure.applies(judged.task)}
+    """The statistics of all metrics that apply to the task, by name."""
+    return {name: metric.statistic(judged) for name, metric in METRICS.items() if metric.applies(judged.task)}
 
 
 def values_of(judged: Judged) -> dict[str, float]:
-    """The values of all figures that apply to the task, by name, without intervals."""
+    """The values of all metrics that apply to the task, by name, without intervals."""
     return {name: statistic.value(judged.weights) for name, statistic in statistics_of(judged).items()}
 
 
@@ -353,11 +470,16 @@ def _wilson(share: Floats, count: NDArray[np.intp]) -> tuple[Floats, Floats]:
     return centre - half, centre + half
 
 
+def finite(value: Any) -> Any:
+    """A value as JSON has it; None for a number that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def as_numbers(estimates: Mapping[str, Estimate], limits: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     """Estimates for JSON: value, low and high of each, within the limits; null where one is not known."""
     tree: dict[str, Any] = {}
     for name, found in estimates.items():
         lowest, highest = limits.get(name, (-math.inf, math.inf))
         values = {"value": found.value, "low": max(found.low, lowest), "high": min(found.high, highest)}
-        tree[name] = {key: None if math.isnan(value) else value for key, value in values.items()}
+        tree[name] = {key: finite(value) for key, value in values.items()}
     return tree

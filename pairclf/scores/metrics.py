@@ -1,26 +1,19 @@
-"""Metrics: log loss, accuracy, calibration error and entropy of `(N, C)` probabilities against soft targets.
+"""Losses and decisions of rows: cross-entropy, likeliest classes, class prior and entropy, of `(N, C)` probabilities.
 
-`METRICS` is the one table of metrics, and every command measures with `measure`: training, cross-validation,
-evaluation and merging give the same rows the same figures. Columns are in the task's class order; losses are in nats
-per row. If a task has several labels per row, each label is a binary target of its own.
+Columns are in the task's class order; losses are in nats per row, and targets may be soft. If a task has several labels
+per row, each label is a binary target of its own. `figures.METRICS` is the table of what is measured with them.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pairclf.console import counted
-from pairclf.errors import ConfigError, DataError, quoted
-from pairclf.task import Kind, Task
+from pairclf.errors import DataError
 
 Floats = NDArray[np.float64]
 
-BINS = 15  # Guo et al. 2017, arXiv 1706.04599
 TIE = 1e-6
 """Probabilities that differ by less are equal: two batches give equal texts about 1e-7 apart in float32."""
 
@@ -71,30 +64,13 @@ def _best(values: Floats) -> NDArray[np.bool_]:
     return np.asarray(values >= values.max(axis=-1, keepdims=True) - TIE)
 
 
-def accuracy(
-    probabilities: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None, *, multi_label: bool = False
-) -> float:
-    """Fraction of rows whose likeliest class is the target's; with `multi_label`, fraction of labels that are right.
-
-    A tie counts as the mean over its k classes: a predicted class of a tied target counts 1 / k, and a tied prediction
-    counts the mean of its classes. So swapping the sides does not change the accuracy. A label is tied at one half.
-    Without ties it is `sklearn.metrics.accuracy_score`.
-
-    Args:
-        probabilities: `(N, C)`.
-        targets: `(N, C)`.
-        weights: `(N,)` shares of the rows; None: alike.
-        multi_label: several classes may hold.
-
-    Raises:
-        DataError: as `log_loss`.
-    """
-    right = right_of_rows(probabilities, targets, multi_label=multi_label)
-    return float(np.average(right, weights=_weights(weights, len(right))))
-
-
 def right_of_rows(probabilities: ArrayLike, targets: ArrayLike, *, multi_label: bool = False) -> Floats:
-    """How far each row is right, `(N,)` from 0 to 1, whose mean is `accuracy`.
+    """How far each row is right, `(N,)` from 0 to 1, whose mean is the accuracy.
+
+    A row is right if its likeliest class is the target's; with `multi_label`, it is the share of its labels that are
+    right. A tie counts as the mean over its k classes: a predicted class of a tied target counts 1 / k, and a tied
+    prediction counts the mean of its classes. So swapping the sides does not change the accuracy. A label is tied at
+    one half. Without ties the mean is `sklearn.metrics.accuracy_score`.
 
     Raises:
         DataError: as `log_loss`.
@@ -155,162 +131,6 @@ def entropy_of(probabilities: ArrayLike, *, multi_label: bool = False) -> Floats
     predicted = np.concatenate([predicted, 1 - predicted], axis=1) if multi_label else predicted
     nats: Floats = -(predicted * _log_clipped(predicted)).sum(axis=1)
     return nats
-
-
-def expected_calibration_error(
-    probabilities: ArrayLike,
-    targets: ArrayLike,
-    weights: ArrayLike | None = None,
-    *,
-    multi_label: bool = False,
-    bins: int = BINS,
-) -> float:
-    """Mean difference between the confidence in the likeliest class and its accuracy, over bins of equal width.
-
-    A soft target counts as right with its probability of the predicted class (Guo et al. 2017, eq. 3), or its mean over
-    the classes of a tie. With `multi_label` the result is the mean over the labels.
-
-    Raises:
-        DataError: as `log_loss`.
-    """
-    predicted, target = checked_pair(probabilities, targets)
-    shares = _weights(weights, len(predicted))
-    shares = np.ones(len(predicted)) if shares is None else shares
-    if not multi_label:
-        return _calibration_error(predicted, target, shares, bins)
-    labels = [
-        _calibration_error(np.stack([p, 1 - p], axis=1), np.stack([t, 1 - t], axis=1), shares, bins)
-        for p, t in zip(predicted.T, target.T, strict=True)
-    ]
-    return float(np.mean(labels))
-
-
-def _calibration_error(predicted: Floats, target: Floats, weights: Floats, bins: int) -> float:
-    chosen, confidence = _best(predicted), predicted.max(axis=1)
-    right = (target * chosen).sum(axis=1) / chosen.sum(axis=1)
-    place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    gaps = np.bincount(place, weights=weights * (confidence - right), minlength=bins)
-    return float(np.abs(gaps).sum() / weights.sum())
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A metric: a record of `METRICS`.
-
-    Attributes:
-        function: takes probabilities `(N, C)`, targets `(N, C)`, weights `(N,)` or None, and the keyword `multi_label`.
-        better: 1 if higher is better, -1 if lower is better.
-        title: the name in tables.
-        labels: how the labels of a row are combined, for the titles of multi-label tasks.
-        kinds: the kinds of task that it applies to.
-        by_row: whether it is a mean over rows, so that the value for all folds is the mean of the folds' values.
-        submits: what a competition of this metric asks for: probabilities, or the likeliest class.
-        lacks: what targets `(N, C)` lack for it, such as "labels of both classes", which leaves it out; None: nothing.
-    """
-
-    function: Callable[..., float]
-    better: Literal[1, -1]
-    title: str
-    labels: str = "label mean"
-    kinds: Collection[Kind] = get_args(Kind)
-    by_row: bool = True
-    submits: Literal["probabilities", "labels"] = "probabilities"
-    lacks: Callable[[Floats], str | None] = lambda targets: None
-
-    @property
-    def direction(self) -> str:
-        """The direction in words."""
-        return "higher is better" if self.better > 0 else "lower is better"
-
-    def is_better(self, figure: float, other: float) -> bool:
-        """Whether `figure` is better than `other`; False if one of them is not a number."""
-        return self.better * (figure - other) > 0
-
-
-METRICS: dict[str, Metric] = {
-    "log_loss": Metric(log_loss, -1, "log loss", "label sum"),
-    "accuracy": Metric(accuracy, 1, "accuracy", submits="labels"),
-    "expected_calibration_error": Metric(expected_calibration_error, -1, "calibration error", by_row=False),
-}
-"""The metrics by their names in `task.metric` and `train.metric_for_best_model`. All commands print a new record."""
-
-ONE_ORDER = "_one_order"
-"""Suffix of a metric's name in a bundle's manifest: the metric of the first order alone."""
-
-
-def check_metric(setting: str, name: str, task: Task) -> None:
-    """Refuse a metric that does not apply to this kind of task.
-
-    Raises:
-        ConfigError: it names the setting and the metrics that apply.
-    """
-    applying = [metric_name for metric_name, metric in METRICS.items() if task.kind in metric.kinds]
-    if name not in applying:
-        raise ConfigError(
-            f"{setting}={quoted(name)} is no metric of a {task.kind} task", remedy=f"one of {', '.join(applying)}"
-        )
-
-
-def metrics_of(task: Task) -> list[str]:
-    """The names of the metrics that apply to a task; its own first.
-
-    Raises:
-        ConfigError: as `check_metric`.
-    """
-    check_metric("task.metric", task.metric, task)
-    names = [name for name, metric in METRICS.items() if task.kind in metric.kinds]
-    return sorted(names, key=lambda name: name != task.metric)
-
-
-def measure(
-    probabilities: ArrayLike, targets: ArrayLike, task: Task, weights: ArrayLike | None = None
-) -> dict[str, float]:
-    """The values of all metrics that apply and whose targets lack nothing, by name; the task's own first.
-
-    Args:
-        probabilities: `(N, C)`.
-        targets: `(N, C)`.
-        task: its kind and its own metric.
-        weights: `(N,)`, the column `weight` of the rows; None: equal.
-
-    Raises:
-        DataError: as `log_loss`.
-        ConfigError: as `check_metric`.
-    """
-    predicted, target = checked_pair(probabilities, targets)
-    return {
-        name: METRICS[name].function(predicted, target, weights, multi_label=task.multi_label)
-        for name in metrics_of(task)
-        if METRICS[name].lacks(target) is None
-    }
-
-
-def title(name: str, task: Task) -> str:
-    """A metric's title; for a multi-label task with the way in which labels are combined.
-
-    >>> title("log_loss", Task(name="t", fields=("text",), classes=("x", "y"), multi_label=True))
-    'log loss (label sum)'
-    """
-    metric = METRICS[name]
-    return f"{metric.title} ({metric.labels})" if task.multi_label else metric.title
-
-
-def labels_hint(task: Task) -> str:
-    """How the metrics of a multi-label task combine the labels of a row, for below a table; empty for other tasks."""
-    named = (f"{METRICS[name].title}: {METRICS[name].labels}" for name in metrics_of(task))
-    return "; ".join(named) if task.multi_label else ""
-
-
-def titled(figures: Mapping[str, float], task: Task, prefix: str = "") -> dict[str, float]:
-    """The metrics among `figures`, by title; the task's own first.
-
-    Args:
-        figures: values by name, such as those of a bundle's manifest.
-        task: its metrics are selected.
-        prefix: precedes a metric's name in `figures`.
-    """
-    names = [name for name in metrics_of(task) if prefix + name in figures]
-    return {prefix.replace("_", " ") + title(name, task): figures[prefix + name] for name in names}
 
 
 def way_to_best(loss: float, prior: float, best: float) -> float:

@@ -145,7 +145,7 @@ VARIANTS = {
     **ENCODER_DECODERS,
     "encoder": {"model": {"lora": None, "pooling": "mean"}, "train": {"learning_rate": 5e-3, "layer_decay": 0.7}},
     **PROMPTS,
-    "yes or no": {"model": YES_NO, "inputs": {"max_length": 200}, "train": {}},
+    "yes or no": {"model": YES_NO, "inputs": {"max_length": 200}, "train": {"loss": "vocabulary"}},
     "yes or no, few-shot": {"model": YES_NO, "prompt": {"k": 3, "calibration": "contextual"}},
     "lightgbm": {"classical": {"model": "lightgbm", "n_estimators": 8, "learning_rate": 0.5, "min_child_samples": 1}},
     "svm": {"classical": {"model": "svm"}},

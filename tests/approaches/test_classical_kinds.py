@@ -221,7 +221,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "tree": [{"num_leaves": 2}, {"min_child_samples": 30}, {"n_components": 1}, {"dense": False}],
     "lightgbm": [
         {"num_leaves": 2}, {"min_child_samples": 30}, {"n_components": 1}, {"dense": False},
-        {"n_estimators": 2}, {"learning_rate": 0.1}, {"n_bags": 1},
+        {"n_estimators": 2}, {"learning_rate": 0.1}, {"n_bags": 1}, {"extra_trees": True},
     ],
     "svm": [{"C": 30.0}],
     "nb": [{"C": 30.0}],

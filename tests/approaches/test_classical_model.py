@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,10 +230,11 @@ def test_every_setting_changes_the_logits(change: dict[str, object]) -> None:
     assert not np.allclose(other.logits(rows), fitted(LMSYS, rows, targets).logits(rows), atol=1e-3)
 
 
-def test_a_solver_that_stopped_too_early_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("models", [{"model": "svm"}, {"model": "stack", "estimators": ("svm", "nb")}])
+def test_solvers_that_stopped_too_early_say_so_once(models: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     rows, targets = topics(30)
-    fitted(TOPICS, rows, targets, Classical(n_features=64, max_iter=1))
-    assert "classical.max_iter=1" in "".join(capsys.readouterr())
+    fitted(TOPICS, rows, targets, Classical.model_validate({"n_features": 64, "max_iter": 1} | models))
+    assert "".join(capsys.readouterr()).count("classical.max_iter=1") == 1
 
 
 # --- bits ------------------------------------------------------------------------------------------------------------
@@ -420,6 +422,7 @@ def test_neither_torch_nor_pickle_takes_part(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
+from typing import Any
 import numpy as np
 from pairclf.approaches.classical_model import fit_extracted, load
 from pairclf.approaches.classical_vectors import extract

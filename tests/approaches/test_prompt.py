@@ -28,10 +28,12 @@ from pairclf.bundles.examples import read_examples
 from pairclf.config import Config, override, resolve
 from pairclf.data.rows import targets_of, to_rows
 from pairclf.errors import BundleError, ConfigError
-from pairclf.hardware import PROFILES
+from pairclf.hardware import LAUNCH_SECONDS, PROFILES
 from pairclf.inference.ensemble import open_ensemble
 from pairclf.inference.forecast import _prepared, _resized_index, _setup_of_profile, _simulate, forecast
+from pairclf.inference.pending import PendingSequences
 from pairclf.inputs.examples import pick_examples, with_examples
+from pairclf.inputs.plan import DECIDED_ALONE
 from pairclf.inputs.render import TEMPLATE, Encoded
 from pairclf.inspect.lengths import measure
 from pairclf.inspect.show import show_rows
@@ -125,7 +127,7 @@ def gain(config: Config, rows: pl.DataFrame, ids: set[str], before: Floats, afte
 
 
 def test_batch_calibration_makes_the_classes_equal_on_average_without_labels_and_tells_its_gain(
-    config: Config, tmp_path: Path
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = Run(config).frame
     calibrated = override(config, ["prompt.calibration=batch"])
@@ -140,6 +142,19 @@ def test_batch_calibration_makes_the_classes_equal_on_average_without_labels_and
     other, unmoved, _ = fitted(calibrated, turned, tmp_path / "1")
     assert np.array_equal(unmoved, logits), "labels do not count"
     assert other["calibration_gain"] != record["calibration_gain"]
+    capsys.readouterr()
+    favoured = pl.lit(np.eye(3)[prior.argmax()].tolist(), dtype=pl.List(pl.Float64))
+    right = rows.with_columns(target=pl.when(pl.col("id").is_in(list(ids))).then("target").otherwise(favoured))
+    harmed, _, _ = fitted(calibrated, right, tmp_path / "2")
+    assert harmed["calibration_gain"] < 0
+    warning = f"batch calibration made the log loss worse by {-harmed['calibration_gain']:.4f}"
+    assert warning in (shown := capsys.readouterr().err)
+    assert "set prompt.calibration=none" in shown
+    unfavoured = pl.lit(np.eye(3)[prior.argmin()].tolist(), dtype=pl.List(pl.Float64))
+    wrong = rows.with_columns(target=pl.when(pl.col("id").is_in(list(ids))).then("target").otherwise(unfavoured))
+    helped, _, _ = fitted(calibrated, wrong, tmp_path / "3")
+    assert helped["calibration_gain"] > 0
+    assert "worse" not in capsys.readouterr().err
 
 
 def _before_texts(order: Encoded) -> list[int]:
@@ -239,9 +254,20 @@ def test_the_forecast_counts_examples_once_a_pass_and_a_rationales_tokens(
         setup = _setup_of_profile(ensemble, slow)
         used.append(_simulate(ensemble, setup, inputs, float("inf")).used - setup.load_seconds[0])
     plain, written = (approach.cost(bundle, None) for bundle in (bundles[0], writer))
-    assert (written.linear, written.quadratic) == (2 * plain.linear, 2 * plain.quadratic)
+    twice = 2 + 8 * DECIDED_ALONE
+    assert (written.linear, written.quadratic) == (twice * plain.linear, twice * plain.quadratic)
     assert written.moved == written.bytes
-    assert used[1] == pytest.approx(8 * 2 * rows * written.bytes / 1e6, rel=0.2)
+    pending = PendingSequences(inputs[0][0], (0, 1))
+    pending.layout = setup.layout
+    batches, sequences = len(pending.batches(setup.budget)), int(pending.is_pending.sum())
+    passes = (1 + 8) * batches + 8 * DECIDED_ALONE * sequences
+    assert 8 * batches < sequences, "a token of a batch is one pass"
+    assert used[1] == pytest.approx(passes * written.bytes / 1e6, rel=0.2)
+    instant = replace(PROFILES["t4"], bandwidth=1e18, flops=1e18)
+    setup = _setup_of_profile(ensembles[1], instant)
+    assert (plain.launched, written.launched) == (0, 2 * LAUNCH_SECONDS), "two layers"
+    waited = _simulate(ensembles[1], setup, inputs, float("inf")).used - setup.load_seconds[0]
+    assert waited == pytest.approx(passes * written.launched, rel=0.2)
     shared = _setup_of_profile(ensembles[0], slow)
     packed = replace(shared, layout="packed")
     index = [_resized_index(one.inputs, rows) for one in _prepared(ensembles[0], data[1], tmp_path)]
@@ -252,7 +278,7 @@ def test_the_forecast_counts_examples_once_a_pass_and_a_rationales_tokens(
     console = Console(width=200)
     with console.capture() as shown:
         console.print(report)
-    assert re.search(r"a rationale before each label +at most 8 tokens, a forward pass each", shown.get())
+    assert re.search(r"a rationale before each label +at most 8 tokens, a forward pass of a batch each", shown.get())
 
 
 @pytest.mark.parametrize(

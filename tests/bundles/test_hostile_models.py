@@ -172,7 +172,7 @@ def test_every_command_that_loads_a_model_has_the_flag() -> None:
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     asked = {name for name, one in commands.items() if any("--trust-remote-code" in param.opts for param in one.params)}
-    loading = "cv demo export forecast lengths merge package predict rank show train verify"
+    loading = "compare cv demo export forecast lengths merge package predict rank show sweep train verify"
     assert asked == set(loading.split())
 
 

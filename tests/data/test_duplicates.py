@@ -24,6 +24,7 @@ from pairclf.data.duplicates import (
     clusters,
     near_overlap,
     normalised_prompts,
+    same_rows,
     shingles,
 )
 from pairclf.data.formats import CONTROL
@@ -270,3 +271,54 @@ def test_the_same_in_every_process() -> None:
         for seed in ("0", "77")
     }
     assert len(said) == 1
+
+
+# --- whole rows ------------------------------------------------------------------------------------------------------
+
+
+def pairs_of(*rows: tuple[str, str, str]) -> pl.DataFrame:
+    texts = {name: [[row[place]] for row in rows] for place, name in enumerate(LMSYS.fields)}
+    return canonical([row[0] for row in rows]).with_columns(**{name: pl.Series(texts[name]) for name in texts})
+
+
+def test_rows_are_the_same_in_either_order_and_field_by_field() -> None:
+    long = [" ".join(some_words(40, seed)) for seed in range(4)]
+    prompt, a, b, c = long
+    rows = pairs_of(
+        (prompt, a, b),
+        (prompt.upper(), b, a),  # the sides exchanged
+        (prompt, a + " and more", b),  # nearly the same
+        (prompt, b, "well, " + a),  # both
+        (prompt, a, c),  # one side is another text
+        (a, prompt, b),  # the same texts in other fields
+        ("", "yes", "no"),
+        ("", "no", "yes"),
+        ("", "yes", "never"),
+    )
+    same, turned = same_rows(rows, LMSYS, 0.8)
+    groups = [same.tolist().index(number) for number in same]
+    assert groups == [0, 0, 0, 0, 4, 5, 6, 6, 8]
+    assert [turned[row] ^ turned[0] for row in range(4)] == [False, True, False, True]
+    assert turned[6] != turned[7]
+    exact, _ = same_rows(rows, LMSYS, None)
+    assert [exact.tolist().index(number) for number in exact] == [0, 0, 2, 3, 4, 5, 6, 6, 8]
+
+
+@given(st.lists(st.tuples(*[st.sampled_from(["alpha beta gamma", "alpha beta gamma!", "x", ""])] * 3), max_size=8))
+def test_exchanging_a_rows_sides_keeps_its_group_and_turns_it(rows: list[tuple[str, str, str]]) -> None:
+    if not rows:
+        return
+    mirrored = [(prompt, b, a) for prompt, a, b in rows]
+    same, turned = same_rows(pairs_of(*rows, *mirrored), LMSYS, 0.8)
+    count = len(rows)
+    assert same[:count].tolist() == same[count:].tolist()
+    for place, (_, a, b) in enumerate(rows):
+        assert (turned[place] != turned[place + count]) or normal(a) == normal(b)
+
+
+def test_rows_of_one_text_have_no_sides() -> None:
+    task = Task(name="sentiment", fields=("text",), classes=("bad", "good"))
+    frame = canonical(["the same text", "The  same text", "another one"]).rename({"prompt": "text"})
+    same, turned = same_rows(frame, task, 0.8)
+    assert same[0] == same[1] != same[2]
+    assert not turned.any()

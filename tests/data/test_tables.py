@@ -758,7 +758,7 @@ LISTS = [
     (pa.array([[1, 2]]), "List(Int64)"),
     (pa.array([[["x"]]]), "List(List(String))"),
     (pa.array([{"a": "x"}]), "Struct"),
-    (pa.array([[{"role": "user", "content": "x"}]]), "lists of messages with role and content"),
+    (pa.array([[{"role": "assistant", "content": "x"}]]), [["x"]]),
     (pa.array([date(2024, 1, 2)]), "Date"),
     (pa.array([Decimal("7.5")]), "Decimal"),
 ]
@@ -809,17 +809,39 @@ def test_numbers_and_booleans_among_texts_of_jsonl_are_undecodable(tmp_path: Pat
     assert flaws_of(read) == undecodable | {key: {"missing_cell"} for key in ("i5", "i6")}
 
 
-def test_lists_of_messages_are_named(tmp_path: Path) -> None:
-    """Whichever column they stand in; a text that holds such a list in JSON is undecodable, and the remedy names it."""
-    messages = [{"role": "user", "content": "hello"}]
+def test_lists_of_messages_are_turns(tmp_path: Path) -> None:
+    """As a list, or as a text that holds one in JSON; earlier answers and systems in a prompt are marked."""
+    messages: list[Any] = [
+        {"role": "system", "content": "brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "why?"},
+    ]
+    expected = ["[system]\nbrief\n\n[user]\nhello", "[assistant]\nhi", "why?"]
     texts = {"response_a": ["a"], "response_b": ["b"], **dict(zip(LMSYS.classes, (1, 0, 0), strict=True))}
     path = tmp_path / "t.jsonl"
+    for cell in (messages, json.dumps(messages)):
+        path.write_text(json.dumps({"id": "1", "prompt": cell, **texts}) + "\n")
+        read = read_rows([path], LMSYS, labelled=True)
+        assert read["prompt"].to_list() == [expected]
+        assert read["flaws"].to_list() == [0]
+    messages[0]["role"] = "oracle"
     path.write_text(json.dumps({"id": "1", "prompt": messages, **texts}) + "\n")
-    with pytest.raises(DataError, match="'prompt' holds lists of messages with role and content"):
-        read_rows([path], LMSYS, labelled=True)
-    path.write_text(json.dumps({"id": "1", "prompt": json.dumps(messages), **texts}) + "\n")
-    with pytest.raises(DataError, match=r"of messages \(role, content\) write the texts alone"):
-        clean(read_rows([path], LMSYS, labelled=True), LMSYS, Rules(), labelled=True)
+    read = read_rows([path], LMSYS, labelled=True)
+    assert read["flaws"].to_list() == [Flaw.UNDECODABLE]
+    with pytest.raises(DataError, match=r"messages \(role, content\) need known roles"):
+        clean(read, LMSYS, Rules(), labelled=True)
+
+
+def test_a_list_of_labels_is_the_mean_of_raters(tmp_path: Path) -> None:
+    votes = [["model_a", "model_a", "model_b"], ["model_b"], ["model_a", "nobody"], [], None]
+    rows = [{"id": f"i{row}", **dict.fromkeys(WSDM.fields, "x"), "winner": cell} for row, cell in enumerate(votes)]
+    pl.DataFrame(rows).write_parquet(tmp_path / "t.parquet")
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for path in (tmp_path / "t.parquet", tmp_path / "t.jsonl"):
+        targets = read_rows([path], WSDM, labelled=True)["target"].to_list()
+        assert targets[:2] == [[pytest.approx(2 / 3), pytest.approx(1 / 3)], [0.0, 1.0]]
+        assert targets[2:] == [None] * 3
 
 
 def test_one_label_may_be_yes_and_no(tmp_path: Path) -> None:
@@ -869,8 +891,8 @@ def test_a_boolean_is_no_weight_and_no_probability(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        (("prompt", "chosen", "rejected"), "a preferred and a rejected response"),
-        (("question_id", "conversation_a", "conversation_b", "winner"), "whole conversations"),
+        (("prompt", "chosen", "rejected"), "chosen-rejected"),
+        (("question_id", "conversation_a", "conversation_b", "winner"), "chatbot-arena-33k"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
@@ -882,7 +904,7 @@ def test_public_sets_of_another_shape_are_told_by_name(
     for task in (LMSYS, WSDM):
         refused = refusal(lambda task=task: read_rows([path], task, labelled=labelled))
         assert expected in refused.what
-        assert "response_a" in str(refused.remedy)
+        assert f"say format: {expected}" in str(refused.remedy)
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,18 @@ def test_a_file_says_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (a.weight, a.calibration, a.share) == (0.75, Calibration(1.03), 1)
     assert (b.weight, b.calibration, b.share) == (0.25, Calibration(), 0.3)
     assert (a.gain_member, b.gain_member) == (DEFAULT_MEMBER_GAINS[0], 0.004)
-    assert (a.gain_swap, b.gain_swap) == (pytest.approx(0.012), DEFAULT_SWAP_GAIN / 2)
+    assert (a.gain_swap, b.gain_swap) == (pytest.approx(0.012), pytest.approx(0.3 * DEFAULT_SWAP_GAIN / 2))
     assert ensemble.temperature == 1.02
     assert ensemble.prior == pytest.approx([0.4, 0.3, 0.3])
     assert {one.bundle.config.model.dtype for one in ensemble.members} == {"float32"}
+
+
+def test_gains_of_all_rows_count_in_part_and_a_measured_one_as_it_is(folder: Path) -> None:
+    text = "members: [{bundle: b, swap_share: 0.5}, {bundle: a, share: 0.2, swap_share: 0.5%s}]"
+    for gain, expected in ("", 0.2 * DEFAULT_MEMBER_GAINS[1]), (", gain: 0.003", 0.003):
+        b, a = open_ensemble(written(folder, text % gain), None, []).members
+        assert (b.gain_member, b.gain_swap) == (DEFAULT_MEMBER_GAINS[0], DEFAULT_SWAP_GAIN / 2)
+        assert (a.gain_member, a.gain_swap) == (pytest.approx(expected), pytest.approx(0.012 / 2 * 0.2 * 0.5))
 
 
 def test_a_member_may_scale_its_tie_or_each_label(folder: Path) -> None:
@@ -157,6 +165,18 @@ def test_all_errors_of_a_file_at_once(folder: Path) -> None:
             [],
             "less than or equal to 1000000000",
         ),
+        (
+            "members: [{bundle: a, swap_share: 0.5}]",
+            ["predict.swap=off"],
+            "swap_share=0.5 changes nothing: predict.swap=off",
+        ),
+        (
+            "members: [{bundle: a, swap_share: 0}]",
+            ["predict.swap=budget"],
+            "swap_share=0 changes nothing: predict.swap",
+        ),
+        ("members: [{bundle: tags, swap_share: 0.5}]", [], "swap_share=0.5 changes nothing: its rows have one order"),
+        ("members: [{bundle: a, swap_share: 1.5}]", [], "less than or equal to 1"),
         ("members: [{bundle: a}]", ["inputs.max_length=9"], "can't be set for a trained bundle"),
         ("members: [{bundle: a}]", ["predict.swop=full"], r"nearest is predict\.swap"),
     ],
@@ -201,6 +221,26 @@ def test_nothing_is_hashed_but_a_changed_config_is_found(folder: Path, monkeypat
     config.write_text(config.read_text().replace("temperature: 1.0", "temperature: 2.0"))
     with pytest.raises(BundleError, match=r"config\.yaml"):
         open_ensemble([folder / "a"], None, [])
+
+
+def test_labels_have_the_mean_of_the_bundles_thresholds_where_none_is_set(folder: Path) -> None:
+    config = resolve({"task": SEVERAL, "data": {"submission": {"values": "labels"}}})
+    for name, thresholds in (("low", [0.1, 0.2, 0.3]), ("high", [0.5, 0.6, 0.7]), ("none", [])):
+        hollow_bundle(folder / name, config, name, thresholds=thresholds)
+    text = "members: [{bundle: low, weight: 3}, {bundle: high, weight: 1}, {bundle: none, weight: 6}]"
+    set_too = ["data.submission.thresholds={y: 0.9}"]
+    for overrides, y in (([], 0.3), (set_too, 0.9)):
+        fitted = open_ensemble(written(folder, text), None, overrides).submission.thresholds
+        assert fitted == pytest.approx({"x": 0.2, "y": y, "z": 0.4})
+    assert open_ensemble([folder / "none"], None, []).submission.thresholds == {}
+    assert open_ensemble([folder / "a"], None, []).submission.thresholds == {}
+
+
+@pytest.mark.parametrize(("task", "thresholds"), [("lmsys", [0.1, 0.2, 0.3]), (SEVERAL, [0.1])])
+def test_thresholds_that_are_not_of_the_labels_are_refused(tmp_path: Path, task: Any, thresholds: list[float]) -> None:
+    hollow_bundle(tmp_path / "odd", resolve({"task": task}), "odd", thresholds=thresholds)
+    with pytest.raises(BundleError, match=r"thresholds .*0\.1.* are not those of several labels"):
+        open_ensemble([tmp_path / "odd"], None, [])
 
 
 # --- the blend -------------------------------------------------------------------------------------------------------

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 
 from pairclf.errors import ModelError
+from pairclf.inference.forecast import SPARE
 from pairclf.inference.loop import PredictionLoop, PredictionResult, ProgressReporter
 from pairclf.inference.messages import BatchScored, Event, Job, WorkerFailure
-from pairclf.inference.pending import Workload
+from pairclf.inference.pending import PendingSequences, Workload
 from pairclf.inference.planner import PlannedModel, Planner
 from pairclf.inference.simulate import SimulatedClock, SimulatedPool
-from pairclf.inference.state import PredictionState
+from pairclf.inference.state import Blender, PredictionState
 from pairclf.inputs.sequences import SequenceIndex
+from pairclf.scores.blend import Blend, HeldOutRows
 from pairclf.scores.metrics import Floats
-from pairclf.scores.probabilities import Calibration
+from pairclf.scores.plans import Plan, PlannableRows, Seconds, best_within, fit_plan, probabilities_of, scored, search
+from pairclf.scores.probabilities import Calibration, mean_of_orders, probabilities
 from pairclf.task import LMSYS
 
 LINEAR, QUADRATIC = 2.0e10, 6.0e5  # about a 9B model's
@@ -169,18 +172,20 @@ def conduct(
     journal: Memory | None = None,
     asked: Callable[[SimulatedClock], int] = lambda clock: 0,
     guess: float = 1.0,
+    judge: Blender | None = None,
+    crew_of: type[Crew] = Crew,
     **faults: Any,
 ) -> Run:
     """A run; `guess` is what the conductor believes of the speed, in parts of what it is."""
     clock = SimulatedClock()
-    crew = Crew(parts, clock, end=stop, **faults)
+    crew = crew_of(parts, clock, end=stop, **faults)
     said: list[str] = []
     sink = Written(clock)
     believed = [PlannedModel(**{**{n: getattr(p, n) for n in p.__slots__}, "speed": guess * p.speed}) for p in parts]
     conductor = PredictionLoop(
         believed,
         LMSYS,
-        Judge([Calibration()] * len(parts)),
+        judge or Judge([Calibration()] * len(parts)),
         pool=crew,
         clock=clock,
         journal=journal or Memory(),
@@ -503,6 +508,115 @@ def test_simulated_notebooks_end_in_time_and_use_it(pytestconfig: pytest.Config)
     assert np.mean(used) >= 0.85
 
 
+WORKERS, BUDGET = 2, 8192
+
+
+@dataclass
+class PlannedBlend:
+    """A blend as an ensemble's file has it."""
+
+    fitted: Blend
+    calibrations: Sequence[Calibration]
+
+    def blend(self, per_member: Sequence[Floats]) -> Floats:
+        mean = self.fitted.of(np.stack(per_member), LMSYS)
+        return np.where(np.isfinite(mean), mean, [0.4, 0.35, 0.25])
+
+
+def seconds_of(model: PlannedModel) -> Seconds:
+    """What `forecast` says of a model."""
+    pending = PendingSequences(model.inputs, (0, 1))
+    pending.layout = "packed"
+    loads = (pending.workload_left(BUDGET, rank) for rank in (1, 2))
+    passes = (LINEAR * load.tokens + QUADRATIC * load.squares for load in loads)
+    return Seconds(model.load_seconds, *(one / model.speed / WORKERS for one in passes))
+
+
+def planned_notebook(seed: int) -> tuple[Plan, PlannableRows, list[PlannedModel], Floats, float]:
+    """A plan for a deadline, the rows that it was chosen on, the models, their logits `(M, N, 2, 3)`, and the
+    deadline."""
+    random, rows = np.random.default_rng(seed), 150
+    index = inputs(rows, seed, twins=0.0)
+    models = [
+        part(f"m{place}", inputs=index, speed=float(random.uniform(1e12, 4e12)), load_seconds=20.0)
+        for place in range(2)
+    ]
+    truth = random.normal(size=(rows, 3))
+    errors = random.normal(size=(2, rows, 2, 3)) * random.uniform(0.5, 1.2, (2, 1, 1, 1))
+    logits = truth[:, None] + errors
+    logits[:, :, 1] = logits[:, :, 1][..., [1, 0, 2]]  # the order BA has its own columns
+    targets = np.eye(3)[[random.choice(3, p=one) for one in probabilities(truth, LMSYS)]]
+    both = np.stack([mean_of_orders(one, LMSYS) for one in logits])
+    first = np.stack([probabilities(one[:, 0], LMSYS) for one in logits])
+    data = PlannableRows(
+        HeldOutRows(both, targets, np.ones(rows), LMSYS), first, [True] * 2, [seconds_of(model) for model in models]
+    )
+    total = sum(sum(cost) for cost in data.seconds)
+    found = best_within(search(data), float(random.uniform(0.3, 0.9)) * total)
+    assert found is not None
+    return found.plan, data, models, logits, SPARE * found.seconds
+
+
+def conduct_plan(
+    notebook: tuple[Plan, PlannableRows, list[PlannedModel], Floats, float],
+    seed: int,
+    slow: Callable[[float], float],
+    stall: float = 0.0,
+) -> tuple[Run, Floats, Floats]:
+    """The plan through the loop: its run, and what it foretold: probabilities `(N, 3)` and models' scores."""
+    plan, data, models, logits, stop = notebook
+
+    class Knowing(Crew):
+        def do(self, worker: int, work: Job) -> tuple[float, Event]:
+            seconds, event = super().do(worker, work)
+            assert isinstance(event, BatchScored)
+            for place, (row, order) in enumerate(work.sequences):
+                event.logits[place] = logits[plan[work.member].member, row, order]
+            return seconds, event
+
+    blend = fit_plan(plan, data)
+    parts = [
+        PlannedModel(
+            **{name: getattr(models[use.member], name) for name in PlannedModel.__slots__}
+            | {"share": use.share, "swap_share": use.swap_share}
+        )
+        for use in plan
+    ]
+    judge = PlannedBlend(blend, [Calibration()] * len(plan))
+    faults: dict[str, Any] = {"workers": WORKERS, "layout": "packed", "overhead": 0.0, "seed": seed}
+    run = conduct(parts, stop=stop, judge=judge, crew_of=Knowing, budget=BUDGET, slow=slow, stall=stall, **faults)
+    return run, probabilities_of(plan, data, blend), scored(plan, data, blend)
+
+
+def within_spare(random: np.random.Generator, total: float) -> Callable[[float], float]:
+    """Passes that take 0.9 to 1.3 times the foretold seconds: a plan leaves 35% to spare."""
+    phase, waves = random.uniform(0, 6.28), random.uniform(0.5, 4)
+    return lambda now: 1.1 + 0.2 * float(np.sin(phase + waves * 6.28 * now / total))
+
+
+def test_simulated_notebooks_of_a_plan_end_in_time_with_the_foretold_loss(pytestconfig: pytest.Config) -> None:
+    """A machine that drifts within the plan's spare time scores all of it. One that becomes up to three times as slow,
+    and stalls for five minutes at a time, ends in time all the same, and each row that has all of its planned scores
+    has the foretold probabilities."""
+    count, whole = 200 if pytestconfig.getoption("--thorough") else pytestconfig.getoption("--notebooks"), 0
+    for seed in range(count):
+        notebook = planned_notebook(seed)
+        _, data, *_, stop = notebook
+        random = np.random.default_rng(seed)
+        run, foretold, _ = conduct_plan(notebook, seed, within_spare(random, stop))
+        assert run.clock.now <= stop, seed
+        assert not run.outcome.rows_left, seed
+        assert run.sink.last is not None
+        assert data.rows.loss(run.sink.last) == pytest.approx(data.rows.loss(foretold), abs=0.002), seed
+        run, foretold, planned = conduct_plan(notebook, seed, drifting(random, stop), 0.003)
+        assert run.clock.now <= stop + 1e-6, seed
+        known = np.stack([run.outcome.state.model_probabilities(member) for member in range(len(planned))])
+        is_planned = np.isclose(known, planned, equal_nan=True).all(axis=(0, 2))
+        np.testing.assert_allclose(run.sink.last[is_planned], foretold[is_planned], atol=1e-9)
+        whole += bool(is_planned.all())
+    assert whole >= count / 2
+
+
 @pytest.mark.parametrize(("approach", "load", "speed"), [("finetune", 5.0, 1e3), ("classical", 60.0, 24e12)])
 def test_a_member_tells_of_those_of_its_own_approach_alone(approach: str, load: float, speed: float) -> None:
     """TF-IDF counts other operations than a transformer, and loads nothing onto a GPU."""
@@ -535,3 +649,28 @@ def test_units_are_scored_whole_or_not_at_all_before_a_deadline() -> None:
     assert in_part <= 5, "the last passes before the deadline"
     assert complete > 10
     assert units_in_part(plain)[0] > 20, "the shortest rows of all prompts are scored first"
+
+
+def test_the_second_order_goes_to_the_share_that_is_most_uncertain_after_all_first_ones() -> None:
+    index = inputs(200, twins=0.0)
+    parts = [part("a", inputs=index, swap_share=0.25), part("b", inputs=index, share=0.4, swap_share=0.0)]
+    for stop in (float("inf"), 36_000.0):
+        run = conduct(parts, stop=stop)
+        state = run.outcome.state
+        assert state.is_scored(0)[:, 0].all()
+        ranked = np.argsort(-state.uncertainty_in_first_order(0), kind="stable")
+        assert {*np.flatnonzero(state.is_scored(0)[:, 1])} == {*ranked[:50].tolist()}
+        assert state.is_scored(1).sum(axis=0).tolist() == [80, 0]
+        assert not run.outcome.rows_left
+        assert max(place for place, (member, _, order) in enumerate(run.crew.done) if (member, order) == (0, 0)) < min(
+            place for place, (member, _, order) in enumerate(run.crew.done) if (member, order) == (0, 1)
+        )
+
+
+def test_a_killed_run_gives_the_second_order_to_the_same_rows() -> None:
+    parts = [part(inputs=inputs(120), swap_share=0.3)]
+    whole, journal = conduct(parts), Memory()
+    for until in (150.0, 250.0, 300.0):
+        conduct(parts, journal=journal, asked=lambda clock, until=until: int(clock() > until))  # type: ignore[misc]
+    rest = conduct(parts, journal=journal)
+    np.testing.assert_array_equal(rest.outcome.state.is_scored(0), whole.outcome.state.is_scored(0))

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from models_support import topology_of
 
 from pairclf.inference.messages import RowOrders
-from pairclf.inference.pending import MAX_SHARING, PendingSequences
+from pairclf.inference.pending import PendingSequences
+from pairclf.inputs.plan import MAX_SHARING
 from pairclf.inputs.render import TEMPLATE, Encoded, Span
 from pairclf.inputs.sequences import Item, SequenceIndex, index_sequences
 from pairclf.model.layouts import shared

@@ -161,10 +161,21 @@ def test_predict_cascade_scores_uncertain_rows_twice(run: Path, tmp_path: Path) 
     assert sorted(scores["models"].list.len().to_list()) == [1] * (ROWS - ROWS // 4) + [2] * (ROWS // 4)
 
 
-def test_predict_swap_split_gives_each_member_one_order(run: Path, tmp_path: Path) -> None:
+def test_predict_swap_split_gives_each_member_one_order(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     scores = predict(bundles_of(run), **files(run, tmp_path), overrides=["predict.swap=split"])
+    assert f"{ROWS} rows in 2 orders for 2 models" in capsys.readouterr().err
     assert scores["orders"].unique().to_list() == [1]
     assert scores["models"].list.len().unique().to_list() == [2]
+
+
+def test_predict_says_that_one_order_is_scored(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ensemble.yaml"
+    path.write_text(f"members: [{{bundle: {bundles_of(run)[0]}, swap_share: 0}}]")
+    scores = predict([path], **files(run, tmp_path))
+    assert scores["orders"].unique().to_list() == [1]
+    assert f"{ROWS} rows for 1 model" in capsys.readouterr().err
 
 
 def test_predict_past_its_deadline_writes_the_prior(run: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from bundles_support import write_model
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2Model
+from support.tokenizers import tiny_tokenizer
+from transformers import Gemma3Config, Gemma3Model, GPT2Config, GPT2Model
 
 from pairclf.approaches.finetune.merge import without_adapter
 from pairclf.bundles.base import ask_hub, fingerprint, resolve_base
@@ -38,6 +39,17 @@ from pairclf.model.layouts import packed, padded
 from pairclf.model.weights import load_classifier
 
 CPU = torch.device("cpu")
+TEXT = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": 32,
+}
+"""Sizes of the text model of a multimodal one."""
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
@@ -47,6 +59,43 @@ def test_only_adapters_and_head_train(config_for: Callable[..., Config], quantiz
     assert {name for name in trained if "lora_" not in name} == {"head.weight", "head.bias"}
     assert len(trained) == 2 + 2 * 7 * 2  # head; A and B of 7 linear modules in 2 layers
     assert classifier.head.weight.dtype == torch.float32
+
+
+@pytest.fixture
+def multimodal(tmp_path: Path) -> Path:
+    """A tiny Gemma-3 that could see."""
+    text = {**TEXT, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16}
+    images = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    places = {"mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302}
+    settings = Gemma3Config(text_config=text, vision_config={**images, "image_size": 28, "patch_size": 14}, **places)
+    Gemma3Model(settings).save_pretrained(tmp_path)
+    tiny_tokenizer(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_what_sees_images_gets_no_adapter(
+    config_for: Callable[..., Config], multimodal: Path, quantization: str, targets: object
+) -> None:
+    lora = {"r": 4, "target_modules": targets}
+    config = config_for("llama", model={"base": str(multimodal), "quantization": quantization, "lora": lora})
+    classifier = build(config, CPU)
+    assert {name for name, _ in classifier.backbone.named_modules() if name.endswith("vision_tower")}
+    adapted = [name for name, _ in classifier.named_parameters() if "lora_" in name]
+    assert len(adapted) == 2 * 2 * (7 if targets == "all-linear" else 2)
+    assert all(".language_model." in name for name in adapted)
+
+
+def test_what_sees_images_is_neither_trained_nor_counted(config_for: Callable[..., Config], multimodal: Path) -> None:
+    backbone = build(config_for("llama", model={"base": str(multimodal), "lora": None}), CPU).backbone
+    trained = {name.split(".")[0] for name, weight in backbone.named_parameters() if weight.requires_grad}
+    assert trained == {"language_model"}
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert cost_of_model(backbone).linear == 2 * linear
+    with pytest.raises(ModelError, match=r"target_modules names \['fc1'\], which the base has not"):
+        lora = {"r": 4, "target_modules": ["fc1"]}
+        build(config_for("llama", model={"base": str(multimodal), "lora": lora}), CPU)
 
 
 def test_layers_below_the_first_carry_no_adapter(config_for: Callable[..., Config]) -> None:

@@ -26,12 +26,13 @@ from pairclf.bundles.probes import pick_probes
 from pairclf.config import Config, resolve
 from pairclf.errors import ConfigError, ModelError
 from pairclf.inference.verify import verify
+from pairclf.inputs.builder import trie_of
 from pairclf.inputs.sequences import Item
 from pairclf.model import families, lm_head
 from pairclf.model.backbone import checkpoint_gradients
 from pairclf.model.cost import cost_of, cost_of_model, model_bytes
 from pairclf.model.engine import Classifier, build, require_base
-from pairclf.model.inputs import open_inputs, trie_of
+from pairclf.model.inputs import open_inputs
 from pairclf.model.layouts import BATCH_LAYOUTS, padded
 from pairclf.model.lm_head import lm_head_of
 from pairclf.model.precision import LinearInFloat32
@@ -462,10 +463,10 @@ def test_operations_are_the_encoders_and_what_the_decoder_reads_of_it(config: Ma
             {"train": {"layout": "packed"}, "model": {"pooling": "mean"}},
             r"train.layout=packed .* does not pass a batch's topology on .*set train.layout=padded",
         ),
-        ({"model": {"pooling": "last"}}, r"model.pooling=last is none of the base's: decoder .*pooling=decoder"),
+        ({"model": {"pooling": "last"}}, r"pooling=last is none of the base's: decoder, mean .*=decoder or mean,"),
         (
             {"model": {"readout": "reward"}, "train": {"layout": "shared"}},
-            r"model.readout=reward does not go with .*an encoder computes anew.*set model.readout=head",
+            r"model.readout=reward does not go with .*an encoder computes anew.*set model.readout=head or label_tokens",
         ),
     ],
 )
@@ -489,6 +490,25 @@ def test_label_words_of_the_mean_are_refused(config: MakeConfig) -> None:
 def test_other_encoder_decoders_are_refused() -> None:
     with pytest.raises(ModelError, match=r"is a bart, which is none of: .*encoder_decoder"):
         families.family_of(AutoConfig.for_model("bart"))
+
+
+@pytest.mark.parametrize(("kind", "idle"), [("t5", 2), ("t5gemma", 2), ("t5gemma2", 0)])
+def test_a_single_key_of_the_decoder_is_not_trained(config: MakeConfig, kind: str, idle: int) -> None:
+    """It is the start token's own; other queries and keys of theirs change no logit."""
+    made = as_built(config(kind, model={"lora": None}))
+    right = logits_of(made, padded(items()))
+    unmoved = {name for name, weight in made.backbone.named_parameters() if not weight.requires_grad}
+    layers = [name for name in unmoved if "vision_tower" not in name and "projector" not in name]
+    assert len(layers) == 2 * idle
+    with torch.no_grad():
+        for name in layers:
+            made.backbone.get_parameter(name).normal_()
+    assert (logits_of(made, padded(items())) - right).abs().max() <= 1e-6
+    adapted = build(config(kind, model={"lora": {"r": 2, "target_modules": ["q", "k"]}}), CPU) if kind == "t5" else None
+    if adapted is not None:
+        names = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+        assert len(names) == 2 * 2 * 2, "of the encoder's own, and of what the decoder reads of it"
+        assert not any("decoder" in name and "SelfAttention" in name for name in names)
 
 
 def test_what_reads_images_has_no_part_in_it(config: MakeConfig) -> None:

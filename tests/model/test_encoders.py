@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_tokenizer
 from models_support import as_built, logits_of, one_at_a_time, related_items
 from safetensors.torch import load_file
+from support.tokenizers import tiny_tokenizer
 from tests_support import make_rows, write_csv
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, DebertaV2Tokenizer, PreTrainedTokenizerFast
@@ -115,6 +115,13 @@ def test_nf4_encoder_packs_and_trains_adapters_and_head(config_for: Callable[...
     assert not [name for name, _ in classifier.named_modules() if "pooler" in name]
 
 
+def test_nobody_is_told_of_what_transformers_would_do_with_the_weights(
+    config_for: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    build(config_for("bert"), CPU)
+    assert not [record.message for record in caplog.records if record.name.startswith("transformers")]
+
+
 def test_rows_that_overflow_float16_are_rescued(config_for: Callable[..., Config]) -> None:
     classifier = build_frozen(config_for("bert", model={"dtype": "float16", "lora": None}), CPU, None, training=False)
     classifier.eval()
@@ -148,8 +155,11 @@ WORDS = {"winner_model_a": "A", "winner_model_b": "B", "winner_tie": "t"}
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"pooling": "last"}}, r"model\.pooling=last is none of the base's: first, mean\n.*=first"),
-        ({"model": {"readout": "label_tokens", "label_words": WORDS}}, "an encoder does not tell the next token"),
+        ({"model": {"pooling": "last"}}, r"model\.pooling=last is none of the base's: first, mean\n.*=first or mean"),
+        (
+            {"model": {"readout": "label_tokens", "label_words": WORDS}},
+            "does not tell the next token\n.*readout=head, or",
+        ),
         ({"model": {"label_words": WORDS}}, r"model\.label_words: an encoder does not tell.*\n.*remove"),
         ({"model": {"readout": "reward"}}, "which an encoder computes anew beside each"),
         ({"inputs": {"template": {"add_special_tokens": False}}}, r"leaves out the opening token.*'<bos>'"),
@@ -180,7 +190,7 @@ def run_of(config: Config, folder: Path) -> Run:
 def test_packed_deberta_is_refused_before_a_text_is_read(config_for: Callable[..., Config], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"train\.layout=packed does not go.*DebertaV2Model does not pass.*\n.*padded"):
         open_run(run_of(config_for("deberta-v2", train={"layout": "packed"}), tmp_path))
-    with pytest.raises(ModelError, match=r"train\.layout=shared does not go.*sees those behind it"):
+    with pytest.raises(ModelError, match=r"train\.layout=shared .*sees those behind it.*\n.*=packed or padded"):
         open_run(run_of(config_for("bert", train={"layout": "shared"}), tmp_path))
     assert not (tmp_path / "run" / "tokens").exists()
 

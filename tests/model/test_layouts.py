@@ -252,13 +252,15 @@ def test_shared_batch_is_refused_with_stock_attention(config_for: Callable[..., 
         logits_of(stock, shared(related_items()))
 
 
-def gradients(classifier: Classifier, batches: Sequence[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(
+    classifier: Classifier, batches: Sequence[Batch], *, trim: bool = False
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss (mean over all rows) and gradients of what trains, accumulated over the batches."""
     classifier.train()
     targets = torch.eye(3)[torch.arange(8) % 3]
     loss = torch.zeros(())
     for batch in batches:
-        logits = classifier(batch.inputs, batch.read_at, batch.lengths)
+        logits = classifier(batch.inputs, batch.read_at, batch.lengths, trim=trim)
         part = torch.nn.functional.cross_entropy(logits, targets[batch.row_at], reduction="sum") / 8
         part.backward()
         loss += part.detach()
@@ -266,8 +268,10 @@ def gradients(classifier: Classifier, batches: Sequence[Batch]) -> tuple[float, 
     return float(loss), {name: grad for name, grad in found.items() if grad is not None}
 
 
-def assert_same_training(one: Classifier, other: Classifier, batches: Sequence[Batch], others: Sequence[Batch]) -> None:
-    (loss, grads), (other_loss, other_grads) = gradients(one, batches), gradients(other, others)
+def assert_same_training(
+    one: Classifier, other: Classifier, batches: Sequence[Batch], others: Sequence[Batch], *, trim: bool = False
+) -> None:
+    (loss, grads), (other_loss, other_grads) = gradients(one, batches, trim=trim), gradients(other, others)
     assert abs(loss - other_loss) <= 1e-5
     assert grads.keys() == other_grads.keys()
     assert max(float((grads[name] - other_grads[name]).abs().max()) for name in grads) <= 1e-5
@@ -289,6 +293,20 @@ def test_packed_trains_as_stock_attention_row_by_row(
 ) -> None:
     ours, stock = (with_attention(config_for, kind, name, lora=lora) for name in ("auto", "eager"))
     assert_same_training(ours, stock, [packed(items())], [padded([item]) for item in items()])
+
+
+@pytest.mark.parametrize(("kind", "lora"), [("bert", None), ("modernbert", LORA), ("eurobert", None), ("gemma2", LORA)])
+def test_trimmed_trains_as_stock_attention_row_by_row(
+    config_for: Callable[..., Config], kind: str, lora: dict[str, object] | None
+) -> None:
+    """With the last layer at the read tokens alone; the wrong variant reads another token."""
+    ours, stock = (with_attention(config_for, kind, name, lora=lora) for name in ("auto", "eager"))
+    batch, alone = packed(items()), [padded([item]) for item in items()]
+    assert_same_training(ours, stock, [batch], alone, trim=True)
+    for classifier in (ours, stock):
+        classifier.zero_grad()
+    with pytest.raises(AssertionError):
+        assert_same_training(ours, stock, [replace(batch, read_at=batch.read_at - 1)], alone, trim=True)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "modernbert"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,19 +14,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from models_support import with_lm_head
 from tests_support import make_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from pairclf.config import Config, resolve
 from pairclf.errors import ConfigError, ModelError
 from pairclf.inference.pending import PendingSequences
+from pairclf.inputs.plan import DECIDED_ALONE, LAYOUTS
 from pairclf.inputs.render import RATIONALE
-from pairclf.inputs.sequences import Item, index_sequences
+from pairclf.inputs.sequences import Item, LargestPass, index_sequences
 from pairclf.inputs.truncate import Ids
 from pairclf.inspect.show import show
+from pairclf.model import rationale
+from pairclf.model.batch import BackboneInputs, Batch
 from pairclf.model.engine import Classifier, build_untrained
 from pairclf.model.inputs import Opened, open_inputs
+from pairclf.model.prediction_memory import footprint
+from pairclf.model.rationale import MAX_CACHED
 from pairclf.model.scoring import ClassifierScorer, items_of, score
 
 CPU = torch.device("cpu")
@@ -35,12 +44,12 @@ N = 12
 
 @pytest.fixture(scope="module")
 def lm_of(base_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """By its kind, a base with an LM head."""
+    """By its kind, a base with an LM head, which is the embedding of Gemma-2 unless it is `untied`."""
 
     @cache
     def make(kind: str) -> Path:
-        folder = tmp_path_factory.mktemp("rationale") / "base"
-        return with_lm_head(base_of(kind), folder, tied=kind == "gemma2", initializer_range=0.3)
+        folder, name = tmp_path_factory.mktemp("rationale") / "base", kind.removesuffix(" untied")
+        return with_lm_head(base_of(name), folder, tied=kind == "gemma2", initializer_range=0.3)
 
     return make
 
@@ -50,8 +59,9 @@ def base(lm_of: Callable[[str], Path]) -> Path:
     return lm_of("llama")
 
 
-def config_of(base: Path, rationale: int = N, **prompt: Any) -> Config:
+def config_of(base: Path, rationale: int = N, attention: str = "auto", **prompt: Any) -> Config:
     model = {"base": str(base), "quantization": "none", "readout": "label_tokens", "label_words": WORDS}
+    model["attn_implementation"] = attention
     prompt = {"k": 0, "rationale": rationale, **prompt} | ({"answer_trigger": TRIGGER} if rationale else {})
     return resolve({"approach": "prompt", "inputs": {"max_length": 200}, "model": model, "prompt": prompt})
 
@@ -68,9 +78,9 @@ def generated(lm: Any, text: Ids, most: int, stop: int | None) -> list[int]:
 class Case:
     """Rows in both orders, and the stock LM."""
 
-    def __init__(self, base: Path, stop: int | None = None) -> None:
+    def __init__(self, base: Path, stop: int | None = None, attention: str = "auto") -> None:
         (base / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}), encoding="utf-8")
-        self.config = config_of(base)
+        self.config = config_of(base, attention=attention)
         self.opened: Opened = open_inputs(self.config)
         self.classifier: Classifier = build_untrained(self.config, CPU).eval()
         self.items = items_of(self.opened.builder.encode(make_rows(3)), orders=2)
@@ -96,7 +106,7 @@ def test_the_label_is_scored_behind_the_greedy_continuation_of_generate(
 ) -> None:
     case = Case(lm_of(kind))
     texts = [case.with_rationale(item) for item in case.items]
-    assert [item.ids.tolist() for item in case.classifier.with_rationales(case.items)] == texts
+    assert [item.ids.tolist() for item in case.classifier.with_rationales(case.items, "shared")] == texts
     assert all(case.opened.tokenizer.decode(text).endswith(TRIGGER) for text in texts)
     logits = torch.from_numpy(score(case.classifier, case.items, tokens_per_batch=2_000))
     expected = torch.stack([case.expected(text) for text in texts])
@@ -110,6 +120,166 @@ def test_the_label_is_scored_behind_the_greedy_continuation_of_generate(
     assert (torch.from_numpy(backwards[::-1].copy()) - logits).abs().max() <= 1e-5
 
 
+@contextmanager
+def passes_counted(classifier: Classifier) -> Iterator[Counter[int]]:
+    """How many forward passes of the base had so many rows of a batch."""
+    counts = Counter[int]()
+    hook = classifier.backbone.register_forward_hook(
+        lambda module, args, named, out: counts.update([len(out.last_hidden_state)]), with_kwargs=True
+    )
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+class Mixed:
+    """Sequences of many lengths, longer and shorter than a window, and the rationale that each is given by itself."""
+
+    def __init__(self, base: Path) -> None:
+        self.case = Case(base)
+        rows = make_rows(4)
+        long = [
+            replace(row, id=f"long {row.id}", fields={name: (text[0] * 8,) for name, text in row.fields.items()})
+            for row in rows[:2]
+        ]
+        self.items = items_of(self.case.opened.builder.encode([*rows, *long]), orders=2)
+        self.scorer = ClassifierScorer(self.case.classifier)
+        self.alone = [self.written([item], "padded")[0] for item in self.items]
+        self.logits = np.concatenate([self.scorer([item])[0] for item in self.items])
+
+    def written(self, items: Sequence[Item], layout: str) -> list[list[int]]:
+        return [item.ids.tolist() for item in self.case.classifier.with_rationales(items, layout)]
+
+
+@pytest.fixture(scope="module")
+def mixed_of(lm_of: Callable[[str], Path]) -> Callable[[str], Mixed]:
+    return cache(lambda kind: Mixed(lm_of(kind)))
+
+
+@pytest.fixture(params=["llama", "gemma2 untied"])
+def mixed(mixed_of: Callable[[str], Mixed], request: pytest.FixtureRequest) -> Mixed:
+    return mixed_of(request.param)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(members=st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True), layout=st.sampled_from([*LAYOUTS]))
+def test_what_is_written_together_is_what_each_is_given_by_itself(
+    mixed: Mixed, members: list[int], layout: str
+) -> None:
+    batch = [mixed.items[number] for number in members]
+    assert mixed.written(batch, layout) == [mixed.alone[number] for number in members]
+    logits, _ = ClassifierScorer(mixed.case.classifier, layout)(batch)
+    assert np.abs(logits - mixed.logits[members]).max() <= 1e-5
+
+
+def _without_mask(cache: DynamicCache, batch: Batch, device: torch.device) -> torch.Tensor:
+    return torch.ones_like(pad_on_the_left(cache, batch, device))
+
+
+def _from_the_wrong_place(cache: DynamicCache, batch: Batch, device: torch.device) -> torch.Tensor:
+    """Pads on the right of each sequence: its window then ends too far to the right."""
+    attended = pad_on_the_left(cache, batch, device)
+    padding = (1 - attended).sum(dim=1).tolist()
+    for layer in cache.layers:
+        for row, moved in enumerate(padding):
+            layer.keys[row], layer.values[row] = layer.keys[row].roll(-moved, 1), layer.values[row].roll(-moved, 1)
+    return torch.stack([row.roll(-moved) for row, moved in zip(attended, padding, strict=True)])
+
+
+def _places_as_positions(self: Classifier, inputs: BackboneInputs, states: Any) -> torch.Tensor:
+    """Positions of the padded row, and not of the sequence."""
+    mask, positions = inputs.get("attention_mask"), inputs["position_ids"]
+    assert isinstance(positions, torch.Tensor)
+    if isinstance(mask, torch.Tensor) and positions.shape[1] == 1:
+        inputs = {**inputs, "position_ids": torch.full_like(positions, mask.shape[1] - 1)}
+    return hidden(self, inputs, states)
+
+
+pad_on_the_left, hidden = rationale._pad_on_the_left, Classifier._hidden
+WRONG: dict[str, tuple[object, str, Any]] = {
+    "no mask": (rationale, "_pad_on_the_left", _without_mask),
+    "no shift of positions": (Classifier, "_hidden", _places_as_positions),
+    "padded on the right": (rationale, "_pad_on_the_left", _from_the_wrong_place),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_batch_writes_something_else(mixed: Mixed, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_window = getattr(mixed.case.lm.config, "sliding_window", None) is not None
+    monkeypatch.setattr(*WRONG[wrong])
+    is_right = wrong == "padded on the right" and not has_window
+    assert (mixed.written(mixed.items, "shared") == mixed.alone) == is_right
+
+
+def _rounded(self: Classifier, inputs: BackboneInputs, states: Any) -> torch.Tensor:
+    """Passes over several sequences round as 16 bits would."""
+    exact = hidden(self, inputs, states)
+    noise = torch.rand(exact.shape, generator=torch.Generator().manual_seed(exact.shape[1])) - 0.5
+    return exact + 0.05 * exact.std() * noise if len(exact) > 1 else exact
+
+
+def test_where_rounding_could_choose_a_token_a_pass_over_its_sequence_decides(
+    mixed_of: Callable[[str], Mixed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = mixed_of("llama")
+    monkeypatch.setitem(rationale.TOLERANCE, torch.float32, 0.2)
+    monkeypatch.setattr(Classifier, "_hidden", _rounded)
+    with passes_counted(mixed.case.classifier) as counts:
+        assert mixed.written(mixed.items, "shared") == mixed.alone
+    assert 0 < counts[1] - 1 < len(mixed.items) * N / 2, "some tokens are decided alone, besides the first pass"
+    monkeypatch.setitem(rationale.TOLERANCE, torch.float32, 0.0)
+    assert mixed.written(mixed.items, "shared") != mixed.alone
+
+
+def test_a_token_of_all_sequences_takes_one_pass_and_a_long_sequence_does_not_pad_many_short_ones(
+    mixed_of: Callable[[str], Mixed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed, cached = mixed_of("llama"), list[int]()
+
+    def observed(cache: DynamicCache, batch: Batch, device: torch.device) -> torch.Tensor:
+        attended = pad_on_the_left(cache, batch, device)
+        cached.append(len(attended) * (attended.shape[1] + N))
+        return attended
+
+    monkeypatch.setattr(rationale, "_pad_on_the_left", observed)
+    alike, length = mixed.items[:6], max(len(item.ids) for item in mixed.items)
+    with passes_counted(mixed.case.classifier) as counts:
+        mixed.scorer(alike)
+    assert counts == {1: 2, len(alike): N - 1}, "one to read, one a token, and one for the labels"
+    with passes_counted(mixed.case.classifier) as counts:
+        for item in alike:
+            mixed.scorer([item])
+    assert counts == {1: len(alike) * (N + 1)}
+    ids = mixed.items[0].ids[-N - 30 :]
+    short = [Item(row, 0, np.concatenate([[100 + row], ids]).astype(np.int32)) for row in range(12)]
+    uneven = [max(mixed.items, key=lambda item: len(item.ids)), *short]
+    cached.clear()
+    mixed.written(uneven, "packed")
+    total = sum(len(item.ids) for item in uneven)
+    assert len(cached) == 2
+    assert max(cached) <= MAX_CACHED * total < len(uneven) * length
+
+
+def test_a_base_that_can_not_pack_writes_one_after_the_other(lm_of: Callable[[str], Path]) -> None:
+    case = Case(lm_of("llama"), attention="eager")
+    texts = [case.with_rationale(item) for item in case.items]
+    with passes_counted(case.classifier) as counts:
+        assert [item.ids.tolist() for item in case.classifier.with_rationales(case.items, "padded")] == texts
+    assert counts == {1: len(case.items) * N}
+
+
+def test_keys_and_values_of_a_rationale_count_in_the_memory(base: Path) -> None:
+    scorer = ClassifierScorer(Case(base).classifier)
+    settings: Any = scorer.classifier.backbone.config
+    numbers = settings.num_hidden_layers * settings.num_key_value_heads * settings.head_dim
+    assert scorer.classifier.cached_bytes() == 2 * 4 * numbers
+    largest = LargestPass(longest=100, tokens_per_batch=300, orders=2)
+    written = footprint(scorer, largest).live
+    scorer.classifier.writer = None
+    assert written - footprint(scorer, largest).live == MAX_CACHED * 300 * 2 * 4 * numbers
+
+
 def test_a_rationale_stops_where_the_turn_ends(base: Path) -> None:
     rationales = [case.rationale(item) for case in (Case(base),) for item in case.items]
     stop = rationales[0][4]
@@ -117,10 +287,12 @@ def test_a_rationale_stops_where_the_turn_ends(base: Path) -> None:
     shorter = [case.rationale(item) for item in case.items]
     assert len(shorter[0]) < 5
     assert [case.with_rationale(item) for item in case.items] == [
-        item.ids.tolist() for item in case.classifier.with_rationales(case.items)
+        item.ids.tolist() for item in case.classifier.with_rationales(case.items, "shared")
     ]
     first = Case(base, rationales[0][0])
-    assert first.classifier.with_rationales(first.items)[0].ids.tolist() == first.with_rationale(first.items[0])
+    assert first.classifier.with_rationales(first.items, "shared")[0].ids.tolist() == first.with_rationale(
+        first.items[0]
+    )
     assert first.rationale(first.items[0]) == [], "nothing is written, and the label is scored"
 
 
@@ -150,7 +322,7 @@ def test_without_a_rationale_nothing_changes(base: Path) -> None:
     assert classifier.writer is None
     items = items_of(builder.encode(make_rows(2)), orders=2)
     assert all((item.ids >= 0).all() for item in items)
-    assert classifier.with_rationales(items) == items
+    assert classifier.with_rationales(items, "shared") == items
 
 
 def test_a_rationale_has_room_in_the_budget_and_its_passes_are_counted(base: Path) -> None:
@@ -162,8 +334,9 @@ def test_a_rationale_has_room_in_the_budget_and_its_passes_are_counted(base: Pat
     assert (index.rationale, index.padded(3, 2).rationale, index.of_rows(np.array([0])).rationale) == (N, N, N)
     pending = PendingSequences(index, (0, 1))
     sequences = int(pending.is_pending.sum())
-    assert pending.workload_left(10_000).passes == pending.batches_left(10_000) + N * sequences == 1 + N * sequences
-    assert pending.workload_of(pending.row_orders([0])).passes == 1 + 2 * N
+    assert pending.batches_left(10_000) == 1
+    assert pending.workload_left(10_000).passes == pytest.approx(1 + N + DECIDED_ALONE * N * sequences)
+    assert pending.workload_of(pending.row_orders([0])).passes == pytest.approx(1 + N + DECIDED_ALONE * N * 2)
     assert f"⟨rationale, at most {N} tokens⟩" in show(case.opened, long[0], coloured=False)[0].plain
 
 

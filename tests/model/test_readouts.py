@@ -176,7 +176,6 @@ YES_NO = {"readout": "label_tokens", "label_words": {"yes": "yes", "no": "no"}}
             {**LABELS, "model": {"readout": "label_tokens", "label_words": {"u": "a", "v": "b"}}},
             r"it must name each answer: \['yes', 'no'\]",
         ),
-        ({**LABELS, "model": YES_NO, "train": {"loss": "vocabulary"}}, "set train.loss=labels"),
         ({**LABELS, "model": YES_NO, "train": {"layout": "padded"}}, "text once for all labels: set train.layout"),
         (
             {**LABELS, "model": YES_NO, "approach": "prompt", "prompt": {"template": "{text}\n"}},
@@ -395,6 +394,15 @@ def test_yes_or_no_for_each_label_is_what_each_label_has_alone(
             mass = score(classifier, items, tokens_per_batch=2_000)
         assert np.abs(np.exp(mass) - np.exp(expected).sum(axis=2)).max() <= 1e-5
         assert vocabulary.label_mass(config, classifier, encoded) == pytest.approx(np.exp(mass).mean())
+        targets, batch = torch.rand(len(items), 3), shared(items)
+        with over_vocabulary(head, lm):
+            assert np.abs(score(classifier, items, tokens_per_batch=2_000) - apart).max() <= 1e-5, "in evaluations"
+            head.train()
+            losses = LOSSES["vocabulary"](logits_of(classifier, batch), targets, config.task)
+            head.eval()
+        wanted = -(targets * expected[..., 0] + (1 - targets) * expected[..., 1]).sum(dim=1)
+        assert (losses - wanted).abs().max() <= 1e-4
+        assert (losses - LOSSES["labels"](logits_of(classifier, batch), targets, config.task)).min() > 0.1
     batch = shared(items)
     assert (logits_of(classifier, see_the_siblings(batch)) - torch.from_numpy(apart)).abs().max() > 0.001
     loaded = load_classifier(bundle_of(config, classifier, tmp_path / "bundle", TEXTS), CPU)

@@ -21,10 +21,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from pairclf.config import Config
 from pairclf.errors import ModelError
 from pairclf.inputs.plan import by_token_budget, token_budget
-from pairclf.inputs.sequences import Item
+from pairclf.inputs.sequences import Item, common_starts
 from pairclf.model.attention import attend, mask
+from pairclf.model.batch import Batch
 from pairclf.model.engine import Classifier
 from pairclf.model.isolation import probe
+from pairclf.model.layouts import BATCH_LAYOUTS
 from pairclf.model.scoring import ClassifierScorer, _batches, keep_freed_memory, score
 
 
@@ -149,9 +151,9 @@ def test_batches_hold_both_orders_of_a_row_and_begin_with_the_longest() -> None:
     for layout in ("packed", "shared"):
         batches = _batches(items, layout, 200)
         assert sorted(chain.from_iterable(batches)) == list(range(len(items)))
-        sizes = [[len(items[index].ids) for index in members] for members in batches]
-        assert all(sum(one) <= 200 or len({items[index].row for index in members}) == 1
-                   for one, members in zip(sizes, batches, strict=True))  # fmt: skip
+        for members in batches:
+            tokens = _tokens(BATCH_LAYOUTS[layout].lay_out([items[index] for index in members]))
+            assert tokens <= 200 or len({items[index].row for index in members}) == 1
         homes: dict[int, set[int]] = {}
         for number, members in enumerate(batches):
             for index in members:
@@ -159,7 +161,47 @@ def test_batches_hold_both_orders_of_a_row_and_begin_with_the_longest() -> None:
         assert all(len(numbers) == 1 for numbers in homes.values())
         rows = [items[index].row for index in chain.from_iterable(batches)]
         totals = [sum(len(item.ids) for item in items if item.row == row) for row in dict.fromkeys(rows)]
-        assert totals == sorted(totals, reverse=True)
+        assert totals == sorted(totals, reverse=True) or layout == "shared"
+
+
+def _tokens(batch: Batch) -> int:
+    ids = batch.inputs["input_ids"]
+    assert isinstance(ids, torch.Tensor)
+    return ids.numel()
+
+
+def test_examples_before_all_rows_are_computed_once_a_pass_and_leave_room_for_more_rows(
+    classifier_of: Callable[[str], Classifier],
+) -> None:
+    """Two sets of them, one before each order of a row, that begin alike; and rows that have none."""
+    random, classifier = np.random.default_rng(0), classifier_of("llama")
+    first, second, own = (random.integers(3, 290, count).astype(np.int32) for count in (100, 60, 500))
+    second[0] = first[40] + 1
+    before = [first, np.concatenate([first[:40], second])]
+    items = [
+        Item(row, order, np.concatenate([before[order], own[20 * row : 20 * row + 12 + row % 8]]))
+        for row in range(24)
+        for order in (0, 1)
+    ]
+    items += [Item(24 + row, order, own[20 * row + order :][:9]) for row in range(3) for order in (0, 1)]
+    starts, once = common_starts([item.ids for item in items])
+    assert {(item.row < 24, start) for item, start in zip(items, starts.tolist(), strict=True)} == {
+        (True, 100),
+        (False, 0),
+    }
+    assert once == 100 + 60
+    batches = {layout: _batches(items, layout, 500) for layout in ("shared", "packed")}
+    shown = [BATCH_LAYOUTS["shared"].lay_out([items[index] for index in members]) for members in batches["shared"]]
+    assert max(map(_tokens, shown)) <= 500
+    assert len(batches["shared"]) < len(batches["packed"]) / 2
+    lengths = sum(len(item.ids) for item in items)
+    assert sum(map(_tokens, shown)) == lengths - 48 * 100 + len(shown) * once
+    passes: list[int] = []
+    hook = classifier.backbone.register_forward_hook(lambda *_: passes.append(1))
+    logits = score(classifier, items, tokens_per_batch=500)
+    hook.remove()
+    assert len(passes) == len(shown)
+    assert np.abs(logits - one_at_a_time(classifier, items).numpy()).max() <= 1e-5
 
 
 def test_by_token_budget_fills_batches_without_padding() -> None:

@@ -15,7 +15,7 @@ import yaml
 from support.packages import hollow_wheelhouse
 from tests_support import hollow_bundle as write_bundle
 
-from pairclf.config import Config, Data, resolve
+from pairclf.config import Config, Submission, resolve
 from pairclf.errors import BundleError, ConfigError, PackagingError, PairclfError
 from pairclf.files import sha256_file, sha256_tree
 from pairclf.inference.ensemble import Ensemble, open_ensemble
@@ -216,6 +216,10 @@ def test_ensemble_keeps_its_weights_and_finds_its_members(config: Config, tmp_pa
     )
     with pytest.raises(PackagingError, match=r"members.1.share=0.3 .* in batches"):
         package(changed(config, ensemble=given, kernel_type="server"), [], tmp_path / "out")
+    swapped = tmp_path / "swapped.yaml"
+    swapped.write_text("members:\n- {bundle: runs/one, swap_share: 0.5}\n")
+    with pytest.raises(PackagingError, match=r"members.0.swap_share=0.5 .*\n?.* in batches"):
+        package(changed(config, ensemble=swapped, kernel_type="server"), [], tmp_path / "out")
     made = package(changed(config, ensemble=given), [], tmp_path / "out")
     (file,) = (made / "bundle").glob("ensemble-*.yaml")
     tree = yaml.safe_load(file.read_text())
@@ -307,18 +311,20 @@ def test_bundle_that_brings_other_files_along_is_refused(
 
 def test_a_prior_that_is_a_tie_names_the_class_that_submissions_name() -> None:
     task = Task(name="t", fields=("text",), classes=("x", "y"), label_column="label", metric="accuracy")
-    ensemble = cast(Ensemble, SimpleNamespace(task=task, prior=np.array([0.5 - 1e-9, 0.5 + 1e-9]), data=Data()))
+    ensemble = cast(
+        Ensemble, SimpleNamespace(task=task, prior=np.array([0.5 - 1e-9, 0.5 + 1e-9]), submission=Submission())
+    )
     assert build._prior(ensemble, None)["label"] == "x"
 
 
 def test_priors_are_probabilities_in_the_columns_of_the_submission(tmp_path: Path) -> None:
     """Where the metric is of probabilities no name is written, and a known sample decides alone."""
     task = Task(name="t", fields=("text",), classes=("0", "1"), label_column="label")
-    ensemble = cast(Ensemble, SimpleNamespace(task=task, prior=np.array([0.75, 0.25]), data=Data()))
+    ensemble = cast(Ensemble, SimpleNamespace(task=task, prior=np.array([0.75, 0.25]), submission=Submission()))
     assert build._prior(ensemble, None) == {"0": "0.750000000", "1": "0.250000000", "label": "0.250000000"}
     sample = tmp_path / "sample.csv"
     sample.write_text("row,p\n1,0\n")
-    ensemble.data.submission.id, ensemble.data.submission.columns = "row", {"0": "p"}
+    ensemble.submission.id, ensemble.submission.columns = "row", {"0": "p"}
     assert build._prior(ensemble, sample) == {"p": "0.750000000"}
 
 

@@ -621,3 +621,50 @@ def test_push_that_is_killed_at_any_request_can_be_repeated(
         push(package, go=True, clock=Ticks().clock)
         assert held(kaggle) == clean, f"killed at request {stop}"
         assert kaggle.received == received, f"killed at request {stop}"
+
+
+class NewerClient:
+    """`kernels_push` of kaggle 2.2.5, for the client that is installed: the version is saved, and not started."""
+
+    def __init__(self, push: Any, kaggle: FakeKaggle) -> None:
+        self.push, self.kaggle = push, kaggle
+
+    def __call__(self, folder: str, timeout: None = None, acc: None = None, no_run: bool = False) -> Any:
+        if no_run:
+            self.kaggle.runs.append(Run(log="", files=()))
+        return self.push(folder)
+
+
+def test_a_version_that_is_saved_without_a_run_is_run_by_the_next_push(
+    package: Path, kaggle: FakeKaggle, ticks: Ticks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = KaggleClient.__init__
+
+    def init(self: KaggleClient, *arguments: Any) -> None:
+        made(self, *arguments)
+        self._api.kernels_push = NewerClient(self._api.kernels_push, kaggle)
+
+    monkeypatch.setattr(KaggleClient, "__init__", init)
+    for _ in range(2):
+        push(package, go=True, run=False, clock=ticks.clock)
+    assert kaggle.names().count("SaveKernel") == 1
+    assert "saved without a run: " in capsys.readouterr().err
+    with pytest.raises(PackagingError, match=r"version 1 of .* was saved without a run"):
+        read_pushed(package, read_build(package))
+    push(package, go=True, clock=ticks.clock)
+    assert read_pushed(package, read_build(package)).version == 2
+
+
+def test_an_older_client_can_not_save_without_a_run(
+    package: Path, kaggle: FakeKaggle, ticks: Ticks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = KaggleClient.__init__
+
+    def init(self: KaggleClient, *arguments: Any) -> None:
+        made(self, *arguments)
+        self._api.kernels_push = lambda folder: None
+
+    monkeypatch.setattr(KaggleClient, "__init__", init)
+    with pytest.raises(PackagingError, match=r"--no-run needs kaggle 2\.2\.5"):
+        push(package, go=True, run=False, clock=ticks.clock)
+    assert "SaveKernel" not in kaggle.names()

@@ -16,7 +16,8 @@ from pairclf.inference.ensemble import open_ensemble, read_ensemble
 from pairclf.runs.blend import BlendReport, blend_runs, judging_folds, write_ensemble
 from pairclf.runs.held_out import CommonRows, ScoredRun, open_runs
 from pairclf.scores.blend import BLENDS, HeldOutRows, arithmetic
-from pairclf.scores.metrics import measure, row_losses
+from pairclf.scores.figures import measure
+from pairclf.scores.metrics import row_losses
 from pairclf.task import LMSYS
 
 Cli = Callable[..., tuple[int, str]]
@@ -89,9 +90,15 @@ def test_the_file_predicts_what_was_judged(arms: Path, common: CommonRows, metho
     out = arms / f"{method}.yaml"
     try:
         write_ensemble(out, report, common.runs)
-        ensemble = open_ensemble([out], None, [])
+        ensemble, nested = open_ensemble([out], None, []), read_ensemble([out]).nested
     finally:
         out.unlink()
+    judged = report.judged[method]
+    assert nested is not None
+    assert nested.nested == pytest.approx(judged.nested["log_loss"], abs=1e-6)
+    assert nested.flattering == pytest.approx(judged.flattering, abs=1e-6)
+    assert nested.gain == pytest.approx(-judged.against_single.value, abs=2e-6)
+    assert (nested.low, nested.high) == (-judged.against_single.high, -judged.against_single.low)
     runs = {run.name: run for run in common.runs}
     of_bundles = [runs[member.bundle.folder.parent.parent.name].probabilities for member in ensemble.members]
     blend = report.judged[method].blend

@@ -23,7 +23,7 @@ from pairclf.runs import compare as module
 from pairclf.runs.compare import Comparison, amount, compare_runs, seed_groups
 from pairclf.runs.held_out import CommonRows, ScoredRun, open_runs
 from pairclf.scores.intervals import difference
-from pairclf.scores.metrics import Floats, accuracy, log_loss, row_losses
+from pairclf.scores.metrics import Floats, log_loss, right_of_rows, row_losses
 from pairclf.task import LMSYS
 
 Cli = Callable[..., tuple[int, str]]
@@ -55,7 +55,7 @@ def test_figures_are_those_of_the_rows(common: CommonRows, comparison: Compariso
     for own in common.runs:
         figures, predicted = runs[own.name].figures, own.probabilities.argmax(axis=1)
         assert figures["log_loss"].value == pytest.approx(log_loss(own.probabilities, common.targets))
-        assert figures["accuracy"].value == pytest.approx(accuracy(own.probabilities, common.targets))
+        assert figures["accuracy"].value == pytest.approx(right_of_rows(own.probabilities, common.targets).mean())
         macro = f1_score(labels, predicted, average="macro")
         assert figures["macro_f1"].value == pytest.approx(macro, abs=0.01)  # a tie of two sides counts one half each
         assert figures["flip_rate"].value == 0
@@ -161,7 +161,12 @@ def test_a_language_model_has_its_recorded_costs(trained_run: Callable[[str], Pa
     assert cost.peak_memory is not None
     assert cost.peak_memory >= 1e9 * json.loads(lines[0])["memory_gb"]
     assert cost.hours is None
-    assert "pairclf forecast" in cost.why_not
+    assert "--forecast makes it" in cost.why_not
+    cost = module._cost(rows.runs[0], language_models=True)
+    assert cost.hours is not None
+    assert 0 < cost.hours < 9
+    assert cost.hours > cost.trained_weights * 2 * 25_000 / 65e12 / 2 / 3600  # no row is free
+    assert not cost.why_not
     assert rows.runs[0].flips is not None
     assert rows.runs[0].flips.any()
 
@@ -184,6 +189,15 @@ def test_the_command_prints_tables_or_json(
     plain = next(run for run in figures["runs"] if run["name"] == "plain")
     assert plain["figures"]["log_loss"]["value"] == pytest.approx(losses["loss_plain"].mean())
     assert math.isclose(figures["leaderboard"]["best_above"]["strong"], 1, abs_tol=0.5)
+
+
+def test_a_copy_of_a_run_is_said_to_be_equal(common: CommonRows) -> None:
+    copy = replace(common.runs[0], name="copy", config=None)
+    comparison = compare_runs(replace(common, runs=[common.runs[0], copy, common.runs[1]]))
+    assert [run.name for run in comparison.runs[1:] if run.equals_best] == [comparison.runs[1].name]
+    text = " ".join(" ".join(module._remarks(comparison)).split())
+    assert f"equal on all rows: {comparison.runs[0].name}, {comparison.runs[1].name}" in text
+    assert comparison.winner is None
 
 
 def test_one_run_is_no_comparison(arms: Path, common: CommonRows) -> None:

@@ -28,7 +28,7 @@ from pairclf.data.rows import read_rows, to_rows
 from pairclf.data.scores import class_matrix, read_scores, scores_frame, write_logits, write_scores
 from pairclf.demo import demo
 from pairclf.errors import DataError
-from pairclf.inference.ensemble import open_ensemble
+from pairclf.inference.ensemble import EnsembleFile, MemberFile, open_ensemble, read_ensemble
 from pairclf.inference.state import PredictionState
 from pairclf.packaging import build
 from pairclf.packaging.build_record import Build, PackedBundle
@@ -40,8 +40,9 @@ from pairclf.runs.calibrated import write_calibrated
 from pairclf.runs.evaluate import Evaluation, _classical_beside, evaluate, evaluate_run, out_of_fold, scored
 from pairclf.runs.evaluation_report import as_tree, render
 from pairclf.scores.calibration import FittedCalibration, NestedCalibration
-from pairclf.scores.intervals import Estimate
-from pairclf.scores.metrics import METRICS, Floats, Metric, measure, metrics_of, title
+from pairclf.scores.figures import METRICS, Judged, Metric, measure, metrics_of, title
+from pairclf.scores.intervals import Estimate, Statistic, mean_of
+from pairclf.scores.metrics import Floats
 from pairclf.scores.probabilities import Calibration, mean_of_orders
 from pairclf.task import LMSYS, WSDM, Task
 
@@ -207,8 +208,11 @@ def assert_the_ledger_prints(task: Task, bundles: Sequence[Bundle], run: Path) -
         PackedBundle(folder=bundle.name, orders=2, **{name: getattr(bundle.manifest, name) for name in PACKED})
         for bundle in bundles
     ]
+    models = SimpleNamespace(file=EnsembleFile(members=[MemberFile(bundle=run)]), bundles=dict(enumerate(bundles)))
+    nested = build._nested(cast(Any, models))
+    assert nested is not None
     record = SimpleNamespace(
-        bundles=packed, task=task, identity="b" * 64, config="x", out_of_fold=out_of_fold_figure,
+        bundles=packed, task=task, identity="b" * 64, config="x", out_of_fold=out_of_fold_figure, nested=nested,
         package=SimpleNamespace(competition="a-competition"),
     )  # fmt: skip
     line = submit._row(run, cast(Build, record), cast(Pushed, SimpleNamespace(seconds=1.0, kernel="k", version=1)), "m")
@@ -218,6 +222,8 @@ def assert_the_ledger_prints(task: Task, bundles: Sequence[Bundle], run: Path) -
     text = text_of(ledger.render(run / "ledger.jsonl"))
     assert f"a-competition counts {metric.title} ({metric.direction})" in text
     assert f"{out_of_fold_figure:.5f}" in text
+    assert all(f"{figure:.5f}" in text for figure in (nested.raw, nested.nested, nested.flattering))
+    assert "(not applied)" in text
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,22 +231,22 @@ def test_every_command_has_scikit_learns_figures(kind: str, config_of: Callable[
     assert_every_command_prints(*config_of(kind))
 
 
-def brier(values: Floats, targets: Floats, weights: Floats | None, *, multi_label: bool) -> float:
-    """Glenn W. Brier's score: the squared distance from the target."""
-    return float(np.average(((values - targets) ** 2).sum(axis=1), weights=weights))
+def distance(judged: Judged) -> Statistic:
+    """The largest distance of a probability from the target."""
+    return mean_of(np.abs(judged.predicted - judged.target).max(axis=1))
 
 
 def test_a_new_metric_is_one_record(
     base_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All commands print it, the first of all where it is the task's own, and a training may go by it."""
-    monkeypatch.setitem(METRICS, "brier", Metric(brier, -1, "Brier score"))
-    task = TOPICS.model_copy(update={"metric": "brier"})
+    monkeypatch.setitem(METRICS, "distance", Metric(distance, "distance", -1, by_row=True))
+    task = TOPICS.model_copy(update={"metric": "distance"})
     config, printed = cross_validated(
-        tmp_path, task, base_of("llama"), metric_for_best_model="brier", keep_weights="best"
+        tmp_path, task, base_of("llama"), metric_for_best_model="distance", keep_weights="best"
     )
-    assert metrics_of(task)[0] == "brier"
-    assert "Brier score" in printed
+    assert metrics_of(task)[0] == "distance"
+    assert "distance" in printed
     first = Paths(output_of(config), 0)
     assert open_bundle(first.bundle).manifest.metrics["kept_step"] == trained_as(first)["training"]["kept_step"] == 1
     assert_every_command_prints(config, printed)
@@ -501,6 +507,20 @@ def test_the_command_prints_json_and_writes_the_rows(
     assert np.average(rows["loss"], weights=rows["weight"]) == pytest.approx(tree["model"]["log_loss"])
 
 
+def test_a_run_folder_is_evaluated_as_its_config(
+    config_of: Callable[[str], tuple[Config, str]], tmp_path: Path, cli: Callable[..., tuple[int, str]]
+) -> None:
+    config, _ = config_of("lmsys")
+    (tmp_path / "x.yaml").write_text(dump_config(config), encoding="utf-8")
+    expected = cli("evaluate", tmp_path / "x.yaml", "--json", "predict.temperature=1.5")
+    assert expected[0] == 0
+    assert cli("evaluate", output_of(config), "--json", "predict.temperature=1.5") == expected
+    assert cli("evaluate", output_of(config), "--json") != expected
+    code, text = cli("evaluate", tmp_path)
+    assert code == 2
+    assert "holds no finished training" in text
+
+
 def test_a_labelled_holdout_is_judged(
     config_of: Callable[[str], tuple[Config, str]], tmp_path: Path, cli: Callable[..., tuple[int, str]]
 ) -> None:
@@ -582,6 +602,19 @@ def test_the_calibration_that_is_worth_it_becomes_an_ensemble(
         Paths(output_of(config), fold).bundle.resolve() for fold in (0, 1)
     ]
     assert "0.95000 nested in the run's folds" in path.read_text()
+    nested = read_ensemble([path]).nested
+    assert nested is not None
+    assert (nested.raw, nested.nested, nested.flattering, nested.applied) == (1.0, 0.95, 0.9, True)
+    assert (nested.low, nested.high) == (pytest.approx(0.05), pytest.approx(0.05))
+
+
+def test_a_manifest_keeps_what_a_temperature_would_gain(config_of: Callable[[str], tuple[Config, str]]) -> None:
+    """It is nested: fitted by fold of prompts to the others, so that labels that follow no text gain nothing by it."""
+    config, _ = config_of("lmsys")
+    for fold in (0, 1):
+        figures = open_bundle(Paths(output_of(config), fold).bundle).manifest.metrics
+        assert figures["log_loss_calibrated_own_rows"] <= figures["log_loss"] + 1e-9
+        assert figures["log_loss_calibrated_own_rows"] < figures["log_loss_calibrated"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from pairclf.config import load_config
 from pairclf.errors import ConfigError
 from pairclf.run import FOLDS, Paths, trained_as
+from pairclf.runs import halving
 from pairclf.runs.cv import cross_validate
 from pairclf.runs.held_out import open_runs
 from pairclf.runs.processes import WorkerError
@@ -158,6 +159,19 @@ def test_a_budget_starts_no_run_that_would_end_later(
         effects_of(sweep, finished[:1])
 
 
+def test_permissions_go_to_the_trainings(arms: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"extends: {arms / 'plain.yaml'}\noutput_dir: {tmp_path / 'run'}\n")
+    given: list[str] = []
+
+    def train(arguments: Sequence[str]) -> int:
+        given.extend(arguments)
+        return 1
+
+    assert train_arms(plan_sweep(path, ["seed=0,1"]), options=["--trust-remote-code"], train=train) == []
+    assert given.count("--trust-remote-code") == 2
+
+
 def test_a_run_that_fails_does_not_end_the_sweep(
     planned: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,3 +293,38 @@ def test_the_rank_ablation_on_a_tiny_model(arms: Path, tmp_path: Path, cli: Cli)
     (effect,) = result["effects"]
     assert effect["settings"] == ["model.lora.r", "model.lora.lora_alpha"]
     assert [value["is_worse"] for value in effect["values"]] == [None, False]
+
+
+def four_by_two(base: Arm) -> list[Arm]:
+    """Four values, two seeds each."""
+    return [replace(base, settings={"classical.C": value, "seed": seed}) for value in (1, 2, 3, 4) for seed in (0, 1)]
+
+
+def test_settings_of_the_worse_half_leave_where_they_are_really_worse(
+    planned: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value 2 is worse and in the better half; 3 in the worse half and within the noise; 4 leaves, both seeds."""
+    arms, noise = four_by_two(planned.arms[0]), np.random.default_rng(0).normal(0, 0.001, (8, 500))
+    figures = [0.900, 0.901, 0.902, 0.901, 0.902, 0.903, 0.980, 0.981]
+    found = [Estimate(figure, figure + draws) for figure, draws in zip(figures, noise, strict=True)]
+    common = open_runs([planned.arms[0].folder, planned.arms[1].folder], folds=[0])
+    monkeypatch.setattr(halving, "figures_of_arms", lambda arms, folds: (common, found))
+    trained: list[tuple[list[object], list[int]]] = []
+
+    def train(part: Sweep) -> list[Arm]:
+        trained.append(([arm.settings["classical.C"] for arm in part.arms], part.folds))
+        return part.arms
+
+    sweep = replace(planned, arms=arms, folds=[0, 1])
+    finished, left = halving.halve_arms(sweep, train)
+    assert trained == [([1, 1, 2, 2, 3, 3, 4, 4], [0]), ([1, 1, 2, 2, 3, 3], [0, 1])]
+    assert finished == arms[:6]
+    assert [(one.settings, one.folds) for one in left] == [({"classical.C": 4}, [0])]
+    assert left[0].to_best == pytest.approx(0.08)
+    assert left[0].threshold < 0.08
+    with pytest.raises(ConfigError, match="the sweep has one"):
+        halving.halve_arms(replace(sweep, folds=[0]), train)
+    assert halving.halve_arms(sweep, lambda part: []) == ([], [])  # out of time: nobody is judged
+    result = effects_of(planned, planned.arms, left)
+    assert result.as_dict()["left"][0]["settings"] == {"classical.C": 4}
+    assert "left after 1 fold: {'classical.C': 4} (+0.0800)" in str(render(result)[0].caption)

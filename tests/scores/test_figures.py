@@ -12,9 +12,9 @@ import sklearn.metrics as sk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pairclf.scores.figures import FIGURES, TOP, as_numbers, judge, reliability, statistics_of, values_of
+from pairclf.scores.figures import METRICS, TOP, as_numbers, judge, reliability, statistics_of, values_of
 from pairclf.scores.intervals import estimate
-from pairclf.scores.metrics import Floats, expected_calibration_error
+from pairclf.scores.metrics import Floats
 from pairclf.task import LMSYS, WSDM, Task
 
 SEVERAL = Task(name="tags", fields=("text",), classes=("x", "y", "z"), multi_label=True)
@@ -130,13 +130,6 @@ def test_sides_are_ranked_among_rows_that_one_of_them_won() -> None:
     assert "roc_auc_sides" not in values_of(judge(p[:, :2] / p[:, :2].sum(axis=1, keepdims=True), t[:, :2] + 0, WSDM))
 
 
-@pytest.mark.parametrize("task", [LMSYS, SEVERAL], ids=lambda task: task.name)
-def test_calibration_error_of_equal_width_is_the_metrics(task: Task) -> None:
-    p, t, w = drawn(task, 300)
-    expected = expected_calibration_error(p, t, w, multi_label=task.multi_label)
-    assert values_of(judge(p, t, task, w))["expected_calibration_error"] == pytest.approx(expected)
-
-
 def test_the_debiased_error_of_calibrated_scores_is_near_nothing_and_the_plain_one_is_not() -> None:
     """1,000 rows whose labels are drawn from their very probabilities, 30 times; then a known error."""
     generator = np.random.default_rng(0)
@@ -167,19 +160,19 @@ def test_errors_of_classes_are_those_of_each_class() -> None:
     assert figures["calibration_error_class_wise"] == pytest.approx(0.4 / 3, abs=0.02)
 
 
-@pytest.mark.parametrize("name", [name for name in FIGURES if name != "map_at_3"])
+@pytest.mark.parametrize("name", [name for name in METRICS if name != "map_at_3"])
 def test_intervals_are_those_of_drawn_groups(name: str) -> None:
     """Of drawn rows, by brute force. A calibration error has the noise of a draw beside its own, so its spread alone
     is compared."""
     p, t, w = drawn(LMSYS, 240)
     p = 0.5 * p + 0.5 * (0.6 * t + 0.4 / 3)
     groups = np.arange(240) // 2
-    found = estimate({name: FIGURES[name].statistic(judge(p, t, LMSYS, w))}, groups, w)[name]
+    found = estimate({name: METRICS[name].statistic(judge(p, t, LMSYS, w))}, groups, w)[name]
     generator, brute = np.random.default_rng(5), []
     for _ in range(120):
         rows = (2 * generator.integers(120, size=120)[:, None] + [0, 1]).ravel()
-        brute.append(FIGURES[name].statistic(judge(p[rows], t[rows], LMSYS, w[rows])).value(w[rows]))
-    lowest, highest = FIGURES[name].limits
+        brute.append(METRICS[name].statistic(judge(p[rows], t[rows], LMSYS, w[rows])).value(w[rows]))
+    lowest, highest = METRICS[name].limits
     assert lowest <= found.value <= highest
     assert found.draws.std() == pytest.approx(np.std(brute), rel=0.35)
     assert found.low <= found.value <= found.high
@@ -199,7 +192,7 @@ def test_equal_predictions_absent_classes_and_few_rows_have_figures(task: Task) 
     for rows in (1, 2, 10):
         p, t = np.full((rows, classes), 1 / classes), np.tile(np.eye(classes)[0], (rows, 1))
         found = estimate(statistics_of(judge(p, t, task)), range(rows))
-        numbers = as_numbers(found, {name: figure.limits for name, figure in FIGURES.items()})
+        numbers = as_numbers(found, {name: figure.limits for name, figure in METRICS.items()})
         for name, cells in numbers.items():
             assert all(value is None or np.isfinite(value) for value in cells.values())
             assert name.startswith("roc_auc") or cells["value"] is not None or name == "map_at_3"

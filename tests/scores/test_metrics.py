@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,25 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairclf.errors import ConfigError, DataError
-from pairclf.scores.metrics import (
-    METRICS,
-    Floats,
-    Metric,
-    accuracy,
-    check_metric,
-    class_prior,
-    entropy,
-    expected_calibration_error,
-    likeliest,
-    log_loss,
-    measure,
-    metrics_of,
-    titled,
-    way_to_best,
-)
+from pairclf.scores.figures import METRICS, check_metric, measure, metrics_of, titled
+from pairclf.scores.metrics import Floats, class_prior, entropy, likeliest, log_loss, way_to_best
 from pairclf.task import LMSYS, WSDM, Task
 
 SEVERAL = Task(name="tags", fields=("text",), classes=("x", "y", "z"), multi_label=True)
+
+
+def figure(name: str, values: Any, targets: Any, weights: Any = None, *, multi_label: bool = False) -> float:
+    """A metric of `METRICS`, for a task with as many classes as there are columns."""
+    classes = tuple(f"class {place}" for place in range(np.shape(values)[1]))
+    task = Task(name="t", fields=("text",), classes=classes, multi_label=multi_label)
+    return measure(values, targets, task, weights, [name])[name]
+
+
+accuracy = partial(figure, "accuracy")
+expected_calibration_error = partial(figure, "expected_calibration_error")
 
 
 def random_scores(n: int, classes: int, seed: int) -> tuple[Floats, Floats, Floats]:
@@ -168,41 +166,37 @@ def test_calibration_of_several_labels_is_each_labels_own() -> None:
     assert expected_calibration_error(np.ones((50, 3)), targets, multi_label=True) > 0.3  # yes to everything
 
 
-def test_every_metric_that_a_training_may_go_by_is_measured() -> None:
-    assert {name: metric.better for name, metric in METRICS.items()} == {
-        "log_loss": -1, "accuracy": 1, "expected_calibration_error": -1,
-    }  # fmt: skip
+def test_every_metric_is_measured_where_it_applies() -> None:
+    """Some by every command; a task's own, such as F1, by every command too, and first."""
+    everywhere = ["log_loss", "accuracy", "expected_calibration_error"]
     values, targets, _ = random_scores(9, 3, 0)
-    assert list(measure(values, targets, LMSYS)) == list(METRICS)
+    targets = np.eye(3)[np.arange(9) % 3]
+    assert list(measure(values, targets, LMSYS)) == everywhere
     assert next(iter(measure(values[:, :2], targets[:, :2], WSDM))) == WSDM.metric == "accuracy"
+    for name, metric in METRICS.items():
+        task = LMSYS.model_copy(update={"metric": name})
+        if metric.applies(LMSYS):
+            assert list(measure(values, targets, task)) == list(dict.fromkeys([name, *everywhere]))
+            assert next(iter(titled(measure(values, targets, task), task))) == metric.title
+        else:
+            with pytest.raises(ConfigError, match=f"task.metric='{name}' is no metric of a multiclass task with 3"):
+                measure(values, targets, task)
 
 
-def area_under_curve(values: Floats, targets: Floats, weights: Floats | None, *, multi_label: bool) -> float:
-    assert not multi_label
-    return float(sklearn.metrics.roc_auc_score(targets[:, 1], values[:, 1], sample_weight=weights))
-
-
-def lacking_for_auc(targets: Floats) -> str | None:
-    if not np.isin(targets, (0, 1)).all():
-        return "one label a row"
-    return None if targets.any(axis=0).all() else "labels of both classes"
-
-
-def test_a_metric_is_measured_where_it_applies_and_has_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = Metric(area_under_curve, 1, "AUC", kinds=("binary",), by_row=False, lacks=lacking_for_auc)
-    monkeypatch.setitem(METRICS, "auc", record)
-    binary = WSDM.model_copy(update={"metric": "auc"})
+def test_a_metric_that_lacks_a_class_is_left_out() -> None:
+    binary = WSDM.model_copy(update={"metric": "roc_auc"})
     values, targets, weights = random_scores(30, 2, 0)
     expected = sklearn.metrics.roc_auc_score(targets[:, 1], values[:, 1], sample_weight=weights)
-    figures = measure(values, targets, binary, weights)
-    assert figures["auc"] == pytest.approx(expected)
-    assert list(titled(figures, binary)) == ["AUC", "log loss", "accuracy", "calibration error"]
-    for unfit in (0.9 * targets + 0.05, np.tile([1.0, 0.0], (30, 1))):
-        assert list(measure(values, unfit, binary)) == ["log_loss", "accuracy", "expected_calibration_error"]
-    for task in (LMSYS, SEVERAL):
-        assert "auc" not in metrics_of(task)
-        with pytest.raises(ConfigError, match=f"train.metric_for_best_model='auc' is no metric of a {task.kind} task"):
-            check_metric("train.metric_for_best_model", "auc", task)
+    assert measure(values, targets, binary, weights)["roc_auc"] == pytest.approx(expected)
+    absent = np.tile([1.0, 0.0], (30, 1))
+    assert list(measure(values, absent, binary)) == ["log_loss", "accuracy", "expected_calibration_error"]
+
+
+def test_a_metric_of_other_tasks_is_refused() -> None:
+    for task in (WSDM, SEVERAL):
+        assert "roc_auc_sides" not in metrics_of(task)
+        with pytest.raises(ConfigError, match=f"best_model='roc_auc_sides' is no metric of a {task.kind} task"):
+            check_metric("train.metric_for_best_model", "roc_auc_sides", task)
 
 
 def test_which_figure_is_better() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -55,11 +56,32 @@ def random_package(
 
 def classical_package(folder: Path, **settings: object) -> Path:
     """Package a bundle of the config for arena3, on few rows of its form; `settings` as in `random_package`."""
-    path = shipped("configs/arena3/classical.yaml")
+    return _trained_package(folder, "configs/arena3/classical.yaml", settings, classical={"n_estimators": 20})
+
+
+def encoder_package(folder: Path, base: Path, **settings: object) -> Path:
+    """Package a bundle of the recipe for MiniLM, after three steps on this BERT, whose weights are in the bundle."""
+    few = {"max_steps": 3, "global_batch_size": 4}
+    recipe = "configs/recipes/minilm-cpu.yaml"
+    return _trained_package(folder, recipe, settings, inputs={}, model={"base": str(base)}, train=few)
+
+
+def _trained_package(folder: Path, shipped_config: str, settings: dict[str, object], **changes: dict[str, Any]) -> Path:
+    """Train fold 0 by sections of a config in the repository, with changes in them, and package it for its machine."""
+    path = shipped(shipped_config)
     tree = parse_yaml(path.read_text(encoding="utf-8"), path)
-    sections = {"approach": tree["approach"], "classical": {**tree["classical"], "n_estimators": 20}}
+    sections = {name: {**tree[name], **change} for name, change in changes.items()}
+    if "approach" in tree:
+        sections["approach"] = tree["approach"]
     settings = {"machine_shape": tree["package"]["machine_shape"], **settings}
     config = _package_config(folder, settings, **sections, folds={"n_splits": 2})
+    return package(config, [fit(config, 0)], folder / "package")
+
+
+def prompt_package(folder: Path, prompt: dict[str, object], model: dict[str, object]) -> Path:
+    """Package the embedded base and what it is shown of few rows; `prompt` is that section."""
+    sections: dict[str, object] = {"approach": "prompt", "prompt": prompt, "model": model, "folds": {"n_splits": 2}}
+    config = _package_config(folder, {}, inputs={"max_length": 512}, **sections)
     return package(config, [fit(config, 0)], folder / "package")
 
 

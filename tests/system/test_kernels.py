@@ -7,7 +7,7 @@ tests/packaging/test_notebook.py the cells in one process.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import polars as pl
@@ -18,8 +18,10 @@ from support.packages import (
     alike,
     assert_scores_as_here,
     classical_package,
+    encoder_package,
     files_of,
     predicted,
+    prompt_package,
     random_package,
 )
 
@@ -143,6 +145,39 @@ def test_notebook_of_another_readout_gives_the_submission_of_predict(
     assert alike(predicted(package, tmp_path, [0]), submission(package), tolerance=1e-4)
     assert report.scored is not None
     assert report.scored.both_orders == TEST_ROWS
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("real", [False, True], ids=["tiny", "minilm"])
+def test_notebook_of_an_encoder_needs_neither_a_gpu_nor_a_base(
+    request: pytest.FixtureRequest, top: Path, tmp_path: Path, base_of: Callable[[str], Path], real: bool
+) -> None:
+    """All of its weights are in the bundle."""
+    base = request.getfixturevalue("minilm") if real else base_of("bert")
+    package = undisturbed(encoder_package(top / f"encoder-{real}", base))
+    assert_scores_as_here(package, report := read_passed(package), tmp_path, tolerance=1e-5)
+    metadata = json.loads((package / "kernel" / "kernel-metadata.json").read_text())
+    assert (metadata["enable_gpu"], metadata["machine_shape"], metadata["model_sources"]) == (False, "", [])
+    assert metadata["dataset_sources"] == [f"someone/a-notebook-{part}" for part in ("bundle", "wheels")]
+    (bundle,) = (package / "bundle").glob("run-fold0-*")
+    weights = (bundle / "backbone" / "model.safetensors").stat().st_size
+    assert report.disk_peak < weights or not real, "nothing of it is copied"
+    (here,) = report.projections
+    assert here.rows == 25_000
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "prompt",
+    [{"k": 0}, {"k": 4, "calibration": "batch"}, {"k": 0, "rationale": 6}],
+    ids=["zero-shot", "few-shot", "rationale"],
+)
+def test_notebook_of_a_prompt_gives_the_submission_of_predict(
+    top: Path, tmp_path: Path, prompt: dict[str, object], request: pytest.FixtureRequest
+) -> None:
+    model: dict[str, object] = {"readout": "label_tokens", "label_words": WORDS}
+    package = undisturbed(prompt_package(top / request.node.callspec.id, prompt, model))
+    assert_scores_as_here(package, read_passed(package), tmp_path)
 
 
 @pytest.mark.thorough

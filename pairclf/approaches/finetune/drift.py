@@ -25,7 +25,8 @@ from pairclf.model.inputs import builder_of, encoded_rows
 from pairclf.model.scoring import by_order, items_of, score
 from pairclf.model.weights import load_classifier
 from pairclf.run import OOF, labelled_rows
-from pairclf.scores.metrics import Floats, measure, title, titled
+from pairclf.scores.figures import measure, title, titled
+from pairclf.scores.metrics import Floats
 from pairclf.scores.probabilities import mean_of_models, mean_of_orders
 from pairclf.task import Row, Task
 

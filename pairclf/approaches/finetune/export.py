@@ -89,7 +89,7 @@ def export(
     """
     config.require("model", "export")
     _check_installed(to)
-    source = _source(config, fold, bundle, out)
+    source = source_bundle(config, fold, bundle, out)
     refuse_other_bundle(out, f"{source.name}-{to}")
     of_run = source.folder == Paths(output_of(config), source.manifest.fold).bundle
     sample = sample_rows(config, [source], rows) if of_run else sample_unseen_rows(config, source, rows)
@@ -134,7 +134,7 @@ def _check_installed(to: str) -> None:
             ) from error
 
 
-def _source(config: Config, fold: int | None, bundle: Path | None, out: Path) -> Bundle:
+def source_bundle(config: Config, fold: int | None, bundle: Path | None, out: Path) -> Bundle:
     """The bundle to export, which must have an adapter or unquantised weights."""
     if bundle is not None and fold is not None:
         raise ConfigError(f"--bundle {bundle} and --fold {fold} name two bundles", remedy="give only one of them")
@@ -203,6 +203,7 @@ def _build(source: Bundle, new: Path, to: str, calibration: Sequence[list[int]],
         metrics={},
         prior=source.manifest.prior,
         probes=[],
+        thresholds=source.manifest.thresholds,
         trained_on=source.trained_on(),
     )
 

@@ -29,7 +29,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
 
 
 def over_vocabulary(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
-    """`(R, C)` log-probabilities of the labels over the vocabulary and soft targets -> `(R,)` losses in nats."""
+    """`(R, C)` log-probabilities of the labels over the vocabulary and soft targets -> `(R,)` losses in nats.
+
+    Multi-label: `(R, C, 2)`, those of yes and no behind each label; the losses are summed over labels.
+    """
+    if task.multi_label:
+        return -(torch.stack([targets, 1 - targets], dim=-1) * logits).sum(dim=(1, 2))
     return -(targets * logits).sum(dim=-1)
 
 

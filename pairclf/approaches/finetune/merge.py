@@ -31,7 +31,7 @@ from pairclf.approaches.finetune.drift import (
 )
 from pairclf.bundles.bundle import Bundle, open_bundle, write_bundle
 from pairclf.bundles.contents import MANIFEST
-from pairclf.bundles.manifest import Probe, amend, read_manifest
+from pairclf.bundles.manifest import Probe, amend, mean_thresholds, read_manifest
 from pairclf.bundles.probes import pick_probes
 from pairclf.config import Config, Lora, override
 from pairclf.console import console
@@ -295,6 +295,7 @@ def _build(
         metrics={},
         prior=prior,
         probes=[],
+        thresholds=mean_thresholds([part.bundle.manifest for part in parts]),
         trained_on=trained_on,
     )
     return factor_error

@@ -431,7 +431,8 @@ def _measured_speed(
         while len(passes) < 2 or (len(passes) < 4 and sum(taken.wall for taken in passes) < 0.5):
             start = clock()
             inputs = _synthetic_batch(config, classifier, lengths)
-            classifier(inputs.inputs, inputs.read_at, inputs.lengths)
+            trim = classifier.trims_training(config.train)
+            classifier(inputs.inputs, inputs.read_at, inputs.lengths, trim=trim)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             end = clock()

@@ -298,6 +298,8 @@ def _backward(state: TrainState, row_indices: RowIndices, step: int, budget: int
     total = sum(float(examples.weights[row]) * len(orders[row]) for row in row_indices.tolist())
     batches = state.batches(row_indices, budget, accelerator.process_index)
     lay_out = BATCH_LAYOUTS[config.train.layout].lay_out
+    # An engine gathers a layer's weights when the layer is called, and not before, when its keys are computed.
+    trim = not state.engine and state.classifier.trims_training(config.train)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for index, rows in enumerate(batches):
         if not rows and not state.engine:
@@ -308,7 +310,7 @@ def _backward(state: TrainState, row_indices: RowIndices, step: int, budget: int
         batch = lay_out(items).to(accelerator.device)
         accelerator.sync_gradients = index == len(batches) - 1  # DeepSpeed takes its step where this is true
         with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(state.model):
-            logits = state.model(batch.inputs, batch.read_at, batch.lengths)
+            logits = state.model(batch.inputs, batch.read_at, batch.lengths, trim=trim)
             batch_loss_share = batch_loss(logits, batch, examples, config) * bool(rows) / total
             accelerator.backward(
                 batch_loss_share * accelerator.num_processes if state.engine else batch_loss_share

@@ -61,7 +61,8 @@ from pairclf.model.device_memory import forget_peak
 from pairclf.model.engine import Classifier, build
 from pairclf.model.scoring import by_order, items_of, score
 from pairclf.model.vocabulary import label_mass, vocabulary_loss
-from pairclf.scores.metrics import METRICS, Floats, measure, title
+from pairclf.scores.figures import METRICS, measure, title
+from pairclf.scores.metrics import Floats
 from pairclf.scores.probabilities import mean_of_orders
 from pairclf.signals import Signals, signals
 
@@ -276,13 +277,12 @@ def _evaluate(
     log.close(progress.step)
     with state.average.applied() if state.average else nullcontext():
         rows, predicted = _predict_held_out(state, held_out)
-        figures = measure(predicted, held_out.targets[rows], state.config.task, held_out.weights[rows])
         name = settings.metric_for_best_model
+        figures = measure(predicted, held_out.targets[rows], state.config.task, held_out.weights[rows], [name])
         if name not in figures:
             raise ConfigError(
-                f"train.metric_for_best_model={name} can't be measured: the held-out rows lack "
-                f"{METRICS[name].lacks(held_out.targets[rows])}",
-                remedy=f"one of {', '.join(figures)}",
+                f"train.metric_for_best_model={name} can't be measured: the held-out rows lack a class that it needs",
+                remedy="set train.metric_for_best_model=log_loss, or evaluate more rows: train.eval_rows=null",
             )
         score = figures[name]
         if progress.best is None or METRICS[name].is_better(score, progress.best.score):

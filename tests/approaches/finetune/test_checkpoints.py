@@ -38,7 +38,8 @@ from pairclf.config.dump import flat_settings
 from pairclf.errors import CheckpointError, StopError
 from pairclf.model.engine import Classifier
 from pairclf.model.inputs import open_inputs
-from pairclf.scores.metrics import Metric
+from pairclf.scores.figures import Metric
+from pairclf.scores.intervals import mean_of
 
 ROWS = make_rows(24)
 pytestmark = pytest.mark.usefixtures("without_forecast")
@@ -291,7 +292,7 @@ def test_train_keeps_best_weights_once_a_checkpoint_and_misses_them_at_once(
 ) -> None:
     config = config_of(config_for, eval_steps=1, keep_weights="best", save_steps=4, logging_steps=99)
     with monkeypatch.context() as patch:
-        better = Metric(lambda *_, **__: -float(len(list(tmp_path.rglob("best-*")))), 1, "")
+        better = Metric(lambda judged: mean_of(0 * judged.weights - len(list(tmp_path.rglob("best-*")))), "", 1)
         patch.setitem(loop.METRICS, "log_loss", better)
         kill_after(7, patch)
         with pytest.raises(Killed):

@@ -20,6 +20,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from encoder_decoders_support import tiny_encoder_decoder
 from safetensors.torch import load_file
 from support.forked import forked
 
@@ -33,6 +34,7 @@ from pairclf.approaches.finetune.distributed import (
     prepare_model,
 )
 from pairclf.approaches.finetune.optimizers import make_optimizer, trained_weights
+from pairclf.bundles.bundle import open_bundle
 from pairclf.config import Config, dump_config, load_config, resolve
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.errors import ConfigError
@@ -70,8 +72,9 @@ def arena(folder: Path, base: Path, name: str, **sections: dict[str, Any]) -> tu
 
 
 def saved(run: Path) -> dict[str, torch.Tensor]:
-    bundle = run / "fold0" / "bundle"
-    return load_file(bundle / "adapter" / "adapter_model.safetensors") | load_file(bundle / "head.safetensors")
+    bundle = open_bundle(run / "fold0" / "bundle")
+    weights = next((bundle.files.adapter if bundle.config.model.lora else bundle.files.backbone).glob("*.safetensors"))
+    return load_file(weights) | load_file(bundle.folder / "head.safetensors")
 
 
 def logged(run: Path) -> list[dict[str, float]]:
@@ -126,11 +129,26 @@ def fit_first_fold(path: Path) -> None:
     fit(load_config(path), 0)
 
 
-def test_fit_in_two_processes_trains_the_weights_of_one(tmp_path: Path, base_of: Callable[[str], Path]) -> None:
+MODELS: dict[str, dict[str, Any]] = {
+    "gemma2": {"model": {"quantization": "nf4"}},
+    "bert": {"model": {"lora": None, "pooling": "mean"}},
+    "t5": {"model": {"lora": {"r": 2, "lora_dropout": 0.0}}, "train": {"layout": "padded"}},
+}
+"""A base of each family, and how it is trained."""
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "bert", pytest.param("t5", marks=pytest.mark.thorough)])
+def test_fit_in_two_processes_trains_the_weights_of_one(
+    tmp_path: Path, base_of: Callable[[str], Path], without_forecast: None, kind: str
+) -> None:
     write_lmsys(generate(40, seed=1), tmp_path, n_test=4)
-    _, config = arena(tmp_path, base_of("gemma2"), "one", model={"quantization": "nf4"})
+    if kind == "t5":
+        tiny_encoder_decoder(kind, base := tmp_path / "base")
+    else:
+        base = base_of(kind)
+    _, config = arena(tmp_path, base, "one", **MODELS[kind])
     fit(config, 0)
-    path, _ = arena(tmp_path, base_of("gemma2"), "two", model={"quantization": "nf4"})
+    path, _ = arena(tmp_path, base, "two", **MODELS[kind])
     in_two_processes(tmp_path, fit_first_fold, path)
     assert_same_training(tmp_path / "one", tmp_path / "two")
 

@@ -109,7 +109,7 @@ def test_lower_layers_learn_slower_and_the_encoder_is_below_the_decoder(tmp_path
     expected = {
         "head.weight": 1.0,
         "decoder.final_layer_norm.weight": 1.0,
-        "decoder.block.1.layer.0.SelfAttention.q.weight": 1.0,
+        "decoder.block.1.layer.0.SelfAttention.v.weight": 1.0,
         "decoder.block.0.layer.1.EncDecAttention.k.weight": 0.5,
         "encoder.final_layer_norm.weight": 0.25,
         "encoder.block.1.layer.1.DenseReluDense.wo.weight": 0.25,

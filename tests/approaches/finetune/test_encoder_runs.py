@@ -1,21 +1,29 @@
-"""Encoders go where decoders go: exported, quantised and merged over folds, with whole weights and with adapters."""
+"""Encoders go where decoders go: taught by one, before one in a cascade, exported, quantised, merged over folds."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from support.runs import run_config, train_run
+from encoder_decoders_support import tiny_encoder_decoder
+from support.runs import TEST_ROWS, run_config, train_run
 
 from pairclf.approaches import verify_probes
 from pairclf.approaches.finetune.export import export
 from pairclf.approaches.finetune.merge import merge
 from pairclf.bundles.bundle import open_bundle
 from pairclf.config import Config, load_config
+from pairclf.data.scores import class_matrix
+from pairclf.inference.predict import predict
 from pairclf.model.backbone import stored_weights
 from pairclf.model.weights import load_classifier
+from pairclf.runs.fit import fit
+from pairclf.scores.metrics import entropy_of
+from pairclf.task import LMSYS
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +34,45 @@ def config(base_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
         patch.setattr("pairclf.approaches.finetune.train.estimate_resources", lambda *_: None)
         train_run(folder, run_config(folder, base_of("modernbert"), model={"pooling": "mean"}))
     return load_config(folder / "config.yaml")
+
+
+@pytest.mark.parametrize("kind", ["bert", pytest.param("t5", marks=pytest.mark.thorough)])
+def test_a_decoder_teaches_an_encoder_and_scores_the_rows_that_it_is_least_sure_of(
+    trained_run: Callable[[str], Path],
+    base_of: Callable[[str], Path],
+    tmp_path: Path,
+    without_forecast: None,
+    quick_workers: None,
+    kind: str,
+) -> None:
+    """Out-of-fold scores of the decoder are a second target, and its bundle is the second stage of a cascade."""
+    decoder = trained_run("llama")
+    if kind == "t5":
+        tiny_encoder_decoder(kind, base := tmp_path / "base")
+    else:
+        base = base_of(kind)
+    train = {"layout": "padded", "max_steps": 2, "logging_steps": 1, "swap": "none"}
+    bundles = {}
+    for name, scores in {"taught": [str(decoder / "run" / "oof.parquet")], "untaught": []}.items():
+        config = run_config(decoder, base, model={"lora": None}, train={**train, "distill": {"scores": scores}})
+        bundles[name] = fit(config.model_copy(update={"output_dir": tmp_path / name}), 0)
+    logs = {name: (bundle.parent / "metrics.jsonl").read_text().splitlines() for name, bundle in bundles.items()}
+    first = {name: json.loads(lines[0])["loss"] for name, lines in logs.items()}
+    assert first["taught"] > first["untaught"], "the divergence from the teacher is added"
+
+    encoder, second = bundles["taught"], decoder / "run" / "fold0" / "bundle"
+    cascade = tmp_path / "ensemble.yaml"
+    cascade.write_text(f"members: [{{bundle: {encoder}}}, {{bundle: {second}, share: 0.25}}]")
+    alone, other, scores = (
+        predict([source], decoder / "test.csv", tmp_path / "submission.csv", sample=decoder / "sample_submission.csv")
+        for source in (encoder, second, cascade)
+    )
+    cheap, dear, both = (class_matrix(table, LMSYS) for table in (alone, other, scores))
+    twice = (scores["models"].list.len() == 2).to_numpy()
+    assert twice.sum() == TEST_ROWS // 4
+    assert np.abs(both - np.where(twice[:, None], (cheap + dear) / 2, cheap)).max() <= 1e-6
+    unsure = entropy_of(cheap)
+    assert unsure[twice].min() >= unsure[~twice].max()
 
 
 @pytest.mark.thorough  # `check_approach` goes through most of it, but for these two commands

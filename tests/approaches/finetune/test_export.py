@@ -213,7 +213,7 @@ def test_a_format_whose_package_is_missing_is_refused_before_any_work(
     run_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "gptqmodel", None)  # as if it were not installed
-    monkeypatch.setattr(job, "_source", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr(job, "source_bundle", lambda *_: pytest.fail("began to work"))
     with pytest.raises(ModelError, match=r"(?s)needs the package gptqmodel.*pip install gptqmodel"):
         export(config_of(run_of("llama")), tmp_path / "out", to=to)
 

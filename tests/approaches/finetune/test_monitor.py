@@ -26,7 +26,7 @@ from pairclf.model.cost import Cost
 from pairclf.model.inputs import open_inputs
 from pairclf.signals import HASTE, signals
 
-COST = Cost(linear=10.0, quadratic=0.0, trained=0.0, reached=1.0)
+COST = Cost(linear=10.0, quadratic=0.0, trained=0.0, reached=1.0, layers=1)
 OUTCOME = StepResult(loss=1.0, tokens=80, computed=100, stop_requested=False)
 
 

@@ -27,9 +27,11 @@ from pairclf.approaches.finetune.train import construct, train
 from pairclf.config import Config
 from pairclf.errors import DataError, ModelError
 from pairclf.inputs.sequences import Item
+from pairclf.model.backbone import checkpoint_gradients
 from pairclf.model.engine import Classifier, build
 from pairclf.model.inputs import open_inputs
 from pairclf.model.layouts import packed
+from pairclf.model.trim import last_layer
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("without_forecast")
@@ -85,6 +87,28 @@ def test_within_memory_halves_the_budget_and_keeps_the_gradients(
     assert again.loss == pytest.approx(outcome.loss, abs=1e-6)
     assert again.tokens == outcome.tokens
     assert max(float((one - whole[name]).abs().max()) for name, one in gradients(learner).items()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_the_last_layer_is_computed_at_the_read_tokens_unless_it_is_recomputed(
+    config_for: Callable[..., Config], kind: str
+) -> None:
+    every = []
+    for recompute in (False, True):
+        learner = learner_of(config_for(kind, train={"gradient_checkpointing": recompute}))
+        if recompute:
+            checkpoint_gradients(learner.classifier.backbone)
+        seen: list[int] = []
+        last_layer(learner.classifier.backbone).register_forward_hook(
+            lambda layer, states, out, seen=seen: seen.append((out if torch.is_tensor(out) else out[0]).shape[1])
+        )
+        outcome = accumulate(learner, MEMBERS, 1)
+        assert outcome is not None
+        read = len(ROWS) * learner.config.train.orders
+        assert seen[0] == (outcome.tokens if recompute else read)
+        every.append(gradients(learner))
+    trimmed, whole = every
+    assert max(float((one - whole[name]).abs().max()) for name, one in trimmed.items()) <= 1e-5
 
 
 def test_accumulate_adds_to_gradients_that_are_left(
