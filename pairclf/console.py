@@ -119,7 +119,7 @@ def table(title: str, *columns: str) -> Table:
 
 
 class Tables:
-    """Shows in Jupyter as tables: a class says which."""
+    """Shows as tables, in Jupyter and where it is printed: a class says which."""
 
     __slots__ = ()
 
@@ -127,11 +127,18 @@ class Tables:
         """The tables, as the command line prints them."""
         raise NotImplementedError
 
+    def __str__(self) -> str:
+        return self._printed().export_text()
+
     def _repr_html_(self) -> str:
+        code_format = '<pre style="line-height: normal">{code}</pre>'
+        return self._printed().export_html(inline_styles=True, code_format=code_format)
+
+    def _printed(self) -> Console:
         page = Console(record=True, file=StringIO(), width=120, highlight=False, markup=False, soft_wrap=True)
         for part in self.tables():
             page.print(part, "")
-        return page.export_html(inline_styles=True, code_format='<pre style="line-height: normal">{code}</pre>')
+        return page
 
 
 @contextmanager

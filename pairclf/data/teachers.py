@@ -47,7 +47,7 @@ def teachers_of(config: Config, training: pl.DataFrame) -> Floats | None:
 def mean_of_teachers(paths: Sequence[Path], training: pl.DataFrame, task: Task, *, unproven: bool = False) -> Floats:
     """As `teachers_of`, of files of scores that `pairclf distill` names."""
     if len({path.resolve() for path in paths}) != len(paths):
-        raise ConfigError("train.distill.scores names a file twice, which would count twice in the mean")
+        raise ConfigError("the list of teachers' scores names a file twice, which would count twice in the mean")
     by_teacher = []
     for path in paths:
         values = out_of_sample(path, training, task, unproven=unproven)
@@ -57,7 +57,7 @@ def mean_of_teachers(paths: Sequence[Path], training: pl.DataFrame, task: Task, 
     mean = mean_of_models(by_teacher)
     if np.isnan(mean).all():
         raise DataError(
-            f"train.distill.scores: none of the {len(training):,} training rows is scored",
+            f"teachers' scores: none of the {len(training):,} training rows is scored",
             where=", ".join(map(str, paths)),
             rows=training["id"].to_list(),
             remedy="give scores of the training rows, joined on id: `pairclf cv` writes oof.parquet",
@@ -139,5 +139,5 @@ def _refuse_unknown(path: Path, scored: pl.DataFrame) -> None:
             where=path,
             rows=scored["id"].filter(unknown).to_list(),
             remedy="write them with `pairclf cv` or `pairclf predict --scores`; or, if you know that they are out of "
-            "sample, write a column seen of zeros, or set train.distill.allow_unknown_provenance=true",
+            "sample, write a column seen of zeros, or set train.distill.allow_unknown_provenance=true for teachers",
         )

@@ -107,12 +107,14 @@ def open_runs(
         common: use the rows that all have scored, instead of refusing runs with other rows.
 
     Raises:
-        ConfigError: there is no config, a run is given twice, or tasks have different classes.
+        ConfigError: there is no such path or no config, a run is given twice, or tasks have different classes.
         DataError: scores can't be used, are of other rows, or the runs have scored different rows.
         LeakError: a model was trained on rows that it scored.
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError("a run is given twice", remedy="give each run once")
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise ConfigError(f"there is no {', '.join(missing)}", remedy="give run folders, configs or files of scores")
     configs = [config_of_run(path) for path in paths]
     config = load_config(labels) if labels is not None else next((own for own in configs if own is not None), None)
     if config is None:

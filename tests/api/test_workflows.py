@@ -67,6 +67,7 @@ def test_an_evaluation_has_the_commands_figures(classical_config: dict[str, Any]
     assert code == 0
     assert first_json(printed) == json.loads(json.dumps(as_tree(evaluation)))
     assert "Evaluation of 36 rows" in evaluation._repr_html_()
+    assert str(evaluation).startswith("Evaluation of 36 rows")
 
 
 def test_a_comparison_and_a_blend_are_the_commands(

@@ -114,6 +114,8 @@ def test_scores_that_can_not_be_used(name: str, arms: Path, scores: pl.DataFrame
 def test_what_can_not_be_compared(arms: Path, scores: pl.DataFrame, tmp_path: Path) -> None:
     plain = arms / "runs" / "plain"
     write_scores(tmp_path / "a.parquet", scores)
+    with pytest.raises(ConfigError, match=r"there is no nosuch\.yaml, nosuch"):
+        open_runs([Path("nosuch.yaml"), arms / "runs" / "plain", Path("nosuch")])
     with pytest.raises(ConfigError, match="a run is given twice"):
         open_runs([plain, plain])
     with pytest.raises(ConfigError, match="don't say which labels they belong to"):
