@@ -32,13 +32,14 @@ import polars as pl
 from safetensors import safe_open
 from sklearn.metrics import f1_score
 
+from pairclf.approaches import classical_model
 from pairclf.approaches.protocol import LABEL_MASS, Fitted
 from pairclf.bundles.base import resolve_base
 from pairclf.bundles.contents import BundleFiles
 from pairclf.config import Config, resolve
 from pairclf.console import console, number
 from pairclf.data.identity import row_hashes
-from pairclf.data.rows import targets_of
+from pairclf.data.rows import targets_of, to_rows
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.errors import PairclfError
 from pairclf.files import open_to_append, write_text
@@ -195,17 +196,27 @@ def run_arm(arm: Arm, name: str, options: argparse.Namespace) -> dict[str, Any]:
     trained = time.process_time()
     assert fitted is not None
     logits = fitted.logits(split.held_out)
-    scored = time.process_time()
+    seconds = time.process_time() - trained
     figures = {"training": len(split.training), "held_out": len(split.held_out)} | measured(
         split.held_out, logits, config
     )
     prior = np.tile(class_prior(targets_of(split.training)), (len(split.held_out), 1))
     figures |= {"prior_log_loss": log_loss(prior, targets_of(split.held_out))}
-    figures |= {"training_min": (trained - start) / 60, "rows_per_s": len(split.held_out) / (scored - trained)}
     figures |= weights_of(fitted, config, output / "saved")
+    if config.approach == "classical":  # `fitted` has the features of all rows; a test file's are to be made
+        seconds = seconds_from_texts(output / "saved", split.held_out, config)
+    figures |= {"training_min": (trained - start) / 60, "rows_per_s": len(split.held_out) / seconds}
     mass = fitted.record.get(LABEL_MASS)
     shutil.rmtree(output, ignore_errors=True)
     return figures if mass is None else figures | {LABEL_MASS: mass}
+
+
+def seconds_from_texts(saved: Path, rows: pl.DataFrame, config: Config) -> float:
+    """CPU seconds in which a saved classical model scores rows."""
+    model = classical_model.load(BundleFiles(saved).classical, config.task, config.classical)
+    start = time.process_time()
+    model.logits(to_rows(rows, config.task))
+    return time.process_time() - start
 
 
 def measured(held_out: pl.DataFrame, logits: Floats, config: Config) -> dict[str, float]:
@@ -420,6 +431,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_page(options.write, options.out)
     else:
         run(options)
+        lines = read_results(options.out).values()
+        print(json.dumps({line["arm"]: line.get("log_loss", line.get("skipped")) for line in lines}))
 
 
 if __name__ == "__main__":

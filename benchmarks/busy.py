@@ -40,12 +40,12 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 from pairclf.config import load_config
-from pairclf.packaging.own_files import shipped
+from pairclf.own_files import shipped
 
 CPU, WALL = 0, 1  # of a turn
 CONFIG = "configs/demo/gemma2-tiny.yaml"
 ROWS = 512
-APPROACH = "pairclf.approaches.finetune.approach"
+APPROACH = "pairclf.approaches.torch_models"
 STARTS = ("spawn", "first", "later")
 ARMS: dict[str, dict[str, str]] = {
     "default": {},

@@ -1,9 +1,10 @@
 """MiniLM in both orders of a row: pairclf against sentence-transformers' CrossEncoder and HF Trainer.
 
-    python benchmarks/encoders.py MINILM [--workload lmsys|short] [--part scoring|training] [--quick]
+    python benchmarks/encoders.py MINILM [--workload lmsys|short] [--part scoring|training]
+    python benchmarks/encoders.py --quick
 
 MINILM is a folder with a BERT and its tokenizer (all-MiniLM-L6-v2: 6 layers, 22.7M weights, 512 positions); `--quick`
-takes its tokenizer alone, and a tiny model.
+takes a tiny model, with a vocabulary of the synthetic arena.
 
 Scoring, from texts on:
 
@@ -54,7 +55,7 @@ from pairclf.task import Row
 LONGEST, SHARE, BATCH, STEPS, CLASSES, LEARNING_RATE, CLIP = 512, 16, 8, 3, 3, 1e-4, 1.0
 SCORED, TRAINED = 5, 3  # repetitions
 SCALE = {"lmsys": 1.0, "short": 0.25}
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 Logits = NDArray[np.float64]
@@ -71,6 +72,20 @@ class FirstState(nn.Module):
         return hidden[:, 0]
 
 
+def make_tiny(folder: Path) -> None:
+    """A BERT's config and its tokenizer, made of the synthetic arena's texts."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertTokenizer
+
+    from pairclf.demo.arena import generate
+
+    texts = [turn for row in generate(400, seed=0).rows for turn in (*row.prompt, *row.response_a) if turn]
+    tokenizer = BertWordPieceTokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=2000, show_progress=False)
+    BertTokenizer(vocab=tokenizer.get_vocab()).save_pretrained(folder)
+    BertConfig(vocab_size=tokenizer.get_vocab_size(), **TINY).save_pretrained(folder)
+
+
 def make_base(source: Path, folder: Path, *, quick: bool) -> None:
     """The model with a random head, and its tokenizer as pairclf reads it."""
     from transformers import AutoConfig, AutoTokenizer, BertForSequenceClassification
@@ -78,7 +93,7 @@ def make_base(source: Path, folder: Path, *, quick: bool) -> None:
     from pairclf.inputs.tokenise import add_line_break
 
     torch.manual_seed(0)
-    settings = AutoConfig.from_pretrained(source, num_labels=CLASSES, **NO_DROPOUT, **(TINY if quick else {}))
+    settings = AutoConfig.from_pretrained(source, num_labels=CLASSES, **NO_DROPOUT)
     settings.classifier_dropout = 0.0
     if quick:
         model = BertForSequenceClassification(settings)
@@ -354,16 +369,20 @@ def compare_training(shares: list[list[Row]], folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a folder of a BERT")
+    parser.add_argument("model", type=Path, nargs="?", help="a folder of a BERT")
     parser.add_argument("--workload", choices=[*SCALE], default="lmsys")
     parser.add_argument("--part", choices=["scoring", "training"], help="one of them; without it, both")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it run?")
+    parser.add_argument("--quick", action="store_true", help="a tiny model in its place: does it run?")
     options = parser.parse_args()
+    if (options.model is None) != options.quick:
+        parser.error("give either a folder, or --quick")
     torch.set_num_threads(1)
     quiet()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_base(options.model, folder, quick=options.quick)
+        folder = Path(name, "base")
+        if options.quick:
+            make_tiny(Path(name, "tiny"))
+        make_base(options.model or Path(name, "tiny"), folder, quick=options.quick)
         scored, trained = rows_of(options.workload, folder)
         figures: dict[str, Any] = {"workload": options.workload}
         if options.part != "training":

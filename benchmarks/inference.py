@@ -1,7 +1,6 @@
 """Scoring rows in both orders with a ~30M-parameter model: pairclf against the ways it is done elsewhere.
 
     python benchmarks/inference.py [--model llama|gemma2] [--workload lmsys] [--rounds 1] [--quick]
-    python benchmarks/inference.py --gpu
 
 Arms, each in a process of its own that lives to the end, one thread, float32, the same weights and ids:
 
@@ -28,11 +27,10 @@ Workloads: `lmsys`, rows of the length model of LMSYS data: tokens of the prompt
 responses ~ LogNormal(median 225, s 0.80, correlation 0.65), a template, and no more than 2,048 in all; `uniform`, all
 of one length, where packing is no use; `instruction`, `lmsys` with 150 tokens before each row; `duplicates`, 100 rows
 of the file's shortest quarter, 5 of which repeat others and 1 of which has A == B; `memory`, the peak of a process
-after 4 rows and after 16, and with a budget of 8 times as many tokens; beside it what `inference/memory.py` foretold
-before the first batch.
+after 4 rows and after 16, and with a budget of 8 times as many tokens; beside it what `model/prediction_memory.py`
+foretold before the first batch.
 
-Process CPU time. The last line is one JSON object. `--gpu` scores with a model of Gemma-2-9b's shape, in bfloat16 and
-in NF4, and says tokens a second.
+Process CPU time. The last line is one JSON object. benchmarks/gpu.py is about GPUs.
 """
 
 from __future__ import annotations
@@ -86,19 +84,6 @@ QUICK: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-GEMMA_9B: dict[str, Any] = {
-    "hidden_size": 3584,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 42,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "vocab_size": 256_000,
-    "sliding_window": 4096,
-    "attn_logit_softcapping": 50.0,
-}
-"""https://huggingface.co/google/gemma-2-9b/blob/main/config.json"""
 
 Logits = NDArray[np.float64]
 
@@ -499,66 +484,6 @@ def measure_memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-# --- a large model on a GPU ------------------------------------------------------------------------------------------
-
-
-def gpu_model(sizes: dict[str, Any], device: torch.device, *, nf4: bool) -> Any:
-    """A classifier of these sizes with random weights, in bfloat16 or NF4."""
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit
-    from transformers import AutoConfig, AutoModel
-
-    from pairclf.model.attention import NAME
-    from pairclf.model.engine import Classifier
-    from pairclf.model.readout import LinearHead
-
-    config = AutoConfig.for_model("gemma2", **sizes, max_position_embeddings=8192)
-    with torch.device(device):
-        backbone = AutoModel.from_config(config, attn_implementation=NAME, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-    linears = [(name, one) for name, one in backbone.named_modules() if isinstance(one, nn.Linear)]
-    for name, linear in linears if nf4 else []:
-        sizes_of = linear.in_features, linear.out_features
-        quantised = Linear4bit(*sizes_of, bias=False, compute_dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-        quantised.weight = Params4bit(linear.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
-        parent, _, leaf = name.rpartition(".")
-        setattr(backbone.get_submodule(parent), leaf, quantised.to(device))
-    return Classifier(backbone, LinearHead(sizes["hidden_size"], CLASSES).to(device), torch.bfloat16).eval()
-
-
-def gpu_speed(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of forward passes over rows of the length model, 16,384 tokens each."""
-    from pairclf.inputs.sequences import Item
-    from pairclf.model.attention import pick_kernel
-    from pairclf.model.scoring import ClassifierScorer
-
-    assert options.quick or torch.cuda.is_available(), "--gpu needs a CUDA device"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = {**QUICK, "vocab_size": 320} if options.quick else GEMMA_9B
-    random = np.random.default_rng(0)
-    lengths = lmsys_lengths(random, 1.0, LONGEST - 40).sum(axis=1) + 40
-    budget, passes = (256, 1) if options.quick else (16_384, 12)
-    batches: list[list[Item]] = []
-    for place in np.linspace(0.95, 0.05, passes):  # as sorted by length, evenly spread over the file
-        length = min(int(lengths[int(place * FILE)]), budget)
-        ids = [random.integers(1, sizes["vocab_size"], length, dtype=np.int32) for _ in range(budget // length)]
-        batches.append([Item(row, 0, one) for row, one in enumerate(ids)])
-    found: dict[str, Any] = {"device": str(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"}
-    for name in ("bf16", "nf4"):
-        scorer = ClassifierScorer(gpu_model(sizes, device, nf4=name == "nf4"), "packed")
-        for batch in batches:  # each shape once: kernels are loaded, memory is found
-            scorer(batch)
-        start = time.perf_counter()
-        for batch in batches:
-            scorer(batch)  # returns numbers, and so waits for the GPU
-        seconds = time.perf_counter() - start
-        tokens = sum(len(item.ids) for batch in batches for item in batch)
-        found[f"{name}_tokens_per_second"] = round(tokens / seconds)
-        kernel = " as ".join(pick_kernel(device, torch.bfloat16, sizes["head_dim"]))
-        print(f"{name}: {tokens:,} tokens in {seconds:.2f} s; {scorer.why}; attention: {kernel}", flush=True)
-        del scorer
-        torch.cuda.empty_cache()
-    return found
-
-
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 RATIOS = {
@@ -608,15 +533,9 @@ def main() -> None:
     )
     parser.add_argument("--tokens-per-batch", type=int, default=2048, help="of pairclf's arms")
     parser.add_argument("--quick", action="store_true", help="a tiny model and tiny rows: does it run?")
-    parser.add_argument(
-        "--gpu", action="store_true", help="a model of Gemma-2-9b's shape on a CUDA device, nothing else"
-    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     quiet()
-    if options.gpu:
-        print(json.dumps({"gpu": gpu_speed(options)}))
-        return
     figures: dict[str, Any] = {"model": options.model}
     with tempfile.TemporaryDirectory() as folder:
         parameters = make_base(Path(folder), options)

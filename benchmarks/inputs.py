@@ -1,18 +1,22 @@
 """From text to token ids of both orders: pairclf against the ways it is done elsewhere, on the same rows.
 
-    python benchmarks/inputs.py --tokenizer FOLDER [--rows 400] [--repetitions 7]
+    python benchmarks/inputs.py --tokenizer FOLDER [--rows 400] [--repetitions 7] [--threads 1]
 
-Arms, all in one process and on one thread, each of which makes two sequences of at most 2,048 ids a row:
+Arms, all in one process, each of which makes two sequences of at most 2,048 ids a row:
 
 row loop    a pandas loop over the rows; the tokenizer is called on each row's text in each order, and cuts it
 batched     one call of the tokenizer on all rows' texts in both orders, and cuts them
 map         `datasets.Dataset.map(batched=True)` around the same call
-pairclf     `InputBuilder.encode`: every turn once, head and tail kept, both orders spliced by ids
+pairclf     `InputBuilder.encode`: every turn once, head and tail kept, both orders spliced by ids; with fastokens, if
+            it is installed and has the same ids
+tokenizers  the same without fastokens
 
 Rows follow the length model of LMSYS data: tokens of the prompt ~ LogNormal(median 22, s 1.56), of the responses ~
-LogNormal(median 225, s 0.80, correlation 0.65), and a template of about 40 tokens. Process CPU time; in every
-repetition each arm runs once, in an order that changes; the figures are medians over repetitions of ratios within a
-repetition, and `aa` is that of pairclf to itself. The last line is one JSON object.
+LogNormal(median 225, s 0.80, correlation 0.65), and a template of about 40 tokens. Process CPU time, and wall
+time (`wall_...`), which means something on idle cores alone. Every repetition has rows of its own, and each arm runs
+once on them, in an order that changes; the figures are medians over repetitions of ratios within a repetition, and `aa`
+is that of pairclf to itself, whose second turn finds the words of the first in its caches. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -25,8 +29,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 import pandas as pd
@@ -108,39 +110,49 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with a tokenizer")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="of the tokenizers")
     options = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = str(options.threads > 1).lower()
+    os.environ["RAYON_NUM_THREADS"] = str(options.threads)
     disable_caching()
     disable_progress_bars()
 
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    raw = make_rows(options.rows, tokenizer, seed=0)
-    frame = pd.DataFrame(raw)
+    raw = make_rows(options.rows * (options.repetitions + 1), tokenizer, seed=0)
     names = zip(LMSYS.fields, ("prompt", "a", "b"), strict=True)
     fields = list(names)
-    rows = [Row(one["id"], {field: (one[name],) for field, name in fields}) for one in raw]
-    builder = InputBuilder(tokenizer, LMSYS, resolve({"inputs": {"max_length": MAX_LENGTH}}).inputs)
-    arms: dict[str, Callable[[], Any]] = {
-        "row_loop": lambda: row_loop(tokenizer, frame),
-        "batched": lambda: batched(tokenizer, frame),
-        "map": lambda: mapped(tokenizer, frame),
-        "pairclf": lambda: pairclf(builder, rows),
-        "pairclf_again": lambda: pairclf(builder, rows),
+    builder, plain = (
+        InputBuilder(tokenizer, LMSYS, resolve({"inputs": {"max_length": MAX_LENGTH}}).inputs) for _ in range(2)
+    )
+    plain.tokenizer._is_tried = True  # as if fastokens were not installed
+    arms: dict[str, Callable[[pd.DataFrame, list[Row]], Any]] = {
+        "row_loop": lambda frame, rows: row_loop(tokenizer, frame),
+        "batched": lambda frame, rows: batched(tokenizer, frame),
+        "map": lambda frame, rows: mapped(tokenizer, frame),
+        "tokenizers": lambda frame, rows: pairclf(plain, rows),
+        "pairclf": lambda frame, rows: pairclf(builder, rows),
+        "pairclf_again": lambda frame, rows: pairclf(builder, rows),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
+    walls: dict[str, list[float]] = {name: [] for name in arms}
     for repetition in range(options.repetitions + 1):
-        order = list(arms)
-        for name in order[repetition % len(order) :] + order[: repetition % len(order)]:
-            start = time.process_time()
-            arms[name]()
+        part = raw[repetition * options.rows : (repetition + 1) * options.rows]
+        frame = pd.DataFrame(part)
+        rows = [Row(one["id"], {field: (one[name],) for field, name in fields}) for one in part]
+        order = list(arms)[:-1]
+        for name in [*order[repetition % len(order) :], *order[: repetition % len(order)], "pairclf_again"]:
+            start, began = time.process_time(), time.perf_counter()
+            arms[name](frame, rows)
             if repetition:  # the first warms up
                 seconds[name].append(time.process_time() - start)
+                walls[name].append(time.perf_counter() - began)
     lengths = [len(one.ids) for row in builder.encode(rows) for one in row]
     print(f"{options.rows} rows, tokens a sequence: median {median(lengths):.0f}, longest {max(lengths)}")
     for name, taken in seconds.items():
         print(f"{name:14s} {options.rows / median(taken):8.0f} rows per CPU-second")
 
-    def ratio(slow: str, fast: str) -> float:
-        return round(median(one / other for one, other in zip(seconds[slow], seconds[fast], strict=True)), 3)
+    def ratio(slow: str, fast: str, of: dict[str, list[float]] = seconds) -> float:
+        return round(median(one / other for one, other in zip(of[slow], of[fast], strict=True)), 3)
 
     print(
         json.dumps(
@@ -148,6 +160,10 @@ def main() -> None:
                 "over_row_loop": ratio("row_loop", "pairclf"),
                 "over_batched": ratio("batched", "pairclf"),
                 "over_map": ratio("map", "pairclf"),
+                "over_row_loop_without_fastokens": ratio("row_loop", "tokenizers"),
+                "over_batched_without_fastokens": ratio("batched", "tokenizers"),
+                "wall_over_row_loop": ratio("row_loop", "pairclf", walls),
+                "wall_over_batched": ratio("batched", "pairclf", walls),
                 "aa": ratio("pairclf_again", "pairclf"),
             }
         )

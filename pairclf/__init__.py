@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pairclf.api.estimator import PairClassifier
     from pairclf.api.judge import Judge, load
-    from pairclf.api.workflows import TrainedFolds, blend, compare, cross_validate, evaluate, fit, sweep
+    from pairclf.api.workflows import TrainedFolds, blend, compare, cross_validate, evaluate, fit, report, sweep
     from pairclf.errors import PairclfError
 
 __version__ = "0.1.0"
@@ -34,13 +34,14 @@ _MODULES = {
     "evaluate": "pairclf.api.workflows",
     "fit": "pairclf.api.workflows",
     "load": "pairclf.api.judge",
+    "report": "pairclf.api.workflows",
     "sweep": "pairclf.api.workflows",
 }
 """Where each public name is defined."""
 
 __all__ = [
     "Judge", "PairClassifier", "PairclfError", "TrainedFolds",
-    "blend", "compare", "cross_validate", "evaluate", "fit", "load", "sweep",
+    "blend", "compare", "cross_validate", "evaluate", "fit", "load", "report", "sweep",
 ]  # fmt: skip
 
 

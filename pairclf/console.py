@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from io import StringIO
 from typing import IO, Any, Protocol
 
@@ -74,8 +76,9 @@ def progress(title: str, total: float | None, *, done: int = 0, visible: bool = 
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
     )
+    drawn = visible and not (console.is_jupyter and _widgets_are_missing())
     # The note takes the remaining width: a narrow terminal truncates it, and not the count or the ETA.
-    with Progress(*columns, console=console, disable=not visible, expand=True) as bar:
+    with Progress(*columns, console=console, disable=not drawn, expand=True) as bar:
         job = bar.add_task(title, total=total, completed=done, note="")
 
         printed = time.monotonic()
@@ -88,6 +91,15 @@ def progress(title: str, total: float | None, *, done: int = 0, visible: bool = 
                 console.print(_line(bar.tasks[0]))
 
         yield advance
+
+
+@cache
+def _widgets_are_missing() -> bool:
+    """Whether Jupyter can't draw a bar; a note says so once."""
+    missing = find_spec("ipywidgets") is None
+    if missing:
+        console.print("note: progress is a line a minute; for a bar, pip install 'pairclf[jupyter]'")
+    return missing
 
 
 def _line(task: ProgressTask) -> str:

@@ -19,7 +19,7 @@ exits with its `exit_code`. Any other exception is a bug in pairclf and keeps it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from reprlib import Repr
 
 MAX_ROWS_SHOWN = 5
@@ -88,6 +88,11 @@ class PairclfError(Exception):
         self.rows = tuple(rows)
         self.remedy = remedy
         super().__init__(self._text())
+
+    def reword(self, words: Callable[[str], str]) -> None:
+        """Put message and remedy into other words, such as Python's for those of the command line."""
+        self.what, self.remedy = words(self.what), self.remedy and words(self.remedy)
+        self.args = (self._text(),)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Pickle would call `__init__` with the text alone; errors travel between processes.

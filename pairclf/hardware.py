@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,34 @@ GIB = 1 << 30
 HEADROOM = 0.1, 1.5 * GIB
 """What a GPU must have beyond a model's weights: a share of its memory, and bytes for CUDA itself and a batch's states.
 A guess."""
+
+
+_GPU_NODES = "/dev/nvidiactl", "/dev/kfd", "/dev/dxg"
+"""Devices of the drivers of NVIDIA and AMD, and of Windows' for Linux inside of it."""
+
+
+def has_gpu_driver() -> bool:
+    """Whether this machine may have a GPU. Only where it may, torch must be asked, which takes seconds to import."""
+    return any(os.path.exists(node) for node in _GPU_NODES)
+
+
+def dtype_of(setting: str, capability: tuple[int, int] | None) -> tuple[str, str]:
+    """The name of the dtype to compute in by `model.dtype`, and why.
+
+    `torch.cuda.is_bf16_supported()` counts emulation, which is slower than float32 on a T4; hence the capability.
+
+    Args:
+        setting: `auto`, or a dtype's name.
+        capability: the compute capability of the GPU; None: it is a CPU.
+    """
+    if setting != "auto":
+        return setting, "as set"
+    if capability is None:
+        return "float32", "CPU: bfloat16 is many times slower there"
+    number = ".".join(map(str, capability))
+    if capability[0] >= 8:
+        return "bfloat16", f"compute capability {number} has bfloat16"
+    return "float16", f"compute capability {number} only emulates bfloat16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +100,7 @@ Ampere, Ada and Blackwell white papers; RTX PRO 6000 is the Server Edition, as K
 
 _KAGGLE = "loading at 200 MB/s is a guess"
 _L4 = Profile("NVIDIA L4", 1, 48e12, 300e9, 22 * GIB, 2e8, f"40% of the data sheet's peak; {_KAGGLE}")
-_T4 = Profile("Tesla T4", 1, 24e12, 300e9, 15 * GIB, 2e8, f"24 TFLOP/s under its 70 W cap, measured; {_KAGGLE}")
+_T4 = Profile("Tesla T4", 1, 24e12, 300e9, 15 * GIB, 2e8, f"24 TFLOP/s under its 70 W cap, as others report; {_KAGGLE}")
 
 
 def _of_data_sheet(gpu: str, bandwidth: float, gib: int) -> Profile:
@@ -94,7 +123,8 @@ PROFILES = {
     "5090": _of_data_sheet("RTX 5090", 1792e9, 31),
     "rtxpro6000": _of_data_sheet("RTX PRO 6000", 1597e9, 94),
 }
-"""Profiles for `forecast --device`. On the machine itself, `--device here` gives a better forecast."""
+"""Profiles for `forecast --device`, none of them measured with pairclf (docs/performance.md). On the machine itself,
+`--device here` gives a better forecast."""
 
 SUSTAINED = {"cuda": _T4.flops, "cpu": 3e10}
 """Operations a second that a worker is taken to do before it made a pass: a T4's, and those of a CPU's core."""
@@ -157,6 +187,11 @@ def resident_memory() -> int:
     """Bytes of memory that this process has now."""
     resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return resident * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident_memory() -> int:
+    """Most bytes of memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def process_memory(processes: int) -> int:

@@ -33,6 +33,8 @@ BUNDLE = "bundle"
 TRAINED, LOG = "trained.json", "log.txt"
 TRAINING = "training"
 """Key of `trained.json`: what is known of the training besides its identity, such as its duration."""
+SCORED_ROWS, SCORED_SECONDS = "scored_rows", "scored_seconds"
+"""Keys below `TRAINING`: held-out rows that were scored in all orders, and how long it took from their texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,12 @@ def bundles_of(config: Config, folds: Sequence[int] = ()) -> list[Path]:
     if not bundles:
         raise ConfigError(f"{output} holds no bundle", remedy="run `pairclf cv CONFIG` or `pairclf train CONFIG` first")
     return bundles
+
+
+def bundles_in(folder: Path) -> list[Path]:
+    """The bundles of a run's folder, by fold, or the one trained on all rows; the folder itself if it is no run's."""
+    by_fold = sorted(folder.glob(f"fold*/{BUNDLE}"), key=lambda path: (len(path.parent.name), path.parent.name))
+    return by_fold or [path for path in [Paths(folder, None).bundle] if path.is_dir()] or [folder]
 
 
 def trained_as(paths: Paths) -> dict[str, Any]:

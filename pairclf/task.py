@@ -221,19 +221,22 @@ class Competition:
         task: its files and its metric.
         hours: the time limit of a notebook.
         hidden_rows: approximate number of rows in the hidden test; None: unknown.
+        public_share: part of the hidden rows that the public leaderboard has; None: unknown.
     """
 
     slug: str
     task: Task
     hours: float
     hidden_rows: int | None = None
+    public_share: float | None = None
 
 
 TASKS: dict[str, Competition] = {
-    # https://www.kaggle.com/competitions/lmsys-chatbot-arena, 2024: code requirements and data
-    "lmsys": Competition("lmsys-chatbot-arena", LMSYS, hours=9, hidden_rows=HIDDEN_ROWS),
+    # https://www.kaggle.com/competitions/lmsys-chatbot-arena, 2024: code requirements and data. The public share is the
+    # leaderboard's, as the discussion "Clarification on the number of chats that need to be processed" quotes it.
+    "lmsys": Competition("lmsys-chatbot-arena", LMSYS, hours=9, hidden_rows=HIDDEN_ROWS, public_share=0.26),
     # https://www.kaggle.com/competitions/wsdm-cup-multilingual-chatbot-arena, 2025. Competitors report 12 hours and
-    # 4 h 45 min: the shorter is safe. Look at the competition's page.
+    # 4 h 45 min: the shorter is safe. Look at the competition's page. The private rows were collected after its end.
     "wsdm": Competition("wsdm-cup-multilingual-chatbot-arena", WSDM, hours=4.75),
     # https://www.kaggle.com/competitions/llm-classification-finetuning, Getting Started, since 2024-10-16, no end;
     # LMSYS's files and metric. Hours and rows: README of https://github.com/restful3/ds4th_study

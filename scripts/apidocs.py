@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/api.md"
 
 NAMES = [
-    "load", "Judge", "fit", "cross_validate", "evaluate", "compare", "blend", "sweep", "PairClassifier", "PairclfError"
+    "load", "Judge", "fit", "cross_validate", "evaluate", "report", "compare", "blend", "sweep", "PairClassifier",
+    "PairclfError",
 ]  # fmt: skip
 RESULTS = [pairclf.TrainedFolds, ReportedEvaluation, Comparison, BlendReport, SweepResult]
 
@@ -30,14 +31,19 @@ INTRODUCTION = """# import pairclf
 
 This page is written by `python scripts/apidocs.py` from the docstrings.
 
-    import pairclf
+<!-- run: runs -->
+```python
+import pairclf
 
-    judge = pairclf.load("runs/demo/fold0/bundle")        # or a list, an ensemble's file, "owner/name" on the hub
-    judge.predict(frame)                                  # polars, pandas or a dict of lists -> probabilities
-    judge.rank(prompt, answers)                           # best of n
-    folds = pairclf.cross_validate("configs/demo/gemma2-tiny.yaml", "train.num_train_epochs=2")
-    pairclf.evaluate("configs/demo/gemma2-tiny.yaml")     # tables in Jupyter, figures as attributes
-    pairclf.PairClassifier(approach="classical").fit(frame, labels).predict_proba(frame)
+judge = pairclf.load("runs/lmsys/classical/fold0/bundle")  # or a list, an ensemble's file, "owner/name" on the hub
+judge.predict(frame)  # polars, pandas or a dict of lists -> probabilities
+judge.rank(prompt, answers)  # best of n
+folds = pairclf.cross_validate("configs/lmsys/classical.yaml", "classical.C=0.3", "output_dir=runs/c03")
+pairclf.evaluate("configs/lmsys/classical.yaml")  # tables in Jupyter, figures as attributes
+pairclf.PairClassifier(approach="classical").fit(frame, labels).predict_proba(frame)
+```
+
+In a script, put what scores under `if __name__ == "__main__":`, because the worker processes import the script.
 
 Importing it loads neither torch nor polars: each name is imported as it is used. Settings, files, figures and errors
 are those of the commands, which do the same work. A training runs in this process; for several GPUs start

@@ -25,6 +25,8 @@ gc.disable()  # until all modules are imported, where collecting garbage takes a
 from pairclf.config import Config, resolve
 
 if TYPE_CHECKING:
+    from support.browser import Browser
+
     from pairclf.model.engine import Classifier
 
 # How long an example takes says something about the machine, and not about the code.
@@ -102,6 +104,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no folder `shared` beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium for tests of pages, which have the mark `thorough`."""
+    from support.browser import started
+
+    with started(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

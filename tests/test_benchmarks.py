@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 import pytest
+from support.scripts import benchmark_script
 
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.run import Run
@@ -26,12 +25,7 @@ Bench = Callable[..., dict[str, dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def approaches() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_approaches", ROOT / "benchmarks/approaches.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return cast(ModuleType, benchmark_script("approaches"))
 
 
 @pytest.fixture

@@ -69,6 +69,7 @@ WITH_PATHS = {
     "convert": [ABSENT, "--to", "x.parquet"],
     "predict": [ABSENT, "--data", ABSENT],
     "rank": [ABSENT, "--data", ABSENT],
+    "try": [ABSENT],
     "forecast": [ABSENT, "--data", ABSENT],
     "package": [ABSENT],
     "distill": [ABSENT, "--to", ABSENT],
@@ -234,25 +235,38 @@ from multiprocessing import get_context
 from pairclf.cli import main
 from pairclf.runs import processes
 
+load, names = float(sys.argv[1]), ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+os.getloadavg = lambda: (load * os.cpu_count(), 0.0, 0.0)
 sys.argv[1:] = ["--version"]
 try:
     main()
 except SystemExit:
     for method in ("forkserver", "spawn"):
         with get_context(method).Pool(1) as pool:
-            print("policy", pool.apply(os.getenv, ("OMP_WAIT_POLICY",)))
-    processes.COMMAND = (sys.executable, "-c", "import os; print('policy', os.environ['OMP_WAIT_POLICY'])")
+            print(*pool.map(os.getenv, names))
+    processes.COMMAND = (sys.executable, "-c", f"import os; print(*map(os.getenv, {names}))")
     processes.run_processes(2, [])
     import torch  # whose OpenMP says on loading how it was set
 """
 
 
-@pytest.mark.parametrize(("own", "policy"), [(None, "passive"), ("active", "active")])
-def test_threads_wait_without_spinning_unless_the_environment_says_otherwise(own: str | None, policy: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": own} if own else {})
-    command = [sys.executable, "-c", WAITING]
+@pytest.mark.parametrize(
+    ("own", "load", "policy", "spins"),
+    [
+        ({}, 0.4, None, "2000"),
+        ({}, 0.6, "passive", None),
+        ({"OMP_WAIT_POLICY": "active"}, 0.6, "active", None),
+        ({"GOMP_SPINCOUNT": "7"}, 0.6, None, "7"),
+    ],
+)
+def test_threads_spin_while_they_wait_only_on_a_free_machine_or_as_the_environment_says(
+    own: dict[str, str], load: float, policy: str | None, spins: str | None
+) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"OMP_DISPLAY_ENV": "verbose"} | own
+    command = [sys.executable, "-c", WAITING, str(load)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert ended.stdout.splitlines()[1:] == [f"policy {policy}"] * 3
-    displayed = [line.split("OMP_WAIT_POLICY = ")[1] for line in ended.stderr.splitlines() if "OMP_WAIT_POLICY" in line]
-    assert displayed == [f"'{policy.upper()}'"]
+    assert ended.stdout.splitlines()[1:] == [f"{policy} {spins}"] * 3
+    lines = [line.split(" = ")[1].strip("'") for name in names for line in ended.stderr.splitlines() if name in line]
+    assert lines == [(policy or "passive").upper(), spins or {"passive": "0"}.get(policy or "", "30000000000")]

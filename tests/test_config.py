@@ -367,6 +367,16 @@ PROMPT: dict[str, Any] = {"approach": "prompt", "model": {"readout": "label_toke
         ({"model": {"label_scoring": "joint"}}, "changes nothing with readout=head"),
         (PROMPT | {"train": {"max_steps": 0}}, "train.max_steps changes nothing: approach=prompt does not read"),
         ({"prompt": {"k": 2}}, "prompt.k changes nothing: approach=finetune does not read the section prompt"),
+        (
+            {
+                "approach": "classical",
+                "inputs": {"max_length": 99},
+                "model": {"base": "b", "dtype": "float32"},
+                "train": {"learning_rate": 0.1},
+            },
+            "inputs.max_length, model.base, model.dtype, train.learning_rate change nothing: approach=classical does "
+            "not read the sections inputs, model, train; remove what is set there, or set approach=finetune",
+        ),
         ({"approach": "prompt"}, "approach=prompt leaves the head of model.readout=head at random"),
         (PROMPT | {"model": {**PROMPT["model"], "lora": {"r": 8}}}, "model.lora changes nothing: approach=prompt"),
         (PROMPT | {"prompt": {"k": 0, "max_length": 90}}, "max_length changes nothing with k=0"),

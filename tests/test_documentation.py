@@ -84,6 +84,19 @@ def test_links_of_pages_lead_somewhere(page: Path) -> None:
     assert missing == []
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_of_pages_lead_to_a_heading(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    inside = [(page.parent / file if file else page, anchor) for file, anchor in targets if "://" not in file]
+    assert [f"{file.name}#{anchor}" for file, anchor in inside if anchor not in headings(file)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_paths_named_in_pages_exist(page: Path) -> None:
     """`pairclf/...`, `tests/...`, `scripts/...` and so on; placeholders in capitals and results are left out."""

@@ -13,14 +13,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pairclf"
 
 ROOMS = [
-    ["errors", "console", "files", "signals", "trust", "hardware", "task", "config"],
+    ["errors", "console", "files", "own_files", "page", "signals", "trust", "hardware", "task", "config"],
     ["scores", "data"],
     ["inputs"],
     ["bundles", "run"],
     ["model", "approaches"],
-    ["inference", "runs", "inspect"],
+    ["inference", "runs", "inspect", "reports"],
     ["packaging", "rehearsal", "publish"],
-    ["api", "demo", "cli"],
+    ["api", "playground", "demo", "cli"],
 ]
 """Floors from the ground up, and on each the rooms in their order: a module imports from lower floors, or earlier rooms
 of its own. `pairclf` itself holds the version and the names of `api`, which it imports as they are used; `__main__`
@@ -145,7 +145,8 @@ WITHOUT_TORCH = (
     "pairclf.publish.push", "pairclf.packaging.build", "pairclf.bundles.bundle", "pairclf.run", "pairclf.approaches",
     "pairclf.runs.cv", "pairclf.inference.predict", "pairclf.inference.serve", "pairclf.inference.worker",
     "pairclf.rehearsal.rehearse", "pairclf.runs.compare", "pairclf.runs.blend", "pairclf.runs.sweep",
-    "pairclf.runs.evaluate",
+    "pairclf.runs.evaluate", "pairclf.approaches.finetune.approach", "pairclf.approaches.prompt",
+    "pairclf.reports.report",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,9 @@ def test_an_example_goes_from_its_files_to_a_notebook(
     assert_together(config)
     if config.task.multi_label:
         assert_labels_at_fitted_thresholds(cli, bundles, config)
+        printed = said(cli, "evaluate", path, *fast, "--json")
+        tree = json.loads(printed[printed.index("{") : printed.rindex("}") + 1])
+        assert tree["thresholds"]["thresholds"]["macro"].keys() == {*config.task.classes}
     said(
         cli, "package", path, *fast, "package.owner=someone", f"package.python_versions=['{RUNNING}']", "--out", "built"
     )

@@ -20,7 +20,7 @@ from pairclf.api.workflows import fit
 from pairclf.config import Config, resolve
 from pairclf.console import silenced
 from pairclf.data.rows import in_memory
-from pairclf.errors import ConfigError, DataError
+from pairclf.errors import ConfigError, DataError, quoted
 from pairclf.scores.metrics import Floats
 
 LABEL, WEIGHT = "label", "weight"
@@ -156,6 +156,8 @@ class PairClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"task {config.task.name!r} has several labels a row, which y can't hold",
                 remedy="pairclf.fit(config), and pairclf.load",
             )
+        if not isinstance(self.labels, Mapping | None):
+            raise ConfigError(f"labels={quoted(self.labels)} is no dict", remedy="labels={label in y: class}")
         labels = {label: label for label in classes} if self.labels is None else dict(self.labels)
         if sorted(labels.values()) != sorted(classes):
             raise ConfigError(f"labels={labels} must name each class once: {', '.join(classes)}")

@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import polars as pl
 from rich.table import Table
 
+from pairclf.api.arguments import checked
 from pairclf.console import Tables, number, progress, table
 from pairclf.data.answers import ANSWERS, read_answers
 from pairclf.data.formats import CHUNK
@@ -22,12 +22,12 @@ from pairclf.data.rows import in_memory
 from pairclf.errors import ConfigError, DataError, IncompleteError, quoted
 from pairclf.inference.ensemble import Ensemble, open_ensemble
 from pairclf.inference.loop import PredictionResult
-from pairclf.inference.rank import check_kinds, contest_of, ranking_of
+from pairclf.inference.rank import check_kinds, contest_of, ranking_of, rewards_of_pairs
 from pairclf.inference.resident import ResidentEnsemble
 from pairclf.inference.state import ORDER_NAMES
 from pairclf.scores.figures import METRICS
 from pairclf.scores.metrics import Floats
-from pairclf.task import AB, BA, Task
+from pairclf.task import AB, BA, REWARD, Task
 from pairclf.trust import Trust, grant
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ HUB_ID = r"[\w.-]+/[\w.-]+"
 """A model of the hub, as `owner/name`."""
 
 
+@checked
 def load(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *overrides: str,
@@ -55,8 +56,9 @@ def load(
     call, and stay loaded until `Judge.close`. Permissions hold for this process from now on, as those of a command do.
 
     Args:
-        source: a bundle's folder, such as `runs/demo/fold0/bundle`; several, which have equal weights; an ensemble's
-            YAML file, as `pairclf.blend` writes it; or a bundle on the Hugging Face hub, `owner/name`.
+        source: a bundle's folder, such as `runs/demo/fold0/bundle`, or a run's, whose bundles have equal weights;
+            several of these; an ensemble's YAML file, as `pairclf.blend` writes it; or a bundle on the Hugging Face
+            hub, `owner/name`.
         overrides: `key=value` for settings under `predict`, such as `predict.swap=off`; `model.dtype` and
             `model.attn_implementation`.
         device: cpu, cuda:0, several in a list, or auto: every GPU, or the CPU.
@@ -72,6 +74,8 @@ def load(
         ModelError: the hub has no such bundle, or can't be reached.
     """
     names = [source] if isinstance(source, str | os.PathLike) else list(source)
+    if not names:
+        raise ConfigError("source names no bundle", remedy='pairclf.load("RUN/fold0/bundle")')
     paths, from_hub = [], False
     for name in names:
         if isinstance(name, str) and re.fullmatch(HUB_ID, name) and not Path(name).exists():
@@ -138,6 +142,11 @@ class Judge(Tables):
         """The classes, in the order of the columns of `predict`."""
         return self.task.classes
 
+    @property
+    def is_rewarding(self) -> bool:
+        """Whether all models are reward models."""
+        return all(member.bundle.config.model.one_sided for member in self.ensemble.members)
+
     def __enter__(self) -> Judge:
         return self
 
@@ -152,8 +161,16 @@ class Judge(Tables):
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
+    @checked
     def predict(
-        self, frame: Frame | None = None, /, *, orders: bool = False, strict: bool = True, **columns: Any
+        self,
+        frame: Frame | None = None,
+        /,
+        *,
+        orders: bool = False,
+        rewards: bool = False,
+        strict: bool = True,
+        **columns: Any,
     ) -> pl.DataFrame:
         """Probabilities of rows, as `pairclf predict` writes them.
 
@@ -164,6 +181,7 @@ class Judge(Tables):
             frame: a polars or pandas DataFrame, or a dict of lists, with the columns of the task's test files.
             orders: add the probabilities of both orders of the two sides, `CLASS_AB` and `CLASS_BA`; those of BA are
                 un-swapped.
+            rewards: add the rewards of both sides, `reward_FIELD`, of reward models; NaN where a row has no score.
             strict: raise if a row could not be scored; else it has the prior.
             columns: in place of a frame, the task's fields by name: texts for one row, or lists for several; and `id`.
 
@@ -173,7 +191,7 @@ class Judge(Tables):
 
         Raises:
             DataError: a column is missing, or rows can't be read.
-            ConfigError: `orders` for a task whose rows have one order.
+            ConfigError: `orders` for a task whose rows have one order, or `rewards` of models that give none.
             BundleError: a file of a bundle was changed.
             ModelError: no model can be loaded.
             IncompleteError: with `strict`, names the rows without a score.
@@ -181,16 +199,23 @@ class Judge(Tables):
         rows, names = self._rows_of(frame, columns)
         if orders and self.ensemble.orders == 1:
             raise ConfigError("orders=True: the models score each row in one order alone", remedy="leave it away")
+        if rewards and not self.is_rewarding:
+            raise ConfigError("rewards=True: not all models are reward models", remedy="leave it away")
         name = names.get("id", "id")
         ids = rows[name] if name is not None and name in rows.columns else pl.int_range(len(rows), eager=True)
         ids = ids.alias("id")
         # A member for the most uncertain rows has to see all of them.
         size = len(rows) if any(member.share < 1 for member in self.ensemble.members) else CHUNK
-        parts = [self._scores_table(ids[:0], dict.fromkeys(self._endings(orders), np.zeros((0, len(self.classes)))))]
+        empty = np.zeros((0, len(self.classes)))
+        parts = [
+            self._scores_table(
+                ids[:0], dict.fromkeys(self._endings(orders), empty), np.zeros((0, 2)) if rewards else None
+            )
+        ]
         with progress("rows", len(rows), visible=len(rows) > size) as advance:
             for start in range(0, len(rows), size or 1):
                 chunk, of_chunk = rows[start : start + size], ids[start : start + size]
-                parts.append(self._probabilities(chunk, of_chunk, names, orders=orders, strict=strict))
+                parts.append(self._probabilities(chunk, of_chunk, names, orders=orders, rewards=rewards, strict=strict))
                 advance(len(chunk))
         return pl.concat(parts)
 
@@ -235,7 +260,14 @@ class Judge(Tables):
         return [[cells]] if self.task.multi_turn and field in self.task.fields else [cells]
 
     def _probabilities(
-        self, rows: pl.DataFrame, ids: pl.Series, names: Mapping[str, str | None], *, orders: bool, strict: bool
+        self,
+        rows: pl.DataFrame,
+        ids: pl.Series,
+        names: Mapping[str, str | None],
+        *,
+        orders: bool,
+        rewards: bool,
+        strict: bool,
     ) -> pl.DataFrame:
         resident = self._loaded(self.ensemble)
         inputs = resident.encode(rows, names)
@@ -243,17 +275,20 @@ class Judge(Tables):
         if strict:
             _refuse_incomplete(result, ids)
         values = [result.state.probabilities(order=order) for order in ([None, AB, BA] if orders else [None])]
-        return self._scores_table(ids, dict(zip(self._endings(orders), values, strict=True)))
+        of_sides = rewards_of_pairs(self.ensemble, result.state) if rewards else None
+        return self._scores_table(ids, dict(zip(self._endings(orders), values, strict=True)), of_sides)
 
     @staticmethod
     def _endings(orders: bool) -> list[str]:
         """Endings of the columns: of the mean, and of both orders."""
         return ["", *(f"_{name}" for name in ORDER_NAMES if orders)]
 
-    def _scores_table(self, ids: pl.Series, values: Mapping[str, Floats]) -> pl.DataFrame:
+    def _scores_table(self, ids: pl.Series, values: Mapping[str, Floats], rewards: Floats | None) -> pl.DataFrame:
         tables = [
             pl.DataFrame(part, schema=[f"{name}{ending}" for name in self.classes]) for ending, part in values.items()
         ]
+        if rewards is not None:
+            tables.append(pl.DataFrame(rewards, schema=[f"{REWARD}_{name}" for name in self.task.swap_fields or ()]))
         return pl.concat([ids.to_frame(), *tables], how="horizontal")
 
     def _loaded(self, ensemble: Ensemble) -> ResidentEnsemble:
@@ -269,6 +304,7 @@ class Judge(Tables):
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
+    @checked
     def rank(
         self,
         prompt: str | Frame,
@@ -303,10 +339,7 @@ class Judge(Tables):
         given = self._one_prompt(prompt, answers) if isinstance(prompt, str) else prompt
         rows = self._table_of(given, [*self.task.fields, ANSWERS])
         columns: Mapping[str, str | None] = {} if isinstance(prompt, str) else self.ensemble.data.test.columns
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / "answers.parquet"
-            rows.write_parquet(file)
-            listed = read_answers(file, self.task, self.ensemble.data.rules, columns)
+        listed = read_answers(rows, self.task, self.ensemble.data.rules, columns)
         contest = contest_of(self.ensemble, listed, pairs)
         result = None
         if len(contest.rows):
@@ -319,7 +352,7 @@ class Judge(Tables):
 
     def _one_prompt(self, prompt: str, answers: Sequence[str] | None) -> dict[str, list[Any]]:
         shared = [name for name in self.task.fields if name not in (self.task.swap_fields or ())]
-        if answers is None or isinstance(answers, str) or len(shared) != 1:
+        if answers is None or len(shared) != 1:
             raise DataError(
                 f"a prompt of task {self.task.name!r} has the fields {shared}, and a list of answers",
                 remedy="judge.rank(prompt, [answer, ...]); or judge.rank(frame) with these columns and `answers`",
@@ -362,10 +395,12 @@ class Judge(Tables):
         folder = self._only_bundle("push_to_hub")
         return push_bundle(folder, repo_id, private=private, card=Card(license, data, evaluation))
 
+    @checked
     def export_transformers(self, folder: str | os.PathLike[str]) -> Path:
         """Write the bundle as a folder that transformers' `AutoModelForSequenceClassification` opens without pairclf.
 
-        Logits are the same, in float32. See `pairclf export --to transformers`.
+        Logits are the same, in float32; a reward model becomes one with one label, which reads a prompt and one answer.
+        See `pairclf export --to transformers`.
 
         Raises:
             ConfigError: there are several bundles.

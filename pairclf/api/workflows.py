@@ -1,4 +1,4 @@
-"""The workflows of a run as functions: train, cross-validate, evaluate, compare, blend and sweep."""
+"""The workflows of a run as functions: train, cross-validate, evaluate, report, compare, blend and sweep."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import polars as pl
 from rich.table import Table
 
+from pairclf.api.arguments import checked
 from pairclf.bundles.manifest import read_manifest
 from pairclf.config import Config, dump_config
 from pairclf.console import Tables, number, table
 from pairclf.data.scores import read_scores
-from pairclf.errors import ConfigError
 from pairclf.files import check_file_target, write_text
+from pairclf.reports.report import write_report
 from pairclf.run import OOF, check_training, output_of
 from pairclf.runs.blend import BlendReport, blend_runs, note_written, write_ensemble
 from pairclf.runs.compare import Comparison, compare_runs
@@ -68,6 +69,7 @@ class TrainedFolds(Tables):
         yield folds
 
 
+@checked
 def fit(
     config: AnyConfig,
     *overrides: str,
@@ -98,6 +100,7 @@ def fit(
     return train(settings, fold, resume=resume, config_file=_file(config))
 
 
+@checked
 def cross_validate(
     config: AnyConfig,
     *overrides: str,
@@ -117,7 +120,7 @@ def cross_validate(
     Raises:
         ConfigError, DataError, LeakError, ModelError, CheckpointError: as the command.
     """
-    chosen = [] if folds is None else [f"folds.run={list(folds)}"]
+    chosen = [] if folds is None else [f"folds.run={[int(fold) for fold in folds]}"]
     settings = _settings(config, [*overrides, *chosen], trust_remote_code)
     check_training(settings, settings.folds.run or [])
     from pairclf.runs.cv import cross_validate as train
@@ -126,6 +129,7 @@ def cross_validate(
     return TrainedFolds(settings.task, output_of(settings), bundles)
 
 
+@checked
 def evaluate(
     config: AnyConfig,
     *overrides: str,
@@ -153,10 +157,32 @@ def evaluate(
         ConfigError, DataError: as the command.
     """
     settings = read_config(_source(config), overrides)
-    paths = {"truth": _path(truth), "data": _path(data), "baseline": _path(baseline)}
-    return ReportedEvaluation.of(evaluate_run(settings, _path(scores), folds=folds, **paths), settings.task)
+    judged = evaluate_run(
+        settings, _path(scores), folds=folds, truth=_path(truth), data=_path(data), baseline=_path(baseline)
+    )
+    return ReportedEvaluation.of(judged, settings.task)
 
 
+def report(
+    *runs: AnyConfig, out: str | os.PathLike[str] | None = None, config: str | os.PathLike[str] | None = None
+) -> Path:
+    """Write one HTML file about a run, as `pairclf report` does: figures, plots, checks, and rows to look at.
+
+    Args:
+        runs: run folders, configs of runs, or files of scores; the report is about the first, and compares the others.
+        out: the file; None: report.html in the folder of the first run.
+        config: config file whose `data.train` has the labels; None: that of the first run.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError, DataError, LeakError: as the command.
+    """
+    return write_report([_run(run) for run in runs], _path(out), _path(config))
+
+
+@checked
 def compare(
     *runs: AnyConfig,
     config: str | os.PathLike[str] | None = None,
@@ -180,6 +206,7 @@ def compare(
     return compare_runs(rows, public_rows=public_rows)
 
 
+@checked
 def blend(
     *runs: AnyConfig,
     out: str | os.PathLike[str] | None = None,
@@ -213,6 +240,7 @@ def blend(
     return report
 
 
+@checked
 def sweep(
     config: AnyConfig, *entries: str, folds: Sequence[int] = (), hours: float | None = None, processes: int = 1
 ) -> SweepResult:
@@ -245,13 +273,7 @@ def _settings(config: AnyConfig, overrides: Sequence[str], trust_remote_code: bo
 
 
 def _source(config: AnyConfig) -> Path | Mapping[str, Any] | Config:
-    if isinstance(config, Mapping | Config):
-        return config
-    if not isinstance(config, str | os.PathLike):
-        raise ConfigError(
-            f"a {type(config).__name__} is no config", remedy="give the path of a YAML file, or a dict of its sections"
-        )
-    return Path(config)
+    return config if isinstance(config, Mapping | Config) else Path(config)
 
 
 def _file(config: AnyConfig) -> Path | None:

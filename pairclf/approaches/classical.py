@@ -23,7 +23,16 @@ import polars as pl
 from pairclf.approaches import classical_model
 from pairclf.approaches.classical_model import ClassicalModel
 from pairclf.approaches.classical_vectors import CHUNK, Extracted, extract
-from pairclf.approaches.protocol import Assignment, Loaded, ModelCost, Prepared, Process, only_process
+from pairclf.approaches.protocol import (
+    MEMORY_GB,
+    SECONDS_BEFORE,
+    Assignment,
+    Loaded,
+    ModelCost,
+    Prepared,
+    Process,
+    only_process,
+)
 from pairclf.bundles.bundle import Bundle, Saved
 from pairclf.bundles.contents import CONFIG, BundleFiles
 from pairclf.bundles.probes import probe_rows
@@ -32,6 +41,7 @@ from pairclf.console import progress
 from pairclf.data.folds import prompt_groups
 from pairclf.data.rows import targets_of, to_rows
 from pairclf.files import write_text
+from pairclf.hardware import peak_resident_memory
 from pairclf.inputs.cache import RowSource
 from pairclf.inputs.plan import CHEAPEST
 from pairclf.inputs.sequences import Item, SequenceIndex
@@ -72,11 +82,19 @@ class FittedClassical:
         model: what was fitted.
         extracted: the features of rows of the run.
         seconds: that the training took.
+        seconds_before: that the features of a row took.
     """
 
-    def __init__(self, model: ClassicalModel, extracted: Callable[[pl.DataFrame], Extracted], seconds: float) -> None:
+    def __init__(
+        self,
+        model: ClassicalModel,
+        extracted: Callable[[pl.DataFrame], Extracted],
+        seconds: float,
+        seconds_before: float = 0.0,
+    ) -> None:
         self._model, self._extracted = model, extracted
-        self.record: Mapping[str, float] = {"seconds": seconds}
+        memory = peak_resident_memory() / 1e9
+        self.record: Mapping[str, float] = {"seconds": seconds, SECONDS_BEFORE: seconds_before, MEMORY_GB: memory}
 
     def logits(self, rows: pl.DataFrame) -> Floats:
         return self._model.scores(self._extracted(rows))
@@ -95,15 +113,16 @@ class ClassicalTrainer:
         self._run = run
 
     @cached_property
-    def _features(self) -> tuple[dict[str, int], Extracted]:
-        """Places of the run's rows by id, and their features."""
+    def _features(self) -> tuple[dict[str, int], Extracted, float]:
+        """Places of the run's rows by id, their features, and the seconds that those of a row took."""
         frame, config = self._run.frame, self.config
-        parts = []
+        parts, start = [], time.perf_counter()
         with progress("features", len(frame)) as advance:
             for chunk in frame.iter_slices(CHUNK):
                 parts.append(extract(to_rows(chunk, config.task), config.task, config.classical))
                 advance(len(chunk))
-        return {row: place for place, row in enumerate(frame["id"])}, Extracted.concat(parts)
+        seconds = (time.perf_counter() - start) / len(frame)
+        return {row: place for place, row in enumerate(frame["id"])}, Extracted.concat(parts), seconds
 
     @cached_property
     def _groups(self) -> dict[str, str]:
@@ -113,7 +132,7 @@ class ClassicalTrainer:
         return dict(zip(frame["id"], groups, strict=True))
 
     def _extracted(self, rows: pl.DataFrame) -> Extracted:
-        places, features = self._features
+        places, features, _ = self._features
         return features[[places[row] for row in rows["id"]]]
 
     def identity(self, split: Split) -> dict[str, Any]:
@@ -132,7 +151,7 @@ class ClassicalTrainer:
             config.classical,
             config.seed,
         )
-        return FittedClassical(model, self._extracted, time.perf_counter() - start)
+        return FittedClassical(model, self._extracted, time.perf_counter() - start, self._features[2])
 
     def finish(self, folder: Path) -> None:
         """Nothing was kept: a model is fitted in minutes, and begins anew."""

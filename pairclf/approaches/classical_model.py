@@ -1,11 +1,12 @@
 """The classical model: one of `MODELS` or a stack of several, their fit on a fold's rows, and their safetensors file.
 
-A stack adds the logits of its members, or has boosted trees read them beside the features. Weights and trees are fitted
-to logits of training rows that members gave which saw no row of the same group: equal and nearly equal prompts share
-one, as in the outer folds. The IDF and the SVD are those of all training rows there, as they know no labels.
+A stack adds the logits of its members, or has boosted trees read them beside the features. `knn` is a stack of itself:
+mean labels need a temperature. Weights and trees are fitted to logits of training rows that members gave which saw no
+row of the same group: equal and nearly equal prompts share one, as in the outer folds. The IDF and the SVD are those of
+all training rows there, as they know no labels.
 
 A saved model is one safetensors file of float64 arrays: the IDF of each hashed n-gram, the directions of the SVD, the
-arrays of each member, and a stack's weights. LightGBM's text files lie beside it.
+arrays of each member, and the weights of the sum. LightGBM's text files lie beside it.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ class ModelKind(NamedTuple):
         topics: whether it reads the SVD.
         columns: whether it reads the columns of trees.
         folds: whether it needs inner folds.
+        pooled: whether its probabilities are no good as they are, and it gets a temperature and biases by itself, as
+            a stack of it alone has them.
     """
 
     fit: Fit
@@ -110,6 +113,7 @@ class ModelKind(NamedTuple):
     topics: bool = False
     columns: bool = False
     folds: bool = False
+    pooled: bool = False
 
 
 def _linear(kind: str) -> ModelKind:
@@ -131,6 +135,7 @@ MODELS = {
         lambda arrays, folder, task, settings: load_neighbours(arrays, task, settings),
         classical_neighbours.shapes,
         topics=True,
+        pooled=True,
     ),
     "tree": ModelKind(
         lambda rows, task, settings, seed, folds: fit_tree(*rows, task, settings, seed),
@@ -159,7 +164,7 @@ class ClassicalModel:
         task: fields, classes and swap.
         space: IDF and SVD.
         members: by name, one, or those of a stack.
-        weight: `(M,)` by member, and `bias` `(C,)`: 1 and 0 where there is no weighted sum.
+        weight: `(M,)` by member, and `bias` `(C,)`: 1 and 0 where nothing is pooled.
         final: the trees that read the members' logits, if they do.
     """
 
@@ -202,7 +207,7 @@ class ClassicalModel:
         for model in (*self.members.values(), self.final):
             if isinstance(model, BoostedTrees):
                 model.save_trees(path.parent)
-        if self.space.settings.model == "stack":
+        if _pools(self.space.settings):
             arrays |= {"stack.weight": self.weight, "stack.bias": self.bias}
         arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
         with atomic_file(path) as temporary:
@@ -217,7 +222,7 @@ def packages_of(settings: Classical) -> list[str]:
 
 def reads_groups(settings: Classical) -> bool:
     """Whether the models need inner folds, and so the groups of rows."""
-    return settings.model == "stack" or any(MODELS[name].folds for name in settings.members)
+    return _pools(settings) or any(MODELS[name].folds for name in settings.members)
 
 
 def columns_of(task: Task, settings: Classical) -> int:
@@ -305,10 +310,10 @@ def fit_extracted(
         members: dict[str, FittedMember] = {
             name: MODELS[name].fit(training, task, settings, seed, folds) for name in settings.members
         }
-        is_stack = settings.model == "stack"
-        logits = _unseen_logits(training, members, group, folds, task, settings, seed) if is_stack else []
+        pools = _pools(settings)
+        logits = _unseen_logits(training, members, group, folds, task, settings, seed) if pools else []
     weight, bias, final = np.full(len(members), 1 / len(members)), np.zeros(len(task.classes)), None
-    if is_stack:
+    if pools:
         if settings.boosts_stack:
             stacked = TrainingRows(_with_logits(training.vectors, logits), targets, weights)
             final = fit_boosted(*stacked, task, settings, seed)
@@ -329,7 +334,9 @@ def _unseen_logits(
     seed: int,
 ) -> list[Floats]:
     """By member, the logits `(N, O, C)` that its like gives rows that it did not see; without folds, its own."""
-    logits = [member.logits(rows.vectors) for member in members.values()]
+    if not folds:
+        return [member.logits(rows.vectors) for member in members.values()]
+    logits = [np.zeros((len(rows.targets), 2 if task.swappable else 1, len(task.classes))) for _ in members]
     for seen, unseen in folds:
         part = TrainingRows(rows.vectors[seen], rows.targets[seen], rows.weights[seen])
         within = _inner_folds(group[seen]) if any(MODELS[name].folds for name in members) else []
@@ -373,6 +380,11 @@ def _reads_words(names: Sequence[str] | Mapping[str, object]) -> bool:
     return any(MODELS[name].words for name in names)
 
 
+def _pools(settings: Classical) -> bool:
+    """Whether the logits of the models get weights and biases: those of a stack, or of one that needs them."""
+    return settings.model == "stack" or MODELS[settings.model].pooled
+
+
 def _kinds(settings: Classical) -> list[str]:
     """Names of `MODELS` that are fitted, the trees of a stack among them."""
     return [*settings.members, *(["lightgbm"] if settings.boosts_stack else [])]
@@ -391,7 +403,7 @@ def _shapes(task: Task, settings: Classical) -> dict[str, tuple[int | None, ...]
     shapes: dict[str, tuple[int | None, ...]] = {"idf": (hashed,), "components": (_components(settings), hashed)}
     for name in members:
         shapes |= {f"{name}.{part}": shape for part, shape in MODELS[name].shapes(task, settings).items()}
-    if settings.model == "stack":
+    if _pools(settings):
         shapes |= {"stack.weight": (len(members),), "stack.bias": (len(task.classes),)}
     return shapes
 

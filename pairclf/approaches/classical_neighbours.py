@@ -48,7 +48,7 @@ class NeighbourModel:
 
     def _chances(self, point: Floats) -> Floats:
         similar = self.points @ point
-        nearest = np.argsort(-similar, kind="stable")[: self.neighbours]
+        nearest = np.argpartition(-similar, min(self.neighbours, len(similar)) - 1)[: self.neighbours]
         closeness = np.maximum(similar[nearest], 0)
         mean: Floats = (closeness @ self.labels[nearest] + self.prior) / (closeness @ self.mass[nearest] + 1)
         return mean

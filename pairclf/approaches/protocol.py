@@ -73,12 +73,20 @@ CALIBRATION_GAIN = "calibration_gain"
 """In the same two: the log loss that `prompt.calibration` took off, on training rows."""
 
 
+SECONDS_BEFORE = "seconds_before_scoring"
+"""In `Fitted.record`: seconds a row that went into what `logits` reads of it, where that was made before."""
+
+
+MEMORY_GB = "memory_gb"
+"""In `Fitted.record`, or else in metrics.jsonl: the most memory of the training on its device, in 10^9 bytes."""
+
+
 class Fitted(Protocol):
     """A trained model.
 
     Attributes:
         record: figures of the training: `seconds` (over all interruptions), `steps`, `KEPT_STEP`, `LABEL_MASS`,
-            `CALIBRATION_GAIN`, as far as there are.
+            `CALIBRATION_GAIN`, `SECONDS_BEFORE`, `MEMORY_GB`, as far as there are.
     """
 
     record: Mapping[str, float]

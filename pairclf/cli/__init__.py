@@ -77,6 +77,20 @@ def keep_folder_out() -> None:
         os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
+def set_waiting() -> None:
+    """Set how OpenMP's threads wait for each other, here and in the processes that are started, unless the user did.
+
+    By default they spin for milliseconds. On a busy machine they so wait for threads that are not running, ten times as
+    long as sleeping ones; on a free one, threads that sleep at once lose up to half the speed of a small model. A spin
+    of microseconds costs nothing there (`benchmarks/busy.py`).
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        if os.getloadavg()[0] < (os.cpu_count() or 1) / 2:
+            os.environ["GOMP_SPINCOUNT"] = "2000"
+        else:
+            os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
 def _remedy(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "check the path"
@@ -87,8 +101,7 @@ def main() -> None:
     """Entry point: errors that a user can cause end in one message and exit code 2, never in a traceback."""
     # Nothing here ever phones a hub by itself; a hub id in the config is fetched only if this is unset by the user.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # OpenMP's threads otherwise spin while they wait, on a busy machine for threads that are not running.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    set_waiting()
     try:
         keep_folder_out()
         app()

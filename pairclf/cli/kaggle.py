@@ -152,5 +152,5 @@ def show_ledger(
         table.refresh(ledger)
     stdout.print(table.render(ledger))
     if plot is not None:
-        points = table.plot(ledger, plot)
+        points = table.write_page(ledger, plot)
         console.print(f"wrote {plot}" if points else f"nothing to plot in {plot}: {table.NOTHING_TO_PLOT}")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., None])
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. configs/demo/gemma2-tiny.yaml")]
+ConfigOrRun = Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="config file of a run, or its folder")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="settings to override, e.g. train.num_train_epochs=2 predict.swap=off"),
@@ -35,7 +36,7 @@ Members = Annotated[
     list[str],
     typer.Argument(
         metavar="BUNDLE|KEY=VALUE",
-        help="bundle folders, or the YAML file of an ensemble; and settings to override, e.g. predict.swap=off",
+        help="folders of bundles or of runs, or the YAML file of an ensemble; and settings, e.g. predict.swap=off",
     ),
 ]
 BaseFolder = Annotated[

@@ -1,4 +1,4 @@
-"""The commands `predict`, `rank`, `forecast` and `verify`."""
+"""The commands `predict`, `rank`, `try`, `forecast` and `verify`."""
 
 from __future__ import annotations
 
@@ -120,6 +120,33 @@ def rank(
         resume=resume,
         spent=process_age(),
     )
+
+
+@GROUP.command("pairclf try runs/lmsys/gemma2-9b-qlora/fold0/bundle --data train.csv", name="try")
+def try_(
+    members: Members,
+    data: Annotated[Path | None, typer.Option("--data", help="file whose rows can be loaded by their ids")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port of 127.0.0.1; 0: any that is free")] = 0,
+    browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
+    base: BaseFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
+    linked_files: LinkedFiles = False,
+) -> None:
+    """Serve a page on this machine that scores what you type: P of each class in both orders, or a ranking.
+
+    It is at a random address of 127.0.0.1, and what is typed is not kept. Needs pairclf[try]. See docs/try.md.
+    """
+    from pairclf.playground.server import require_extra, serve
+
+    require_extra()
+    permit(trust_remote_code, linked_files, bundles_only=True)
+    from pairclf.api.judge import Judge
+    from pairclf.inference.ensemble import open_ensemble
+    from pairclf.playground.verdict import Playground
+
+    paths, overrides = split_overrides(members)
+    with Judge(open_ensemble(paths, base, overrides), overrides) as judge:
+        serve(Playground(judge, data), port=port, browser=browser)
 
 
 @GROUP.command("pairclf forecast runs/lmsys/gemma2-9b-qlora/fold0/bundle --data test.csv --device t4x2 --rows 25000")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pairclf.cli.options import (
     BaseFolder,
+    ConfigOrRun,
     ConfigPath,
     Folds,
     Group,
@@ -27,6 +28,9 @@ from pairclf.console import console, counted, stdout
 
 if TYPE_CHECKING:
     from pairclf.config import Config
+    from pairclf.runs.evaluate import Evaluation
+    from pairclf.runs.thresholds import LabelThresholds
+    from pairclf.task import Task
 
 START, GROUP = Group("Start here"), Group("Training")
 
@@ -97,6 +101,9 @@ def demo(
 ) -> None:
     """Run all steps on synthetic data: rows, folds, QLoRA training, evaluation, and an offline notebook."""
     permit(trust_remote_code)
+    from pairclf.packaging.kaggle_extra import require_extra
+
+    require_extra()
     from pairclf.demo.demo import demo as workflow
 
     workflow(folder, overrides or [])
@@ -183,7 +190,7 @@ def runs(
 
 @GROUP.command("pairclf evaluate configs/demo/gemma2-tiny.yaml --truth runs/demo/data/truth.parquet")
 def evaluate(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="config file of a run, or its folder")],
+    config: ConfigOrRun,
     overrides: Overrides = None,
     scores: Annotated[
         Path | None, typer.Option(help="file of scores to evaluate; default: the run's out-of-fold scores")
@@ -207,6 +214,9 @@ def evaluate(
     losses: Annotated[
         Path | None, typer.Option("--losses", help="parquet file to write with each row's probabilities and losses")
     ] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", help="parquet file to write with the figures of --json, a line each")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print all figures as JSON in place of the tables")] = False,
     in_sample: Annotated[
         bool, typer.Option("--in-sample", help="exit with 0 although the models were trained on some of these rows")
@@ -220,25 +230,23 @@ def evaluate(
     from pairclf.files import check_file_target
     from pairclf.runs.calibrated import check_calibrated, write_calibrated
     from pairclf.runs.evaluate import evaluate_run
-    from pairclf.runs.evaluation_report import as_tree, render, write_rows
+    from pairclf.runs.evaluation_report import write_figures, write_rows
+    from pairclf.runs.thresholds import fit_run
 
     settings = load_run(config, overrides)
     if calibrated is not None:
         check_calibrated(settings, calibrated, scores)
-    if losses is not None:
-        check_file_target(losses, ".parquet")
+    for path in filter(None, (losses, figures)):
+        check_file_target(path, ".parquet")
     evaluation = evaluate_run(settings, scores, folds=fold or [], truth=truth, data=data, baseline=baseline)
-    if as_json:
-        stdout.print_json(data=as_tree(evaluation))
-    else:
-        stdout.print(render(evaluation, settings.task))
-    if settings.task.multi_label and not as_json:
-        from pairclf.runs.thresholds import fit_run, render_thresholds
-
-        stdout.print(render_thresholds(fit_run(settings, scores, folds=fold or [])))
+    thresholds = fit_run(settings, scores, folds=fold or []) if settings.task.multi_label else None
+    tree = _shown(evaluation, thresholds, settings.task, as_json=as_json)
     if losses is not None:
         write_rows(losses, evaluation)
         console.print(f"wrote {losses}: {counted(evaluation.rows, 'row')}")
+    if figures is not None:
+        write_figures(figures, tree)
+        console.print(f"wrote {figures}")
     if calibrated is not None:
         is_written = write_calibrated(evaluation, settings, fold or [], calibrated)
         use = f"wrote {calibrated}: pairclf predict {calibrated} --data FILE"
@@ -248,9 +256,24 @@ def evaluate(
         raise typer.Exit(1)
 
 
+def _shown(evaluation: Evaluation, thresholds: LabelThresholds | None, task: Task, *, as_json: bool) -> dict[str, Any]:
+    """Print an evaluation, and the thresholds of several labels; returns their figures as JSON has them."""
+    from pairclf.runs.evaluation_report import as_tree, render
+    from pairclf.runs.thresholds import render_thresholds
+
+    tree = as_tree(evaluation) | ({} if thresholds is None else {"thresholds": thresholds.as_dict()})
+    if as_json:
+        stdout.print_json(data=tree)
+        return tree
+    stdout.print(render(evaluation, task))
+    if thresholds is not None:
+        stdout.print(render_thresholds(thresholds))
+    return tree
+
+
 @GROUP.command("pairclf merge configs/lmsys/gemma2-9b-qlora.yaml --out runs/lmsys/merged --into bfloat16")
 def merge(
-    config: ConfigPath,
+    config: ConfigOrRun,
     out: Annotated[Path, typer.Option("--out", help="folder for the new bundle")],
     overrides: Overrides = None,
     fold: Folds = None,
@@ -273,7 +296,7 @@ def merge(
     The new bundle is written only if its scores are those of the old ones, within `--max-shift`. See docs/merge.md.
     """
     permit(trust_remote_code, linked_files)
-    settings = load(config, overrides)
+    settings = load_run(config, overrides)
     _check_bundles(settings, "merge", fold)
     from pairclf.approaches.finetune.merge import merge as workflow
 
@@ -285,7 +308,7 @@ def merge(
 
 @GROUP.command("pairclf export configs/lmsys/gemma2-9b-qlora.yaml --fold 0 --to int8 --out runs/lmsys/int8")
 def export(
-    config: ConfigPath,
+    config: ConfigOrRun,
     to: Annotated[
         Literal["bfloat16", "float16", "float32", "int8", "gptq", "awq", "transformers"],
         typer.Option(
@@ -312,7 +335,7 @@ def export(
     `--to transformers` writes no bundle, and compares logits of probe rows.
     """
     permit(trust_remote_code, linked_files)
-    settings, source = load(config, overrides), one_fold(fold, "pairclf merge CONFIG, or one export per fold")
+    settings, source = load_run(config, overrides), one_fold(fold, "pairclf merge CONFIG, or one export per fold")
     _check_bundles(settings, "export", fold, bundle)
     from pairclf.approaches.finetune.export import export as workflow
     from pairclf.approaches.finetune.export import source_bundle

@@ -1,4 +1,4 @@
-"""The commands `compare`, `blend`, `forecast-score`, `sweep`, `suspects` and `distill`."""
+"""The commands `report`, `compare`, `blend`, `forecast-score`, `sweep`, `suspects` and `distill`."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _show_plan(chosen: PlanReport, plot: Path | None, *, as_json: bool) -> None:
     for table in [] if as_json else plan.render(chosen):
         stdout.print(table, "")
     if plot is not None:
-        plan.plot(chosen, plot)
+        plan.write_page(chosen, plot)
 
 
 def _refuse_idle(options: Mapping[str, object], when: str) -> None:
@@ -144,6 +144,25 @@ def _refuse_idle(options: Mapping[str, object], when: str) -> None:
 
     if idle := [name for name, value in options.items() if value is not None]:
         raise ConfigError(f"{', '.join(idle)} changes nothing {when}", remedy="leave it out")
+
+
+@GROUP.command("pairclf report runs/lmsys/gemma2-9b-qlora")
+def report(
+    runs: Runs,
+    config: LabelsFrom = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the file; default: report.html in the folder of the first run")
+    ] = None,
+) -> None:
+    """Write one HTML file about a run: figures, plots, checks, and rows to look at; others are compared with it.
+
+    The file needs no network. It holds texts of rows: share it as you may share these. See docs/report.md.
+    """
+    from pairclf.console import console
+    from pairclf.reports.report import write_report
+
+    path = write_report(runs, out, config)
+    console.print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, for any browser", soft_wrap=True)
 
 
 @GROUP.command("pairclf compare runs/lmsys/gemma2-9b-qlora runs/lmsys/llama3-8b-qlora other-scores.csv")
@@ -162,7 +181,7 @@ def compare(
     trust_remote_code: TrustRemoteCode = False,
     linked_files: LinkedFiles = False,
     out: Annotated[
-        Path | None, typer.Option(help="folder for compare.json and losses.parquet; default: none is written")
+        Path | None, typer.Option(help="folder for compare.json, figures.parquet and losses.parquet; default: none")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -187,13 +206,22 @@ def compare(
         stdout.print(table, "")
 
 
-@GROUP.command("pairclf forecast-score runs/lmsys/gemma2-9b-qlora blend.parquet --public-share 0.3")
+@GROUP.command("pairclf forecast-score runs/lmsys/gemma2-9b-qlora ensemble.yaml --public-share 0.3")
 def forecast_score(
-    runs: Runs,
-    public_share: Annotated[
-        float,
-        typer.Option(help="part of the hidden rows that the public leaderboard has; the leaderboard's page says it"),
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="run folders, config files of runs, ensembles' files that `blend` wrote, or files of scores",
+        ),
     ],
+    public_share: Annotated[
+        float | None,
+        typer.Option(
+            help="part of the hidden rows that the public leaderboard has, as its page says; default: the "
+            "competition's, where it is known"
+        ),
+    ] = None,
     config: LabelsFrom = None,
     fold: Folds = None,
     common: Common = False,
@@ -204,26 +232,42 @@ def forecast_score(
         int | None,
         typer.Option("--rows", min=2, help="rows of the hidden test; default: the file's, or the competition's"),
     ] = None,
+    ledger: Annotated[
+        Path | None,
+        typer.Option(help="file that lists all submissions: write the intervals into the lines of these runs' ones"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Forecast the public and the private score of runs with 90% intervals, and suggest two final picks.
 
-    A blend is forecast from the file that `pairclf blend --scores` writes. If the test file has enough rows, a shift
-    between its texts and the held-out ones is measured and taken into account. See docs/last-week.md.
+    A blend is forecast by weights of other folds. If the test file has enough rows, a shift between its texts and the
+    held-out ones is measured and taken into account. `pairclf ledger` says how many scores lay in their intervals. See
+    docs/last-week.md.
     """
-    from pairclf.runs.held_out import open_runs
-    from pairclf.runs.score_forecast import forecast_scores, refuse_ensembles
+    from pairclf.console import console, counted
+    from pairclf.publish.ledger import ForecastIntervals, add_forecasts
+    from pairclf.runs.blended import open_runs_and_ensembles, seals_of
+    from pairclf.runs.score_forecast import forecast_scores
+    from pairclf.scores.score_forecast import LEVEL
 
-    refuse_ensembles(runs)
-    rows = open_runs(runs, config, folds=fold or [], common=common)
+    rows = open_runs_and_ensembles(runs, config, folds=fold or [], common=common)
     forecast = forecast_scores(rows, public_share=public_share, data=data, hidden_rows=hidden_rows)
     if as_json:
         stdout.print(json.dumps(forecast.as_dict(), indent=1))
-        return
-    for table in forecast.tables():
+    for table in [] if as_json else forecast.tables():
         stdout.print(table, "")
-    for remark in forecast.remarks:
+    for remark in [] if as_json else forecast.remarks:
         stdout.print(remark, soft_wrap=True)
+    if ledger is not None:
+        intervals = [
+            ForecastIntervals(
+                level=LEVEL, public=(own.public.low, own.public.high), private=(own.private.low, own.private.high)
+            )
+            for own in forecast.runs
+        ]
+        known = [(*seals_of(run), own) for run, own in zip(rows.runs, intervals, strict=True)]
+        found = add_forecasts(ledger, known)
+        console.print(f"{ledger} has {counted(found, 'submission')} of these runs: see `pairclf ledger`")
 
 
 @GROUP.command("pairclf sweep configs/lmsys/gemma2-9b-qlora.yaml model.lora.r=8,16,32 seed=0,1 --hours 20")
@@ -242,7 +286,10 @@ def sweep(
         list[int] | None, typer.Option("--fold", help="fold to train, counted from 0 (repeat for more); default: 0")
     ] = None,
     hours: Annotated[
-        float | None, typer.Option(min=0, help="start no run that would end later than this; default: no limit")
+        float | None,
+        typer.Option(
+            min=0, help="start no run that would end later, by the fit check or the longest; default: no limit"
+        ),
     ] = None,
     halving: Annotated[
         bool,

@@ -38,7 +38,7 @@ FREE_SETTINGS = (
     *("predict.devices", "predict.parallelism", "predict.backend"),
     *("train.per_device_train_batch_size", "train.tokens_per_batch", "train.layout", "train.gradient_checkpointing"),
     *("train.logging_steps", "train.report_to", "train.save_steps", "train.save_total_limit"),
-    "train.max_skipped_steps",
+    *("train.max_skipped_steps", "train.max_hours"),
 )
 """Settings that change no weight, except by rounding and by dropout masks, which are drawn for each batch.
 

@@ -13,6 +13,7 @@ from pairclf.config.section import checked, settings
 from pairclf.config.tree import Config
 from pairclf.errors import ConfigError, cut, quoted
 from pairclf.files import read_plain
+from pairclf.own_files import or_shipped
 from pairclf.task import TASKS, Task
 
 
@@ -66,6 +67,7 @@ def run_folder(path: Path) -> Path:
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, merged into that of the file that its `extends` names (relative to it)."""
+    path = or_shipped(path)
     try:
         whole = path.resolve()
         if whole in seen:

@@ -143,6 +143,12 @@ class Train(Section):
     max_skipped_steps: int = Field(
         10, ge=1, description="stop after N consecutive steps whose loss or gradient is not finite"
     )
+    max_hours: float | None = Field(
+        None,
+        ge=0,
+        description="refuse, before its first step, a training of a fold for which the fit check expects more hours; "
+        "null: no limit",
+    )
     logging_steps: int = Field(10, ge=1, description="write a line of metrics.jsonl every N optimizer steps")
     report_to: list[Tracker] = Field([], description="experiment trackers that get the lines of metrics.jsonl too")
 

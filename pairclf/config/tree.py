@@ -36,8 +36,9 @@ BY_FIELD = ("budget_shares", "min_tokens", "truncation", "head_ratio")
 """Settings of `inputs` that have a value for each field."""
 
 
-def _reader_of(section: str) -> str:
-    return next(approach for approach, names in SECTIONS.items() if section in names)
+def _reader_of(*sections: str) -> str:
+    """The approach that reads the most of these sections."""
+    return max(SECTIONS, key=lambda approach: len({*sections} & {*SECTIONS[approach]}))
 
 
 class Config(Section):
@@ -139,15 +140,19 @@ class Config(Section):
 
     def _refuse_unread(self) -> None:
         """A setting that changes nothing is a mistake; `pairclf config` prints those alone that are read."""
+        changed, sections = [], []
         for name in self.unread():
             section = getattr(self, name)
             default = type(section)()
-            if changed := [key for key in type(section).model_fields if getattr(section, key) != getattr(default, key)]:
-                named = ", ".join(f"{name}.{key}" for key in changed)
-                raise ValueError(
-                    f"{named} {'changes' if len(changed) == 1 else 'change'} nothing: approach={self.approach} does "
-                    f"not read the section {name}; remove what is set there, or set approach={_reader_of(name)}"
-                )
+            if own := [key for key in type(section).model_fields if getattr(section, key) != getattr(default, key)]:
+                changed += [f"{name}.{key}" for key in own]
+                sections.append(name)
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} {'changes' if len(changed) == 1 else 'change'} nothing: "
+                f"approach={self.approach} does not read the section{'s' * (len(sections) > 1)} {', '.join(sections)}; "
+                f"remove what is set there, or set approach={_reader_of(*sections)}"
+            )
 
     def require(self, section: str, command: str) -> None:
         """Raises `ConfigError` where a command is about a section that the approach does not read."""

@@ -16,7 +16,7 @@ from pairclf.config import Rules, Source
 from pairclf.console import counted
 from pairclf.data.audit import clean, note_changes
 from pairclf.data.formats import TURNS, read_file
-from pairclf.data.rows import read_rows
+from pairclf.data.rows import read_rows, rows_in_memory
 from pairclf.errors import DataError
 from pairclf.files import atomic_file
 from pairclf.task import REWARD, SIDE, Task
@@ -40,11 +40,13 @@ WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
 """By the ending of a ranking's file."""
 
 
-def read_answers(path: Path, task: Task, rules: Rules, columns: Mapping[str, str | None]) -> pl.DataFrame:
-    """Read a file of answers, repaired by the rules.
+def read_answers(
+    source: Path | pl.DataFrame, task: Task, rules: Rules, columns: Mapping[str, str | None]
+) -> pl.DataFrame:
+    """Read a table of answers, repaired by the rules.
 
     Args:
-        path: .csv, .parquet or .jsonl.
+        source: a .csv, .parquet or .jsonl file, or its rows.
         task: a prompt has the fields of a row that are not a side's.
         rules: `data.rules`.
         columns: `data.test.columns`; what it says of the sides is not needed.
@@ -62,7 +64,8 @@ def read_answers(path: Path, task: Task, rules: Rules, columns: Mapping[str, str
     if clashes := sorted(_COLUMNS & {*shared}):
         raise DataError(f"task {task.name!r} has fields {clashes}, which are columns of answers", remedy="rename them")
     names = {name: columns[name] for name in ("id", *shared) if name in columns}
-    header = next(read_file(path, rows=1, lossy=True)).columns
+    path = source if isinstance(source, Path) else Path("answers")
+    header = (next(read_file(source, rows=1, lossy=True)) if isinstance(source, Path) else source).columns
     listed = ANSWERS in header
     if listed == (ANSWER in header) or (listed and path.suffix.lower() == ".csv"):
         raise DataError(
@@ -77,7 +80,10 @@ def read_answers(path: Path, task: Task, rules: Rules, columns: Mapping[str, str
     reading = Task(
         name=task.name, fields=(*shared, column), classes=(REWARD,), multi_turn=task.multi_turn, multi_label=True
     )
-    frame = read_rows([Source(files=[path], columns=names)], reading, labelled=False)
+    if isinstance(source, Path):
+        frame = read_rows([Source(files=[path], columns=names)], reading, labelled=False)
+    else:
+        frame = rows_in_memory(source, reading, {"id": "id", **names})
     ids = frame["id"]
     if not listed:  # ids may repeat
         frame = frame.with_columns(id="row " + pl.int_range(1, pl.len() + 1).cast(pl.String))

@@ -208,17 +208,18 @@ def _is_convertible(cells: Any) -> bool:
 
 
 def rows_in_memory(raw: pl.DataFrame, task: Task, columns: Mapping[str, str | None] | None = None) -> pl.DataFrame:
-    """The canonical table of test rows without a file, with ids numbered from 1 instead of their own.
+    """The canonical table of test rows without a file.
 
-    `columns` is `data.test.columns`.
+    Args:
+        raw: the rows.
+        task: names the fields.
+        columns: `data.test.columns`; without an `id`, or with null for it, the rows are numbered from 1.
 
     Raises:
-        DataError: a column of the task's fields is missing.
+        DataError: a column is missing.
     """
     where = Path("batch")
-    layout = _layout(
-        Source(files=[where], columns={**(columns or {}), "id": None}, ignore_columns="all"), task, labelled=False
-    )
+    layout = _layout(Source(files=[where], columns={"id": None, **(columns or {})}, ignore_columns="all"), task, False)
     _check_columns(raw.columns, where, task, layout, labelled=False)
     return _canonical(raw, where, task, layout, 0, 0)
 

@@ -1,4 +1,4 @@
-"""`demo`: generate rows, cross-validate the embedded model, blend it with a classical one, package and rehearse."""
+"""`demo`: generate rows, cross-validate the embedded model, blend it with a classical one, rehearse, and report."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from pairclf.data.folds import report, write_folds
 from pairclf.data.scores import class_matrix
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.files import write_json
+from pairclf.own_files import shipped
 from pairclf.packaging.build import package
-from pairclf.packaging.own_files import shipped
 from pairclf.rehearsal.kernel_run import SUBMISSION
 from pairclf.rehearsal.rehearse import Options, rehearse
 from pairclf.rehearsal.report import REHEARSAL
+from pairclf.reports.report import REPORT, write_report
 from pairclf.run import FOLDS, folds_of, labelled_rows, output_of
 from pairclf.runs.blend import BlendReport, blend_runs, write_ensemble
 from pairclf.runs.blend import render as render_blends
@@ -44,7 +45,7 @@ CLASSICAL_CONFIG, CLASSICAL, ENSEMBLE = "configs/demo/classical.yaml", "classica
 
 
 def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
-    """Run every stage and print the summary; artefacts go to `folder`.
+    """Run every stage and print the summary; artefacts go to `folder`. It ends with a report of the run.
 
     Returns:
         The evaluation of the out-of-fold scores.
@@ -69,6 +70,8 @@ def demo(folder: Path, overrides: Sequence[str] = ()) -> Evaluation:
         package(load_config(shipped(CONFIG), [*own, *kaggle, *overrides]), bundles, built)
     with clock.stage("rehearsal: the notebook, offline, on an image like Kaggle's"):
         stdout.print(rehearse(built, Options()).render())
+    with clock.stage("report: figures, plots and rows of the run, for a browser"):
+        write_report([output_of(config), folder / CLASSICAL])
     submission = built / REHEARSAL / SUBMISSION
     test_loss = expected_log_loss(submission, data / "truth.parquet", config.task)
     stdout.print(_summary(_figures(judged, test_loss, config.task), blended, clock, folder))
@@ -154,6 +157,7 @@ def _summary(figures: Sequence[tuple[str, str]], blended: BlendReport, clock: St
         ("package for Kaggle", f"{folder / 'kaggle'}"),
         ("bundles, scores, metrics", f"{folder / RUN}"),
         ("the blend, for pairclf predict", f"{folder / ENSEMBLE}"),
+        ("the report, for a browser", f"{folder / RUN / REPORT}"),
     ]
     for name, value in rows:
         summary_table.add_row(name, value)

@@ -21,7 +21,7 @@ from pairclf.config import Config, load_config, run_folder
 from pairclf.demo.arena import davidson
 from pairclf.errors import ConfigError
 from pairclf.files import atomic_file, write_text
-from pairclf.packaging.own_files import shipped
+from pairclf.own_files import shipped
 from pairclf.task import Task
 
 Drawn = tuple[dict[str, str], Sequence[float]]

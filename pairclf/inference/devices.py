@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pairclf.config import Predict
 from pairclf.errors import ConfigError, ModelError, quoted
-from pairclf.hardware import GIB, HEADROOM
+from pairclf.hardware import GIB, HEADROOM, has_gpu_driver
 
 _DEVICE = re.compile(r"(cpu|cuda)(?::([0-9]{1,3}))?")
 
@@ -57,7 +57,9 @@ def choose(settings: Predict, model_bytes: int) -> Placement:
 
 
 def gpu_count(settings: Predict) -> int:
-    """CUDA devices of this machine; 0, without importing torch, if the settings name only CPUs."""
+    """CUDA devices of this machine; 0, without importing torch, if it has none or the settings name only CPUs."""
+    if not has_gpu_driver():
+        return 0
     if settings.devices and all(_DEVICE.fullmatch(device) and device.startswith("cpu") for device in settings.devices):
         return 0
     import torch

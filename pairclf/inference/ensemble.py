@@ -30,7 +30,7 @@ from pairclf.config.predict import Predict, Scale
 from pairclf.console import console
 from pairclf.errors import BundleError, ConfigError, cut, visible
 from pairclf.files import read_plain
-from pairclf.run import refuse_mixed_bundles
+from pairclf.run import bundles_in, refuse_mixed_bundles
 from pairclf.scores.figures import ONE_ORDER
 from pairclf.scores.metrics import Floats
 from pairclf.scores.probabilities import Calibration, Mean, blend, has_tie
@@ -244,6 +244,8 @@ def open_ensemble(paths: Sequence[Path], base: Path | None, overrides: Sequence[
 def read_ensemble(paths: Sequence[Path]) -> EnsembleFile:
     """The file, its paths made relative to the current folder; folders alone are members with defaults.
 
+    A run's folder stands for all of its bundles.
+
     Raises:
         ConfigError: nothing or a file among folders is given, or the file can't be used.
     """
@@ -251,7 +253,7 @@ def read_ensemble(paths: Sequence[Path]) -> EnsembleFile:
         raise ConfigError("no bundle is given", remedy="pairclf predict BUNDLE [BUNDLE ...] --data test.csv")
     files = [path for path in paths if path.suffix in SUFFIXES and not path.is_dir()]
     if not files:
-        return EnsembleFile(members=[MemberFile(bundle=path) for path in paths])
+        return EnsembleFile(members=[MemberFile(bundle=bundle) for path in paths for bundle in bundles_in(path)])
     if len(paths) > 1:
         raise ConfigError(f"{files[0]} is an ensemble's file and must be given alone", remedy="name the bundles in it")
     path = files[0]

@@ -8,7 +8,8 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -20,20 +21,26 @@ from queue import SimpleQueue
 from tempfile import gettempdir
 from threading import Thread
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from pairclf.approaches.protocol import Assignment, Loader
 from pairclf.inference.deadline import format_duration
 from pairclf.inference.messages import Clock, Event, Job, WorkerFailure, WorkerReady
 from pairclf.inference.worker import load_bundle, main, max_in_flight
 from pairclf.inputs.sequences import Item, LargestPass
+from pairclf.signals import leave_to_parent
 from pairclf.trust import granted
 
 MAX_SOCKET_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
 """Characters of the longest temporary folder below which a socket's path is legal."""
 
+PRELOADING = "pairclf.inference.preloading"
+"""The first module that the fork server imports."""
+
 LOAD_LIMIT = 3600.0
 """Seconds after which a worker that has not loaded its model is hung: 18 GB take minutes from a network disk."""
+
+T = TypeVar("T")
 
 _GRACE = 5.0  # seconds that we wait for a process that was killed, or that closed its channel
 
@@ -113,9 +120,22 @@ def warm_up(modules: Iterable[str]) -> bool:
     """
     if len(gettempdir()) > MAX_SOCKET_FOLDER:
         return False
-    get_context("forkserver").set_forkserver_preload([main.__module__, *modules])
+    get_context("forkserver").set_forkserver_preload([PRELOADING, main.__module__, *modules])
     forkserver.ensure_running()
     return True
+
+
+def forked(function: Callable[..., T], *arguments: object) -> T:
+    """The result of a function in a process forked by the server, whose modules this process need not import.
+
+    Args:
+        function: one that a new process can import.
+        arguments: what it is called with; they are pickled.
+    """
+    with ProcessPoolExecutor(1, get_context("forkserver"), leave_to_parent) as pool:
+        with _without_script():
+            result = pool.submit(function, *arguments)
+        return result.result()
 
 
 class ProcessPool:

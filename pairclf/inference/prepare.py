@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +10,19 @@ from typing import Any, NamedTuple
 
 from pairclf.approaches import approach_of
 from pairclf.approaches.protocol import ModelCost, Prepared
-from pairclf.bundles.bundle import verify_files
+from pairclf.bundles.bundle import Bundle, verify_files
 from pairclf.config import Predict
 from pairclf.console import console
+from pairclf.hardware import has_gpu_driver
 from pairclf.inference.devices import Placement, choose, gpu_count, named_devices
 from pairclf.inference.ensemble import Ensemble, EnsembleMember
 from pairclf.inference.messages import Clock
 from pairclf.inference.planner import PlannedModel
-from pairclf.inference.pool import WorkerModel, warm_up
+from pairclf.inference.pool import WorkerModel, forked, warm_up
 from pairclf.inputs.cache import RowSource
 from pairclf.inputs.sequences import LargestPass, SequenceIndex
 from pairclf.signals import Signals
+from pairclf.trust import Trust, grant, granted
 
 LOAD_BYTES_PER_SECOND = 3e8
 """Assumed load speed before the first load, bytes a second: a network disk's."""
@@ -115,8 +118,20 @@ def prepare(
 
 
 def costs_of(members: Sequence[EnsembleMember]) -> list[ModelCost]:
-    """Operations, bytes and assumed speed of each model."""
-    return [approach_of(member.bundle.config).cost(member.bundle, member.base) for member in members]
+    """Operations, bytes and assumed speed of each model.
+
+    They are counted by a process that the server of the workers forks, if this one has not imported what that takes.
+    """
+    models = [(member.bundle, member.base) for member in members]
+    modules = {approach_of(bundle.config).module for bundle, _ in models}
+    if modules <= sys.modules.keys() or has_gpu_driver() or not warm_up(modules):
+        return _costs(models, granted())
+    return forked(_costs, models, granted())
+
+
+def _costs(models: Sequence[tuple[Bundle, Path | None]], trust: Trust) -> list[ModelCost]:
+    grant(trust)
+    return [approach_of(bundle.config).cost(bundle, base) for bundle, base in models]
 
 
 def placement_of(ensemble: Ensemble, size: int) -> Placement:

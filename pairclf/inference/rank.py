@@ -50,7 +50,7 @@ from pairclf.inputs.cache import RowDigest
 from pairclf.scores.metrics import Floats
 from pairclf.scores.strengths import fit_strengths
 from pairclf.signals import Signals, signals
-from pairclf.task import REWARD, Task
+from pairclf.task import AB, REWARD, Task
 
 STRENGTH = "strength"
 """The column of a ranking by pairs; by rewards it is `REWARD`."""
@@ -156,10 +156,17 @@ def check_kinds(ensemble: Ensemble, pairs: int | None) -> None:
 
 
 def contest_of(ensemble: Ensemble, answers: pl.DataFrame, pairs: int | None) -> Contest:
-    """The rows to score, and the ensemble as it reads them: under our own names of columns."""
+    """The rows to score, and the ensemble as it reads them."""
+    reader = ensemble_of_contest(ensemble)
+    paired = reader.task.swappable
+    rows = pairwise_rows(answers, ensemble.task, pairs) if paired else pointwise_rows(answers, ensemble.task)
+    return Contest(reader, rows)
+
+
+def ensemble_of_contest(ensemble: Ensemble) -> Ensemble:
+    """The ensemble as it reads the rows of a contest: under our own names of columns, and rewards one text a row."""
     task, prior = ensemble.task, ensemble.prior
     pointwise = ensemble.members[0].bundle.config.model.one_sided
-    rows = pointwise_rows(answers, task) if pointwise else pairwise_rows(answers, task, pairs)
     if pointwise:
         task, prior = task.pointwise, np.array([0.5])
     members = []
@@ -168,7 +175,7 @@ def contest_of(ensemble: Ensemble, answers: pl.DataFrame, pairs: int | None) -> 
         data = config.data.model_copy(update={"test": Unlabelled()})
         bundle = replace(member.bundle, config=config.model_copy(update={"data": data}))
         members.append(replace(member, bundle=bundle))
-    return Contest(replace(ensemble, members=tuple(members), task=task, prior=prior), rows)
+    return replace(ensemble, members=tuple(members), task=task, prior=prior)
 
 
 def _score(
@@ -221,6 +228,25 @@ def _rewards(contest: Contest, state: PredictionState) -> pl.DataFrame:
     counts[0] += ~counts.any(axis=0)
     sums = np.where(counts > 0, counts * rewards, 0.0).sum(axis=0)
     return rows.select("group", "answer", pl.Series(REWARD, sums / counts.sum(axis=0)))
+
+
+def rewards_of_pairs(ensemble: Ensemble, state: PredictionState) -> Floats:
+    """Rewards of the two sides of rows that reward models scored as pairs, `(N, 2)`: the mean of the models.
+
+    They are those of either answer alone where none is cut. `model.readout.RewardHead` makes logits of two rewards: the
+    logits of the two victories sum to the sum of the rewards.
+    """
+    task, rewards = ensemble.task, []
+    sides = [task.classes.index(name) for name in task.swap_classes or ()]
+    for place, member in enumerate(ensemble.members):
+        logits = state.logits(place)[:, AB]
+        each = logits[:, sides]
+        if member.bundle.config.model.tie_model == "rao_kupper":
+            # The log odds of a victory are a - b - log(theta), or b - a - log(theta).
+            odds = [logits[:, side] - np.logaddexp.reduce(np.delete(logits, side, 1), axis=1) for side in sides]
+            each = each.mean(axis=1, keepdims=True) + np.subtract(*odds)[:, None] / 4 * [1.0, -1.0]
+        rewards.append(each / (np.asarray(member.calibration.temperature) * ensemble.temperature))
+    return np.asarray(np.average(rewards, axis=0, weights=[member.weight for member in ensemble.members]))
 
 
 def _strengths(answers: pl.DataFrame, contest: Contest, state: PredictionState | None) -> pl.DataFrame:

@@ -10,7 +10,8 @@ from typing import Any
 import polars as pl
 
 from pairclf.approaches import approach_of
-from pairclf.bundles.bundle import verify_files
+from pairclf.approaches.protocol import ModelCost
+from pairclf.bundles.bundle import Bundle, verify_files
 from pairclf.console import counted
 from pairclf.data.audit import clean
 from pairclf.data.rows import rows_in_memory, to_rows
@@ -39,13 +40,13 @@ TICK = 0.1
 """Seconds between two looks at the clock."""
 
 
-def placement_of_all(ensemble: Ensemble) -> Placement:
+def placement_of_all(ensemble: Ensemble, costs: Sequence[ModelCost]) -> Placement:
     """Devices that hold all models at once.
 
     Raises:
         ModelError: there are none.
     """
-    size = sum(cost.bytes for cost in costs_of(ensemble.members))
+    size = sum(cost.bytes for cost in costs)
     on_gpu = devices_of(ensemble)[0] != "cpu"
     others = len(ensemble.members) - 1 if on_gpu else 0  # further processes, each with its own CUDA context
     remedy = "serve one bundle, or the folds averaged into one (pairclf merge); or export them quantised"
@@ -63,6 +64,26 @@ def placement_of_all(ensemble: Ensemble) -> Placement:
     return placement
 
 
+def encode_rows(
+    bundle: Bundle, rows: pl.DataFrame, columns: Mapping[str, str | None] | None = None
+) -> Sequence[tuple[Any, ...]]:
+    """Rows in memory, repaired by the bundle's rules, as its model sees them: by row, then order.
+
+    Args:
+        bundle: of the model.
+        rows: with a column for each field of the task.
+        columns: how they are called; None: as `data.test.columns` says.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    config = bundle.config
+    task, data = config.task, config.data
+    names = {**(data.test.columns if columns is None else columns), "id": None}
+    frame, _ = clean(rows_in_memory(rows, task, names), task, data.rules, labelled=False)
+    return approach_of(config).encode(bundle, to_rows(frame, task))
+
+
 class ResidentModel:
     """A model that stays loaded in its workers.
 
@@ -74,14 +95,20 @@ class ResidentModel:
     """
 
     def __init__(
-        self, member: EnsembleMember, placement: Placement, overrides: Sequence[str], budget: int, clock: Clock
+        self,
+        member: EnsembleMember,
+        cost: ModelCost,
+        placement: Placement,
+        overrides: Sequence[str],
+        budget: int,
+        clock: Clock,
     ) -> None:
         self.member = member
         self.approach = approach_of(member.bundle.config)
         self.recipe = self.approach.recipe(member.bundle)
         self.encoded: list[tuple[Any, ...]] = []
         self.total_workload = Workload(0.0, 0.0, 0.0)
-        self._cost = self.approach.cost(member.bundle, member.base)
+        self._cost = cost
         self.speed, self.is_measured = self._cost.speed_on(placement.gpu), False
         self._placement = placement
         largest = LargestPass(self.approach.longest(member.bundle), budget, member.bundle.config.orders)
@@ -232,12 +259,14 @@ class ResidentEnsemble:
         self._ensemble = ensemble
         self._clock = clock
         warm_up_workers(ensemble)
-        self.placement = placement_of_all(ensemble)
+        costs = costs_of(ensemble.members)
+        self.placement = placement_of_all(ensemble, costs)
         # Between passes each process keeps its memory for activations, so the models share one budget.
         tokens = token_budget(ensemble.settings.tokens_per_batch, gpu=self.placement.gpu)
         self.budget = max(1, tokens // len(ensemble.members))
         self.models = [
-            ResidentModel(member, self.placement, overrides, self.budget, clock) for member in ensemble.members
+            ResidentModel(member, cost, self.placement, overrides, self.budget, clock)
+            for member, cost in zip(ensemble.members, costs, strict=True)
         ]
         # In the background: Kaggle expects `serve()` within 15 minutes, and hashing 18 GB takes minutes.
         pool = ThreadPoolExecutor(1)
@@ -278,10 +307,7 @@ class ResidentEnsemble:
         by_recipe: dict[str, tuple[Sequence[tuple[Any, ...]], SequenceIndex]] = {}
         for model in self.models:
             if model.recipe not in by_recipe:
-                task, data = self._ensemble.task, model.member.bundle.config.data
-                names = data.test.columns if columns is None else columns
-                frame, _ = clean(rows_in_memory(rows, task, names), task, data.rules, labelled=False)
-                encoded = model.approach.encode(model.member.bundle, to_rows(frame, task))
+                encoded = encode_rows(model.member.bundle, rows, columns)
                 by_recipe[model.recipe] = encoded, model.approach.index(encoded)
             model.encoded[:] = by_recipe[model.recipe][0]
         return [by_recipe[model.recipe][1] for model in self.models]

@@ -115,15 +115,11 @@ class TokenCache(Sequence[TokenisedRow]):
     """
 
     def __init__(self, folder: Path, fields: Sequence[str]) -> None:
-        from datasets import Dataset  # half a second, which most commands need not wait for
-
         self._fields = tuple(fields)
-        batches = Dataset.from_file(str(folder / TOKENS)).data.to_batches()
+        batches = pa.ipc.open_stream(pa.memory_map(str(folder / TOKENS))).read_all().to_batches()
         self._starts = np.cumsum([0, *(len(batch) for batch in batches)]).tolist()
         columns = [[batch.column(name) for name in ("counts", "turns", "tokens")] for batch in batches]
-        self._batches = [
-            [(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch] for batch in columns
-        ]
+        self._batches = [[(_mapped(column.offsets), _mapped(column.values)) for column in batch] for batch in columns]
         ids = [pl.Series("id", batch.column("id")) for batch in batches]
         self.ids = pl.concat(ids) if ids else pl.Series("id", [], dtype=pl.String)
 
@@ -288,18 +284,19 @@ def _flat(turns: pl.Series) -> pl.Series:
 
 def _build(path: Path, source: RowSource, tokenizer: TurnTokenizer, fields: Sequence[str], *, processes: int) -> int:
     """Write the tokens; returns the number of rows written."""
-    from datasets.arrow_writer import ArrowWriter
-
     rows = 0
     chunks = (chunk for frame in source.frames() for chunk in frame.select("id", *fields).iter_slices(ROWS_AT_A_TIME))
     is_over = source.step()
     timely = takewhile(lambda chunk: not is_over(), chunks)
-    with ArrowWriter(path=str(path), schema=_SCHEMA) as writer, progress("tokenise", total=source.rows) as advance:
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, _SCHEMA) as writer,
+        progress("tokenise", total=source.rows) as advance,
+    ):
         for table in _tokenised(timely, tokenizer, fields, processes, is_over):
             writer.write_table(table)
             rows += len(table)
             advance(len(table))
-        writer.finalize()
     return rows
 
 
@@ -339,7 +336,7 @@ _worker: list[tuple[TurnTokenizer, tuple[str, ...]]] = []
 
 def _start(tokenizer: str, fields: tuple[str, ...]) -> None:
     leave_to_parent()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # the processes are the threads
     Thread(target=_leave_with_parent, daemon=True).start()
     _worker.append((TurnTokenizer.from_json(tokenizer), fields))
 
@@ -377,5 +374,13 @@ def tokenise_chunk(chunk: pl.DataFrame, tokenizer: TurnTokenizer, fields: Sequen
     return pa.Table.from_arrays(columns, schema=_SCHEMA)
 
 
+# To numpy and back by way of polars: pyarrow imports pandas for it, to ask whether an array is one of its.
+
+
+def _mapped(array: pa.Array) -> NDArray[np.int32]:
+    """The memory of an array, which is not copied."""
+    return pl.Series(array).to_numpy(allow_copy=False)
+
+
 def _lists(offsets: NDArray[np.int32], values: NDArray[np.int32]) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    return pa.ListArray.from_arrays(pl.Series(offsets).to_arrow(), pl.Series(values).to_arrow())

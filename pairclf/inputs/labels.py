@@ -14,6 +14,9 @@ from pairclf.inputs.truncate import Ids
 _AFTER_THESE_A_BLANK = ".,:;!?"
 """Signs that a word follows after a blank, as it does after a word."""
 
+LOW_MASS = 0.5
+"""Label mass below which a warning is printed: the model would rather say something else than any label."""
+
 Path = tuple[int, ...]
 
 

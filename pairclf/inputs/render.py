@@ -74,6 +74,14 @@ class Encoded:
     dropped: dict[str, int]
 
 
+class _Visible(NamedTuple):
+    """What is seen of a row: segments by round; by field, tokens cut away, and what stays of its tokens."""
+
+    rounds: list[_Round]
+    dropped: dict[str, int]
+    kept: dict[str, list[tuple[Ids, Kept]]]
+
+
 class InputBuilder:
     """Row -> `Encoded` in order AB, and BA where the task can swap.
 
@@ -365,22 +373,26 @@ class InputBuilder:
     def assemble(self, row: TokenisedRow, row_id: str) -> tuple[Encoded, ...]:
         """The second half of `encode`: cut, and splice in each order."""
         before = self._before(row, row_id)
-        rounds, dropped = self._visible(row, before)
+        visible = self._visible(row, before)
         return tuple(
-            self._splice(rounds, dropped, source, ids)
+            self._splice(visible.rounds, visible.dropped, source, ids)
             for source, ids in zip(self._orders.values(), before, strict=True)
         )
 
     def lost(self, row: TokenisedRow, row_id: str) -> dict[str, int]:
         """Tokens that `assemble` cuts away, by field."""
-        return self._visible(row, self._before(row, row_id))[1]
+        return self._visible(row, self._before(row, row_id)).dropped
+
+    def kept(self, row: TokenisedRow, row_id: str) -> dict[str, list[tuple[Ids, Kept]]]:
+        """Each field's tokens, uncut, with what `assemble` keeps of them; in one part, or turn by turn."""
+        return self._visible(row, self._before(row, row_id)).kept
 
     def _before(self, row: TokenisedRow, row_id: str) -> list[Ids]:
         """A row's examples in each order."""
         examples = [self._examples[number] for number in self._choose(row_id, row)]
         return [self._mirrored(row, source, examples) for source in self._orders.values()]
 
-    def _visible(self, row: TokenisedRow, before: Sequence[Ids]) -> tuple[list[_Round], dict[str, int]]:
+    def _visible(self, row: TokenisedRow, before: Sequence[Ids]) -> _Visible:
         """What is seen of a row behind its examples, and the tokens that each field loses."""
         room = self._inputs.max_length - _size(self._outer) - max(map(len, before))
         return self._by_rounds(row, room) if self._round else self._by_sides(row, room)
@@ -397,13 +409,14 @@ class InputBuilder:
 
     # --- what is seen of a row ---------------------------------------------------------------------------------------
 
-    def _by_sides(self, row: TokenisedRow, room: int) -> tuple[list[_Round], dict[str, int]]:
+    def _by_sides(self, row: TokenisedRow, room: int) -> _Visible:
         """Each field's turns joined and cut; as one round."""
         names = self._task.fields
-        turns = [[len(ids) for ids in row[name]] for name in names]
-        cuts = self._cut(names, [self._join(row[name]) for name in names], turns, room)
-        pieces = {name: segments for name, (segments, _) in zip(names, cuts, strict=True)}
-        return [pieces], {name: lost for name, (_, lost) in zip(names, cuts, strict=True)}
+        fields = [self._join(row[name]) for name in names]
+        parts = self._cut(names, fields, [[len(ids) for ids in row[name]] for name in names], room)
+        kept = {name: [(ids, part)] for name, ids, part in zip(names, fields, parts, strict=True)}
+        pieces = {name: self._pieces(name, *kept[name][0]) for name in names}
+        return _Visible([pieces], {name: kept[name][0][1].dropped for name in names}, kept)
 
     def _join(self, turns: Sequence[Ids]) -> Ids:
         if len(turns) == 1:
@@ -411,7 +424,7 @@ class InputBuilder:
         parted = [piece for turn in turns for piece in (self._turn_break, turn)]
         return np.concatenate(parted[1:]) if parted else _NOTHING
 
-    def _by_rounds(self, row: TokenisedRow, room: int) -> tuple[list[_Round], dict[str, int]]:
+    def _by_rounds(self, row: TokenisedRow, room: int) -> _Visible:
         """Turn by turn. Fields with fewer turns than others are empty in the later rounds."""
         names = self._task.fields
         useful = {name: least + self._longest_marker for name, least in self._inputs.min_tokens.items()}
@@ -421,23 +434,20 @@ class InputBuilder:
         least = [sum(min(len(ids), useful[name]) for name, ids in turn.items()) for turn in turns]
         picked = pick_rounds(costs, _size(self._round), least, room, lambda gone: len(self._gap(costs, gone)))
 
-        visible: dict[int, _Round] = {
-            at: {name: [(name, ids)] for name, ids in turns[at].items()} for at in picked.whole
-        }
         units = [(at, name) for at in picked.partial for name in names]
         fields = [turns[at][name] for at, name in units]
         cuts = self._cut([name for _, name in units], fields, [[len(ids)] for ids in fields], picked.room)
-        for (at, name), (pieces, _) in zip(units, cuts, strict=True):
-            visible.setdefault(at, {})[name] = pieces
-
-        gone = set(range(count)) - set(visible)
-        dropped = {name: sum(len(turns[at][name]) for at in gone) for name in names}
-        for (_, name), (_, lost) in zip(units, cuts, strict=True):
-            dropped[name] += lost
-        rounds: list[_Round] = [visible[at] for at in sorted(visible)]
-        if gone:  # in the middle, always
+        parts = {(at, name): Kept(len(turns[at][name]), 0) for at in picked.whole for name in names}
+        parts |= dict(zip(units, cuts, strict=True))
+        kept = {
+            name: [(turn[name], parts.get((at, name), Kept(0, 0, len(turn[name])))) for at, turn in enumerate(turns)]
+            for name in names
+        }
+        seen = sorted({*picked.whole, *picked.partial})
+        rounds: list[_Round] = [{name: self._pieces(name, *kept[name][at]) for name in names} for at in seen]
+        if gone := {*range(count)} - {*seen}:  # in the middle, always
             rounds.insert(min(gone), {MARKER: [(MARKER, self._gap(costs, gone))]})
-        return rounds, dropped
+        return _Visible(rounds, {name: sum(part.dropped for _, part in kept[name]) for name in names}, kept)
 
     def _gap(self, costs: Sequence[int], gone: set[int]) -> Ids:
         """The marker for the omitted rounds."""
@@ -445,17 +455,16 @@ class InputBuilder:
 
     def _cut(
         self, names: Sequence[str], fields: Sequence[Ids], turns: Sequence[Sequence[int]], room: int
-    ) -> list[tuple[list[_Segment], int]]:
-        """The visible segments of each field, with the marker at its cut, and the number of tokens that it lost."""
+    ) -> list[Kept]:
+        """What stays of each field's tokens."""
         inputs, ratio = self._inputs, self._head_ratio
         rooms = allot(
             fields, [inputs.budget_shares[name] for name in names], [inputs.min_tokens[name] for name in names], room
         )
-        cuts: list[tuple[list[_Segment], int]] = []
-        for name, ids, lengths, tokens in zip(names, fields, turns, rooms, strict=True):
-            kept = cut(lengths, len(self._turn_break), tokens, inputs.truncation[name], ratio[name], self._marker)
-            cuts.append((self._pieces(name, ids, kept), kept.dropped))
-        return cuts
+        return [
+            cut(lengths, len(self._turn_break), tokens, inputs.truncation[name], ratio[name], self._marker)
+            for name, lengths, tokens in zip(names, turns, rooms, strict=True)
+        ]
 
     def _pieces(self, name: str, ids: Ids, kept: Kept) -> list[_Segment]:
         if not kept.dropped:
@@ -498,3 +507,22 @@ def _fill(segment: _Segment, round_segments: _Round, source: Mapping[str, str]) 
 
 def _size(segments: Sequence[_Segment]) -> int:
     return sum(len(ids) for _, ids in segments)
+
+
+def made_identical(task: Task, tokens: TokenisedRow, encoded: Encoded) -> bool:
+    """Whether A and B differ, were both truncated, and are equal after truncation."""
+    if task.swap_fields is None or not all(encoded.dropped[name] for name in task.swap_fields):
+        return False
+    whole = [[turn.tolist() for turn in tokens[name]] for name in task.swap_fields]
+    a, b = (
+        [encoded.ids[start:stop].tolist() for place, start, stop in encoded.spans if place == name]
+        for name in task.swap_fields
+    )
+    return whole[0] != whole[1] and len(a) == len(b) and all(map(_agree, a, b))
+
+
+def _agree(ids: list[int], other: list[int]) -> bool:
+    """Whether the lists are equal, up to one or two extra tokens at either end."""
+    least = min(len(ids), len(other))
+    tails = ids[len(ids) - least :] == other[len(other) - least :]
+    return abs(len(ids) - len(other)) <= 2 and (ids[:least] == other[:least] or tails)

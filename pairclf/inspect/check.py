@@ -14,6 +14,7 @@ from pairclf.data.preferences import FORMATS, entry, recognise, why_not
 from pairclf.data.rows import read_rows, write_rows
 from pairclf.errors import ConfigError
 from pairclf.files import check_file_target
+from pairclf.own_files import or_shipped
 from pairclf.task import TASKS, Task
 
 
@@ -25,7 +26,7 @@ def config_of(task: str, overrides: Sequence[str]) -> Config:
     """
     if task in TASKS:
         return override(resolve({"task": task}), overrides)
-    if not Path(task).is_file():
+    if not or_shipped(Path(task)).is_file():
         remedy = f"one of {', '.join(TASKS)}, or the path of a config"
         raise ConfigError(f"--task {task} is no preset and no file", remedy=remedy)
     return load_config(Path(task), overrides)

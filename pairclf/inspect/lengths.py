@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,13 +16,15 @@ from pairclf.bundles.base import resolve_base
 from pairclf.config import Config
 from pairclf.console import counted, progress, table
 from pairclf.errors import ConfigError
-from pairclf.files import atomic_file, write_json
+from pairclf.files import write_json, write_text
 from pairclf.inputs.cache import EncodedRows, TokenCache
 from pairclf.inputs.plan import PLAIN, by_token_budget, micro_batches, random_steps, token_budget
-from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
+from pairclf.inputs.render import InputBuilder, made_identical
 from pairclf.inspect.show import with_all_rows_examples
+from pairclf.page.html import Html, document, element, printed
+from pairclf.page.plots import Series, plot
 from pairclf.run import chunks_of, output_of
-from pairclf.task import AB, Task
+from pairclf.task import AB
 
 if TYPE_CHECKING:
     from pairclf.model.cost import Cost
@@ -151,7 +153,7 @@ def _budget(
         lengths[row] = len(encoded.ids)
         for name, count in encoded.dropped.items():
             lost[name] += count
-        identical += _made_identical(task, tokens, encoded)
+        identical += made_identical(task, tokens, encoded)
         advance(1)
     advance(len(uncut) - len(cut))
     return Budget(
@@ -165,25 +167,6 @@ def _budget(
         padding={name: _padding(batches, lengths) for name, batches in batchings(config, lengths).items()},
         operations=cost.of(lengths),
     )
-
-
-def _made_identical(task: Task, tokens: TokenisedRow, encoded: Encoded) -> bool:
-    """Whether A and B differ, were both truncated, and are equal after truncation."""
-    if task.swap_fields is None or not all(encoded.dropped[name] for name in task.swap_fields):
-        return False
-    whole = [[turn.tolist() for turn in tokens[name]] for name in task.swap_fields]
-    a, b = (
-        [encoded.ids[start:stop].tolist() for place, start, stop in encoded.spans if place == name]
-        for name in task.swap_fields
-    )
-    return whole[0] != whole[1] and len(a) == len(b) and all(map(_agree, a, b))
-
-
-def _agree(ids: list[int], other: list[int]) -> bool:
-    """Whether the lists are equal, up to one or two extra tokens at either end."""
-    least = min(len(ids), len(other))
-    tails = ids[len(ids) - least :] == other[len(other) - least :]
-    return abs(len(ids) - len(other)) <= 2 and (ids[:least] == other[:least] or tails)
 
 
 def batchings(config: Config, lengths: Lengths) -> dict[str, Iterator[Sequence[int]]]:
@@ -258,41 +241,32 @@ def write_report(
     figures, page = folder / "lengths.json", folder / "lengths.html"
     hours = [scale.hours(budget) for budget in budgets]
     write_json(figures, {"scale": asdict(scale), "hours": hours, "budgets": [asdict(budget) for budget in budgets]})
-    with atomic_file(page) as temporary:
-        temporary.write_text(_plots(budgets, uncut, hours, title), encoding="utf-8")
+    tables = [printed(summary) for summary in render(budgets, scale)]
+    write_text(page, document(title, [*_plots(budgets, uncut, hours), *tables]))
     return figures, page
 
 
-def _plots(budgets: Sequence[Budget], uncut: Lengths, hours: Sequence[float], title: str) -> str:
-    """A page with four plots over `max_length`."""
-    from plotly.subplots import make_subplots
-
-    titles = ("Rows by their uncut length", "Rows cut and tokens lost, %", "Padding, % of computed tokens", "Hours")
-    figure = make_subplots(rows=2, cols=2, subplot_titles=titles, vertical_spacing=0.12)
+def _plots(budgets: Sequence[Budget], uncut: Lengths, hours: Sequence[float]) -> list[Html]:
+    """The rows' lengths, and three plots over `max_length`."""
     lengths = [budget.max_length for budget in budgets]
-
-    def curves(title: str, row: int, col: int, named: dict[str, list[float]]) -> None:
-        for name, values in named.items():
-            group = {"legendgroup": title, "legendgrouptitle_text": title}
-            figure.add_scatter(x=lengths, y=values, name=name, row=row, col=col, showlegend=len(named) > 1, **group)
-        figure.update_xaxes(title_text="max_length", row=row, col=col)
-
     edges = np.geomspace(max(1, uncut.min()), uncut.max() + 1, 60)
     counts, _ = np.histogram(uncut, edges)
-    figure.add_bar(x=edges[:-1], y=counts, width=np.diff(edges), offset=0, name="rows", showlegend=False, row=1, col=1)
-    for length in lengths:
-        figure.add_vline(x=length, line_dash="dot", line_width=1, row=1, col=1)
-    lost = {name: [100 * budget.lost_part[name] for budget in budgets] for name in budgets[0].lost_part}
-    rows = {
+    rows = Series("rows", edges.tolist(), [*counts.tolist(), 0], style="histogram")
+    marks = [(length, "") for length in lengths]
+    cuts = {
         "rows cut": [100 * budget.rows_cut / budget.rows for budget in budgets],
         "made identical": [100 * budget.made_identical / budget.rows for budget in budgets],
+        **{name: [100 * budget.lost_part[name] for budget in budgets] for name in budgets[0].lost_part},
     }
-    curves(titles[1], 1, 2, {**rows, **lost})
     padding = {name: [100 * budget.padding[name] for budget in budgets] for name in budgets[0].padding}
-    curves(titles[2], 2, 1, padding)
-    curves(titles[3], 2, 2, {"hours": list(hours)})
-    figure.update_xaxes(title_text="tokens (dotted: the budgets)", type="log", row=1, col=1)
-    figure.update_yaxes(title_text="rows", row=1, col=1)
-    figure.update_layout(template="plotly_white", height=850, title=title)
-    page: str = figure.to_html(include_plotlyjs=True, full_html=True)
-    return page
+
+    def curves(title: str, y: str, named: Mapping[str, Sequence[float]]) -> Html:
+        return plot(title, [Series(name, lengths, values) for name, values in named.items()], x="max_length", y=y)
+
+    plots = (
+        plot("Rows by their uncut length", [rows], x="tokens (dotted: the budgets)", y="rows", log=True, marks=marks),
+        curves("Rows cut and tokens lost", "%", cuts),
+        curves("Padding", "% of computed tokens", padding),
+        curves("Hours", "hours", {"hours": hours}),
+    )
+    return [element("div", *plots, class_="plots")]

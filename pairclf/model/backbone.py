@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pairclf.bundles.model_files import adapter_beside, weight_map
 from pairclf.config import Lora, Model
 from pairclf.console import console
 from pairclf.errors import ModelError, cut
+from pairclf.hardware import dtype_of
 from pairclf.model import attention
 from pairclf.model.families import Family, class_of, family_of, has_encoder_alone, idle_modules
 from pairclf.model.precision import keep_in_float32
@@ -52,18 +54,9 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype to compute in, and why.
-
-    `torch.cuda.is_bf16_supported()` counts emulation, which is slower than float32 on a T4; hence the capability.
-    """
-    if setting != "auto":
-        return getattr(torch, setting), "as set"
-    if device.type != "cuda":
-        return torch.float32, "CPU: bfloat16 is many times slower there"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major >= 8:
-        return torch.bfloat16, f"compute capability {major}.{minor} has bfloat16"
-    return torch.float16, f"compute capability {major}.{minor} only emulates bfloat16"
+    """The dtype to compute in, and why (`hardware.dtype_of`)."""
+    name, why = dtype_of(setting, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+    return getattr(torch, name), why
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -85,7 +78,15 @@ def load_tokenizer(source: str) -> Any:
         # tokenizers raises `Exception` for a tokenizer.json that it can't read; a panic of Rust is not even that.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(f"the tokenizer of {source} can't be loaded: {_said(error)}") from error
+        raise ModelError(
+            f"the tokenizer of {source} can't be loaded: {_said(error)}", remedy=_tokenizer_remedy(error)
+        ) from error
+
+
+def _tokenizer_remedy(error: BaseException) -> str | None:
+    """What to install for a tokenizer without a tokenizer.json, such as DeBERTa-v3's; transformers names tiktoken."""
+    asked = any(name in str(error) for name in ("tiktoken", "sentencepiece", "protobuf"))
+    return "pip install 'pairclf[sentencepiece]'" if asked and find_spec("sentencepiece") is None else None
 
 
 def read_settings(source: str | Path, pooling: str | None = None) -> PretrainedConfig:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
-import resource
 
 import torch
 
-from pairclf.hardware import process_memory, resident_memory
+from pairclf.hardware import peak_resident_memory, process_memory, resident_memory
 
 
 def peak_memory(device: torch.device) -> int:
     """Peak memory of this process in bytes: allocated on CUDA, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return peak_resident_memory()
 
 
 def forget_peak(device: torch.device) -> None:
@@ -39,9 +38,9 @@ def give_back_freed_memory() -> None:
 
 
 def memory_to_have(device: torch.device, processes: int) -> int:
-    """Memory available to each of `processes` processes: its current memory and its share of the free memory."""
+    """Memory available to each of `processes` processes on the device: its own, and its share of the free memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        return torch.cuda.mem_get_info(device)[0] // processes + torch.cuda.memory_reserved(device)
     return process_memory(processes)
 
 

@@ -8,14 +8,11 @@ import polars as pl
 from transformers import PretrainedConfig
 
 from pairclf.bundles.base import resolve_base
-from pairclf.bundles.bundle import Bundle
-from pairclf.bundles.examples import read_examples
 from pairclf.config import Config, Model
 from pairclf.config.section import choices
 from pairclf.errors import ModelError
 from pairclf.inputs.builder import builder_for
 from pairclf.inputs.cache import EncodedRows, Frames, TokenCache, token_cache
-from pairclf.inputs.examples import with_examples
 from pairclf.inputs.render import InputBuilder
 from pairclf.inputs.tokenise import add_line_break, settle_template
 from pairclf.model.backbone import load_tokenizer, read_settings
@@ -123,9 +120,3 @@ def run_cache(config: Config, builder: InputBuilder, frames: Frames) -> TokenCac
 def encoded_rows(config: Config, builder: InputBuilder, frame: pl.DataFrame) -> EncodedRows:
     """A canonical table as the builder shows it, from the run's token cache."""
     return EncodedRows(run_cache(config, builder, frame.iter_slices), builder)
-
-
-def builder_of(bundle: Bundle) -> InputBuilder:
-    """The input builder with the bundle's own tokenizer, recipe and examples."""
-    builder = builder_for(bundle.config, load_tokenizer(str(bundle.files.tokenizer)))
-    return with_examples(bundle.config, builder, read_examples(bundle))

@@ -1,7 +1,8 @@
 """Estimate the memory of a prediction before its first batch.
 
 The largest forward pass is run with fake tensors, which have a shape and no contents, and the bytes alive at once are
-counted. Nothing is computed, and nothing is fitted to an architecture or a layout.
+counted. Nothing is computed, and nothing is fitted to an architecture or a layout. A pass that is computed sooner than
+that is computed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pairclf.inputs.plan import LAYOUTS, SQUARE_FROM
 from pairclf.inputs.sequences import Item, LargestPass, with_branches
+from pairclf.model.cost import cost_of_model
 from pairclf.model.device_memory import memory_now, memory_to_have, peak_memory
 from pairclf.model.layouts import BATCH_LAYOUTS
 from pairclf.model.rationale import MAX_CACHED
@@ -51,7 +53,10 @@ WARM_UP = 256
 """Tokens of a warm-up pass, which loads libraries before the memory is measured."""
 
 USABLE_SHARE = {"cpu": 1.0, "cuda": 0.95}
-"""Usable share of the available memory: CUDA's allocator fragments it."""
+"""Usable share of the available memory: CUDA's allocator fragments it, by how much is a guess."""
+
+SMALL = 2e10
+"""Operations of a pass that a CPU computes in less than a second; on fake tensors one takes seconds of Python."""
 
 _NOT_REHEARSED = (
     DataDependentOutputException,
@@ -139,6 +144,8 @@ def _tensors(scorer: ClassifierScorer, largest: LargestPass) -> _LiveBytes:
     def synthetic(size: LargestPass) -> list[Item]:
         return _synthetic_items(scorer.layout, size, scorer.classifier.head.branches)
 
+    if cost_of_model(scorer.classifier.backbone).linear * largest.tokens <= SMALL:
+        return _count_pass(scorer, synthetic(largest), nullcontext())
     try:
         return _count_pass(scorer, synthetic(largest), FakeTensorMode(allow_non_fake_inputs=True))
     except _NOT_REHEARSED:

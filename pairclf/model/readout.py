@@ -194,8 +194,10 @@ class RewardHead(nn.Module):
     def forward(self, state: Tensor) -> Tensor:
         """`(2 * R, H)` of any dtype, a row's two sides in sequence -> `(R, C)` float32; `(R, H)` -> `(R, 1)`."""
         rewards = functional.linear(state.float(), self.weight).view(-1, self.branches)
-        if self.branches == 1:
-            return rewards
+        return rewards if self.branches == 1 else self.logits_of(rewards)
+
+    def logits_of(self, rewards: Tensor) -> Tensor:
+        """`(R, 2)` rewards of both sides -> `(R, C)`."""
         return self._ties(rewards, self.tie)[:, self._columns]
 
 

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pairclf.bundles.bundle import Bundle
+from pairclf.bundles.inputs import builder_of
 from pairclf.bundles.manifest import TOLERANCE
 from pairclf.errors import BundleError, ModelError
 from pairclf.inputs.plan import PLAIN
 from pairclf.inputs.sequences import Item
 from pairclf.model.backbone import name_of, pick_dtype, read_settings
 from pairclf.model.families import family_of
-from pairclf.model.inputs import builder_of
 from pairclf.model.readout import READOUTS
 from pairclf.model.scoring import items_of
 from pairclf.scores.metrics import Floats
@@ -46,7 +46,7 @@ def why_not(bundle: Bundle, devices: Sequence[torch.device]) -> str | None:
     if model.pooling not in (None, "last"):
         return f"model.pooling={model.pooling} reads every token, and it gives the last one's state"
     if find_spec("vllm") is None:
-        return "the package vllm is not installed"
+        return "the package vllm is not installed: pip install vllm"
     if devices[0].type != "cuda":
         return f"it needs a CUDA device, and this is {devices[0]}"
     capability = torch.cuda.get_device_capability(devices[0])
@@ -60,7 +60,7 @@ def why_not(bundle: Bundle, devices: Sequence[torch.device]) -> str | None:
         return why
     capped = getattr(settings.get_text_config(), "attn_logit_softcapping", None) is not None
     if capped and capability < SOFT_CAP and find_spec("flashinfer") is None:
-        return f"the model caps its scores softly, which at compute capability {version} needs the package flashinfer"
+        return f"the model caps its scores softly; at compute capability {version}: pip install flashinfer-python"
     return None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from pairclf.bundles.base import resolve_base
 from pairclf.config import Config
 from pairclf.console import console
+from pairclf.inputs.labels import LOW_MASS
 from pairclf.inputs.render import Encoded
 from pairclf.model.engine import Classifier
 from pairclf.model.lm_head import LmHead, lm_head_of
@@ -18,9 +19,6 @@ from pairclf.model.scoring import items_of, score
 
 ROWS = 200
 """Rows that an untrained or trained model is measured on."""
-
-LOW = 0.5
-"""Label mass below which a warning is printed: the model would rather say something else than any label."""
 
 
 def vocabulary_loss(config: Config, classifier: Classifier) -> AbstractContextManager[None]:
@@ -50,10 +48,10 @@ def label_mass(config: Config, classifier: Classifier, encoded: Sequence[tuple[E
         logits = score(classifier, items, tokens_per_batch=config.predict.tokens_per_batch, title="label mass")
     mass = float(np.exp(logits).mean())
     console.print(f"label mass {mass:.3f}: the labels' share of all tokens' probability, on {len(items):,} rows")
-    if mass < LOW:
+    if mass < LOW_MASS:
         console.print(
-            f"warning: the label mass is {mass:.3f}, below {LOW}: the model would continue the text otherwise; look at "
-            "the end of inputs.template.text and at model.label_words (`pairclf show` prints the text)"
+            f"warning: the label mass is {mass:.3f}, below {LOW_MASS}: the model would continue the text otherwise; "
+            "look at the end of inputs.template.text and at model.label_words (`pairclf show` prints the text)"
         )
     return mass
 

@@ -36,6 +36,7 @@ from pairclf.files import (
 )
 from pairclf.hardware import MACHINES
 from pairclf.inference.ensemble import Ensemble, EnsembleFile, NestedFigures, open_ensemble, read_ensemble
+from pairclf.own_files import shipped
 from pairclf.packaging.build_record import BUILD, Build, PackedBundle, identity_of, own_note, write_build
 from pairclf.packaging.install_check import check_wheels_suffice
 from pairclf.packaging.metadata import (
@@ -51,7 +52,6 @@ from pairclf.packaging.metadata import (
     part_metadata,
 )
 from pairclf.packaging.notebook import Value, make_notebook, make_script
-from pairclf.packaging.own_files import shipped
 from pairclf.packaging.payload import seal, split
 from pairclf.packaging.secret_search import refuse_secrets
 from pairclf.packaging.wheelhouse import Wheelhouse, fill_wheelhouse

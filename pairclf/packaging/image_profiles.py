@@ -28,7 +28,7 @@ from packaging.version import InvalidVersion, Version
 
 from pairclf.errors import PackagingError, cut, quoted
 from pairclf.files import check_name, read_plain, zip_member
-from pairclf.packaging.own_files import shipped
+from pairclf.own_files import shipped
 
 IMAGES = "kaggle/images"
 IMAGE_LABEL = "image"

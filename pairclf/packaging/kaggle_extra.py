@@ -6,7 +6,11 @@ from importlib.util import find_spec
 
 from pairclf.errors import PackagingError
 
-PACKAGES = ("hatchling", "ipykernel", "nbclient", "nbformat", "psutil", "uv")
+PACKAGES = (
+    "hatchling", "ipykernel", "jupyter_client", "kaggle", "nbclient", "nbformat", "pip", "psutil", "requests", "six",
+    "uv",
+)  # fmt: skip
+"""Modules of the packages in the extra."""
 
 
 def require_extra() -> None:
@@ -17,4 +21,6 @@ def require_extra() -> None:
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise PackagingError(f"packaging needs {', '.join(missing)}", remedy="pip install 'pairclf[kaggle]'")
+        raise PackagingError(
+            f"this command needs {', '.join(missing)}, not installed here", remedy="pip install 'pairclf[kaggle]'"
+        )

@@ -35,8 +35,8 @@ import pairclf
 from pairclf.bundles.contents import MANIFEST, BundleFiles
 from pairclf.errors import PackagingError
 from pairclf.files import home_folder
+from pairclf.own_files import checkout, shipped
 from pairclf.packaging.credential_forms import SECRET_FORMS, VARIABLES, SecretForm, WordIndex, literal_form
-from pairclf.packaging.own_files import checkout, shipped
 from pairclf.packaging.unpack import (
     UnpackBudget,
     UnpackedFile,

@@ -15,10 +15,10 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from pairclf import __version__
 from pairclf.errors import PackagingError
 from pairclf.files import ZIP_EPOCH
+from pairclf.own_files import checkout
 from pairclf.packaging.commands import run_command
 from pairclf.packaging.image_profiles import profile_path, read_profile, record_digest, write_wheel
 from pairclf.packaging.install_check import is_of_the_driver, resolve
-from pairclf.packaging.own_files import checkout
 
 PLATFORMS = [f"manylinux_2_{glibc}_x86_64" for glibc in range(34, 4, -1)] + ["manylinux2014_x86_64", "linux_x86_64"]
 """All platform tags of Kaggle's machines: pip does not expand a tag to older ones, and would take old versions."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,23 @@ from rich.text import Text
 from pairclf.config import Section, checked
 from pairclf.console import console, number, table
 from pairclf.errors import PackagingError
-from pairclf.files import atomic_file, check_file_target, locked, parsed, write_text
+from pairclf.files import check_file_target, locked, parsed, write_text
 from pairclf.inference.ensemble import NestedFigures
+from pairclf.page.html import document, printed
+from pairclf.page.plots import Series, plot
 from pairclf.publish.client import KaggleClient, WaitClock
 from pairclf.scores.figures import METRICS
 from pairclf.scores.metrics import Floats
 
 _FEWEST = 3  # runs; of two, any correlation is 1
+
+
+class ForecastIntervals(Section):
+    """Where a submission's scores were expected, by `forecast-score`."""
+
+    level: float = Field(description="probability that a score lies in its interval")
+    public: tuple[float, float] = Field(description="lower and upper bound of the public score")
+    private: tuple[float, float] = Field(description="of the private score")
 
 
 class LedgerRow(Section):
@@ -42,6 +52,7 @@ class LedgerRow(Section):
     nested: NestedFigures | None = Field(None, description="what calibration or blend gain; null: not known")
     public: float | None = Field(None, description="score on the public leaderboard")
     private: float | None = Field(None, description="on the private one, which Kaggle shows when the competition ends")
+    forecast: ForecastIntervals | None = Field(None, description="of both scores; null: none was made")
     status: str = Field("PENDING", description="Kaggle's word: PENDING, COMPLETE or ERROR")
     error: str = Field("", description="what Kaggle says of a submission that was not scored")
     seconds: float | None = Field(None, description="of the notebook's run on Kaggle, or else of its rehearsal")
@@ -124,6 +135,29 @@ def update(path: Path, submission: int, answer: Mapping[str, Any]) -> None:
         _write(path, entries)
 
 
+def add_forecasts(path: Path, forecasts: Sequence[tuple[Collection[str], bool, ForecastIntervals]]) -> int:
+    """Write intervals into the lines of the submissions that they are of, and return their number.
+
+    A forecast comes with the seals of its bundles, and whether a submission of it has all of them (a blend), or any
+    (a run, of which some folds may be submitted).
+
+    Raises:
+        PackagingError, ConfigError: see `rows`.
+    """
+    found = 0
+    with locked(_lock(path)):
+        entries = rows(path)
+        for row in entries:
+            own = {*row.bundles}
+            for seals, whole, intervals in forecasts:
+                if own and (own == {*seals} if whole else own <= {*seals}):
+                    row.forecast, found = intervals, found + 1
+                    break
+        if found:
+            _write(path, entries)
+    return found
+
+
 def _score(text: object, previous: float | None) -> float | None:
     """Kaggle's score, which is a text; `previous` if it is empty."""
     try:
@@ -192,7 +226,7 @@ def render(path: Path) -> Group:
         summary.add_row(*cells, style="bold" if row in best else None)
     directions = (f"{name} counts {_direction(metric)}" for name, metric in _metrics(entries))
     summary.caption, summary.caption_justify = "; ".join(directions), "left"
-    return Group(summary, *_nested(entries), _agreement(entries))
+    return Group(summary, *_nested(entries), *_forecasts(entries), _agreement(entries))
 
 
 def _nested(entries: Sequence[LedgerRow]) -> list[Table]:
@@ -211,6 +245,23 @@ def _nested(entries: Sequence[LedgerRow]) -> list[Table]:
         )
     gains.caption, gains.caption_justify = "nested: each row by a fit to other folds; own rows: flatters", "left"
     return [gains] if known else []
+
+
+def _forecasts(entries: Sequence[LedgerRow]) -> list[Table]:
+    """Scores beside their intervals, and how many lie in them; nothing if none was forecast."""
+    known = [(row, row.forecast) for row in entries if row.forecast is not None]
+    shown, held = table("Forecasts", "when, config", "public", "expected", "private", "expected"), []
+    for row, forecast in known:
+        cells: list[Text] = []
+        for score, (low, high) in ((row.public, forecast.public), (row.private, forecast.private)):
+            inside = None if score is None else low <= score <= high
+            held += [] if inside is None else [inside]
+            cells += [Text(number(score, 5), "bold red" if inside is False else ""), Text(f"{low:.4f} to {high:.4f}")]
+        shown.add_row(Text(f"{row.when[:16].replace('T', ' ')}\n{row.config}"), *cells)
+    levels = dict.fromkeys(f"{forecast.level:.0%}" for _, forecast in known)
+    shown.caption = f"{sum(held)} of {len(held)} real scores lay in their {', '.join(levels)} interval"
+    shown.caption_justify = "left"
+    return [shown] if known else []
 
 
 def _metrics(entries: Sequence[LedgerRow]) -> list[tuple[str, str]]:
@@ -268,33 +319,35 @@ def _correlations(pairs: Floats) -> tuple[str, str]:
 NOTHING_TO_PLOT = "no submission has both an out-of-fold and a leaderboard score yet"
 
 
-def plot(path: Path, out: Path) -> int:
+def write_page(path: Path, out: Path) -> int:
     """Write a page with the leaderboard's scores over the out-of-fold ones, public and private; it needs no network.
 
     Returns the number of points.
     """
-    from plotly.graph_objects import Figure
-
-    entries, figure = rows(path), Figure()
-    both = np.empty((0, 2))
-    for board, runs, pairs in _boards(entries):
+    entries = rows(path)
+    boards, pairs = [], np.empty((0, 2))
+    for board, runs, scores in _boards(entries):
         texts = [f"{row.config}: {row.message}" for row in runs]
-        figure.add_scatter(x=pairs[:, 0], y=pairs[:, 1], text=texts, mode="markers", name=board)
-        both = np.concatenate([both, pairs])
-    if len(both):
-        ends = [float(both.min()), float(both.max())]
-        figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", line={"dash": "dot", "width": 1})
-        # Each axis shows its own scores: in a range that held both, the points would lie in a corner.
-        for axis, values in zip((figure.update_xaxes, figure.update_yaxes), both.T, strict=True):
-            room = 0.05 * float(np.ptp(values)) or 0.01
-            axis(range=[float(values.min()) - room, float(values.max()) + room])
-    else:
-        note = {"text": NOTHING_TO_PLOT, "showarrow": False, "font": {"size": 18}}
-        figure.add_annotation(x=0.5, y=0.5, xref="paper", yref="paper", **note)
-    metrics = dict.fromkeys(_direction(metric) for _, metric in _metrics(entries))
-    figure.update_xaxes(title_text=f"out of fold ({', '.join(metrics) or 'no run yet'})")
-    figure.update_yaxes(title_text="leaderboard")
-    figure.update_layout(template="plotly_white", height=650, title="Out of fold and leaderboard")
-    with atomic_file(out) as temporary:
-        temporary.write_text(figure.to_html(include_plotlyjs=True, full_html=True), encoding="utf-8")
-    return len(both)
+        out_of_fold, leaderboard = scores.T.tolist()
+        boards.append(Series(board, out_of_fold, leaderboard, texts, style="points"))
+        pairs = np.concatenate([pairs, scores])
+    metrics = ", ".join(dict.fromkeys(_direction(metric) for _, metric in _metrics(entries)))
+    scatter = plot(
+        "Leaderboard over out of fold",
+        [*_equal(pairs), *boards],
+        x=f"out of fold: {metrics}" if metrics else "out of fold",
+        y="leaderboard",
+        empty=NOTHING_TO_PLOT,
+    )
+    agreement = [printed(_agreement(entries))] if entries else []
+    write_text(out, document("Out of fold and leaderboard", [scatter, *agreement]))
+    return len(pairs)
+
+
+def _equal(pairs: Floats) -> list[Series]:
+    """Where both scores are equal, as far as the axes reach: in a range for both, the points would lie in a corner."""
+    if len(pairs):
+        low, high = float(pairs.min(axis=0).max()), float(pairs.max(axis=0).min())
+        if low < high:
+            return [Series("equal", [low, high], [low, high], style="reference")]
+    return []

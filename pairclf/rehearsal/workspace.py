@@ -26,7 +26,7 @@ THIS_ENVIRONMENT = "here"
 _PREFIX = "pairclf-"
 _HELD = "held.lock"  # locked by a running rehearsal
 _HOME = "home.txt"  # path of the home folder, so that the next rehearsal can remove that of a killed one
-_PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+_PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 @dataclass(frozen=True, slots=True)

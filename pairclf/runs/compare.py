@@ -14,15 +14,17 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
+from pairclf.approaches.protocol import MEMORY_GB
 from pairclf.bundles.bundle import Bundle, open_bundle
 from pairclf.config import deciding_settings
 from pairclf.console import Tables, counted, number, progress, table
 from pairclf.errors import ConfigError, PairclfError
 from pairclf.files import atomic_file, write_json
 from pairclf.inference.forecast import total_seconds
-from pairclf.run import TRAINING, Paths, output_of
+from pairclf.run import SCORED_ROWS, SCORED_SECONDS, TRAINING, Paths, output_of
+from pairclf.runs.evaluation_report import write_figures
 from pairclf.runs.held_out import CommonRows, ScoredRun
-from pairclf.scores.figures import METRICS, as_numbers, finite, judge, metrics_of
+from pairclf.scores.figures import METRICS, as_numbers, finite, judge, metrics_of, values_of
 from pairclf.scores.intervals import Estimate, Statistic, estimate, mean_of
 from pairclf.scores.metrics import row_losses
 from pairclf.scores.significance import Decision, SeedNoise, decide, pareto_front, seed_noise
@@ -45,6 +47,7 @@ class RunCost:
         total_weights: numbers of the whole model, its base included.
         training_hours: of all folds.
         training_rows_per_second: rows seen by the optimizer.
+        rows_per_second: held-out rows scored in all orders, on the machine of the training.
         peak_memory: of the training on its device, in bytes.
         hours: of the prediction of the hidden test by all bundles on `DEVICE`.
         why_not: why `hours` is not known.
@@ -54,6 +57,7 @@ class RunCost:
     total_weights: int | None = None
     training_hours: float | None = None
     training_rows_per_second: float | None = None
+    rows_per_second: float | None = None
     peak_memory: float | None = None
     hours: float | None = None
     why_not: str = ""
@@ -65,7 +69,8 @@ class ComparedRun:
 
     Attributes:
         name: of the run.
-        figures: by names of `METRICS`, and `flip_rate` where both orders are known.
+        figures: by names of `METRICS`, and `flip_rate` where both orders are known; those that are not shown have a
+            value without draws.
         to_best: its figure less that of the best, paired, signed so that more is worse.
         decision: whether it is really worse than the best; None: it is the best.
         cost: what it costs.
@@ -249,17 +254,20 @@ def _seed(run: ScoredRun) -> int | None:
 
 
 def _figures(common: CommonRows, names: Sequence[str]) -> list[dict[str, Estimate]]:
-    """The figures of each run, with draws that all runs share."""
+    """The figures of each run: those of these names, and flips, with draws that all runs share; the others without."""
     statistics: dict[str, Statistic] = {}
+    values: list[dict[str, float]] = []
     for place, run in enumerate(common.runs):
         judged = judge(run.probabilities, common.targets, common.task, common.weights)
+        values.append(values_of(judged))
         statistics |= {f"{place} {name}": METRICS[name].statistic(judged) for name in names}
         if run.flips is not None:
             statistics[f"{place} flip_rate"] = mean_of(run.flips.astype(np.float64))
     estimates = estimate(statistics, common.groups, common.weights)
     return [
-        {name.partition(" ")[2]: found for name, found in estimates.items() if name.startswith(f"{place} ")}
-        for place in range(len(common.runs))
+        {name: Estimate(value, np.zeros(0)) for name, value in own.items()}
+        | {name.partition(" ")[2]: found for name, found in estimates.items() if name.startswith(f"{place} ")}
+        for place, own in enumerate(values)
     ]
 
 
@@ -283,8 +291,10 @@ def _cost(run: ScoredRun, language_models: bool = False) -> RunCost:
     bundle = open_bundle(run.bundles[0], verified=True)
     trained, total = _weights(bundle)
     records = [record.get(TRAINING) or {} for record in run.trained.values()]
-    seconds = [float(record["seconds"]) for record in records if "seconds" in record]
-    steps = [float(record["steps"]) for record in records if "steps" in record]
+    seconds, steps, rows, scoring = (
+        [float(record[name]) for record in records if name in record]
+        for name in ("seconds", "steps", SCORED_ROWS, SCORED_SECONDS)
+    )
     batch = run.config.train.global_batch_size
     hours, why_not = _forecast(run, bundle, language_models)
     return RunCost(
@@ -292,6 +302,7 @@ def _cost(run: ScoredRun, language_models: bool = False) -> RunCost:
         total_weights=total,
         training_hours=sum(seconds) / 3600 if len(seconds) == len(records) and records else None,
         training_rows_per_second=sum(steps) * batch / sum(seconds) if steps and sum(seconds) > 0 else None,
+        rows_per_second=sum(rows) / sum(scoring) if sum(scoring) > 0 else None,
         peak_memory=_peak_memory(run),
         hours=hours,
         why_not=why_not,
@@ -329,12 +340,13 @@ def _numbers_of_trees(path: Path) -> int:
 def _peak_memory(run: ScoredRun) -> float | None:
     """The most memory that a fold's training noted, in bytes."""
     peaks = []
-    for fold in run.trained:
+    for fold, record in run.trained.items():
+        peaks.append((record.get(TRAINING) or {}).get(MEMORY_GB))
         path = Paths(output_of(run.config), fold).folder / "metrics.jsonl" if run.config else None
         if path is not None and path.is_file():
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            peaks += [float(line["memory_gb"]) * 1e9 for line in lines if line.get("memory_gb")]
-    return max(peaks, default=None)
+            peaks += [line.get(MEMORY_GB) for line in lines]
+    return max((1e9 * float(peak) for peak in peaks if peak), default=None)
 
 
 def _forecast(run: ScoredRun, bundle: Bundle, language_models: bool) -> tuple[float | None, str]:
@@ -356,9 +368,11 @@ def _forecast(run: ScoredRun, bundle: Bundle, language_models: bool) -> tuple[fl
 
 
 def write_comparison(folder: Path, comparison: Comparison, common: CommonRows) -> None:
-    """Write `compare.json`, and `losses.parquet` with the log loss of each row by each run, in a column `loss_RUN`."""
+    """Write `compare.json`, the same as `figures.parquet`, and `losses.parquet` with the log loss of each row by each
+    run, in a column `loss_RUN`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "compare.json", comparison.as_dict())
+    write_figures(folder / "figures.parquet", comparison.as_dict())
     losses = {
         f"loss_{run.name}": row_losses(run.probabilities, common.targets, multi_label=common.task.multi_label)
         for run in common.runs
@@ -477,12 +491,15 @@ def _costs_table(comparison: Comparison) -> Table:
             run.name,
             *(amount(value) for value in (cost.trained_weights, cost.total_weights)),
             number(cost.training_hours, 2),
-            number(cost.training_rows_per_second, 1),
+            number(cost.rows_per_second, 1),
             number(None if cost.peak_memory is None else cost.peak_memory / 1e9, 1),
             number(cost.hours, 2),
             {None: "-", True: "yes", False: "no"}[run.on_front],
         )
-    remarks = ["hours, rows/s, GB: of the training of all folds; front: no other run is better and costs less"]
+    remarks = [
+        "hours, GB: of the training of all folds; rows/s: held-out rows scored after it, in all orders; front: no "
+        "other run is better and costs less"
+    ]
     if comparison.cost is not None:
         remarks[0] += f" ({COSTS[comparison.cost]})"
     reasons: dict[str, list[str]] = defaultdict(list)

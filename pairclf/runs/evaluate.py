@@ -34,7 +34,7 @@ from pairclf.run import (
     trained_as,
     trained_otherwise,
 )
-from pairclf.runs.truncation import less_cut, lost_tokens, truncation_traits
+from pairclf.runs.truncation import MADE_EQUAL, less_cut, lost_tokens, truncation_traits
 from pairclf.scores.calibration import (
     NESTED_FOLDS,
     FittedCalibration,
@@ -69,6 +69,7 @@ class Scored:
         methods: the methods of calibration that prediction can apply in this place; None: all of the task's.
         setting: the setting that holds the temperature, as printed.
         where: the file, or the first of several.
+        source: what is judged, in words.
         note: a remark to print; may be empty.
         seen: number of rows on whose prompt the models were trained.
     """
@@ -79,6 +80,7 @@ class Scored:
     logits: Floats | None
     setting: str
     where: Path
+    source: str
     methods: Sequence[Method] | None = None
     note: str = ""
     seen: int = 0
@@ -125,6 +127,7 @@ class Evaluation:
         one_order: the metrics of the first order alone; None: unknown, or there is no other order.
         calibrations: each method, raw, nested and flattering; empty if all rows are of one prompt.
         setting: the setting that a temperature goes to.
+        source: what is judged, in words.
         folds: in which folds the calibrations are nested, in words.
         weighted: rows have different weights.
         seen: number of rows on whose prompt the models were trained; their scores are better than those of new rows.
@@ -151,6 +154,7 @@ class Evaluation:
     calibrations: Sequence[NestedCalibration]
     folds: str
     setting: str
+    source: str
     weighted: bool
     slices: Sequence[Slice]
     reliability: Sequence[Mapping[str, Any]]
@@ -187,6 +191,7 @@ def evaluate_run(
     truth: Path | None = None,
     data: Path | None = None,
     baseline: Path | None = None,
+    labelled: pl.DataFrame | None = None,
 ) -> Evaluation:
     """`evaluate` on a run's labelled rows: a file of scores, or the out-of-fold scores of all its folds or of some.
 
@@ -197,6 +202,7 @@ def evaluate_run(
         truth: as in `evaluate`.
         data: a labelled file with the rows of `scores`, in place of `data.train`.
         baseline: a run folder or a file of scores to compare with; None: a classical run beside this one, if any.
+        labelled: the rows of `data.train`, if they were read before.
 
     Raises:
         ConfigError: as `check_folds`, `refuse_mixed_folds` and `out_of_fold`; or both a file and folds are given; or
@@ -217,7 +223,8 @@ def evaluate_run(
     if scores is None:
         _check_trainings(config, run, folds)
     judged = out_of_fold(run, task, config.predict, folds) if scores is None else scored(scores, task)
-    labelled = labelled_rows(config) if data is None else _labelled_file(config, data)
+    if labelled is None:
+        labelled = labelled_rows(config) if data is None else _labelled_file(config, data)
     known = folds_of(config, labelled) if data is None and (run / FOLDS).is_file() else None
     lost = None
     if scores is None and known is not None:
@@ -272,7 +279,7 @@ def out_of_fold(run: Path, task: Task, settings: Predict, folds: Sequence[int] =
     note = "order AB alone, as predict.swap=off has it" if one_way else ""
     missing = [folder for folder in folders if not (folder / OOF_LOGITS).is_file()]
     if missing == [run] and (path := run / (OOF_AB if one_way else OOF)).is_file():
-        return replace(scored(path, task), note=note)
+        return replace(scored(path, task), source="out-of-fold scores", note=note)
     if missing:
         raise ConfigError(
             f"{missing[0]} holds no out-of-fold scores ({OOF_LOGITS})",
@@ -292,6 +299,7 @@ def out_of_fold(run: Path, task: Task, settings: Predict, folds: Sequence[int] =
         logits=logits if logits.shape[1] > 1 and not one_way else None,
         setting="predict.temperature",
         where=folders[0] / OOF_LOGITS,
+        source="out-of-fold scores",
         note=note,
     )
 
@@ -321,6 +329,7 @@ def scored(path: Path, task: Task) -> Scored:
         methods=("temperature",),
         setting="ensemble temperature",
         where=path,
+        source=f"the scores of {path.name}",
         seen=int((frame["seen"] > 0).sum()),
     )
 
@@ -383,6 +392,7 @@ def evaluate(
         gain=estimates["gains"]["prior"],
         calibrations=_worth(fitted, losses, weights, estimates["gains"]),
         setting=scores.setting,
+        source=scores.source,
         folds=split.words,
         weighted=bool(np.ptp(weights) > 0),
         slices=slices_of(looks, estimates["slices"], losses, weights),
@@ -526,13 +536,15 @@ def _by_row(
     lost: pl.DataFrame | None,
 ) -> pl.DataFrame:
     """A line a row: `id`, `fold` (in which calibrations are nested), `group`, `weight`, `target_CLASS`, `p_CLASS`,
-    the losses `loss`, `loss_prior`, `loss_METHOD` (nested), `loss_ab` and `loss_ba`, and `cut_FIELD` (tokens)."""
+    `p_ab_CLASS` and `p_ba_CLASS` of both orders, the losses `loss`, `loss_prior`, `loss_METHOD` (nested), `loss_ab` and
+    `loss_ba`; `cut_FIELD` (tokens), and `MADE_EQUAL`."""
     classes = judged.task.classes
     matrices = {"target": judged.target, "p": judged.predicted}
     losses = {"loss": _losses(judged.predicted, judged), "loss_prior": _losses(prior, judged)}
     losses |= {f"loss_{found.method.replace(' ', '_')}": found.losses for found in fitted}
     if orders is not None:
         losses |= {"loss_ab": _losses(orders.first, judged), "loss_ba": _losses(orders.second, judged)}
+        matrices |= {"p_ab": orders.first, "p_ba": orders.second}
     return rows.select(
         "id",
         pl.Series("fold", split.folds, dtype=pl.Int64),
@@ -544,7 +556,11 @@ def _by_row(
             for column, name in enumerate(classes)
         ),
         *(pl.Series(name, values, dtype=pl.Float64) for name, values in losses.items()),
-        *([] if lost is None else [lost[name].alias(f"cut_{name}") for name in judged.task.fields]),
+        *(
+            []
+            if lost is None
+            else [*(lost[name].alias(f"cut_{name}") for name in judged.task.fields), lost[MADE_EQUAL]]
+        ),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from rich.console import Group
 from rich.table import Table
 
@@ -73,14 +74,17 @@ def _figures(evaluation: Evaluation, task: Task) -> Table:
         columns["order AB alone"] = evaluation.one_order
     if evaluation.best is not None:
         columns["best possible"] = {"log_loss": evaluation.best}
-    heading = f"Evaluation of {counted(evaluation.rows, 'row')} with {counted(evaluation.groups, 'prompt')}"
+    heading = (
+        f"Evaluation of {counted(evaluation.rows, 'row')} with {counted(evaluation.groups, 'prompt')}: "
+        f"{evaluation.source}"
+    )
     figures_table = table(heading, "", "scores", "95% interval", *columns)
     for name in names:
         found = evaluation.figures.get(name)
         value = evaluation.model.get(name, None if found is None else found.value)
         cells = (_cell(figures[name]) if name in figures else "" for figures in columns.values())
         figures_table.add_row(
-            title(name, task), _cell(value), "" if found is None else _interval(found, METRICS[name].limits), *cells,
+            title(name, task), _cell(value), "" if found is None else interval_of(found, METRICS[name].limits), *cells,
             style="bold" if name == task.metric else None,
         )  # fmt: skip
     return figures_table
@@ -94,7 +98,7 @@ def _calibrations(evaluation: Evaluation) -> Table:
     for found in evaluation.calibrations:
         calibration_table.add_row(
             found.fitted.method, number(found.raw), number(found.nested), _cell(found.gain.value),
-            _interval(found.gain), number(found.fitted.flattering),
+            interval_of(found.gain), number(found.fitted.flattering),
         )  # fmt: skip
     return calibration_table
 
@@ -116,7 +120,7 @@ def _orders_agree(evaluation: Evaluation) -> bool:
 def _orders(figures: Mapping[str, Estimate]) -> Table:
     orders_table = table("Both orders", "", "", "95% interval")
     for name, found in figures.items():
-        orders_table.add_row(ORDER_TITLES[name], _cell(found.value), _interval(found))
+        orders_table.add_row(ORDER_TITLES[name], _cell(found.value), interval_of(found))
     return orders_table
 
 
@@ -132,7 +136,9 @@ def _slices(slices: Sequence[Slice]) -> Table | str:
     )  # fmt: skip
     for part in outstanding[:MOST_SLICES]:
         label = f"{part.trait} {part.name}" if part.trait == BIAS else f"{part.trait}: {part.name}"
-        slices_table.add_row(label, f"{part.rows:,}", number(part.loss), f"{part.gap.value:+.4f}", _interval(part.gap))
+        slices_table.add_row(
+            label, f"{part.rows:,}", number(part.loss), f"{part.gap.value:+.4f}", interval_of(part.gap)
+        )
     of_bias = "; of a bias, surplus of probability for the side" * any(part.trait == BIAS for part in outstanding)
     slices_table.caption = f"gap: log loss of the slice less that of the other rows{of_bias}"
     slices_table.caption_justify = "left"
@@ -143,7 +149,8 @@ def _cell(value: float | None) -> str:
     return number(None if value is None or math.isnan(value) else value)
 
 
-def _interval(found: Estimate, limits: tuple[float, float] = (-math.inf, math.inf)) -> str:
+def interval_of(found: Estimate, limits: tuple[float, float] = (-math.inf, math.inf)) -> str:
+    """The bounds for a table, within the limits; a hyphen without draws."""
     if math.isnan(found.low) or math.isnan(found.value):
         return "-"
     return f"{max(found.low, limits[0]):.4f} to {min(found.high, limits[1]):.4f}"
@@ -183,7 +190,7 @@ def _comparisons(evaluation: Evaluation) -> Iterator[str]:
     elif evaluation.gain.low <= 0:
         yield (
             f"not distinguishable from the class prior: it gains {evaluation.gain.value:.4f} nats "
-            f"({_interval(evaluation.gain)})"
+            f"({interval_of(evaluation.gain)})"
         )
     if (baseline := evaluation.baseline) is not None:
         verdict = "better than" if baseline.gain.value > 0 else "worse than"
@@ -191,7 +198,7 @@ def _comparisons(evaluation: Evaluation) -> Iterator[str]:
             verdict = "not distinguishable from"
         yield (
             f"{verdict} the baseline {baseline.name}: log loss {loss:.4f} against {baseline.log_loss:.4f}, gain "
-            f"{baseline.gain.value:+.4f} ({_interval(baseline.gain)})"
+            f"{baseline.gain.value:+.4f} ({interval_of(baseline.gain)})"
         )
 
 
@@ -242,7 +249,7 @@ def as_tree(evaluation: Evaluation) -> dict[str, Any]:
         name: getattr(evaluation, name)
         for name in (
             "rows", "without_score", "groups", "prior", "model", "one_order", "figures_of_prior", "swap_gain", "best",
-            "way", "seen", "weighted", "note", "setting", "folds", "absent", "reliability",
+            "way", "seen", "weighted", "note", "setting", "source", "folds", "absent", "reliability",
         )
     }  # fmt: skip
     tree |= {
@@ -275,6 +282,43 @@ def write_rows(path: Path, evaluation: Evaluation) -> None:
     """Write `Evaluation.by_row` as parquet, atomically."""
     with atomic_file(path) as temporary:
         evaluation.by_row.write_parquet(temporary)
+
+
+def write_figures(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write all figures of a command's JSON as parquet, atomically: a line each, with the columns of `flattened`."""
+    schema = {"figure": pl.String, "value": pl.Float64, "low": pl.Float64, "high": pl.Float64}
+    with atomic_file(path) as temporary:
+        pl.DataFrame(list(flattened(tree)), schema=schema, orient="row", strict=False).write_parquet(temporary)
+
+
+def flattened(
+    tree: Mapping[str, Any], before: str = ""
+) -> Iterator[tuple[str, float | None, float | None, float | None]]:
+    """The numbers of a tree of figures: the keys that lead there, joined by dots, the value, and its interval.
+
+    A member of a list is called by its `trait`, `name` or `method`, or else by its number.
+
+    >>> list(flattened({"rows": 9, "runs": [{"name": "x", "loss": {"value": 1.0, "low": 0.5, "high": 1.5}}]}))
+    [('rows', 9, None, None), ('runs.x.loss', 1.0, 0.5, 1.5)]
+    """
+    for key, part in tree.items():
+        path = f"{before}{key}"
+        if isinstance(part, Mapping) and "value" in part:
+            yield path, part["value"], part.get("low"), part.get("high")
+            others = {name: number for name, number in part.items() if name not in ("value", "low", "high")}
+            yield from flattened(others, f"{path}.")
+        elif isinstance(part, Mapping):
+            yield from flattened(part, f"{path}.")
+        elif isinstance(part, list | tuple):
+            yield from flattened({_label(one, place): one for place, one in enumerate(part)}, f"{path}.")
+        elif isinstance(part, int | float) and not isinstance(part, bool):
+            yield path, part, None, None
+
+
+def _label(member: Any, place: int) -> str:
+    named = member if isinstance(member, Mapping) else {}
+    words = [str(named[key]) for key in ("trait", "name", "method") if key in named]
+    return ": ".join(words) or str(place)
 
 
 def _estimate(found: Estimate) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
@@ -16,7 +17,15 @@ import polars as pl
 
 from pairclf import __version__
 from pairclf.approaches import approach_of, verify_probes
-from pairclf.approaches.protocol import CALIBRATION_GAIN, KEPT_STEP, LABEL_MASS, Fitted, Process, Trainer
+from pairclf.approaches.protocol import (
+    CALIBRATION_GAIN,
+    KEPT_STEP,
+    LABEL_MASS,
+    SECONDS_BEFORE,
+    Fitted,
+    Process,
+    Trainer,
+)
 from pairclf.bundles.bundle import open_bundle, write_bundle
 from pairclf.bundles.contents import MANIFEST
 from pairclf.bundles.probes import PROBES, pick_probes
@@ -33,6 +42,8 @@ from pairclf.run import (
     OOF,
     OOF_AB,
     OOF_LOGITS,
+    SCORED_ROWS,
+    SCORED_SECONDS,
     TRAINED,
     TRAINING,
     Paths,
@@ -186,8 +197,8 @@ def fit_fold(session: Session, fold: int | None, *, resume: bool | None = None, 
             (paths.folder / TRAINED).unlink(missing_ok=True)
         fitted = trainer.fit(split, paths.folder, resume=resume, trust_checkpoint=trust_checkpoint)
         if fitted is not None:
-            _save(trainer, paths, fitted, split)
-            write_json(paths.folder / TRAINED, identity | {TRAINING: _record(fitted, session.config_file)})
+            record = _save(trainer, paths, fitted, split) | _record(fitted, session.config_file)
+            write_json(paths.folder / TRAINED, identity | {TRAINING: record})
             trainer.finish(paths.folder)
     return paths.bundle
 
@@ -222,11 +233,14 @@ def _note_other(paths: Paths, identity: dict[str, Any]) -> None:
         )
 
 
-def _save(trainer: Trainer, paths: Paths, fitted: Fitted, split: Split) -> None:
-    """Score the held-out rows, write the bundle, and score the probes of the written bundle."""
+def _save(trainer: Trainer, paths: Paths, fitted: Fitted, split: Split) -> dict[str, float]:
+    """Score the held-out rows, write the bundle, and score the probes of the written bundle; returns `SCORED_ROWS` and
+    `SCORED_SECONDS`, if rows are held out."""
     config, (training, held_out) = trainer.config, split
     to_score = held_out if held_out is not None else training.head(PROBES)
+    start = time.perf_counter()
     logits = fitted.logits(to_score)
+    seconds = time.perf_counter() - start + len(to_score) * fitted.record.get(SECONDS_BEFORE, 0.0)
     metrics = {} if held_out is None else _write_held_out(config, paths, held_out, logits)
     metrics |= {name: value for name, value in fitted.record.items() if name in FITTED}
     thresholds = [] if held_out is None or not config.task.multi_label else _thresholds(config, held_out, logits)
@@ -250,6 +264,7 @@ def _save(trainer: Trainer, paths: Paths, fitted: Fitted, split: Split) -> None:
     if config.orders > 1 and own + ONE_ORDER in metrics:
         figures += f"; in one order {title(own, config.task)} {metrics[own + ONE_ORDER]:.4f}"
     console.print(f"saved and re-scored {paths.bundle} (logits differ by {difference:.1g}): {figures}")
+    return {} if held_out is None else {SCORED_ROWS: len(held_out), SCORED_SECONDS: seconds}
 
 
 def _thresholds(config: Config, held_out: pl.DataFrame, logits: Floats) -> list[float]:

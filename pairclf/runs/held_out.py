@@ -15,12 +15,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pairclf.config import Config, deciding_settings, load_config
+from pairclf.config import Config, deciding_settings, load_config, parse_yaml
 from pairclf.console import counted
 from pairclf.data.folds import prompt_groups
 from pairclf.data.identity import refuse_other_rows
 from pairclf.data.scores import HASHES
 from pairclf.errors import ConfigError, DataError, LeakError
+from pairclf.own_files import or_shipped
 from pairclf.run import FOLDS, TRAINED, Paths, check_folds, labelled_rows, output_of, refuse_mixed_folds, trained_as
 from pairclf.runs.evaluate import out_of_fold, scored
 from pairclf.scores.metrics import Floats, likeliest
@@ -71,6 +72,7 @@ class CommonRows:
     Attributes:
         config: of the run whose labels are used.
         frame: canonical table of the rows.
+        labelled: canonical table of all labelled rows.
         ids: `N` ids.
         targets: `(N, C)`.
         weights: `(N,)`.
@@ -82,6 +84,7 @@ class CommonRows:
 
     config: Config
     frame: pl.DataFrame
+    labelled: pl.DataFrame
     ids: list[str]
     targets: Floats
     weights: Floats
@@ -113,8 +116,13 @@ def open_runs(
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError("a run is given twice", remedy="give each run once")
-    if missing := [str(path) for path in paths if not path.exists()]:
+    if missing := [str(path) for path in paths if not or_shipped(path).exists()]:
         raise ConfigError(f"there is no {', '.join(missing)}", remedy="give run folders, configs or files of scores")
+    if files := [str(path) for path in paths if is_ensemble(path)]:
+        raise ConfigError(
+            f"{files[0]} is an ensemble's file, and no run: its weights were fitted to the rows that would judge it",
+            remedy="give the runs that it averages, or the file that `pairclf blend RUN... --scores FILE` writes",
+        )
     configs = [config_of_run(path) for path in paths]
     config = load_config(labels) if labels is not None else next((own for own in configs if own is not None), None)
     if config is None:
@@ -124,12 +132,13 @@ def open_runs(
         )
     trained = [{} if own is None else _trained_folds(own, folds) for own in configs]
     read = [_read(*run, config.task) for run in zip(paths, configs, trained, strict=True)]
-    labelled = labelled_rows(config).join(_folds_of(config), on="id", how="left", maintain_order="left")
-    ids = _common_ids(paths, [part.rows["id"] for part in read], _of_folds(labelled, folds), common)
+    labelled = labelled_rows(config)
+    joined = labelled.join(_folds_of(config), on="id", how="left", maintain_order="left")
+    ids = _common_ids(paths, [part.rows["id"] for part in read], _of_folds(joined, folds), common)
     _refuse_unlabelled(paths[0], ids, labelled)
-    rows = pl.DataFrame({"id": ids}).join(labelled, on="id", how="left", maintain_order="left")
+    rows = pl.DataFrame({"id": ids}).join(joined, on="id", how="left", maintain_order="left")
     _refuse_mixed_rows(paths, read, rows, config.task)
-    positions = [_positions(ids, part.rows["id"]) for part in read]
+    places = [positions(ids, part.rows["id"]) for part in read]
     runs = [
         ScoredRun(
             name=name,
@@ -140,19 +149,18 @@ def open_runs(
             config=own,
             trained=records,
         )
-        for name, path, own, records, part, at in zip(
-            _names(paths), paths, configs, trained, read, positions, strict=True
-        )
+        for name, path, own, records, part, at in zip(_names(paths), paths, configs, trained, read, places, strict=True)
     ]
     return CommonRows(
         config=config,
         frame=rows,
+        labelled=labelled,
         ids=ids,
         targets=np.array(rows["target"].to_list(), dtype=np.float64),
         weights=rows["weight"].to_numpy().astype(np.float64),
         groups=_groups_of(rows, config).to_numpy().astype(np.str_),
         folds=None if rows["fold"].is_null().any() else rows["fold"].to_numpy().astype(np.int64),
-        hashes=read[0].rows.select(*HASHES)[positions[0]],
+        hashes=read[0].rows.select(*HASHES)[places[0]],
         runs=runs,
     )
 
@@ -166,6 +174,14 @@ class _Read:
     probabilities: Floats
     first_order: Floats | None
     flips: NDArray[np.bool_] | None
+
+
+def is_ensemble(path: Path) -> bool:
+    """Whether it is an ensemble's file."""
+    if path.suffix not in SUFFIXES or not path.is_file():
+        return False
+    tree = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), path)
+    return isinstance(tree, dict) and "members" in tree
 
 
 def config_of_run(path: Path) -> Config | None:
@@ -208,7 +224,8 @@ def _read(path: Path, config: Config | None, trained: Mapping[int, object], task
         raise LeakError(
             f"models were trained on the prompts of {counted(read.seen, 'row')} that they scored",
             where=read.where,
-            remedy="give out-of-fold scores, as `pairclf cv` writes them",
+            remedy="give out-of-fold scores, as `pairclf cv` writes them; or leave rows whose `seen` is above 0 out of "
+            "the file, and compare the rows that all have: --common",
         )
     calibration = Calibration(read.temperature)
     columns = [own.classes.index(name) for name in task.classes]
@@ -287,7 +304,7 @@ def _refuse_mixed_rows(paths: Sequence[Path], read: Sequence[_Read], rows: pl.Da
         checked = own
 
 
-def _positions(ids: Sequence[str], scored_ids: pl.Series) -> NDArray[np.int64]:
+def positions(ids: Sequence[str], scored_ids: pl.Series) -> NDArray[np.int64]:
     """`(N,)`: where each id stands among those that were scored."""
     places = {row: place for place, row in enumerate(scored_ids)}
     return np.array([places[row] for row in ids], dtype=np.int64)

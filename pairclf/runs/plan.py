@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from rich.table import Table
 
 from pairclf.console import console, counted, number, progress, table
 from pairclf.errors import ConfigError
-from pairclf.files import atomic_file
+from pairclf.files import write_text
 from pairclf.inference.deadline import format_duration
 from pairclf.inference.ensemble import EnsembleFile, open_ensemble
 from pairclf.inference.forecast import SPARE, pass_seconds
+from pairclf.page.html import document, printed
+from pairclf.page.plots import Series, plot
 from pairclf.runs.blend import HEADER, check_target, judging_folds, member_entry, write_file
 from pairclf.runs.held_out import CommonRows, ScoredRun
 from pairclf.scores.blend import Blend, HeldOutRows
@@ -346,23 +348,20 @@ def _words(name: str, use: Use) -> str:
     return f"{name} ({', '.join(parts)})" if parts else name
 
 
-def plot(report: PlanReport, out: Path) -> None:
+def write_page(report: PlanReport, out: Path) -> None:
     """Write a page with the curve of log loss over hours; it needs no network."""
-    from plotly.graph_objects import Figure
-
     hours = [judged.found.seconds / 3600 for judged in report.curve]
     texts = [", ".join(_words(report.runs[use.member], use) for use in judged.found.plan) for judged in report.curve]
-    lines: Mapping[str, list[float]] = {
+    lines = {
         "nested": [judged.nested["log_loss"] for judged in report.curve],
         "own rows": [judged.flattering for judged in report.curve],
     }
-    figure = Figure()
-    for name, losses in lines.items():
-        figure.add_scatter(x=hours, y=losses, text=texts, mode="lines+markers", line={"shape": "hv"}, name=name)
-    figure.add_vline(x=report.deadline / SPARE / 3600, line_dash="dot", annotation_text="deadline, with time to spare")
-    figure.update_layout(template="plotly_white", height=650, title="Log loss over hours")
-    figure.update_xaxes(title_text=f"hours on {report.device}")
-    figure.update_yaxes(title_text="log loss")
-    with atomic_file(out) as temporary:
-        temporary.write_text(figure.to_html(include_plotlyjs=True, full_html=True), encoding="utf-8")
+    curve = plot(
+        "Log loss over hours",
+        [Series(name, hours, losses, texts, style="steps") for name, losses in lines.items()],
+        x=f"hours on {report.device}",
+        y="log loss",
+        marks=[(report.deadline / SPARE / 3600, "deadline, with time to spare")],
+    )
+    write_text(out, document("Blend under a deadline", [curve, *map(printed, render(report))]))
     console.print(f"wrote {out}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from pairclf.config import parse_yaml
 from pairclf.console import Tables, counted, number, progress, table
 from pairclf.data.rows import read_rows
 from pairclf.errors import ConfigError
-from pairclf.runs.held_out import SUFFIXES, CommonRows
+from pairclf.runs.held_out import CommonRows
 from pairclf.runs.text_shift import measure_shift
 from pairclf.scores.figures import METRICS, finite, judge, metrics_of, title
 from pairclf.scores.score_forecast import (
@@ -28,7 +27,7 @@ from pairclf.scores.score_forecast import (
     interval_of,
     pick_two,
 )
-from pairclf.task import Task, hidden_rows_of
+from pairclf.task import Task, competition, hidden_rows_of
 
 FEWEST = 100
 """Rows of a test file from which it counts as the hidden test: Kaggle shows a few rows in place of a hidden one."""
@@ -61,6 +60,7 @@ class ScoreForecast(Tables):
         prompts: groups of held-out rows with one prompt.
         public_rows: rows of the public part.
         private_rows: rows of the private part.
+        share_of: the competition whose public share it is; empty: the share was given.
         runs: in the order given.
         shift: between held-out and hidden texts; None: it was not measured, and `unmeasured` says why.
         unmeasured: why the shift is not known; empty: it is.
@@ -72,6 +72,7 @@ class ScoreForecast(Tables):
     prompts: int
     public_rows: int
     private_rows: int
+    share_of: str
     runs: list[ForecastRun]
     shift: TextShift | None
     unmeasured: str
@@ -125,31 +126,15 @@ def _finite(interval: ScoreInterval) -> dict[str, Any]:
     return {name: finite(value) for name, value in asdict(interval).items()}
 
 
-def refuse_ensembles(paths: Sequence[Path]) -> None:
-    """Refuse ensembles' files: their weights were fitted to the very rows that they would be judged on.
-
-    Raises:
-        ConfigError: a path is an ensemble's file.
-    """
-    for path in paths:
-        if path.suffix in SUFFIXES and path.is_file():
-            tree = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), path)
-            if isinstance(tree, dict) and "members" in tree:
-                raise ConfigError(
-                    f"{path} is an ensemble, which has no held-out scores",
-                    remedy="give the file that `pairclf blend RUN... --scores FILE` writes: each row is scored by "
-                    "weights of other folds",
-                )
-
-
 def forecast_scores(
-    common: CommonRows, *, public_share: float, data: Path | None = None, hidden_rows: int | None = None
+    common: CommonRows, *, public_share: float | None = None, data: Path | None = None, hidden_rows: int | None = None
 ) -> ScoreForecast:
     """Forecast the task's metric on the public and the private rows.
 
     Args:
         common: the runs on their common rows.
-        public_share: part of the hidden rows that the public leaderboard has, between 0 and 1.
+        public_share: part of the hidden rows that the public leaderboard has, between 0 and 1; None: that of the
+            competition of the first run's `package`.
         data: file of hidden rows, or rows like them; None: `data.test`.
         hidden_rows: rows of the hidden test; None: those of `data`, or of the competition where it has fewer than
             `FEWEST`.
@@ -160,16 +145,12 @@ def forecast_scores(
     """
     task = common.task
     metric = METRICS[metrics_of(task)[0]]
-    if not 0 < public_share < 1:
-        raise ConfigError(
-            f"--public-share {public_share} must be between 0 and 1, without both",
-            remedy="the leaderboard's page says which part of the test data it is calculated with, e.g. 0.3 for 30%",
-        )
+    share, share_of = _share(common, public_share)
     shift, seen, unmeasured = _shift(common, data)
     rows = hidden_rows or (seen if seen >= FEWEST else hidden_rows_of(task))
     if rows < 2:
         raise ConfigError(f"--rows {rows} can't be parted into public and private rows", remedy="give 2 or more")
-    public = min(max(1, round(rows * public_share)), rows - 1)
+    public = min(max(1, round(rows * share)), rows - 1)
     judged = [judge(run.probabilities, common.targets, task, common.weights) for run in common.runs]
     statistics = [metric.statistic(own) for own in judged]
     with progress("drawing hidden sets", DRAWS) as advance:
@@ -188,6 +169,7 @@ def forecast_scores(
         prompts=len(np.unique(common.groups)),
         public_rows=public,
         private_rows=rows - public,
+        share_of=share_of,
         runs=[
             ForecastRun(
                 run.name,
@@ -201,6 +183,23 @@ def forecast_scores(
         unmeasured=unmeasured,
         picks=pick_two(drawn.private, metric.better),
     )
+
+
+def _share(common: CommonRows, given: float | None) -> tuple[float, str]:
+    """The public share, and the competition whose share it is, where none is given."""
+    slug = common.config.package.competition
+    known = competition(slug)
+    if given is None and known is not None and known.public_share is not None and known.task == common.task:
+        return known.public_share, slug
+    if given is None or not 0 < given < 1:
+        raise ConfigError(
+            f"the public part of task {common.task.name} is not known"
+            if given is None
+            else f"--public-share {given} must be between 0 and 1, without both",
+            remedy="the leaderboard's page says which part of the test data it is calculated with: --public-share 0.3 "
+            "for 30%",
+        )
+    return given, ""
 
 
 def _shift(common: CommonRows, data: Path | None) -> tuple[TextShift | None, int, str]:
@@ -244,6 +243,9 @@ def _words(interval: ScoreInterval) -> str:
 
 def _remarks(forecast: ScoreForecast) -> Iterator[str]:
     shift, picks = forecast.shift, forecast.picks
+    if forecast.share_of:
+        share = forecast.public_rows / (forecast.public_rows + forecast.private_rows)
+        yield f"public part: {share:.0%} of the hidden rows, as in {forecast.share_of}; --public-share gives another"
     if shift is None:
         yield f"shift between held-out and hidden texts: not measured ({forecast.unmeasured}); none is assumed"
     else:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import yaml
 from numpy.typing import NDArray
 from rich.table import Table
 
@@ -21,7 +24,7 @@ from pairclf.errors import ConfigError, DataError, cut
 from pairclf.files import check_file_target
 from pairclf.run import Paths, output_of
 from pairclf.runs.held_out import CONFIG, SUFFIXES, CommonRows, open_runs
-from pairclf.scores.calibration import fit_temperature
+from pairclf.scores.calibration import temperature_of
 from pairclf.scores.label_noise import label_noise
 from pairclf.scores.metrics import Floats, class_prior, likeliest, log_loss
 from pairclf.scores.probabilities import apply_temperature
@@ -89,11 +92,20 @@ def find_suspects(path: Path, labels: Path | None = None, *, folds: list[int] | 
         DataError: as `open_runs`; or the scores are no better than the class prior.
         LeakError: as `open_runs`.
     """
-    common = open_runs([path], labels, folds=folds or [])
+    return suspects_among(open_runs([path], labels, folds=folds or []))
+
+
+def suspects_among(common: CommonRows) -> SuspectReport:
+    """As `find_suspects`, by the scores of the first of these runs.
+
+    Raises:
+        ConfigError: the task has several labels a row.
+        DataError: the scores are no better than the class prior.
+    """
     task, run = common.task, common.runs[0]
     if task.multi_label:
         raise ConfigError("suspects need labels that exclude each other, and this task has several labels a row")
-    _refuse_uninformed(path, common)
+    _refuse_uninformed(run.path, common)
     nearly = _same(common, common.config.folds.near_duplicate_threshold)
     noise = label_noise(run.probabilities, common.targets, common.weights, task, *nearly)
     given, likely = likeliest(common.targets), likeliest(noise.expected)
@@ -112,7 +124,7 @@ def find_suspects(path: Path, labels: Path | None = None, *, folds: list[int] | 
 def _refuse_uninformed(path: Path, common: CommonRows) -> None:
     """Refuse scores that are no better than the class prior, at their best temperature."""
     task, scores, targets, weights = common.task, common.runs[0].probabilities, common.targets, common.weights
-    temperature = fit_temperature(lambda value: apply_temperature(scores, value, task), targets, task, weights)
+    temperature = temperature_of(scores, targets, task, weights)
     loss = log_loss(apply_temperature(scores, temperature, task), targets, weights)
     prior = log_loss(np.tile(class_prior(targets, weights), (len(targets), 1)), targets, weights)
     if loss >= prior:
@@ -134,30 +146,68 @@ def _same(common: CommonRows, threshold: float | None) -> tuple[NDArray[np.int64
     return same, turned
 
 
-def _reasons(common: CommonRows, nearly: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> list[list[str]]:
-    """What speaks against each label, in words; nothing for most rows."""
-    run, given, equal = common.runs[0], likeliest(common.targets), _same(common, None)[0]
-    scored = likeliest(run.probabilities)
+def other_labels(
+    common: CommonRows, nearly: tuple[NDArray[np.int64], NDArray[np.bool_]] | None = None
+) -> list[list[str]]:
+    """For each row, which rows with (nearly) the same texts have another label, in words; nothing for most rows.
+
+    Args:
+        common: rows with one label each.
+        nearly: of `_same`, at the threshold of near duplicates; None: it is found.
+    """
+    nearly = nearly or _same(common, common.config.folds.near_duplicate_threshold)
+    given, equal = likeliest(common.targets), _same(common, None)[0]
     reasons: list[list[str]] = [[] for _ in common.ids]
-    for row in np.flatnonzero(scored != given).tolist():
-        reasons[row].append(_of_score(common, row, int(scored[row]), int(given[row])))
     swapped = np.array(common.task.swapped_columns)
     upright = np.where(nearly[1], swapped[given], given)
-    members: dict[int, list[int]] = {}
-    for row, group in enumerate(nearly[0].tolist()):
-        members.setdefault(group, []).append(row)
-    for rows in members.values():
-        for row in rows if len(rows) > 1 else []:
-            for others, words in (
-                ([other for other in rows if other != row and equal[other] == equal[row]], "the same texts"),
-                ([other for other in rows if equal[other] != equal[row]], "nearly the same texts"),
-            ):
-                if against := [other for other in others if upright[other] != upright[row]]:
-                    ids = ", ".join(common.ids[other] for other in against[:IDS])
-                    more = ", ..." if len(against) > IDS else ""
-                    reasons[row].append(
-                        f"another label in {len(against)} of {len(others)} rows with {words}: {ids}{more}"
+    groups: dict[int, dict[int, dict[int, list[int]]]] = {}  # group, label, number of equal texts: rows
+    for row, (group, label, texts) in enumerate(zip(nearly[0].tolist(), upright.tolist(), equal.tolist(), strict=True)):
+        groups.setdefault(group, {}).setdefault(label, {}).setdefault(texts, []).append(row)
+    for labels in groups.values():
+        for rows, words in _other_labels_of(labels, common.ids) if len(labels) > 1 else ():
+            for row in rows:
+                reasons[row] += words
+    return reasons
+
+
+def _other_labels_of(
+    labels: Mapping[int, Mapping[int, Sequence[int]]], ids: Sequence[str]
+) -> Iterator[tuple[Sequence[int], list[str]]]:
+    """Rows of one group, and what others of it say of their label; of thousands, too: rows are counted, not compared.
+
+    Args:
+        labels: rows of the group, by label and by number of equal texts.
+        ids: of all rows.
+    """
+    sizes = {label: sum(map(len, rows_of.values())) for label, rows_of in labels.items()}
+    for label, rows_of in labels.items():
+        others = [label_rows for other, label_rows in labels.items() if other != label]
+        for texts, rows in rows_of.items():
+            with_texts = sum(len(label_rows.get(texts, ())) for label_rows in others)
+            nearly = chain.from_iterable(at for by in others for other, at in by.items() if other != texts)
+            equal = chain.from_iterable(by.get(texts, ()) for by in others)
+            near_total = sum(sizes.values()) - with_texts - len(rows)
+            yield (
+                rows,
+                [
+                    f"another label in {against} of {total} rows with {words}: "
+                    + ", ".join(ids[row] for row in islice(named, IDS))
+                    + ", ..." * (against > IDS)
+                    for against, total, words, named in (
+                        (with_texts, with_texts + len(rows) - 1, "the same texts", equal),
+                        (sum(sizes.values()) - sizes[label] - with_texts, near_total, "nearly the same texts", nearly),
                     )
+                    if against
+                ],
+            )
+
+
+def _reasons(common: CommonRows, nearly: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> list[list[str]]:
+    """What speaks against each label, in words; nothing for most rows."""
+    run, given, reasons = common.runs[0], likeliest(common.targets), other_labels(common, nearly)
+    scored = likeliest(run.probabilities)
+    for row in np.flatnonzero(scored != given).tolist():
+        reasons[row].insert(0, _of_score(common, row, int(scored[row]), int(given[row])))
     return reasons
 
 
@@ -183,10 +233,17 @@ def next_command(path: Path, labels: Path | None, out: Path, config: Config) -> 
         file = next(
             found for fold in range(config.folds.n_splits) if (found := Paths(run, fold).folder / CONFIG).exists()
         )
-    folder = run.with_name(f"{run.name}-soft-labels")
-    return shlex.join(
-        ["pairclf", "cv", str(file), f"data.soft_labels={config.data.name_of(out)}", f"output_dir={folder}"]
-    )
+    settings = {
+        "data.soft_labels": config.data.name_of(out),
+        "output_dir": str(run.with_name(f"{run.name}-soft-labels")),
+    }
+    # The shell takes one layer of quotes away, and YAML reads the value: `[x].parquet` would be a list.
+    return shlex.join(["pairclf", "cv", str(file), *(f"{key}={_as_yaml(value)}" for key, value in settings.items())])
+
+
+def _as_yaml(text: str) -> str:
+    """A text as YAML reads it back, on one line, in quotes where it needs them."""
+    return yaml.safe_dump([text], default_flow_style=True, allow_unicode=True, width=len(text) + 100).strip()[1:-1]
 
 
 def render(report: SuspectReport, top: int) -> Table:

@@ -222,7 +222,11 @@ def _arms(path: Path, axes: Sequence[dict[str, list[Any]]], folder: Path) -> lis
             text = json.dumps({key: settings[key] for key in named}, sort_keys=True)
             name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         overrides = [_override(key, value) for key, value in {**settings, "output_dir": str(folder / name)}.items()]
-        arms.append(Arm(settings, tuple(overrides), load_config(path, overrides)))
+        config = load_config(path, overrides)
+        if config.data.cache_dir is None:  # one token cache for all
+            overrides.append(_override("data.cache_dir", str(folder / "tokens")))
+            config = load_config(path, overrides)
+        arms.append(Arm(settings, tuple(overrides), config))
     return arms
 
 
@@ -246,7 +250,8 @@ def train_arms(
 
     Args:
         sweep: from `plan_sweep`.
-        hours: no run is started that would end later, by the longest so far; None: no limit.
+        hours: no run is started that would end later, by the longest so far; a language model's training whose fit
+            check expects more than the hours that are left for its fold ends before its first step. None: no limit.
         processes: of each training.
         options: of the command line, for each training.
         train: how a run is trained; None: by `pairclf cv`.
@@ -273,9 +278,11 @@ def train_arms(
         console.rule(f"{arm.folder.name} ({place} of {len(sweep.arms)})", align="left")
         _share_folds(sweep, arm)
         began = clock()
-        folds = f"folds.run=[{', '.join(map(str, sweep.folds))}]"
+        settings = [*arm.overrides, f"folds.run=[{', '.join(map(str, sweep.folds))}]"]
+        if hours is not None and arm.config.trains:
+            settings.append(f"train.max_hours={(hours - spent) / len(sweep.folds):.4f}")
         try:
-            code = train(["cv", str(sweep.path), *arm.overrides, folds, *options, "--resume"])
+            code = train(["cv", str(sweep.path), *settings, *options, "--resume"])
         except WorkerError as error:
             if error.exit_code in _ENDED:
                 raise

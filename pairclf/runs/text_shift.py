@@ -66,7 +66,9 @@ def chances_of(features: Any, hidden: NDArray[np.bool_], folds: NDArray[np.int64
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
 
-    logits = np.zeros((len(hidden), len(STRENGTHS)))
+    used = features.getnnz(axis=0) > 0  # of the hashes few are words of these texts, and a fit looks at each column
+    used[:lengths] = True
+    features, logits = features[:, used], np.zeros((len(hidden), len(STRENGTHS)))
     for fold in np.unique(folds):
         rest = folds != fold
         rows = _columns(features, rest, lengths)
@@ -74,10 +76,12 @@ def chances_of(features: Any, hidden: NDArray[np.bool_], folds: NDArray[np.int64
             model = LogisticRegression(C=strength, solver="liblinear", class_weight="balanced")
             logits[~rest, place] = model.fit(rows[rest], hidden[rest]).decision_function(rows[~rest])
     balance = np.where(hidden, 1 / hidden.mean(), 1 / (~hidden).mean())
-    calibration = LogisticRegression(class_weight="balanced", C=1e6)
-    chances: list[Floats] = [
-        calibration.fit(own, hidden).predict_proba(own)[:, 1] for own in np.split(logits, len(STRENGTHS), axis=1)
-    ]
+    chances: list[Floats] = []
+    for own in np.split(logits, len(STRENGTHS), axis=1):
+        calibration = LogisticRegression(class_weight="balanced", C=1e6).fit(own, hidden)
+        # A falling curve means that the classifier learnt nothing: turned round, it would show a shift that is none.
+        known = calibration.coef_[0, 0] > 0
+        chances.append(calibration.predict_proba(own)[:, 1] if known else np.full(len(hidden), 0.5))
     return min(chances, key=lambda own: float(log_loss(hidden, own, sample_weight=balance)))
 
 

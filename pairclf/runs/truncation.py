@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pairclf.bundles.bundle import Bundle, open_bundle
+from pairclf.bundles.bundle import open_bundle
 from pairclf.bundles.examples import read_examples
 from pairclf.config import SECTIONS, Config
 from pairclf.console import console, progress
@@ -18,9 +17,31 @@ from pairclf.files import MAX_JSON, read_plain
 from pairclf.inputs.builder import builder_for
 from pairclf.inputs.cache import RowSource, find_cache
 from pairclf.inputs.examples import with_examples
+from pairclf.inputs.render import InputBuilder, made_identical
 from pairclf.inputs.tokenise import bare_tokenizer
 from pairclf.run import Paths, output_of, tokens_of
-from pairclf.task import Task
+from pairclf.task import AB, Task
+
+MADE_EQUAL = "sides_made_equal"
+"""Column of `lost_tokens`: whether the sides differ, were both truncated, and are equal after it."""
+
+
+def input_builders(config: Config, folds: Iterable[int]) -> dict[int, InputBuilder]:
+    """The recipes of a run's models, by fold, without torch.
+
+    Raises:
+        BundleError: a bundle is damaged.
+        ModelError: a bundle is gone, or its tokenizer fails.
+        OSError: a tokenizer can't be read.
+    """
+    paths = {fold: Paths(output_of(config), fold).bundle for fold in folds}
+    bundles = {fold: open_bundle(path, verified=True) for fold, path in paths.items() if path.is_dir()}
+    if not bundles or len(bundles) < len(paths):
+        raise ModelError("the run's bundles are gone")
+    first = next(iter(bundles.values()))  # folds differ in their examples alone, and a tokenizer takes seconds to read
+    tokenizer = bare_tokenizer(read_plain(first.files.tokenizer / "tokenizer.json", MAX_JSON))
+    plain = builder_for(first.config, tokenizer)
+    return {fold: with_examples(one.config, plain, read_examples(one)) for fold, one in bundles.items()}
 
 
 def lost_tokens(config: Config, labelled: pl.DataFrame, folds: pl.DataFrame) -> pl.DataFrame | None:
@@ -34,43 +55,41 @@ def lost_tokens(config: Config, labelled: pl.DataFrame, folds: pl.DataFrame) -> 
         folds: `id` and `fold` of the rows that are wanted.
 
     Returns:
-        `id`, and a column of Int64 for each field; None: the approach has no tokens, or they are not known.
+        `id`, a column of Int64 for each field, and `MADE_EQUAL`; None: the approach has no tokens, or they are not
+        known.
 
     Raises:
         BundleError: a bundle is damaged.
     """
     if "inputs" not in SECTIONS[config.approach] or folds.is_empty():
         return None
-    paths = {fold: Paths(output_of(config), fold).bundle for fold in folds["fold"].unique().sort().to_list()}
-    bundles = {fold: open_bundle(path, verified=True) for fold, path in paths.items() if path.is_dir()}
-    if len(bundles) < len(paths):
-        console.print("note: what truncation cut is not known: the run's bundles are gone")
-        return None
     try:
-        return _lost(bundles, tokens_of(config), labelled, folds)
+        return _lost(config, labelled, folds)
     except (OSError, ModelError) as error:  # the figures stand without these slices
         console.print(f"note: what truncation cut is not known: {error}")
         return None
 
 
-def _lost(bundles: dict[int, Bundle], folder: Path, labelled: pl.DataFrame, folds: pl.DataFrame) -> pl.DataFrame | None:
-    first = next(iter(bundles.values()))  # folds differ in their examples alone, and a tokenizer takes seconds to read
-    fields = first.config.task.fields
-    tokenizer = bare_tokenizer(read_plain(first.files.tokenizer / "tokenizer.json", MAX_JSON))
-    plain = builder_for(first.config, tokenizer)
-    cache = find_cache(folder, RowSource.of(labelled.iter_slices, fields), plain.tokenizer, fields)
+def _lost(config: Config, labelled: pl.DataFrame, folds: pl.DataFrame) -> pl.DataFrame | None:
+    task, folder = config.task, tokens_of(config)
+    builders = input_builders(config, folds["fold"].unique().sort().to_list())
+    tokenizer = next(iter(builders.values())).tokenizer
+    cache = find_cache(folder, RowSource.of(labelled.iter_slices, task.fields), tokenizer, task.fields)
     if cache is None:
         console.print(f"note: what truncation cut is not known: {folder} has no tokens of these rows")
         return None
     places = {row: place for place, row in enumerate(cache.ids)}
-    builders = {fold: with_examples(one.config, plain, read_examples(one)) for fold, one in bundles.items()}
-    lost = np.zeros((len(folds), len(fields)), dtype=np.int64)
+    lost, equal = np.zeros((len(folds), len(task.fields)), dtype=np.int64), np.zeros(len(folds), dtype=np.bool_)
     with progress("truncation", total=len(folds)) as advance:
         for line, (row, fold) in enumerate(folds.select("id", "fold").iter_rows()):
-            found = builders[fold].lost(cache[places[row]], row)
-            lost[line] = [found[name] for name in fields]
+            tokens, builder = cache[places[row]], builders[fold]
+            dropped = builder.lost(tokens, row)
+            lost[line] = [dropped[name] for name in task.fields]
+            if task.swap_fields is not None and all(dropped[side] for side in task.swap_fields):
+                equal[line] = made_identical(task, tokens, builder.assemble(tokens, row)[AB])
             advance()
-    return folds.select("id").hstack([pl.Series(name, lost[:, at]) for at, name in enumerate(fields)])
+    columns = [pl.Series(name, lost[:, at]) for at, name in enumerate(task.fields)]
+    return folds.select("id").hstack([*columns, pl.Series(MADE_EQUAL, equal)])
 
 
 def truncation_traits(lost: pl.DataFrame, task: Task) -> dict[str, Sequence[str | None]]:

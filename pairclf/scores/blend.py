@@ -14,9 +14,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from pairclf.scores.calibration import RANGE, fit_temperature
+from pairclf.scores.calibration import RANGE, temperature_of
 from pairclf.scores.metrics import Floats, class_prior, log_loss
-from pairclf.scores.probabilities import Mean, apply_temperature, blend, logits_of, probabilities
+from pairclf.scores.probabilities import Mean, blend, logits_of, probabilities
 from pairclf.task import Task
 
 SMALLEST = 0.01
@@ -155,10 +155,7 @@ def arithmetic_tempered(rows: HeldOutRows) -> Blend:
     """`arithmetic`, and then the temperature of its mean."""
     fitted = arithmetic(rows)
     mean = fitted.of(rows.members, rows.task)
-    temperature = fit_temperature(
-        lambda value: apply_temperature(mean, value, rows.task), rows.targets, rows.task, rows.weights
-    )
-    return Blend(fitted.weights, temperature)
+    return Blend(fitted.weights, temperature_of(mean, rows.targets, rows.task, rows.weights))
 
 
 def geometric(rows: HeldOutRows) -> Blend:

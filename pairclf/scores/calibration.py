@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from pairclf.scores.figures import Judged
 from pairclf.scores.intervals import Estimate
 from pairclf.scores.metrics import Floats, log_loss, row_losses
-from pairclf.scores.probabilities import Calibration, has_tie
+from pairclf.scores.probabilities import Calibration, has_tie, logits_of, probabilities
 from pairclf.task import Task
 
 Method = Literal["temperature", "temperature per label", "tied vector scaling"]
@@ -102,6 +102,25 @@ def fit_temperature(
     grid = np.log(np.geomspace(*RANGE, GRID))
     best = int(np.argmin([loss(float(place)) for place in grid]))
     return float(np.exp(refined(grid[max(best - 1, 0)], grid[min(best + 1, GRID - 1)])))
+
+
+def temperature_of(scores: Floats, targets: Floats, task: Task, weights: Floats) -> float:
+    """`fit_temperature` of one table of probabilities `(N, C)`, in a fraction of the time.
+
+    The log loss is convex in the factor of the logits, so that its minimum is the root of its slope.
+    """
+    from scipy.optimize import brentq  # slow to import, and most commands fit nothing
+
+    logits = logits_of(scores, task)
+
+    def slope(factor: float) -> float:
+        residuals = probabilities(logits * factor, task) - targets
+        return float(weights @ (residuals * logits).sum(axis=1))
+
+    low, high = 1 / RANGE[1], 1 / RANGE[0]
+    if slope(low) >= 0:
+        return RANGE[1]
+    return RANGE[0] if slope(high) <= 0 else 1 / float(brentq(slope, low, high, xtol=1e-7))
 
 
 def fit(method: Method, scores: Scores, targets: Floats, task: Task, weights: Floats) -> Calibration:
@@ -198,12 +217,14 @@ class FittedCalibration:
         calibration: fitted on all rows; this is what would be used.
         losses: `(N,)`, of rows whose calibration was fitted on the rows of the other folds.
         flattering: log loss of the calibration on the rows that it was fitted on.
+        nested: `(N, C)`, the probabilities that `losses` are of.
     """
 
     method: Method
     calibration: Calibration
     losses: Floats
     flattering: float
+    nested: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,4 +275,4 @@ def fit_nested(method: Method, scores: Scores, judged: Judged, folds: NDArray[np
     honest, flattering = (
         row_losses(values, targets, multi_label=task.multi_label) for values in (nested, scores(calibration))
     )
-    return FittedCalibration(method, calibration, honest, float(np.average(flattering, weights=weights)))
+    return FittedCalibration(method, calibration, honest, float(np.average(flattering, weights=weights)), nested)

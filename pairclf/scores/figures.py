@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +65,12 @@ class Judged:
     counts: Floats
     weights: Floats
     task: Task
+
+    def decided_as(self, chosen: ArrayLike) -> Judged:
+        """The same with another decision `(N, C)`: that of other thresholds."""
+        labels = np.asarray(chosen, dtype=np.float64)
+        counts = np.concatenate([labels * self.held, labels, self.held], axis=1)
+        return replace(self, chosen=labels, counts=counts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ A plan is what an ensemble's file says: models in the order in which they run, t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -27,8 +27,12 @@ SWAP_SHARES = (1.0, 0.3, 0.0)
 EXACT = 1000
 """With no more possible plans than these, all are fitted; else neighbours of the best plans are, until none is new."""
 
-SEARCHED_ROWS = 20_000
-"""Plans are compared on so many rows at most. Figures are of all rows."""
+STEP = 1000
+"""About so many neighbours of the best plans are fitted before these are judged anew; those of three plans at least."""
+
+SEARCHED_ROWS, LOCAL_ROWS = 20_000, 2_000
+"""Plans are compared on so many rows at most; the many of a local search on fewer, and the best of them then on the
+others. Figures are of all rows."""
 
 LEAST_GAIN = 5e-5
 """Nats a row. A plan that takes longer than another one must be better by this: a smaller gain is no reason to wait."""
@@ -157,8 +161,10 @@ def expected_loss(plan: Plan, data: PlannableRows) -> float:
 
 
 def uses_of(member: int, data: PlannableRows) -> list[Use]:
-    """All ways to use a model."""
+    """All ways to use a model. Where both orders have the same scores, one is enough."""
     swaps = SWAP_SHARES if data.two_orders[member] else (1.0,)
+    if data.two_orders[member] and np.abs(data.first[member] - data.rows.members[member]).max() < 1e-6:
+        swaps = (0.0,)
     return [Use(member, share, swap) for share in SHARES for swap in swaps]
 
 
@@ -173,7 +179,8 @@ def search(
     """The plans that no other one beats: each is better than all that take no longer, by `LEAST_GAIN` at least.
 
     With at most `EXACT` plans all are fitted. Otherwise it is a Pareto local search (Paquete, Chiarandini and Stuetzle
-    2004): the plans that differ in one model from one of the best are fitted, until the best ones have no new one.
+    2004): the plans that differ in one model from one of the best are fitted, until the best ones have no new one. With
+    many models it follows some of the best plans, from the quickest to the best.
 
     Args:
         data: the rows.
@@ -183,9 +190,11 @@ def search(
     Returns:
         From the quickest to the best; empty if no plan is in time.
     """
-    data = _sampled(data)
     models = range(len(data.seconds))
-    losses = [data.rows.loss(member) for member in data.rows.members]
+    options = [uses_of(member, data) for member in models]
+    is_exact = np.prod([len(ways) + 1.0 for ways in options]) <= EXACT
+    searched = _sampled(data, SEARCHED_ROWS if is_exact else LOCAL_ROWS)
+    losses = [searched.rows.loss(member) for member in searched.rows.members]
     ranks = [sorted(models, key=losses.__getitem__).index(member) for member in models]
     found: dict[Plan, FoundPlan] = {}
 
@@ -193,28 +202,36 @@ def search(
         for uses in plans:
             plan = ordered(uses, ranks)
             if plan and plan[0].share == 1 and plan not in found and (seconds := data.seconds_of(plan)) <= limit:
-                found[plan] = FoundPlan(plan, seconds, expected_loss(plan, data))
+                found[plan] = FoundPlan(plan, seconds, expected_loss(plan, searched))
                 done()
 
-    options = [uses_of(member, data) for member in models]
-    if np.prod([len(ways) + 1.0 for ways in options]) <= EXACT:
+    if is_exact:
         look_at(filter(None, choice) for choice in product(*([None, *ways] for ways in options)))
         return front_of(found.values())
     look_at([use] for ways in options for use in ways)
     expanded: set[Plan] = set()
-    while new := [entry.plan for entry in front_of(found.values()) if entry.plan not in expanded]:
+    most = max(3, STEP // sum(map(len, options)))
+    while new := [entry.plan for entry in _spread(front_of(found.values()), most) if entry.plan not in expanded]:
         expanded.update(new)
         look_at(plan for entry in new for plan in _neighbours(entry, options))
-    return front_of(found.values())
+    more = _sampled(data, SEARCHED_ROWS)
+    best = front_of(found.values())
+    return front_of(replace(entry, loss=expected_loss(entry.plan, more)) for entry in best)
 
 
-def _sampled(data: PlannableRows) -> PlannableRows:
+def _sampled(data: PlannableRows, most: int) -> PlannableRows:
     count = len(data.rows.targets)
-    if count <= SEARCHED_ROWS:
+    if count <= most:
         return data
     chosen = np.zeros(count, dtype=bool)
-    chosen[np.random.default_rng(0).choice(count, SEARCHED_ROWS, replace=False)] = True
+    chosen[np.random.default_rng(0).choice(count, most, replace=False)] = True
     return data.only(chosen)
+
+
+def _spread(front: Sequence[FoundPlan], most: int) -> list[FoundPlan]:
+    """So many plans of the front at most, from the quickest to the best."""
+    places = np.unique(np.linspace(0, len(front) - 1, min(most, len(front))).round().astype(int))
+    return [front[place] for place in places]
 
 
 def _neighbours(plan: Plan, options: Sequence[Sequence[Use]]) -> Iterator[list[Use]]:

@@ -124,10 +124,12 @@ def test_a_ranking_is_that_of_the_command(judge: pairclf.Judge, classical_bundle
     assert judge.rank("how?", ["alone"])["strength"].to_list() == [0.0]
 
 
+@pytest.mark.parametrize("tie_model", ["davidson", "rao_kupper"])
 def test_a_reward_models_answers_have_rewards_and_its_rows_probabilities(
-    base_of: Callable[[str], Path], tmp_path: Path
+    tie_model: str, base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    config = run_config(tmp_path, base_of("llama"), model={"readout": "reward"}, inputs={"max_length": 300})
+    model = {"readout": "reward", "tie_model": tie_model}
+    config = run_config(tmp_path, base_of("llama"), model=model, inputs={"max_length": 300})
     bundle = random_bundle(tmp_path / "fold0" / "bundle", config)
     answers = ["So.", "Or so, at length.", "So."]
     file = tmp_path / "answers.jsonl"
@@ -135,7 +137,9 @@ def test_a_reward_models_answers_have_rewards_and_its_rows_probabilities(
     with pairclf.load(bundle) as judge:
         table = judge.rank("Why?", answers)
         assert np.abs(table["reward"] - rank([bundle], file, tmp_path / "r.csv")["reward"]).max() <= 1e-6
-        row = judge.predict(prompt="Why?", response_a=answers[0], response_b=answers[1])
+        row = judge.predict(prompt="Why?", response_a=answers[0], response_b=answers[1], rewards=True)
+        rewards = row.select("reward_response_a", "reward_response_b").row(0)
+        assert np.abs(np.array(rewards) - table["reward"].to_numpy()[:2]).max() <= 1e-5
         wins = values(row)[0]
         assert (wins[0] > wins[1]) == (table["reward"][0] > table["reward"][1])
         with pytest.raises(ConfigError, match="changes nothing"):
@@ -164,9 +168,13 @@ def test_errors_name_what_is_wrong(judge: pairclf.Judge, tmp_path: Path) -> None
         judge.predict(prompt=["a", "b"], response_a=["a", "b", "c"], response_b=["c", "d"])
     with pytest.raises(DataError, match="order are neither fields"):
         judge.predict(**ROW, order=True)
+    with pytest.raises(ConfigError, match="not all models are reward models"):
+        judge.predict(**ROW, rewards=True)
     with pytest.raises(DataError, match="has its answers itself"):
         judge.rank({"prompt": ["a"], "answers": [["b", "c"]]}, ["d", "e"])
     with pytest.raises(DataError, match="a list of answers"):
+        judge.rank("what?")
+    with pytest.raises(ConfigError, match=r"answers='an answer' is of type str; it must be Sequence\[str\]"):
         judge.rank("what?", "an answer")
     with pytest.raises(BundleError, match="no bundle"):
         pairclf.load(tmp_path)

@@ -18,7 +18,7 @@ from tests_support import make_rows, write_csv
 
 from pairclf import approaches
 from pairclf.approaches import APPROACHES
-from pairclf.approaches import prompt as prompting
+from pairclf.approaches import prompt_trainer as prompting
 from pairclf.approaches.classical import ClassicalApproach, ClassicalTrainer, FittedClassical
 from pairclf.approaches.classical_model import MODELS, ClassicalModel
 from pairclf.approaches.classical_vectors import Space

@@ -46,7 +46,7 @@ SMALL = {
 def test_every_kind_is_a_value_of_the_setting_and_has_a_test() -> None:
     assert {*SMALL} == {*MODELS, "no n-grams", "stack", "boosted stack"}
     assert all(readers <= {*MODELS} for readers in READ_BY.values())
-    assert {name for name in MODELS if reads_groups(SMALL[name])} == {"svm", "nb"}
+    assert {name for name in MODELS if reads_groups(SMALL[name])} == {"svm", "nb", "knn"}
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
@@ -137,7 +137,10 @@ def test_neighbours_are_those_of_scikit_learn() -> None:
     closeness = np.maximum(1 - distances, 0)
     sums = (closeness[:, :, None] * targets[places]).sum(axis=1) + targets.mean(axis=0)
     expected = sums / (closeness.sum(axis=1, keepdims=True) + 1)
-    np.testing.assert_allclose(mean_of_orders(model.logits(new), TOPICS), expected, atol=1e-6)
+    vectors = model.space.vectors(extract(new, TOPICS, SMALL["knn"]), tfidf=False)
+    own = model.members["knn"].logits(vectors)
+    np.testing.assert_allclose(mean_of_orders(own, TOPICS), expected, atol=1e-6)
+    np.testing.assert_allclose(model.logits(new), model.weight[0] * own + model.bias, atol=1e-12)
 
 
 def test_the_leaves_are_those_of_scikit_learn() -> None:
@@ -179,10 +182,14 @@ def test_a_pool_weighs_a_useless_model_by_nothing_and_ties_the_sides() -> None:
     assert labels == pytest.approx([1, 0], abs=0.1)
 
 
-def test_a_temperature_makes_up_for_the_scale_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without its inner folds an SVM that was fitted with a large C is far too sure."""
+@pytest.mark.parametrize(
+    "settings",
+    [Classical(model="svm", n_features=256, C=1000.0, max_iter=3000), Classical(model="knn", n_neighbors=3, **QUICK)],
+    ids=lambda settings: settings.model,
+)
+def test_a_temperature_makes_up_for_what_is_too_sure(settings: Classical, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without their inner folds an SVM that was fitted with a large C, and few neighbours, are far too sure."""
     rows, targets = rows_of(LMSYS, 200)
-    settings = Classical(model="svm", n_features=256, C=1000.0, max_iter=3000)
     new, labels = rows_of(LMSYS, 200, seed=1)
     with_folds = fit(rows, targets, np.ones(200), LMSYS, settings).logits(new)
     monkeypatch.setattr(classical_model, "_inner_folds", lambda group: [])

@@ -22,7 +22,7 @@ from tests_support import make_rows, write_csv
 from transformers import AutoModelForCausalLM
 
 from pairclf.approaches import approach_of
-from pairclf.approaches.prompt import without_content
+from pairclf.approaches.prompt_trainer import without_content
 from pairclf.bundles.bundle import Bundle, open_bundle
 from pairclf.bundles.examples import read_examples
 from pairclf.config import Config, override, resolve

@@ -170,8 +170,8 @@ def test_the_documented_code_gives_a_bundles_logits(
 ) -> None:
     """The code of docs/export.md on an NF4 run; with a base that is not quantised, its logits are others."""
     folder = trained_run("gemma2") / "run/fold0/bundle"
-    page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8").partition("peft alone")[2]
-    code = "\n".join(line[4:] for line in page.splitlines() if not line or line.startswith("    "))
+    page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     example, config = "runs/lmsys/gemma2-9b-qlora/fold0/bundle", ", quantization_config=nf4"
     assert code.count(example) == code.count(config) == 1
     saved = np.array([probe.logits[0] for probe in open_bundle(folder).manifest.probes])

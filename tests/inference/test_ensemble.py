@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def test_folders_alone_count_alike(folder: Path) -> None:
     assert [one.base for one in ensemble.members] == [folder / "base"] * 2
     assert (ensemble.temperature, ensemble.task) == (1.0, LMSYS)
     assert ensemble.prior == pytest.approx([0.3, 0.3, 0.4])
+
+
+def test_the_folder_of_a_run_stands_for_its_bundles(folder: Path) -> None:
+    for name in ("fold10", "fold2", "all"):
+        hollow_bundle(folder / "run" / name / "bundle", Config(), name, prior=[0.2, 0.2, 0.6])
+    members = open_ensemble([folder / "run", folder / "a"], None, []).members
+    assert [member.bundle.manifest.name for member in members] == ["fold2", "fold10", "a"]
+    shutil.rmtree(folder / "run/fold2")
+    shutil.rmtree(folder / "run/fold10")
+    assert [member.name for member in open_ensemble([folder / "run"], None, []).members] == ["all"]
 
 
 def test_bundles_of_one_name_are_told_apart(folder: Path) -> None:

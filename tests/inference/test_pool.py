@@ -77,7 +77,7 @@ def encoded(*firsts: int) -> list[tuple[Encoded, ...]]:
 
 def model(name: str, *firsts: int, folder: Path = Path("bundles")) -> WorkerModel:
     return WorkerModel(
-        "pairclf.approaches.finetune.approach", folder / name, None, (), encoded(*firsts), LargestPass(3, 64, 2)
+        "pairclf.approaches.torch_models", folder / name, None, (), encoded(*firsts), LargestPass(3, 64, 2)
     )
 
 

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
+from importlib.metadata import version
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -28,10 +29,12 @@ from support.forked import command, forked
 from support.runs import bundles_of, random_bundle, run_config
 
 from pairclf import files as bundle_files
+from pairclf.approaches import language_model
 from pairclf.bundles.manifest import read_manifest
 from pairclf.data.rows import scan_rows
 from pairclf.data.submission import check_submission
 from pairclf.errors import BundleError, ConfigError, DataError, IncompleteError, PairclfError, StopError
+from pairclf.inference import devices
 from pairclf.inference import pool as crew
 from pairclf.inference import predict as job
 from pairclf.inference import submission as sink
@@ -356,10 +359,11 @@ def test_identity_differs_by_device_dtype_and_torch(
     ensemble = open_ensemble([bundle], None, ())
     here = job.identity_of_run(ensemble, "digest")
     with monkeypatch.context() as gpu:
+        gpu.setattr(devices, "has_gpu_driver", lambda: True)
         gpu.setattr(torch.cuda, "device_count", lambda: 2)
         gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         there = job.identity_of_run(ensemble, "digest")
-    monkeypatch.setattr(torch, "__version__", "2.0")
+    monkeypatch.setattr(language_model, "version", lambda package: "2.0" if package == "torch" else version(package))
     later = job.identity_of_run(ensemble, "digest")
     mine, theirs, newer = (identity.pop("models")[0] for identity in (here, there, later))
     assert [name for name in here if here[name] != there[name]] == ["device"]

@@ -16,8 +16,9 @@ from bundles_support import write_model
 from clocks_support import collect
 from tests_support import make_rows
 
-from pairclf.approaches import language_model
+from pairclf.approaches import torch_models
 from pairclf.bundles.bundle import open_bundle
+from pairclf.bundles.inputs import builder_of
 from pairclf.config import Config
 from pairclf.errors import BundleError, PairclfError, StopError
 from pairclf.inference import worker as module
@@ -26,7 +27,6 @@ from pairclf.inference.pool import ProcessPool, WorkerModel
 from pairclf.inputs.sequences import Item, LargestPass
 from pairclf.model.backbone import _placed, load_tokenizer
 from pairclf.model.engine import build
-from pairclf.model.inputs import builder_of
 from pairclf.model.scoring import ClassifierScorer, items_of
 from pairclf.model.weights import load_classifier
 from pairclf.scores.metrics import Floats
@@ -50,12 +50,10 @@ def test_worker_scores_as_its_bundle(saved: Path, tmp_path: Path) -> None:
     bundle = open_bundle(saved)
     encoded = builder_of(bundle).encode(make_rows(6))
     wanted, _ = ClassifierScorer(load_classifier(bundle, CPU), "packed")(items_of(encoded, orders=2))
-    missing = WorkerModel("pairclf.approaches.finetune.approach", saved, tmp_path / "nowhere", (), encoded, LARGEST)
+    missing = WorkerModel("pairclf.approaches.torch_models", saved, tmp_path / "nowhere", (), encoded, LARGEST)
     crew = ProcessPool(
         [
-            WorkerModel(
-                "pairclf.approaches.finetune.approach", saved, None, ("predict.layout=packed",), encoded, LARGEST
-            ),
+            WorkerModel("pairclf.approaches.torch_models", saved, None, ("predict.layout=packed",), encoded, LARGEST),
             missing,
         ],
         [("cpu",)],
@@ -210,7 +208,7 @@ def test_device_scorer_says_when_its_gpu_is_lost(monkeypatch: pytest.MonkeyPatch
     def lost(device: object) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    scorer = language_model.DeviceScorer(cast(ClassifierScorer, None), [torch.device("cuda:0")])
+    scorer = torch_models.DeviceScorer(cast(ClassifierScorer, None), [torch.device("cuda:0")])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     assert scorer.recover() is None
@@ -247,8 +245,8 @@ def test_memory_goes_without_a_forecast_that_fails(monkeypatch: pytest.MonkeyPat
     def refuse(*_: object, **__: object) -> None:
         raise TypeError("no fake of Params4bit")
 
-    monkeypatch.setattr(language_model, "footprint", refuse)
+    monkeypatch.setattr(torch_models, "footprint", refuse)
     assignment = module.Assignment(Path(), None, (), ("cpu",), 0, LARGEST, 1)
-    words, budget = language_model._memory(cast(ClassifierScorer, None), assignment)
+    words, budget = torch_models._memory(cast(ClassifierScorer, None), assignment)
     assert words == "; memory is not foretold (TypeError: no fake of Params4bit)"
     assert budget is None

@@ -168,6 +168,23 @@ def test_what_is_seen_are_slices_of_the_texts_in_their_order(tokenizer: Any, rec
             assert seen.replace(b"\n\n", b"") == text.replace(b"\n\n", b"")  # turns stand apart where interleaved
 
 
+@recipes
+@QUICK
+@given(row=ROWS)
+def test_what_is_kept_of_each_field_is_what_is_seen_of_it(tokenizer: Any, recipe: dict[str, Any], row: Row) -> None:
+    build = builder(tokenizer, **recipe)
+    [tokens] = build.tokenise([row])
+    encoded, kept = build.assemble(tokens, row.id)[AB], build.kept(tokens, row.id)
+    for name in LMSYS.fields:
+        seen = [token for piece in pieces(encoded, name) for token in piece]
+        assert seen == [
+            token for ids, part in kept[name] for token in (*ids[: part.head], *ids[len(ids) - part.tail :])
+        ]
+        assert sum(part.dropped for _, part in kept[name]) == encoded.dropped[name]
+        assert all(part.head + part.dropped + part.tail == len(ids) for ids, part in kept[name])
+        assert sum(len(ids) for ids, _ in kept[name]) >= sum(map(len, tokens[name]))  # and breaks between turns
+
+
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-ins for the 256 bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,7 +100,8 @@ def test_the_report_opens_without_a_network(config: Config, tmp_path: Path) -> N
     shown = page.read_text(encoding="utf-8")
     for name in ("my rows", "rows cut", "made identical", "response_a", "packed", "Rows by their uncut length"):
         assert name in shown
-    assert 'src="http' not in shown
+    assert sum(int(count) for count in re.findall(r"to [\d.,]+: (\d+)</title>", shown)) == ROWS, "the histogram"
+    assert shown.count("<circle") == 2 * (2 + 3 + 5 + 1), "at each budget: cut rows, lost tokens, padding and hours"
     tables = render(budgets, scale)
     assert [len(table.rows) for table in tables] == [2, 2]
 

@@ -19,7 +19,7 @@ from tests_support import make_rows, write_csv
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, DebertaV2Tokenizer, PreTrainedTokenizerFast
 
-from pairclf.approaches.language_model import open_run
+from pairclf.approaches.torch_models import open_run
 from pairclf.config import Config, override, resolve
 from pairclf.errors import ModelError
 from pairclf.inputs.sequences import Item

@@ -15,7 +15,7 @@ from support.runs import run_config
 from tests_support import make_rows, write_csv
 from transformers import CONFIG_MAPPING, AutoModel, LlamaConfig
 
-from pairclf.approaches.finetune.approach import FinetuneTrainer
+from pairclf.approaches.finetune.trainer import FinetuneTrainer
 from pairclf.config import Config
 from pairclf.errors import ModelError
 from pairclf.inspect.lengths import compare

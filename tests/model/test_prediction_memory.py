@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pairclf.config import Config, resolve
 from pairclf.inputs.sequences import Item, LargestPass
 from pairclf.model import prediction_memory
-from pairclf.model.device_memory import peak_memory
+from pairclf.model.device_memory import memory_to_have, peak_memory
 from pairclf.model.engine import build
 from pairclf.model.prediction_memory import fitting_budget, footprint
 from pairclf.model.scoring import ClassifierScorer
@@ -78,7 +78,25 @@ def test_counter_forgets_what_is_freed() -> None:
     assert counter._now == 4000
 
 
-def test_rehearsal_extrapolates_operations_without_shapes(config_for: Configs) -> None:
+def test_small_pass_is_computed_and_a_larger_one_rehearsed(
+    config_for: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, passes = ClassifierScorer(build(config_for("llama"), CPU), "packed"), list[type]()
+    count = prediction_memory._count_pass
+    monkeypatch.setattr(
+        prediction_memory,
+        "_count_pass",
+        lambda scorer, items, how: (passes.append(type(how)), count(scorer, items, how))[1],
+    )
+    computed = prediction_memory._tensors(scorer, LARGEST)
+    monkeypatch.setattr(prediction_memory, "SMALL", 0)
+    rehearsed = prediction_memory._tensors(scorer, LARGEST)
+    assert passes == [nullcontext, FakeTensorMode]
+    assert computed == pytest.approx(rehearsed, rel=0.01)
+
+
+def test_rehearsal_extrapolates_operations_without_shapes(config_for: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction_memory, "SMALL", 0)
     scorer = ClassifierScorer(build(config_for("llama", model={"quantization": "int8"}), CPU), "packed")
     largest = LargestPass(longest=640, tokens_per_batch=2048, orders=1)
     with pytest.raises(prediction_memory._NOT_REHEARSED):
@@ -139,6 +157,15 @@ def test_fitting_budget_is_halved_until_it_fits(config_for: Configs, monkeypatch
     assert budget_with(needs) == 2_000
     assert budget_with(needs - 1) == 1_000
     assert budget_with(0) <= 500  # a row in both orders: no budget makes it smaller
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, 70), (2, 40)])
+def test_processes_on_one_gpu_share_what_is_free(
+    monkeypatch: pytest.MonkeyPatch, processes: int, expected: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10)
+    assert memory_to_have(torch.device("cuda", 0), processes) == expected
 
 
 def test_footprint_reads_as_a_sentence(config_for: Configs) -> None:

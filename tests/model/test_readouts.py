@@ -319,7 +319,7 @@ def test_untrained_label_tokens_are_a_bundle_without_weights(label_config: MakeC
 def test_label_mass_is_the_labels_share_of_the_vocabulary(
     label_config: MakeConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, low: float
 ) -> None:
-    monkeypatch.setattr(vocabulary, "LOW", low)
+    monkeypatch.setattr(vocabulary, "LOW_MASS", low)
     monkeypatch.setattr(vocabulary, "ROWS", 4)
     config = label_config(train={"max_steps": 0})
     encoded = open_inputs(config).builder.encode(make_rows(4))

@@ -19,6 +19,7 @@ from tests_support import make_rows
 
 from pairclf.approaches.protocol import Assignment
 from pairclf.bundles.bundle import Bundle, open_bundle
+from pairclf.bundles.inputs import builder_of
 from pairclf.bundles.probes import pick_probes
 from pairclf.config import Config, override
 from pairclf.errors import BundleError, ModelError
@@ -28,7 +29,6 @@ from pairclf.inputs.sequences import LargestPass
 from pairclf.model import vllm as backend
 from pairclf.model.backbone import load_tokenizer
 from pairclf.model.engine import build
-from pairclf.model.inputs import builder_of
 from pairclf.model.scoring import by_order, items_of, score
 from pairclf.model.vllm import VllmScorer, why_not
 from pairclf.model.weights import load_classifier
@@ -141,7 +141,10 @@ def test_every_reason_is_said(bundle_of: Callable[..., Bundle], monkeypatch: pyt
         return why_not(replace(bundle, config=override(bundle.config, changes)), devices)
 
     assert "not installed" in str(reason())
-    with pytest.raises(ModelError, match=r"(?s)predict\.backend=vllm: the package vllm is not installed.*transformers"):
+    with pytest.raises(
+        ModelError,
+        match=r"(?s)predict\.backend=vllm: the package vllm is not installed: pip install vllm.*transformers",
+    ):
         VllmScorer(bundle, [GPU])
     install(monkeypatch)
     assert "several devices" in str(reason(devices=(GPU, CPU)))

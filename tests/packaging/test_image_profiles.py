@@ -12,9 +12,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from pairclf.errors import PackagingError, PairclfError
+from pairclf.own_files import shipped
 from pairclf.packaging.image_profiles import is_stub, profile_path, read_profile, stub_version, write_stubs
 from pairclf.packaging.notebook import make_notebook
-from pairclf.packaging.own_files import shipped
 
 FREEZE = """
 # a comment

@@ -28,9 +28,9 @@ from support.runs import random_bundle, run_config
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.errors import PackagingError
 from pairclf.inference.predict import predict
+from pairclf.own_files import shipped
 from pairclf.packaging.build_record import read_build
 from pairclf.packaging.notebook import Value, make_notebook, make_script
-from pairclf.packaging.own_files import shipped
 from pairclf.rehearsal.gateway import DefaultInferenceServer
 from pairclf.rehearsal.report import ScoredRows
 from pairclf.rehearsal.result_checks import RunChecks

@@ -46,7 +46,13 @@ def test_wheels_come_in_the_installed_versions_and_the_same_bytes(tmp_path: Path
     (own,) = (tmp_path / "first").glob("pairclf-*.whl")
     with zipfile.ZipFile(own) as archive:
         names = archive.namelist()
-        assert {"pairclf/_shipped/kaggle/notebook.py", "pairclf/_shipped/kaggle/images/python3.12.txt"} <= {*names}
+        assert {
+            "pairclf/_shipped/kaggle/notebook.py",
+            "pairclf/_shipped/kaggle/images/python3.12.txt",
+            "pairclf/page/style.css",
+            "pairclf/reports/report.css",
+            "pairclf/reports/report.js",
+        } <= {*names}
         assert not [name for name in names if "/build/" in name or name.endswith(".pyc")]
         here = str(Path(wheelhouse.__file__).parents[2]).encode() + b"/"
         assert not [name for name in names if here in archive.read(name)]

@@ -7,37 +7,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 from rich.console import Console
+from support.records import BOARD
+from support.records import ledger_row as row
 
 from pairclf.errors import ConfigError, PackagingError
-from pairclf.publish.ledger import LedgerRow, plot, record, refresh, render, rows, update
-
-BOARD = "lmsys-chatbot-arena"
-
-
-def row(
-    submission: int,
-    *,
-    oof: float | None = 0.95,
-    public: float | None = None,
-    private: float | None = None,
-    competition: str = BOARD,
-) -> LedgerRow:
-    return LedgerRow(
-        when="2026-01-02T03:04:05+00:00",
-        build="b" * 64,
-        config="demo/gemma2-tiny",
-        competition=competition,
-        metric="log_loss",
-        folds={str(fold): 0.9 + fold / 100 for fold in range(submission % 3)},
-        out_of_fold=oof,
-        public=public,
-        private=private,
-        seconds=600.0,
-        bundles=["5ea1" * 16],
-        message=f"run {submission}",
-        kernel="someone/a-notebook/1",
-        submission=submission,
-    )
+from pairclf.publish.ledger import ForecastIntervals, add_forecasts, record, refresh, render, rows, update, write_page
 
 
 @pytest.fixture
@@ -101,6 +75,23 @@ def test_table_says_how_out_of_fold_and_leaderboard_go_together(ledger: Path) ->
     assert "5ea15ea1" in text
 
 
+def test_forecasts_go_to_their_submissions_and_scores_in_them_are_counted(ledger: Path) -> None:
+    """A run's forecast goes to submissions of any of its bundles, a blend's to those of all of its own."""
+    of_run = ForecastIntervals(level=0.9, public=(0.9, 1.0), private=(0.93, 0.97))
+    of_blend = ForecastIntervals(level=0.9, public=(0.8, 0.9), private=(0.83, 0.87))
+    record(ledger, row(1, bundles=["a"], public=0.95, private=0.98))
+    record(ledger, row(2, bundles=["a", "b"], public=0.9))
+    record(ledger, row(3, bundles=["a", "b", "x", "y"], public=0.9))
+    record(ledger, row(4, bundles=["x"], public=0.9))
+    record(ledger, row(5, bundles=[], public=0.9))
+    assert "Forecasts" not in shown(ledger)
+    assert add_forecasts(ledger, [(["a", "b", "c"], False, of_run), (["y", "x", "b", "a"], True, of_blend)]) == 3
+    assert [entry.forecast for entry in rows(ledger)] == [of_run, of_run, of_blend, None, None]
+    text = shown(ledger)
+    assert "3 of 4 real scores lay in their 90% interval" in text
+    assert "0.9300 to 0.9700" in text
+
+
 def test_table_fits_a_narrow_terminal(ledger: Path) -> None:
     usual = row(2, public=0.98765, private=1.01234)
     usual.folds = {str(fold): 0.88 + fold / 130 for fold in range(5)}
@@ -161,11 +152,12 @@ def test_competitions_are_not_mixed(ledger: Path) -> None:
 def test_plot_needs_no_network(ledger: Path, tmp_path: Path) -> None:
     for number in range(3):
         record(ledger, row(number, oof=0.9 + number / 100, public=0.95 + number / 100, private=0.96))
-    plot(ledger, tmp_path / "ledger.html")
+    assert write_page(ledger, tmp_path / "ledger.html") == 6
     page = (tmp_path / "ledger.html").read_text(encoding="utf-8")
     assert "gemma2-tiny: run 2" in page
-    assert '<script src="http' not in page
-    assert '"range":[0.899' in page, "each axis shows its own scores"
+    assert page.count("<circle") == 6
+    assert "+0.05000" in page, "the gaps of the table"
+    assert ">0.905</text>" in page, "each axis shows its own scores"
 
 
 @pytest.mark.parametrize(("public", "says"), [(0.95, "wrote "), (None, "nothing to plot in ")])

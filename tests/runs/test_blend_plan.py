@@ -131,10 +131,16 @@ def test_the_file_has_the_plan_and_predict_reads_it(arms: Path, tmp_path: Path, 
     ]
     assert file.out_of_fold["log_loss"] == pytest.approx(report.plan.nested["log_loss"], abs=1e-6)
     runs = [str(arms / "runs" / name) for name in ("plain", "strong")]
+    page = tmp_path / "curve.html"
     options = ["--deadline", "8h30m", "--hours", hours[0], "--hours", hours[1], "--figures-only", "--json"]
+    options += ["--plot", page]
     code, said = cli("blend", *runs, *options)
     assert code == 0, said
     assert json.loads(said[said.index("{") : said.rindex("}") + 1])["chosen"] == report.chosen
+    shown = page.read_text(encoding="utf-8")
+    for text in ("deadline, with time to spare", "hours on t4x2", f"{report.plan.flattering:.4f}", "own rows"):
+        assert text in shown
+    assert shown.count("<circle") == 2 * len(report.curve)
     code, said = cli("blend", *runs, "--hours", hours[0])
     assert (code, "--hours changes nothing without --deadline" in said) == (2, True)
     with pytest.raises(ConfigError, match="the quickest run takes 1 h 01 min"):
@@ -171,6 +177,21 @@ def test_twenty_models_of_which_two_are_the_same_take_a_bounded_search(monkeypat
     assert front
     assert all(use.member != 19 for entry in front for use in entry.plan)
     assert len(fitted) <= 1000
+
+
+def test_the_second_order_of_a_model_that_scores_both_alike_is_in_no_plan() -> None:
+    data = planned_rows(2)
+    alike = replace(data, rows=replace(data.rows, members=data.first))
+    assert {use.swap_share for entry in search(alike) for use in entry.plan} == {0.0}
+    assert {use.swap_share for entry in search(data) for use in entry.plan} > {0.0}
+
+
+def test_a_local_search_judges_its_best_plans_on_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "EXACT", 1)
+    monkeypatch.setattr(plans, "LOCAL_ROWS", 60)
+    data = planned_rows(2, rows=200)
+    for entry in search(data):
+        assert entry.loss == pytest.approx(expected_loss(entry.plan, data))
 
 
 def test_a_class_without_a_row_gives_a_plan(arms: Path) -> None:

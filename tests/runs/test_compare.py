@@ -130,6 +130,12 @@ def test_costs_are_those_that_are_recorded(arms: Path, comparison: Comparison) -
     assert cost.hours > 0
     assert comparison.cost == "hours"
     assert comparison.runs[0].on_front
+    trained = [json.loads((arms / f"runs/plain/fold{fold}/trained.json").read_text())["training"] for fold in (0, 1)]
+    assert sum(record["scored_rows"] for record in trained) == comparison.rows
+    assert cost.rows_per_second == pytest.approx(comparison.rows / sum(record["scored_seconds"] for record in trained))
+    assert cost.peak_memory == max(1e9 * record["memory_gb"] for record in trained) > 5e7
+    features = sum(record["seconds_before_scoring"] * record["scored_rows"] for record in trained)
+    assert 0 < features < sum(record["scored_seconds"] for record in trained), "rows are scored from their texts"
 
 
 def test_weights_are_counted_from_the_heads_of_files(tmp_path: Path) -> None:
@@ -157,6 +163,8 @@ def test_a_language_model_has_its_recorded_costs(trained_run: Callable[[str], Pa
     steps = config.train.max_steps or 0
     seconds = sum(record["seconds"] for record in records)
     assert cost.training_rows_per_second == pytest.approx(2 * steps * config.train.global_batch_size / seconds)
+    assert cost.rows_per_second is not None
+    assert cost.rows_per_second * sum(record["scored_seconds"] for record in records) == pytest.approx(len(rows.ids))
     lines = (Paths(output_of(config), 0).folder / "metrics.jsonl").read_text().splitlines()
     assert cost.peak_memory is not None
     assert cost.peak_memory >= 1e9 * json.loads(lines[0])["memory_gb"]
@@ -180,6 +188,7 @@ def test_the_command_prints_tables_or_json(
     assert code == 0, text
     for words in ("2 runs on 148 rows", "cal. RMSE", "P(better): the chance", "a leaderboard of 7,000 rows", "Costs"):
         assert words in text
+    lines = pl.read_parquet(tmp_path / "out" / "figures.parquet").rows_by_key("figure", unique=True)
     losses = pl.read_parquet(tmp_path / "out" / "losses.parquet")
     assert losses.columns == ["id", "group", "weight", "loss_plain", "loss_strong"]
     code, text = cli("compare", *runs, "--json", "--public-rows", "7000")
@@ -188,6 +197,9 @@ def test_the_command_prints_tables_or_json(
     assert figures == json.loads((tmp_path / "out" / "compare.json").read_text())
     plain = next(run for run in figures["runs"] if run["name"] == "plain")
     assert plain["figures"]["log_loss"]["value"] == pytest.approx(losses["loss_plain"].mean())
+    assert lines["runs.plain.figures.log_loss"] == tuple(plain["figures"]["log_loss"].values())
+    assert {"roc_auc", "brier", "matthews"} <= plain["figures"].keys(), "all figures of `evaluate`"
+    assert plain["figures"]["brier"]["low"] is None
     assert math.isclose(figures["leaderboard"]["best_above"]["strong"], 1, abs_tol=0.5)
 
 

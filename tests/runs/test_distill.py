@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,10 +127,13 @@ def test_every_classical_model_learns_from_soft_labels(arms: Path, model: str) -
     rows = extract(to_rows(frame, LMSYS), LMSYS, config.classical)
     hard, groups = targets_of(frame), frame["id"].to_list()
     soft = 0.3 * hard + 0.7 * hard[:, [1, 0, 2]]
-    fitted = [
-        fit_extracted(rows, groups, targets, np.ones(len(frame)), LMSYS, config.classical, 0).scores(rows)[:, 0]
+    models = [
+        fit_extracted(rows, groups, targets, np.ones(len(frame)), LMSYS, config.classical, 0)
         for targets in (hard, soft)
     ]
+    # So few rows let a model that has to prove itself on inner folds say nothing: it is asked without its weight.
+    alone = [replace(fitted, weight=np.ones(len(fitted.members)) / len(fitted.members)) for fitted in models]
+    fitted = [each.scores(rows)[:, 0] for each in alone]
     leads = [values[:, 0] - values[:, 1] for values in fitted]
     assert np.corrcoef(*leads)[0, 1] < 0.2, "the softened labels favour the other side a little"
 

@@ -498,10 +498,17 @@ def test_the_command_prints_json_and_writes_the_rows(
 ) -> None:
     config, _ = config_of("lmsys")
     (tmp_path / "c.yaml").write_text(dump_config(config))
-    code, text = cli("evaluate", tmp_path / "c.yaml", "--json", "--losses", tmp_path / "rows.parquet")
+    files = ("--losses", tmp_path / "rows.parquet", "--figures", tmp_path / "figures.parquet")
+    code, text = cli("evaluate", tmp_path / "c.yaml", "--json", *files)
     tree = json.loads(text[text.index("{") : text.rindex("}") + 1])
     assert (code, tree["rows"], tree["folds"]) == (0, ROWS, "the run's folds")
+    assert tree["source"] == "out-of-fold scores"
     assert f"wrote {tmp_path / 'rows.parquet'}" in text
+    figures = pl.read_parquet(tmp_path / "figures.parquet").rows_by_key("figure", unique=True)
+    assert figures["figures.log_loss"] == tuple(tree["figures"]["log_loss"].values())
+    assert figures["calibrations.temperature.nested"][0] == tree["calibrations"][0]["nested"]
+    assert figures["rows"] == (ROWS, None, None)
+    assert {f"reliability.0.{key}" for key in ("predicted", "observed", "low", "high")} <= figures.keys()
     rows = pl.read_parquet(tmp_path / "rows.parquet")
     assert sorted(rows["fold"].unique()) == [0, 1]
     assert np.average(rows["loss"], weights=rows["weight"]) == pytest.approx(tree["model"]["log_loss"])
@@ -593,7 +600,7 @@ def test_the_calibration_that_is_worth_it_becomes_an_ensemble(
     assert not write_calibrated(judged, config, [], path)
     assert not path.exists()
     calibration = Calibration(1.25, 0.75, 0.5)
-    fitted = FittedCalibration("tied vector scaling", calibration, np.zeros(ROWS), 0.9)
+    fitted = FittedCalibration("tied vector scaling", calibration, np.zeros(ROWS), 0.9, np.zeros((ROWS, 3)))
     worth = NestedCalibration(fitted, 1.0, 0.95, Estimate(0.05, np.full(10, 0.05)))
     assert write_calibrated(replace(judged, calibrations=[worth]), config, [], path)
     ensemble = open_ensemble([path], None, [])

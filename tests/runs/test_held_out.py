@@ -111,6 +111,17 @@ def test_scores_that_can_not_be_used(name: str, arms: Path, scores: pl.DataFrame
         open_runs([arms / "runs" / "plain", tmp_path / "spoiled.parquet"])
 
 
+def test_rows_that_foreign_models_have_seen_can_be_left_out(arms: Path, scores: pl.DataFrame, tmp_path: Path) -> None:
+    """As the error says."""
+    plain, file = arms / "runs" / "plain", tmp_path / "theirs.parquet"
+    theirs = scores.with_columns(pl.int_range(pl.len(), dtype=pl.UInt16).lt(9).cast(pl.UInt16).alias("seen"))
+    theirs.write_parquet(file)
+    with pytest.raises(LeakError, match=r"9 rows that they scored[\s\S]*`seen` is above 0[\s\S]*--common"):
+        open_runs([plain, file])
+    theirs.filter(pl.col("seen") == 0).write_parquet(file)
+    assert len(open_runs([plain, file], common=True).ids) == ROWS - 9
+
+
 def test_what_can_not_be_compared(arms: Path, scores: pl.DataFrame, tmp_path: Path) -> None:
     plain = arms / "runs" / "plain"
     write_scores(tmp_path / "a.parquet", scores)

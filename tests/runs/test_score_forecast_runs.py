@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from scipy.sparse import csr_matrix
+from support.records import ledger_row
 
+from pairclf.bundles.bundle import open_bundle
+from pairclf.config import load_config
+from pairclf.data.scores import class_matrix, read_scores
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.errors import ConfigError
+from pairclf.publish.ledger import record, rows
+from pairclf.runs.blend import HEADER, blend_runs, write_ensemble
+from pairclf.runs.blended import open_runs_and_ensembles
+from pairclf.runs.evaluate import evaluate_run
 from pairclf.runs.held_out import CommonRows, open_runs
 from pairclf.runs.score_forecast import forecast_scores
-from pairclf.runs.text_shift import measure_shift
+from pairclf.runs.text_shift import chances_of, measure_shift
+from pairclf.scores.blend import BLENDS, HeldOutRows
 from pairclf.scores.metrics import log_loss
 from pairclf.task import LMSYS
 
@@ -82,6 +93,24 @@ def test_too_few_prompts_show_no_shift(common: CommonRows) -> None:
     assert measure_shift(one, one, LMSYS) is None
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_classifier_that_errs_on_new_prompts_shows_no_shift(same: bool) -> None:
+    """A word goes with the hidden rows of one fold; in the other fold, too, or with the rows that are not hidden. Words
+    that no text has change nothing."""
+    random = np.random.default_rng(0)
+    hidden, folds = np.tile([True, False], 80), np.repeat([0, 1], 80)
+    word = hidden if same else hidden ^ (folds == 1)
+    lengths = random.integers(1, 50, (160, 4))
+    features = np.column_stack([lengths, word, np.ones(160)])
+    chances = chances_of(csr_matrix(features), hidden, folds, 4)
+    if same:
+        assert chances[hidden].min() > 0.5 > chances[~hidden].max()
+    else:
+        assert chances.tolist() == [0.5] * 160
+    wider = csr_matrix(np.column_stack([features, np.zeros((160, 3))]))
+    np.testing.assert_allclose(chances_of(wider, hidden, folds, 4), chances, atol=1e-6)
+
+
 def test_the_command_prints_tables_and_json(arms: Path, cli: Cli) -> None:
     runs = [str(arms / "runs" / name) for name in ("plain", "strong")]
     code, text = cli("forecast-score", *runs, "--public-share", "0.3", "--rows", "2000")
@@ -95,10 +124,102 @@ def test_the_command_prints_tables_and_json(arms: Path, cli: Cli) -> None:
     assert found["shift"] is None
 
 
-def test_an_ensemble_file_is_refused_with_what_to_give(arms: Path, tmp_path: Path, cli: Cli) -> None:
-    file = tmp_path / "ensemble.yaml"
+@pytest.fixture(params=["geometric"])
+def blended(arms: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """An ensemble's file of two runs, and `blend.parquet` beside it, with its nested scores."""
+    pair = open_runs([arms / "runs" / name for name in ("plain", "strong")])
+    report = blend_runs(pair, method=request.param, scores=tmp_path / "blend.parquet")
+    write_ensemble(tmp_path / "ensemble.yaml", report, pair.runs)
+    return tmp_path / "ensemble.yaml"
+
+
+def test_an_ensemble_is_scored_by_weights_of_other_folds_as_blend_scores_it(blended: Path, arms: Path) -> None:
+    common = open_runs_and_ensembles([arms / "runs/other-seed", blended])
+    assert [run.name for run in common.runs] == ["other-seed", str(blended)]
+    nested = pl.DataFrame({"id": common.ids}).join(read_scores(blended.with_name("blend.parquet"), LMSYS), on="id")
+    assert nested["id"].to_list() == common.ids
+    np.testing.assert_allclose(common.runs[1].probabilities, class_matrix(nested, LMSYS), atol=1e-9)
+    rows = open_runs([arms / "runs" / name for name in ("plain", "strong")])
+    members = HeldOutRows(np.stack([run.probabilities for run in rows.runs]), rows.targets, rows.weights, LMSYS)
+    of_all_rows = BLENDS["geometric"](members).of(members.members, LMSYS)  # what would flatter
+    assert np.abs(common.runs[1].probabilities - of_all_rows).max() > 1e-4
+
+
+def test_a_plan_is_scored_with_its_shares(arms: Path, tmp_path: Path) -> None:
+    """One model for all rows and another for the most uncertain half: the other half keeps the first one's ranking."""
+    file = tmp_path / "plan.yaml"
+    entries = [
+        f"{{bundle: {arms}/runs/plain/fold0/bundle}}",
+        f"{{bundle: {arms}/runs/strong/fold0/bundle, share: 0.5}}",
+    ]
+    file.write_text(f"{HEADER}\nmembers: [{', '.join(entries)}]\n", encoding="utf-8")
+    common = open_runs_and_ensembles([arms / "runs/plain", file])
+    first, planned = (run.probabilities for run in common.runs)
+    assert common.folds is not None
+    for fold in (0, 1):
+        # One temperature moves all rows of a fold; log odds of a row that has the first model alone keep their ratios.
+        logs = [np.log(values[common.folds == fold]) for values in (first, planned)]
+        ratios = (logs[1][:, 0] - logs[1][:, 2]) / (logs[0][:, 0] - logs[0][:, 2])
+        same = np.isclose(ratios, np.median(ratios), rtol=1e-3)
+        assert 0.4 <= same.mean() <= 0.6
+
+
+def test_a_calibrated_run_is_scored_as_evaluate_judges_it(arms: Path, tmp_path: Path) -> None:
+    config = load_config(arms / "plain.yaml")
+    judged = evaluate_run(config, None)
+    (nested, *_) = judged.calibrations
+    entries = ", ".join(f"{{bundle: {arms}/runs/plain/fold{fold}/bundle, temperature: 2.0}}" for fold in (0, 1))
+    figures = f"{{method: {nested.fitted.method}, rows: {judged.rows}, raw: 1.0, nested: 1.0, flattering: 1.0}}"
+    file = tmp_path / "calibrated.yaml"
+    file.write_text(f"members: [{entries}]\nnested: {figures}\n", encoding="utf-8")
+    common = open_runs_and_ensembles([file])
+    found = log_loss(common.runs[0].probabilities, common.targets, common.weights)
+    assert found == pytest.approx(nested.nested, abs=1e-9)
+    assert abs(found - nested.raw) > 1e-5
+    assert abs(found - nested.fitted.flattering) > 1e-5
+
+
+def test_an_ensemble_of_unknown_origin_is_refused_and_other_commands_say_what_to_give(
+    blended: Path, tmp_path: Path, cli: Cli
+) -> None:
+    file = tmp_path / "mine.yaml"
     file.write_text("members: [{bundle: a}]\n", encoding="utf-8")
     code, text = cli("forecast-score", str(file), "--public-share", "0.3")
     assert code != 0
-    assert "blend" in text
-    assert "--scores" in text
+    assert "was not written by `pairclf blend` or `evaluate --calibrated`" in text
+    code, text = cli("blend", str(blended), "--figures-only")
+    assert code != 0
+    assert "give the runs that it averages" in text
+
+
+@pytest.mark.parametrize("blended", ["uniform"], indirect=True)
+def test_the_ledger_gets_the_intervals_and_counts_the_scores_in_them(blended: Path, arms: Path, cli: Cli) -> None:
+    path, seals = blended.with_name("ledger.jsonl"), {}
+    for name in ("plain", "strong", "renamed"):
+        bundles = [arms / "runs" / name / f"fold{fold}/bundle" for fold in (0, 1)]
+        seals[name] = [open_bundle(bundle, verified=True).manifest.seal for bundle in bundles]
+    for number, (bundles, public) in enumerate(
+        [(seals["plain"][:1], 0.95), (seals["plain"] + seals["strong"], 5.0), (seals["renamed"], 1.1)]
+    ):
+        record(path, ledger_row(number, bundles=bundles, public=public))
+    code, text = cli("forecast-score", str(blended), str(arms / "runs/plain"), "--rows", "500", "--ledger", str(path))
+    assert code == 0, text
+    assert "has 2 submissions of these runs" in text
+    assert "public part: 26% of the hidden rows, as in lmsys-chatbot-arena" in text
+    run, blend, other = [entry.forecast for entry in rows(path)]
+    assert run is not None
+    assert blend is not None
+    assert run != blend
+    assert other is None
+    assert run.public[0] < run.private[0] < run.private[1] < run.public[1]
+    code, text = cli("ledger", "--ledger", str(path))
+    assert code == 0
+    assert "1 of 2 real scores lay in their 90% interval" in text
+
+
+def test_the_public_part_of_an_unknown_competition_must_be_given(common: CommonRows) -> None:
+    other = common.config.model_copy(
+        update={"package": common.config.package.model_copy(update={"competition": "x-y"})}
+    )
+    with pytest.raises(ConfigError, match=r"public part of task lmsys is not known.*\n?.*--public-share"):
+        forecast_scores(replace(common, config=other))

@@ -6,17 +6,20 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pairclf.config import dump_config, load_config
 from pairclf.data.rows import targets_of
 from pairclf.data.scores import class_matrix, read_scores, write_scores
 from pairclf.errors import ConfigError, DataError, LeakError
 from pairclf.run import OOF, Run, output_of
-from pairclf.runs.suspects import find_suspects, next_command, write_suspects
+from pairclf.runs.suspects import IDS, find_suspects, next_command, other_labels, write_suspects
 from pairclf.task import LMSYS
 
 Cli = Callable[..., tuple[int, str]]
@@ -119,6 +122,29 @@ def test_rows_with_the_same_texts_are_named_as_reasons(arms: Path, tmp_path: Pat
     assert verdicts[0]["p_wrong"] > verdicts[1]["p_wrong"]
 
 
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.booleans()), min_size=1, max_size=30))
+def test_reasons_are_those_of_comparing_every_two_rows(rows: list[tuple[int, int, bool]]) -> None:
+    texts, labels, exchanged = map(np.array, zip(*rows, strict=True))
+    group, swapped = texts // 3, np.array(LMSYS.swapped_columns)
+    common = SimpleNamespace(ids=[f"r{row}" for row in range(len(rows))], targets=np.eye(3)[labels], task=LMSYS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pairclf.runs.suspects._same", lambda common, threshold: (texts, exchanged))
+        reasons = other_labels(common, (group, exchanged))  # type: ignore[arg-type]
+    upright = np.where(exchanged, swapped[labels], labels)
+    for row, words in enumerate(reasons):
+        expected = []
+        for alike, name in ((texts == texts[row], "the same texts"), (texts != texts[row], "nearly the same texts")):
+            alike &= (group == group[row]) & (np.arange(len(rows)) != row)
+            against = {f"r{other}" for other in np.flatnonzero(alike & (upright != upright[row]))}
+            if against:
+                expected.append((f"another label in {len(against)} of {alike.sum()} rows with {name}", against))
+        assert [word.split(": ")[0] for word in words] == [sentence for sentence, _ in expected]
+        for word, (_, against) in zip(words, expected, strict=True):
+            *named, last = word.split(": ")[1].split(", ")
+            assert {*named, last} - {"..."} <= against
+            assert len(named) + (last != "...") == min(IDS, len(against))
+
+
 def spoiled(scores: pl.DataFrame, how: str) -> pl.DataFrame:
     a, b, tie = LMSYS.classes
     changes: dict[str, Callable[[], pl.DataFrame]] = {
@@ -174,6 +200,15 @@ def test_next_command_of_a_run_names_the_config_that_it_keeps(arms: Path, tmp_pa
     words = shlex.split(next_command(run, None, tmp_path / "s.parquet", config))
     assert words[2] == str(run / "fold0" / "config.yaml")
     assert words[4] == f"output_dir={output_of(config)}-soft-labels"
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "[x]", "a: b", "#1", "a #b", "*x", "$x`y`", "{a}", "a, b", '"q"', "Ä"])
+def test_the_next_command_names_any_file(arms: Path, tmp_path: Path, name: str) -> None:
+    config, out = load_config(arms / "plain.yaml"), tmp_path / f"{name}.parquet"
+    words = shlex.split(next_command(arms / "plain.yaml", None, out, config))
+    again = load_config(Path(words[2]), words[3:])
+    assert again.data.soft_label_file is not None
+    assert again.data.soft_label_file.resolve() == out
 
 
 def test_files_of_soft_labels_are_checked(arms: Path, written: Path, tmp_path: Path) -> None:

@@ -280,6 +280,22 @@ def test_shipped_sweeps_can_be_planned(path: Path, arms: Path) -> None:
     } == {2}
 
 
+def test_trainings_share_their_tokens_and_get_the_hours_that_are_left(arms: Path, tmp_path: Path) -> None:
+    """Half an hour a run, and two folds: the fit check of each fold may ask for half of what is left."""
+    places = [f"data.folder={json.dumps(str(arms))}", f"output_dir={json.dumps(str(tmp_path / 'run'))}"]
+    sweep, now = plan_sweep(SHIPPED[0], ["model.base=embedded:llama-tiny", *places], [0, 1]), [0.0]
+    configs = []
+
+    def half_an_hour(arguments: Sequence[str]) -> int:
+        configs.append(load_config(sweep.path, [part for part in arguments[2:] if not part.startswith("--")]))
+        now[0] += 1800
+        return 1
+
+    assert train_arms(sweep, hours=1.7, train=half_an_hour, clock=lambda: now[0]) == []
+    assert [config.train.max_hours for config in configs] == pytest.approx([0.85, 0.6, 0.35])
+    assert {config.data.cache_dir for config in configs} == {sweep.folder / "tokens"}
+
+
 @pytest.mark.thorough
 def test_the_rank_ablation_on_a_tiny_model(arms: Path, tmp_path: Path, cli: Cli) -> None:
     """arXiv 2512.12677 has rank 8 within 2% of the F1 of rank 16."""

@@ -20,6 +20,7 @@ from pairclf.scores.calibration import (
     fit_nested,
     fit_temperature,
     methods_of,
+    temperature_of,
 )
 from pairclf.scores.figures import judge
 from pairclf.scores.intervals import Estimate, difference
@@ -40,6 +41,27 @@ def test_a_known_temperature_is_found(temperature: float) -> None:
     unsure = apply_temperature(truth, 1 / temperature, LMSYS)  # soft targets: the truth itself
     assert fitted(unsure, truth) == pytest.approx(temperature, rel=1e-3)
     np.testing.assert_allclose(apply_temperature(unsure, temperature, LMSYS), truth, atol=1e-9)
+
+
+@given(seed=st.integers(0, 500), sharpness=st.floats(-4, 4), task=st.sampled_from([LMSYS, WSDM, SEVERAL]))
+@settings(max_examples=40, deadline=None)
+def test_the_root_of_the_slope_is_the_temperature_that_the_search_finds(
+    seed: int, sharpness: float, task: Task
+) -> None:
+    """At the bounds of the range, too; and where scores know nothing, any temperature is as good."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(60, len(task.classes)))
+    classes = random.integers(0, len(task.classes), 60)
+    targets = np.eye(len(task.classes))[np.where(random.random(60) < 0.6, logits.argmax(axis=1), classes)]
+    values, weights = probabilities(np.exp(sharpness) * logits, task), random.uniform(0.1, 2, 60)
+    losses = [
+        log_loss(apply_temperature(values, temperature, task), targets, weights, multi_label=task.multi_label)
+        for temperature in (
+            temperature_of(values, targets, task, weights),
+            fit_temperature(lambda own: apply_temperature(values, own, task), targets, task, weights),
+        )
+    ]
+    assert losses[0] <= losses[1] + 1e-9
 
 
 @given(seed=st.integers(0, 500), temperature=st.floats(0.1, 10))
@@ -205,13 +227,13 @@ def test_a_calibration_at_its_bound_is_not_worth_it() -> None:
         (Calibration(1.0, RANGE[0]), True), (Calibration(1.1, 0.9, 0.1), False),
     ):  # fmt: skip
         assert at_bound(calibration) == bound
-        fitted = FittedCalibration("temperature", calibration, draws, 0.8)
+        fitted = FittedCalibration("temperature", calibration, draws, 0.8, np.zeros((0, 3)))
         assert NestedCalibration(fitted, 1.0, 0.9, Estimate(0.1, draws)).is_worth_it != bound
 
 
 def test_one_gain_is_better_than_another_by_their_paired_draws() -> None:
     noise = np.random.default_rng(0).normal(0, 0.1, size=500)
-    fitted = FittedCalibration("temperature", Calibration(1.1), noise, 0.8)
+    fitted = FittedCalibration("temperature", Calibration(1.1), noise, 0.8, np.zeros((0, 3)))
     small, large = (NestedCalibration(fitted, 1.0, 1.0 - gain, Estimate(gain, gain + noise)) for gain in (0.01, 0.02))
     assert large.is_better_than(small)
     assert not small.is_better_than(large)

@@ -160,6 +160,28 @@ def test_errors_of_classes_are_those_of_each_class() -> None:
     assert figures["calibration_error_class_wise"] == pytest.approx(0.4 / 3, abs=0.02)
 
 
+def test_debiased_errors_are_the_written_formula() -> None:
+    """Bins of 20 rows in the order of the predictions: square of the mean residual less the variance of this mean."""
+    p, t, _ = drawn(LMSYS, 300)
+
+    def written(predicted: Floats, observed: Floats) -> float:
+        terms = []
+        for rows in np.split(np.argsort(predicted), 15):
+            residual = predicted[rows] - observed[rows]
+            terms.append(residual.mean() ** 2 - residual.var(ddof=1) / len(rows))
+        return math.sqrt(max(0.0, float(np.mean(terms))))
+
+    figures = values_of(judge(p, t, LMSYS))
+    of_classes = [written(p[:, place], t[:, place]) for place in range(3)]
+    expected = {
+        "calibration_error_debiased": written(p.max(axis=1), (p.argmax(axis=1) == t.argmax(axis=1)).astype(float)),
+        "calibration_error_class_wise": np.mean(of_classes),
+        "calibration_error_tie": of_classes[2],
+    }
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    assert min(expected.values()) > 0.05
+
+
 @pytest.mark.parametrize("name", [name for name in METRICS if name != "map_at_3"])
 def test_intervals_are_those_of_drawn_groups(name: str) -> None:
     """Of drawn rows, by brute force. A calibration error has the noise of a draw beside its own, so its spread alone

@@ -22,6 +22,7 @@ from pairclf.scores.thresholds import apply_thresholds, fit_thresholds, nested_l
 from pairclf.task import LMSYS, Task
 
 PATENTS = Task(name="patents", fields=("text",), classes=("x", "y"), multi_label=True)
+FOUR = Task(name="four", fields=("text",), classes=tuple("abcd"), multi_label=True)
 values = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=12)
 
 
@@ -75,24 +76,36 @@ def test_a_rows_own_label_does_not_move_its_threshold() -> None:
 def test_of_noise_the_nested_f1_is_lower_than_that_of_thresholds_fitted_on_the_rows() -> None:
     random = np.random.default_rng(2)
     probabilities, targets = random.random((60, 4)) * 0.2, (random.random((60, 4)) < 0.1).astype(float)
-    fitted = fit_labels(tuple("abcd"), probabilities, targets, np.arange(60) % 3, np.ones(60), np.full(4, 0.5))
+    folds, groups = np.arange(60) % 3, np.arange(60).astype(str)
+    fitted = fit_labels(FOUR, probabilities, targets, folds, groups, np.ones(60), np.full(4, 0.5))
     flattered = f1_score(targets, apply_thresholds(probabilities, fitted.thresholds["macro"]), average="macro")
     assert fitted.means_nested is not None
-    assert fitted.means_as_set["macro"] == 0 < fitted.means_nested["macro"] < flattered
+    macro, micro = fitted.means_nested["macro"], fitted.means_nested["micro"]
+    assert fitted.means_as_set["macro"] == 0 < macro.value < flattered
+    for average, mean in (("macro", macro), ("micro", micro)):
+        labels = nested_labels(probabilities, targets, folds, average)
+        assert mean.value == pytest.approx(f1_score(targets, labels, average=average, zero_division=0))
+        assert mean.low < mean.value < mean.high
     columns = [list(column.cells) for column in render_thresholds(fitted).columns]
     assert columns[0] == ["a", "b", "c", "d", "macro", "micro"]
     (line,) = [line for line in str(render_thresholds(fitted).caption).splitlines() if line.startswith("for macro F1")]
     (setting,) = shlex.split(line.removeprefix("for macro F1: "))  # one word to a shell
     assert json.loads(setting.partition("=")[2]) == fitted.setting("macro")
+    tree = json.loads(json.dumps(fitted.as_dict()))
+    assert tree["thresholds"]["macro"] == fitted.setting("macro")
+    assert tree["f1_as_set"] == fitted.means_as_set
+    assert tree["f1_nested"]["macro"] == {"value": macro.value, "low": macro.low, "high": macro.high}
+    assert [line["name"] for line in tree["labels"]] == list("abcd")
 
 
 def test_one_fold_has_no_nested_figure() -> None:
-    fitted = fit_labels(
-        ("a",), np.array([[0.2], [0.7]]), np.array([[0.0], [1]]), np.zeros(2, int), np.ones(2), np.full(1, 0.5)
-    )
+    one = Task(name="one", fields=("text",), classes=("a",), multi_label=True)
+    p, t = np.array([[0.2], [0.7]]), np.array([[0.0], [1]])
+    fitted = fit_labels(one, p, t, np.zeros(2, int), np.array(["x", "y"]), np.ones(2), np.full(1, 0.5))
     assert fitted.f1_nested is None
     assert list(render_thresholds(fitted).columns[4].cells) == ["-"] * 3
     assert fitted.setting("macro") == {"a": 0.45}
+    assert fitted.as_dict()["labels"][0]["f1_nested"] is None
 
 
 def test_a_submission_has_the_labels_of_its_thresholds(tmp_path: Path) -> None:

@@ -51,9 +51,9 @@ class Faulty:
 
 def quick(assignment: worker.Assignment) -> worker.Loaded:
     """`load_bundle` without a forecast of its memory, which takes longer than all else that a tiny model does."""
-    from pairclf.approaches import language_model
+    from pairclf.approaches import torch_models
 
-    language_model._memory = lambda *_: ("", None)
+    torch_models._memory = lambda *_: ("", None)
     return worker.load_bundle(assignment)
 
 

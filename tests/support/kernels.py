@@ -47,7 +47,7 @@ def make_image_without_torch(folder: Path, hidden: Collection[str]) -> Path:
     """As `make_light_image`; torch is listed there, as on Kaggle, and can't be imported."""
     python = make_light_image(folder, hidden)
     block(next(folder.glob("lib/python*/site-packages")))
-    assert subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode
+    assert subprocess.run([python, "-I", "-c", "import torch"], capture_output=True, check=False).returncode
     return python
 
 

@@ -15,13 +15,12 @@ from pairclf.config import Config, parse_yaml, resolve
 from pairclf.data.rows import read_rows, to_rows
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.inference.predict import predict
+from pairclf.own_files import shipped
 from pairclf.packaging import build
 from pairclf.packaging.build import package
-from pairclf.packaging.own_files import shipped
 from pairclf.packaging.wheelhouse import Wheel, Wheelhouse
 from pairclf.rehearsal.report import RehearsalReport
 from pairclf.runs.fit import fit
-from support.runs import random_bundle
 
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
 TEST_ROWS = 24
@@ -45,6 +44,8 @@ def random_package(
     folder: Path, folds: Sequence[int] = (0,), model: dict[str, object] | None = None, **settings: object
 ) -> Path:
     """Package bundles that were never trained; `settings` are those of the config's section `package`."""
+    from support.runs import random_bundle  # it loads torch, which a classical package must do without
+
     config = _package_config(folder, settings, inputs={"max_length": 128}, model=model or {})
     rows = to_rows(read_rows([folder / "data" / "train.csv"], config.task, labelled=True), config.task)
     bundles = [

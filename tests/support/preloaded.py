@@ -11,8 +11,9 @@ import pytest  # noqa: F401
 import sklearn.model_selection  # noqa: F401 - transformers imports it with its first model
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-import pairclf.approaches.finetune.approach
 import pairclf.approaches.finetune.train
+import pairclf.approaches.finetune.trainer
+import pairclf.approaches.prompt_trainer
 import pairclf.inference.pool
 import pairclf.inference.predict
 import pairclf.runs.fit  # noqa: F401

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nbformat
@@ -23,9 +23,11 @@ from pairclf.packaging.metadata import (
     part_metadata,
 )
 from pairclf.packaging.payload import seal
+from pairclf.publish.ledger import LedgerRow
 from pairclf.task import LMSYS
 
 BUNDLE = "fold0-01234567"
+BOARD = "lmsys-chatbot-arena"
 
 
 def make_package(**settings: object) -> Package:
@@ -106,3 +108,31 @@ def _notebook(cells: Mapping[str, str]) -> str:
     made = [nbformat.v4.new_code_cell(code, id=name) for name, code in cells.items()]
     about = nbformat.v4.new_markdown_cell("# Title", id="about")
     return str(nbformat.writes(nbformat.v4.new_notebook(cells=[about, *made])))
+
+
+def ledger_row(
+    submission: int,
+    *,
+    oof: float | None = 0.95,
+    public: float | None = None,
+    private: float | None = None,
+    competition: str = BOARD,
+    bundles: Sequence[str] = ("5ea1" * 16,),
+) -> LedgerRow:
+    """A line of the ledger."""
+    return LedgerRow(
+        when="2026-01-02T03:04:05+00:00",
+        build="b" * 64,
+        config="demo/gemma2-tiny",
+        competition=competition,
+        metric="log_loss",
+        folds={str(fold): 0.9 + fold / 100 for fold in range(submission % 3)},
+        out_of_fold=oof,
+        public=public,
+        private=private,
+        seconds=600.0,
+        bundles=[*bundles],
+        message=f"run {submission}",
+        kernel="someone/a-notebook/1",
+        submission=submission,
+    )

@@ -16,11 +16,12 @@ from support.runs import TEST_ROWS, bundles_of, run_config
 from support.wsdm import write_wsdm
 
 from pairclf.bundles.bundle import open_bundle
+from pairclf.bundles.inputs import builder_of
 from pairclf.config import dump_config, load_config
 from pairclf.data.scores import read_scores
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.inference.predict import predict
-from pairclf.model.inputs import builder_of, open_inputs
+from pairclf.model.inputs import open_inputs
 from pairclf.run import labelled_rows
 from pairclf.runs.evaluate import evaluate, scored
 from pairclf.runs.fit import fit

@@ -47,8 +47,12 @@ def test_demo_learns_and_ends_with_a_submission(
         "seconds: training",
         "submission",
         "blend with LightGBM",
+        "the report, for a browser",
     ):
         assert words in printed
+    page = (folder / RUN / "report.html").read_text(encoding="utf-8")
+    assert f"Report of {RUN}" in page
+    assert "the classical baseline" in page
 
     test, sample = folder / "data" / "test.csv", folder / "data" / "sample_submission.csv"
     submission = folder / "kaggle" / "rehearsal" / "submission.csv"

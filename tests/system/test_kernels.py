@@ -7,12 +7,15 @@ tests/packaging/test_notebook.py the cells in one process.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import polars as pl
 import pytest
-from support.kernels import make_image_without_torch, use_light_image
+from support.kernels import block, use_light_image
 from support.packages import (
     TEST_ROWS,
     alike,
@@ -26,7 +29,6 @@ from support.packages import (
 )
 
 from pairclf.files import sha256_tree
-from pairclf.rehearsal import workspace
 from pairclf.rehearsal.rehearse import Options, rehearse
 from pairclf.rehearsal.report import RehearsalReport, read_passed
 
@@ -52,14 +54,27 @@ def notebook(top: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def classical(top: Path) -> Path:
-    """A package of a bundle without a language model, for a machine without a GPU, rehearsed where torch can't be
-    imported.
+    """A package of a bundle without a language model, for a machine without a GPU: trained, packaged and rehearsed
+    where torch can't be imported, here and in the image of the kernel.
 
     Its kernel is a script: Jupyter takes a second to start, and the demo's test has a notebook.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workspace, "make_image", make_image_without_torch)
-        return undisturbed(classical_package(top / "classical", machine_shape="None", kernel_type="script"))
+    block(top / "blocked")
+    places = [str(top / "blocked"), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, top / "classical"], env=environment, check=True)
+    assert not (top / "blocked" / "imported").exists(), "torch was asked for"
+    return top / "classical" / "package"
+
+
+WITHOUT_TORCH = """import sys
+from pathlib import Path
+from pairclf.rehearsal import workspace
+from support.kernels import make_image_without_torch
+from test_kernels import classical_package, undisturbed
+workspace.make_image = make_image_without_torch
+undisturbed(classical_package(Path(sys.argv[1]), machine_shape="None", kernel_type="script"))
+"""
 
 
 def undisturbed(package: Path) -> Path:

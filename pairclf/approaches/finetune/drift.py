@@ -12,6 +12,7 @@ import polars as pl
 from rich.table import Table
 
 from pairclf.bundles.bundle import Bundle
+from pairclf.bundles.inputs import builder_of
 from pairclf.config import Config
 from pairclf.console import counted, table
 from pairclf.data.identity import prompt_marks, refuse_other_rows, seen_by
@@ -21,7 +22,7 @@ from pairclf.errors import BundleError, DataError
 from pairclf.inputs.sequences import Item
 from pairclf.model.backbone import pick_device
 from pairclf.model.device_memory import free_memory
-from pairclf.model.inputs import builder_of, encoded_rows
+from pairclf.model.inputs import encoded_rows
 from pairclf.model.scoring import by_order, items_of, score
 from pairclf.model.weights import load_classifier
 from pairclf.run import OOF, labelled_rows

@@ -30,6 +30,7 @@ from pairclf.approaches.finetune.drift import (
 from pairclf.approaches.finetune.merge import check_target, load_whole, refuse_other_bundle, without_adapter
 from pairclf.bundles.bundle import Bundle, open_bundle, write_bundle
 from pairclf.bundles.contents import MANIFEST, BundleFiles
+from pairclf.bundles.inputs import builder_of
 from pairclf.bundles.manifest import Probe, amend
 from pairclf.config import Config, Model, override
 from pairclf.console import console, counted
@@ -38,7 +39,7 @@ from pairclf.files import atomic_folder
 from pairclf.inputs.sequences import Item, branches_of
 from pairclf.model.backbone import load_base, load_tokenizer, pick_device, stored_weights
 from pairclf.model.device_memory import free_memory
-from pairclf.model.inputs import builder_of, encoded_rows
+from pairclf.model.inputs import encoded_rows
 from pairclf.model.scoring import items_of
 from pairclf.model.weights import save_weights
 from pairclf.run import Paths, bundles_of, labelled_rows, output_of

@@ -28,6 +28,7 @@ from pairclf.approaches.finetune.resource_forecast import (
     training_operations,
 )
 from pairclf.approaches.finetune.step import Examples, StepResult, TrainState
+from pairclf.approaches.protocol import MEMORY_GB
 from pairclf.config import Config, Train
 from pairclf.config.dump import flat_settings
 from pairclf.console import console, counted
@@ -106,7 +107,7 @@ class TrainingLog:
             "seconds": self.seconds,
             "tokens_per_second": since["tokens"] / since["seconds"],
             "padding": 1 - since["tokens"] / since["computed"],
-            "memory_gb": peak_memory(self._accelerator.device) / 1e9,
+            MEMORY_GB: peak_memory(self._accelerator.device) / 1e9,
             "mfu": since["operations"] / since["seconds"] / self._peak if self._peak else None,
         }
 
@@ -114,7 +115,7 @@ class TrainingLog:
         words = ["loss not finite" if line["loss"] is None else f"loss {line['loss']:.4f}"]
         words += [f"{line['tokens_per_second']:,.0f} tokens/s"]
         words += [f"padding {line['padding']:.0%}"] if line["padding"] > 0.0005 else []
-        words += [f"{line['memory_gb']:.1f} GB"]
+        words += [f"{line[MEMORY_GB]:.1f} GB"]
         words += [f"MFU {line['mfu']:.0%}"] if line["mfu"] else []
         words += [f"{line['skipped']} skipped"] if line["skipped"] else []
         return ", ".join(words)
@@ -219,6 +220,21 @@ def print_plan(state: TrainState, steps: int, estimate: TrainingEstimate, folder
     for warning in (memory_warning(estimate.forecast, config), busy(estimate.forecast)):
         if warning is not None:
             console.print(warning, style="yellow")
+
+
+def check_hours(limit: float | None, estimate: TrainingEstimate, share_left: float) -> None:
+    """Refuse a training that would take longer than `train.max_hours`, by the share of its steps that is left.
+
+    Raises:
+        ConfigError: it would.
+    """
+    hours = estimate.forecast.seconds * share_left / 3600
+    if limit is not None and hours > limit:
+        raise ConfigError(
+            f"the fit check expects {hours:.3g} hours for this training, and train.max_hours={limit:.3g}",
+            where="train.max_hours",
+            remedy="train fewer steps or rows, or allow more hours",
+        )
 
 
 def report_forecast_error(estimate: TrainingEstimate, share_done: float, seconds: float, device: torch.device) -> None:

@@ -2,7 +2,8 @@
 
 Our head is one linear layer on a state. That of transformers' classes for decoders is one, too, without a bias. Those
 for encoders have a layer and an activation before it, which are set to change nothing within float32's precision: a
-tanh of a ten-thousandth of the state, or a GELU far on its straight side.
+tanh of a ten-thousandth of the state, or a GELU far on its straight side. A reward model is a stock one with one label,
+which is given a prompt and one answer.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelFor
 
 from pairclf.approaches.finetune.merge import load_whole, without_adapter
 from pairclf.bundles.bundle import Bundle, open_bundle
+from pairclf.bundles.inputs import builder_of
 from pairclf.console import console
 from pairclf.errors import ModelError
 from pairclf.files import atomic_folder
-from pairclf.inputs.sequences import Item
+from pairclf.inputs.sequences import branches_of
+from pairclf.inputs.truncate import Ids
 from pairclf.model.backbone import load_tokenizer
 from pairclf.model.engine import Classifier
-from pairclf.model.inputs import builder_of
-from pairclf.model.readout import LinearHead, TwoLayerHead
+from pairclf.model.readout import LinearHead, RewardHead, TwoLayerHead
 from pairclf.model.scoring import items_of, score
 from pairclf.scores.metrics import Floats
+from pairclf.task import REWARD
 
 CONFIG = "config.json"
 
@@ -76,8 +79,8 @@ def export_stock(folder: Path, out: Path, *, base: Path | None = None) -> Path:
     """
     bundle = open_bundle(folder)
     bundle.config.require("model", "export")
-    if bundle.config.model.readout != "head":
-        raise _refusal(bundle, f"model.readout={bundle.config.model.readout} is no linear layer on one state")
+    if bundle.config.model.readout == "label_tokens":
+        raise _refusal(bundle, "model.readout=label_tokens reads the LM head, which that class has not")
     with atomic_folder(out, known_by=CONFIG) as new:
         classifier, _ = load_whole(bundle, new, "float32", base)
         classifier = without_adapter(classifier, torch.float32).eval()
@@ -112,10 +115,14 @@ def _stock_model(bundle: Bundle, classifier: Classifier, pad: int) -> Any:
     pooling = "last" if classifier.family.causal else "first"
     if classifier.pooling != pooling:
         raise _refusal(bundle, f"model.pooling={classifier.pooling}, and that class reads the {pooling} token's state")
-    task = bundle.config.task
-    settings.id2label = dict(enumerate(task.classes))
-    settings.label2id = {name: place for place, name in enumerate(task.classes)}
-    settings.problem_type = "multi_label_classification" if task.multi_label else "single_label_classification"
+    task, rewards = bundle.config.task, isinstance(classifier.head, RewardHead)
+    if rewards and not classifier.family.causal:
+        raise _refusal(bundle, "the first token of a side's text, which the rewards of an encoder read, is not its own")
+    labels = (REWARD,) if rewards else task.classes
+    settings.id2label = dict(enumerate(labels))
+    settings.label2id = {name: place for place, name in enumerate(labels)}
+    of_classes = "multi_label_classification" if task.multi_label else "single_label_classification"
+    settings.problem_type = "regression" if rewards else of_classes
     if classifier.family.causal or settings.pad_token_id is None:
         settings.pad_token_id = pad  # the class reads the last other token; RoBERTa counts positions by its own
     settings._attn_implementation = None  # ours is registered under a name that transformers alone has not
@@ -153,21 +160,23 @@ def _fill_head(bundle: Bundle, classifier: Classifier, stock: Any) -> None:
             _copy(last, weight, (_bias(head).double() - SHIFT * weight.double().sum(dim=1)).float())
         return
     score_layer = getattr(stock, "score", None)
-    if not isinstance(score_layer, nn.Linear) or not isinstance(head, LinearHead):
+    if not isinstance(score_layer, nn.Linear) or not isinstance(head, LinearHead | RewardHead):
         raise _refusal(bundle, f"the head of the class of {kind} is none that model.head={bundle.config.model.head} is")
     if score_layer.bias is None and bool(_bias(head).any()):
         raise _refusal(
             bundle,
-            f"the class of {kind} has a head without a bias, and this one was trained with one",
-            remedy="train it with model.head_bias=false",
+            f"the class of {kind} has a head without a bias, and this one was trained with one. A bias moves a class "
+            "by a constant, and no weights on a normalised state do that",
+            remedy="train with model.head_bias=false; pairclf.load and pairclf export --to float32 keep a bias",
         )
     score_layer.weight.copy_(head.weight)
     if score_layer.bias is not None:
         score_layer.bias.copy_(_bias(head))
 
 
-def _bias(head: LinearHead) -> Tensor:
-    return torch.zeros(head.out_features) if head.bias is None else head.bias
+def _bias(head: LinearHead | RewardHead) -> Tensor:
+    bias = head.bias if isinstance(head, LinearHead) else None
+    return torch.zeros(len(head.weight)) if bias is None else bias
 
 
 def _copy(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
@@ -183,7 +192,10 @@ def _compare(bundle: Bundle, classifier: Classifier, new: Path, pad: int) -> tup
     items = items_of(builder_of(bundle).encode([probe.row() for probe in probes]), orders=2)
     ours = score(classifier, items, tokens_per_batch=None, visible=False)
     stock: Any = AutoModelForSequenceClassification.from_pretrained(new, dtype=torch.float32).eval()
-    theirs = _logits(stock, items, pad)
+    theirs = _logits(stock, [ids for item in items for ids in branches_of(item.ids)], pad)
+    if isinstance(classifier.head, RewardHead):
+        with torch.inference_mode():
+            theirs = classifier.head.logits_of(torch.from_numpy(theirs).view(-1, 2)).double().numpy()
     difference = float(np.abs(theirs - ours).max())
     if not difference <= TOLERANCE:
         raise _refusal(bundle, f"its logits differ by {difference:.2g}, and {TOLERANCE:g} is permitted")
@@ -192,11 +204,11 @@ def _compare(bundle: Bundle, classifier: Classifier, new: Path, pad: int) -> tup
 
 
 @torch.inference_mode()
-def _logits(stock: Any, items: Sequence[Item], pad: int) -> Floats:
+def _logits(stock: Any, sequences: Sequence[Ids], pad: int) -> Floats:
     """Logits `(N, C)` of a stock model, in padded batches as its users make them."""
     parts = []
-    for start in range(0, len(items), 4):
-        ids = [torch.from_numpy(np.asarray(item.ids)).long() for item in items[start : start + 4]]
+    for start in range(0, len(sequences), 4):
+        ids = [torch.from_numpy(sequence).long() for sequence in sequences[start : start + 4]]
         batch = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
         lengths = torch.tensor([len(row) for row in ids])
         mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()

@@ -27,6 +27,7 @@ from pairclf.approaches.finetune.checkpoints import (
 from pairclf.approaches.finetune.distributed import gathered_weights, mode_of, prepare_model, shards
 from pairclf.approaches.finetune.monitor import (
     TrainingLog,
+    check_hours,
     estimate_resources,
     print_plan,
     report_forecast_error,
@@ -110,6 +111,7 @@ def train(
         trust_checkpoint: load an engine's checkpoint that another user wrote: its pickles can run any code.
 
     Raises:
+        ConfigError: it would take longer than `train.max_hours`.
         ModelError: the base can't be loaded; the training diverged; a row does not fit into memory.
         CheckpointError: checkpoints can't be written, or belong to another training.
         StopError: a signal arrived; a checkpoint was written.
@@ -133,6 +135,7 @@ def train(
     progress = _start_or_resume(checkpoints, state, log, resume)
     if estimate is not None:
         print_plan(state, steps, estimate, checkpoints.folder)
+        check_hours(config.train.max_hours, estimate, 1 - progress.step / steps)
         write_text(folder / "config.yaml", dump_config(config))
     start_trackers(config, folder, accelerator)
     if mass is not None and not progress.step:

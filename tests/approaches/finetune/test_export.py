@@ -21,12 +21,12 @@ from pairclf.approaches.finetune import export as job
 from pairclf.approaches.finetune.export import export
 from pairclf.approaches.finetune.merge import merge
 from pairclf.bundles.bundle import Saved, open_bundle
+from pairclf.bundles.inputs import builder_of
 from pairclf.bundles.manifest import read_manifest
 from pairclf.config import Config, dump_config, load_config, resolve
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.errors import BundleError, ConfigError, ModelError
 from pairclf.model.backbone import stored_weights
-from pairclf.model.inputs import builder_of
 from pairclf.model.weights import load_classifier
 from pairclf.runs.fit import fit
 

@@ -22,12 +22,12 @@ from pairclf.approaches import verify_probes
 from pairclf.approaches.finetune.drift import ScoreDrift, require_within
 from pairclf.approaches.finetune.merge import check_alike, error_of_factors, mean_of_factors, mean_of_products, merge
 from pairclf.bundles.bundle import open_bundle
+from pairclf.bundles.inputs import builder_of
 from pairclf.bundles.manifest import amend, read_manifest
 from pairclf.config import Lora, dump_config, override
 from pairclf.data.scores import read_scores, write_scores
 from pairclf.demo.arena import generate, write_lmsys
 from pairclf.errors import BundleError, ConfigError, DataError
-from pairclf.model.inputs import builder_of
 from pairclf.model.scoring import items_of, score
 from pairclf.model.weights import load_classifier
 from pairclf.runs.fit import fit
@@ -182,7 +182,7 @@ def test_merge_finds_a_moved_base_and_refuses_another(
 
 def test_merge_refuses_an_nf4_adapter_on_whole_weights_that_moves_the_loss(nf4: Path, tmp_path: Path, cli: Cli) -> None:
     out = tmp_path / "out"
-    line = ["merge", nf4 / "config.yaml", "--out", out, "--fold", 0, "--into", "float32"]
+    line = ["merge", nf4 / "run", "--out", out, "--fold", 0, "--into", "float32"]
     code, text = cli(*line, "--max-shift", "1e-6")
     assert code == 2
     assert "moved the log loss" in text

@@ -102,6 +102,16 @@ def test_train_gives_tensorboard_its_lines_and_settings_and_says_how_right_the_f
     assert "train.learning_rate: 0.01" in next((tmp_path / "fold0").rglob("hparams.yml")).read_text()
 
 
+def test_a_training_that_would_take_too_long_is_refused_before_its_first_step(
+    config_for: Callable[..., Config], tmp_path: Path
+) -> None:
+    config, rows = config_for("llama", train={"max_hours": 0}), make_rows(8)
+    examples = make_examples(rows, open_inputs(config).builder.encode(rows), config)
+    with pytest.raises(ConfigError, match=r"the fit check expects \S+ hours .* train\.max_hours=0\n"):
+        train(config, examples, tmp_path / "fold0", make_accelerator(config))
+    assert not (tmp_path / "fold0" / "metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow", "trackio"])
 def test_train_gives_other_trackers_its_lines_offline(
     config_for: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str

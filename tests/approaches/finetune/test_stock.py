@@ -17,10 +17,11 @@ import pairclf
 from pairclf.approaches.finetune import stock
 from pairclf.approaches.finetune.stock import export_stock
 from pairclf.bundles.bundle import Bundle, open_bundle
+from pairclf.bundles.inputs import builder_of
 from pairclf.config import Config, resolve
 from pairclf.errors import ConfigError, ModelError
+from pairclf.inputs.sequences import branches_of
 from pairclf.model import readout
-from pairclf.model.inputs import builder_of
 
 MakeConfig = Callable[..., Config]
 
@@ -70,6 +71,34 @@ def test_logits_are_those_of_the_bundle(kind: str, config_for: MakeConfig, tmp_p
     assert not list((tmp_path / "stock").glob("*.bin"))
 
 
+def reward_bundle(folder: Path, config_for: MakeConfig, **model: object) -> Bundle:
+    tree = config_for("llama", model={"readout": "reward", **model}).model_dump(exclude={"classical"})
+    tree["inputs"]["template"] = {"text": "{prompt}\n\nAnswer: {response}\n\nVerdict: "}
+    config = resolve({**tree, "train": tree["train"] | {"layout": "shared"}})
+    return open_bundle(random_bundle(folder / "fold0" / "bundle", config, rows=make_rows(5)))
+
+
+@pytest.mark.parametrize("ties", ["davidson", "rao_kupper"])
+def test_a_reward_model_has_one_label_and_reads_one_answer(
+    ties: str, config_for: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As trl's reward models: a better answer has a larger number."""
+    bundle = reward_bundle(tmp_path, config_for, tie_model=ties)
+    export_stock(bundle.folder, tmp_path / "stock")
+    model: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "stock").eval()
+    assert model.config.id2label == {0: "reward"}
+    rows = builder_of(bundle).encode([probe.row() for probe in bundle.manifest.probes])
+    for probe, (both, *_) in zip(bundle.manifest.probes, rows, strict=True):
+        sides = branches_of(both.ids)
+        with torch.inference_mode():
+            a, b = (model(input_ids=torch.from_numpy(side).long()[None]).logits.item() for side in sides)
+        assert abs(a + b - sum(probe.logits[0][:2])) <= 1e-4
+        assert (a > b) == (probe.logits[0][0] > probe.logits[0][1])
+    monkeypatch.setattr(stock, "branches_of", lambda ids: branches_of(ids)[::-1])
+    with pytest.raises(ModelError, match="its logits differ by"):
+        export_stock(bundle.folder, tmp_path / "other")
+
+
 @pytest.mark.parametrize(("kind", "name", "value"), [("electra", "SHIFT", 0.0), ("bert", "SCALE", 1.0)])
 def test_other_logits_are_refused_and_nothing_is_written(
     kind: str, name: str, value: float, config_for: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -103,7 +132,7 @@ def test_the_command_writes_it(
     trained_run: Callable[[str], Path], config_for: MakeConfig, tmp_path: Path, cli: Callable[..., tuple[int, str]]
 ) -> None:
     run, out = trained_run("llama"), tmp_path / "stock"
-    code, printed = cli("export", run / "config.yaml", "--fold", 0, "--to", "transformers", "--out", out)
+    code, printed = cli("export", run / "run", "--fold", 0, "--to", "transformers", "--out", out)
     assert (code, out.exists()) == (2, False)
     assert "head without a bias" in printed
     bundle = bundle_of(tmp_path, config_for, "llama")

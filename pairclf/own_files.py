@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -29,8 +30,20 @@ def shipped(name: str) -> Path:
     Raises:
         PackagingError: neither place holds it.
     """
-    top = checkout()
-    path = (_PACKAGE / "_shipped" if top is None else top) / name
+    path = _top() / name
     if not path.exists():
         raise PackagingError(f"pairclf's own {name} is missing", where=path, remedy="install pairclf again")
     return path
+
+
+def or_shipped(path: Path) -> Path:
+    """The path of a config; where there is none, pairclf's own config of this name: `configs/lmsys/classical.yaml`."""
+    if path.parts[:1] != ("configs",) or os.path.lexists(path):
+        return path
+    own = _top() / path
+    return own if own.is_file() else path
+
+
+def _top() -> Path:
+    top = checkout()
+    return _PACKAGE / "_shipped" if top is None else top
