@@ -33,7 +33,7 @@ FOLDER = Path(__file__).parent
 LIMIT = 300
 """Seconds after which a benchmark is ended."""
 HELPERS = ("all", "steps")
-"""Files beside the benchmarks that are none."""
+"""Files in this folder that are no benchmarks."""
 
 
 class Record(NamedTuple):
@@ -188,7 +188,7 @@ def write_report(path: Path, names: Sequence[str], found: dict[str, Figures], se
             "command": shlex.join(["python", f"benchmarks/{script_of(name)}.py", *shlex.split(RECORDS[name].small)]),
             "means": RECORDS[name].means,
             "goal_at_full_size": RECORDS[name].goal,
-            **found.get(name, {"error": "left for the next call"}),
+            **found[name],
         }
         for name in names
     }
@@ -199,7 +199,7 @@ def write_report(path: Path, names: Sequence[str], found: dict[str, Figures], se
 def print_table(names: Sequence[str], found: dict[str, Figures]) -> None:
     shown = table("benchmarks at a small size", "benchmark", "seconds", "figures")
     for name in names:
-        line = found.get(name, {"error": "left for the next call"})
+        line = found[name]
         values = {key: value_of(line, key) for key in RECORDS[name].shown}
         figures = ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
@@ -226,7 +226,7 @@ def main(
     found = run_steps(steps, results, seconds=60 * options.minutes, clock=clock, run=run)
     write_report(out, names, found, clock() - start)
     print_table(names, found)
-    failed = [name for name in names if "error" in found.get(name, {"error": ""})]
+    failed = [name for name in names if "error" in found[name]]
     if not failed:
         shutil.rmtree(work)
     print(json.dumps({"benchmarks": len(names), "failed": failed, "report": str(out)}))

@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 from pairclf.console import stdout
-from pairclf.scores.blend import BLENDS, HeldOutRows, cross_fit, gains
+from pairclf.scores.blend import HeldOutRows, blends_of, cross_fit, gains
 from pairclf.scores.probabilities import probabilities
 from pairclf.task import LMSYS
 
@@ -44,7 +44,8 @@ def main() -> None:
     folds = np.random.default_rng(1).integers(options.folds, size=options.rows)
     figures: dict[str, object] = {"rows": options.rows, "members": options.members, "folds": options.folds}
     wall, cpu, best = time.perf_counter(), time.process_time(), ("", np.inf)
-    for name, fit in BLENDS.items():
+    ways = blends_of(LMSYS)
+    for name, fit in ways.items():
         start = time.perf_counter()
         fitted = fit(rows)
         nested = rows.loss(cross_fit(fit, rows, folds, lambda: None))
@@ -53,7 +54,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         figures[name] = {"seconds": round(seconds, 2), "nested": round(nested, 5), "optimism": round(nested - own, 6)}
         stdout.print(f"{name:<22} {seconds:6.1f} s  nested {nested:.5f}  optimism {nested - own:+.6f}")
-    ordered = gains(BLENDS[best[0]](rows), rows)
+    ordered = gains(ways[best[0]](rows), rows)
     stdout.print(f"best: {best[0]}; gains {', '.join(f'{member}: {gain:.4f}' for member, gain in ordered)}")
     stdout.print(f"(M - 1) / (2 N) = {(options.members - 1) / (2 * options.rows):.6f}")
     figures |= {"wall_s": round(time.perf_counter() - wall, 1), "cpu_s": round(time.process_time() - cpu, 1)}

@@ -87,8 +87,9 @@ from pairclf.scores.metrics import Floats
 from pairclf.task import LMSYS, Row
 
 ROOT = Path(__file__).parents[1]
-APPROACH = "pairclf.approaches.finetune.approach"
+APPROACH = "pairclf.approaches.torch_models"
 CLASSES, LONGEST = len(LMSYS.classes), 2048
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GEMMA_9B: dict[str, Any] = {
     "hidden_size": 3584,
     "intermediate_size": 14_336,
@@ -156,10 +157,6 @@ class Bench:
     @property
     def device(self) -> torch.device:
         return pick_device()
-
-    @property
-    def dtypes(self) -> list[torch.dtype]:
-        return [torch.float32, torch.bfloat16, torch.float16]
 
     def base(self, shape: str) -> Path:
         """The folder of a base of this shape with a head; made by the first part that asks."""
@@ -297,7 +294,7 @@ def compare_layouts(bench: Bench) -> Figures:
     found: Figures = {}
     items = items_of(bench.encoded(8), orders=2)
     for shape in ("smollm2-135m", "gemma-2-9b-4-layers"):
-        for dtype in bench.dtypes:
+        for dtype in DTYPES:
             classifier = scored_model(bench, shape, dtype)
             trimmed = {layout: classifier.why_not_trim(layout) is None for layout in ("padded", "packed", "shared")}
 
@@ -837,18 +834,13 @@ def main(
         print(json.dumps(run_part(options.here, bench)))
         return 0
     given = [*(["--miniature"] if options.miniature else []), "--out", str(out), "--bases", str(bench.bases)]
-    steps = [
-        Step(
-            name, [sys.executable, __file__, "--here", name, *given], 600 if options.miniature else PARTS[name].seconds
-        )
-        for name in options.parts
-    ]
+    limits = {name: 600 if options.miniature else PARTS[name].seconds for name in options.parts}
+    steps = [Step(name, [sys.executable, __file__, "--here", name, *given], limits[name]) for name in limits]
     found = run_steps(steps, out / "results.jsonl", seconds=60 * options.minutes, clock=clock, run=run)
     for name in options.parts:
-        outcome = found.get(name, {"error": "left for the next call"}).get("error") or "done"
-        print(f"{name:14s} goal: {PARTS[name].goal}: {outcome}")
+        print(f"{name:14s} goal: {PARTS[name].goal}: {found[name].get('error', 'done')}")
     print(json.dumps(found))
-    return int(any("error" in found.get(name, {"error": ""}) for name in options.parts))
+    return int(any("error" in figures for figures in found.values()))
 
 
 if __name__ == "__main__":

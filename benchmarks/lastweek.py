@@ -64,7 +64,7 @@ from pairclf.runs.distill import TAUGHT, UNTAUGHT, distill, plan_students
 from pairclf.runs.held_out import CommonRows, open_runs
 from pairclf.runs.plan import plannable
 from pairclf.runs.suspects import find_suspects, write_suspects
-from pairclf.runs.text_shift import LENGTHS, chances_of, text_features
+from pairclf.runs.text_shift import LENGTHS, shift_of_features, text_features
 from pairclf.scores.intervals import Estimate, difference, mean_of
 from pairclf.scores.metrics import Floats, row_losses
 from pairclf.scores.plans import (
@@ -82,7 +82,7 @@ from pairclf.scores.plans import (
     uses_of,
 )
 from pairclf.scores.probabilities import probabilities
-from pairclf.scores.score_forecast import ScoreDraws, draw_scores, interval_of, shift_of
+from pairclf.scores.score_forecast import ScoreDraws, draw_scores, interval_of
 from pairclf.task import LMSYS
 
 CONFIG = "configs/demo/classical.yaml"
@@ -353,8 +353,8 @@ def one_set(pool: Pool, seed: int, options: argparse.Namespace, shifted: bool) -
     both = np.concatenate([held, hidden])
     is_hidden = np.arange(len(both)) >= len(held)
     lengths = len(LENGTHS) * len(LMSYS.fields)
-    chances = chances_of(pool.features[both], is_hidden, pool.groups[both] % FOLDS, lengths)
-    shift = shift_of(chances, is_hidden, pool.groups[both])
+    groups = pool.groups[both]
+    shift = shift_of_features(pool.features[both], is_hidden, groups, groups % FOLDS, lengths)
     found: dict[str, Any] = {"auc": shift.area.value, "found": shift.found, "effective_rows": shift.effective_rows}
     for name, importance in (("forecast", shift.importance), ("unweighted", None)):
         draws = draw_scores(
@@ -430,7 +430,7 @@ def guide(options: argparse.Namespace) -> dict[str, Any]:
     ids, prompts = rows["id"].to_list(), prompt_groups(rows, LMSYS).to_list()
     truth = truth_of(Path(), ids, HIDDEN)
     labels = {row.id: row.label for row in hidden.rows}
-    drawn = np.eye(3)[[labels[row] for row in ids]]
+    targets = np.eye(3)[[labels[row] for row in ids]]
     scored = {path: hidden_losses(truth, path) for path in (*RUNS, *FILES)}
     files = {path: read_ensemble([Path(path)]) for path in FILES}
     held = open_runs([Path(run) for run in RUNS])
@@ -448,7 +448,7 @@ def guide(options: argparse.Namespace) -> dict[str, Any]:
     single = min(RUNS, key=lambda run: losses[Path(run).name].mean())
     plan_loss = files["plan.yaml"].out_of_fold["log_loss"] - files["ensemble.yaml"].out_of_fold["log_loss"]
     public = np.random.default_rng(0).permutation(len(ids)) < expected["public_rows"]
-    real = {path: row_losses(values, drawn) for path, (_, values) in scored.items()}
+    real = {path: row_losses(values, targets) for path, (_, values) in scored.items()}
     return {
         "entropy": float(row_losses(truth, truth).mean()),
         "true_loss": {path: float(loss.mean()) for path, (loss, _) in scored.items()},

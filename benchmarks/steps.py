@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pairclf.files import open_to_append
+from pairclf.signals import ENDING, answering
 
 Figures = dict[str, Any]
 
@@ -33,14 +34,21 @@ class StepError(Exception):
     """A step ended without figures."""
 
 
+LEFT: Figures = {"error": "left for the next call"}
+"""The line of a step that was not run."""
+
 Run = Callable[[Step, float, Path], Figures]
 """Runs a step within so many seconds, with a file for its output; raises `StepError`."""
 
 
 def read_results(path: Path) -> dict[str, Figures]:
     """The last line of each step, by name."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {line["name"]: line for line in map(json.loads, lines)}
+    found: dict[str, Figures] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):  # a full disk or a kill left a part of the line: the step is not done
+            line = json.loads(text)
+            found[line["name"]] = line
+    return found
 
 
 def run_steps(
@@ -51,7 +59,7 @@ def run_steps(
     clock: Callable[[], float] = time.monotonic,
     run: Run | None = None,
 ) -> dict[str, Figures]:
-    """Run the steps that are not done, and return the line of each that has one, by name.
+    """Run the steps that are not done, and return the line of each step, by name; `LEFT` for one that was not run.
 
     Args:
         steps: in the order in which they run.
@@ -63,7 +71,7 @@ def run_steps(
     results.parent.mkdir(parents=True, exist_ok=True)
     end, found = clock() + seconds, read_results(results)
     for step in steps:
-        if "error" not in found.get(step.name, {"error": "not run"}):
+        if "error" not in found.get(step.name, LEFT):
             print(f"{step.name}: done before", flush=True)
             continue
         start = clock()
@@ -79,17 +87,21 @@ def run_steps(
         with open_to_append(results) as file:
             file.write(f"{line}\n".encode())
         print(line, flush=True)
-    return {step.name: found[step.name] for step in steps if step.name in found}
+    return {step.name: found.get(step.name, LEFT) for step in steps}
+
+
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def run_process(step: Step, seconds: float, log: Path) -> Figures:
-    """Run a step's command, and end it with all its processes after so many seconds.
+    """Run a step's command, and end it with all its processes after so many seconds, or when this process is to end.
 
     Raises:
         StepError: it failed, took longer, or printed no line of JSON.
     """
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    with log.open("wb") as output:
+    with log.open("wb") as output, answering(ENDING, _end):  # the step has a session of its own, and hears nothing
         child = subprocess.Popen(
             step.command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )

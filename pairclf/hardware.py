@@ -15,11 +15,11 @@ A guess."""
 
 
 _GPU_NODES = "/dev/nvidiactl", "/dev/kfd", "/dev/dxg"
-"""Devices of the drivers of NVIDIA and AMD, and of Windows' for Linux inside of it."""
+"""Files of the drivers of NVIDIA, of AMD, and of Linux inside of Windows (WSL)."""
 
 
 def has_gpu_driver() -> bool:
-    """Whether this machine may have a GPU. Only where it may, torch must be asked, which takes seconds to import."""
+    """Whether this machine may have a GPU. If not, nobody needs to ask torch, which takes seconds to import."""
     return any(os.path.exists(node) for node in _GPU_NODES)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pairclf
+from pairclf.console import console
 from pairclf.errors import PackagingError
 
 _PACKAGE = Path(pairclf.__file__).resolve().parent
@@ -37,11 +39,19 @@ def shipped(name: str) -> Path:
 
 
 def or_shipped(path: Path) -> Path:
-    """The path of a config; where there is none, pairclf's own config of this name: `configs/lmsys/classical.yaml`."""
-    if path.parts[:1] != ("configs",) or os.path.lexists(path):
+    """The path of a config, or of a folder of them; where there is none, pairclf's own: `configs/lmsys/base.yaml`."""
+    name = Path(os.path.relpath(path))  # of `extends: ../lmsys/base.yaml`, or below the whole path of this folder
+    if name.parts[:1] != ("configs",) or os.path.lexists(path) or not (own := _top() / name).exists():
         return path
-    own = _top() / path
-    return own if own.is_file() else path
+    if own.is_file():
+        _note(name)
+    return own
+
+
+@cache
+def _note(name: Path) -> None:
+    """Said once: who stands in another folder than his config's means another file."""
+    console.print(f"note: {name} is pairclf's own config, as this folder has no such file")
 
 
 def _top() -> Path:

@@ -23,7 +23,7 @@ from pairclf.data.formats import check_is_file, expand
 from pairclf.data.identity import fingerprint
 from pairclf.data.rows import read_rows, scan_rows, to_rows
 from pairclf.data.teachers import with_soft_labels
-from pairclf.errors import ConfigError, DataError, quoted
+from pairclf.errors import ConfigError, DataError, cut, quoted
 from pairclf.files import MAX_JSON, locked, parsed, read_plain, write_text
 from pairclf.inputs.cache import Frames
 from pairclf.scores.figures import METRICS
@@ -129,6 +129,24 @@ def trained_as(paths: Paths) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return read if isinstance(read, dict) else {}
+
+
+def training_log(paths: Paths) -> list[dict[str, Any]]:
+    """The lines of a training's metrics.jsonl; none of classical models and prompts, which train no steps.
+
+    A last line without an end, which a training leaves that is killed, does not count.
+
+    Raises:
+        DataError: the file can't be read.
+    """
+    path = paths.folder / "metrics.jsonl"
+    try:
+        lines = [parsed(line) for line in read_plain(path, MAX_JSON).split("\n")[:-1]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} can't be read: {cut(error)}", remedy="train the fold again, or remove it") from error
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def trained_otherwise(config: Config, trained: Mapping[str, Any]) -> dict[str, str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Thread
 from types import FrameType
 from typing import Any
 
@@ -75,3 +77,18 @@ def leave_to_parent() -> None:
     """Ignore them in a process that works for another, which handles them and ends it."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
+
+
+def work_for_parent() -> None:
+    """In a process of a pool: leave signals to the parent, and end when that was killed: it would wait for ever."""
+    leave_to_parent()
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    from multiprocessing import parent_process  # such a process has it
+
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -32,6 +32,8 @@ _OWN_WORDS = {
 }
 _BESIDE_CLASSES = {"orders", "models", "seen", "prompt", "row_hash", "fold"}  # columns of scores
 
+_OF_ORDERS = ("ab_{}", "ba_{}", "{}_AB", "{}_BA")  # of columns with a class's probability in one order
+
 SIDE = "response"
 """The place of either side's text in a template that shows one side."""
 
@@ -108,7 +110,8 @@ class Task(BaseModel):
             values = getattr(self, name) or ()
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} {list(values)} name one thing twice")
-        if taken := (_OWN_WORDS & {*self.fields, *self.classes}) | (_BESIDE_CLASSES & {*self.classes}):
+        of_orders = {form.format(name) for form in _OF_ORDERS for name in self.classes}
+        if taken := (_OWN_WORDS & {*self.fields, *self.classes}) | ((_BESIDE_CLASSES | of_orders) & {*self.classes}):
             raise ValueError(f"{sorted(taken)} are words of pairclf's own; name fields and classes otherwise")
         if (self.swap_fields is None) != (self.swap_classes is None):
             raise ValueError("swap_fields and swap_classes must be given together or not at all")

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--notebooks", type=int, default=20, help="simulated in tests/inference/test_loop.py")
+    parser.addoption("--notebooks", type=int, default=8, help="simulated in tests/inference/test_loop.py")
     parser.addoption("--kills", type=int, default=2, help="kills at random moments in test_predict and test_files")
     parser.addoption("--thorough", action="store_true", help="also run what has a shorter sibling in the suite")
 
@@ -87,6 +88,28 @@ def _state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What pairclf notes about packages on this machine is the tests' own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _made_once() -> Iterator[None]:
+    """The tree of commands takes 50 ms to make at each call of one, and a bundle's settings 10 ms to parse."""
+    import typer.main
+
+    from pairclf.config import parse
+
+    trees: dict[str, object] = {}
+    construct = parse._Loader.get_single_data
+
+    def parsed_once(loader: parse._Loader) -> object:
+        text = str(loader.buffer)
+        if text not in trees:
+            trees[text] = construct(loader)
+        return deepcopy(trees[text])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parse._Loader, "get_single_data", parsed_once)
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
         yield
 
 

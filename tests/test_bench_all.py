@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +72,7 @@ def test_steps_are_done_once_and_in_time(tmp_path: Path, capsys: pytest.CaptureF
     assert found["a"] == {"name": "a", "took_s": 10, "figure": "a"}
     assert found["b"] == {"name": "b", "took_s": 10, "error": "no luck"}
     assert "d: left for the next call" in capsys.readouterr().out
+    assert found.pop("d") == steps.LEFT
     assert [json.loads(line) for line in results.read_text().splitlines()] == list(found.values())
 
     fails.clear()
@@ -101,6 +104,31 @@ def test_a_process_leaves_its_last_line_of_json(tmp_path: Path) -> None:
 def test_a_process_that_fails_says_why(tmp_path: Path, code: str, seconds: float, message: str) -> None:
     with pytest.raises(steps.StepError, match=message):
         steps.run_process(python(code), seconds, tmp_path / "log")
+
+
+def test_nothing_is_left_of_a_step_when_the_benchmark_is_ended(tmp_path: Path) -> None:
+    """A queue's limit and a closed terminal, too, would leave a process that holds the GPU."""
+    code = f"import os, time; print(os.getpid(), flush=True); os.kill({os.getpid()}, 15); time.sleep(60)"
+    with pytest.raises(SystemExit) as ended:
+        steps.run_process(python(code), 60.0, tmp_path / "log")
+    assert ended.value.code == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "log").read_text()), 0)
+
+
+def test_a_line_that_is_not_whole_is_of_a_step_that_is_not_done(tmp_path: Path) -> None:
+    results, calls = tmp_path / "results.jsonl", list[str]()
+    results.write_text('{"name": "a", "figure": 1}\n{"name": "b", "fig')
+
+    def run(step: Any, *_: object) -> Figures:
+        calls.append(step.name)
+        return {"figure": 2}
+
+    plan = [steps.Step(name, ["true"], 15.0) for name in "abc"]
+    found = steps.run_steps(plan, results, seconds=60, clock=lambda: 0.0, run=run)
+    assert calls == ["b", "c"]
+    assert [found[name]["figure"] for name in "abc"] == [1, 2, 2]
+    assert steps.read_results(results).keys() >= {"a", "c"}
 
 
 def test_the_report_has_every_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,11 +154,12 @@ def test_version_is_printed(cli: Callable[..., tuple[int, str]]) -> None:
 
 TYPOS: dict[str, list[str]] = {
     "verify nosuch": ["no bundle"],
-    "predict run --data rows.csv": ["below it: run/fold0/bundle"],
+    "predict run/fold0 --data rows.csv": ["below it: run/fold0/bundle"],
     "predict nosuch --data rows.csv": ["no bundle"],
     "predict nosuch --data nosuch.csv": ["no such file"],
     "forecast nosuch --data rows.csv": ["no bundle"],
-    "package nosuch": ["can't be read"],
+    "package nosuch": ["there is no config nosuch"],
+    "cv configs/lmsys/clasical.yaml": ["there is no config", "the nearest is configs/lmsys/classical.yaml"],
     "runs nosuch": ["no finished training"],
     "train c.yaml --fold 9": ["fold 9 does not exist"],
     "train c.yaml --fold 0 --fold 1": ["takes one fold", "pairclf cv CONFIG --fold 0 --fold 1"],
@@ -230,8 +231,10 @@ def test_settings_are_set_with_an_option_too(tmp_path: Path, cli: Callable[..., 
 
 
 WAITING = """
-import os, sys
+import ctypes, os, sys
+from importlib.util import find_spec
 from multiprocessing import get_context
+from pathlib import Path
 from pairclf.cli import main
 from pairclf.runs import processes
 
@@ -246,7 +249,8 @@ except SystemExit:
             print(*pool.map(os.getenv, names))
     processes.COMMAND = (sys.executable, "-c", f"import os; print(*map(os.getenv, {names}))")
     processes.run_processes(2, [])
-    import torch  # whose OpenMP says on loading how it was set
+    torch = Path(find_spec("torch").origin).parent
+    ctypes.CDLL(next(torch.glob("lib/libgomp*")))  # its OpenMP says on loading how it was set
 """
 
 

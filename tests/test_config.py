@@ -307,7 +307,7 @@ def test_only_a_regular_file_is_extended(tmp_path: Path, extended: str) -> None:
     (tmp_path / "large.yaml").write_text("#" * (MAX_YAML + 1))
     path = tmp_path / "x.yaml"
     path.write_text(json.dumps({"extends": extended[:900_000]}))
-    with pytest.raises(ConfigError, match=r"can't be read|has the character U\+0000"):
+    with pytest.raises(ConfigError, match=r"can't be read|there is no config|has the character U\+0000"):
         load_config(path)
     for name in ("fifo", "large.yaml"):
         with pytest.raises(ConfigError, match="can't be read"):

@@ -40,6 +40,11 @@ def test_every_extra_is_tested_here() -> None:
     assert sorted(kaggle_extra.PACKAGES) == modules_of("kaggle")
 
 
+def test_the_page_about_the_installation_lists_every_extra() -> None:
+    page = (Path(__file__).parents[1] / "docs/install.md").read_text(encoding="utf-8")
+    assert [extra for extra in sorted(EXTRAS.keys() - {"browser"}) if f"[{extra}]'" not in page] == []
+
+
 @pytest.mark.parametrize("module", kaggle_extra.PACKAGES)
 def test_the_kaggle_extra_is_named(without: Callable[[str], None], module: str) -> None:
     require_extra()

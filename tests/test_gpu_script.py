@@ -96,7 +96,7 @@ def test_without_a_gpu_it_asks_for_the_miniature(tmp_path: Path, capsys: pytest.
 
 def test_a_layout_that_mixes_rows_fails(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lay_out = gpu.packed
-    monkeypatch.setattr(gpu.Bench, "dtypes", [torch.float32])
+    monkeypatch.setattr(gpu, "DTYPES", [torch.float32])
     monkeypatch.setattr(gpu, "packed", lambda items: gpu.one_topology(lay_out(items)))
     with pytest.raises(gpu.PartError, match="packed, loop is off by"):
         gpu.compare_layouts(tiny)

@@ -11,9 +11,9 @@ from tests_support import hollow_bundle, hollow_run
 
 from pairclf.approaches.finetune.merge import merge
 from pairclf.config import Config, resolve
-from pairclf.errors import ConfigError
+from pairclf.errors import ConfigError, DataError
 from pairclf.inference.ensemble import open_ensemble
-from pairclf.run import bundles_of
+from pairclf.run import Paths, bundles_of, training_log
 from pairclf.runs.evaluate import evaluate_run
 
 
@@ -74,3 +74,26 @@ def test_runs_are_listed(tmp_path: Path, cli: Callable[..., tuple[int, str]]) ->
     assert ".. 0 of 3 - 1.50" in cli("runs", tmp_path / "runs/b/fold0")[1]
     hollow_run(tmp_path / "damaged", trained, seconds="long", finished=5, config_file=[])
     assert ". 0 of 3 - - - (its config file is unknown)" in cli("runs", tmp_path / "damaged")[1]
+
+
+@pytest.mark.parametrize(
+    ("tail", "whole"),
+    [
+        ('{"step": 2, "lo', True),
+        ("\0\0\0", True),
+        ("", True),
+        ('{"step": 2, "lo\n', False),
+        ("[" * 100_000 + "\n", False),
+    ],
+    ids=["killed", "power cut", "whole", "damaged", "deep"],
+)
+def test_the_log_of_a_killed_training_is_read_as_far_as_it_is_whole(tail: str, whole: bool, tmp_path: Path) -> None:
+    paths = Paths(tmp_path, 0)
+    assert training_log(paths) == []
+    paths.folder.mkdir()
+    (paths.folder / "metrics.jsonl").write_text('{"step": 1, "x": "a\u2028b"}\n[1]\n' + tail, encoding="utf-8")
+    if whole:
+        assert training_log(paths) == [{"step": 1, "x": "a\u2028b"}]
+    else:
+        with pytest.raises(DataError, match=r"metrics\.jsonl can't be read"):
+            training_log(paths)

@@ -83,6 +83,8 @@ def test_a_reward_model_reads_pointwise_the_prompt_and_one_side() -> None:
     [
         ({"fields": ("a", "a")}, "one thing twice"),
         ({"fields": ("a", "id")}, "pairclf's own"),
+        ({"classes": ("x", "ab_x")}, r"\['ab_x'\] are words of pairclf's own"),
+        ({"classes": ("x_BA", "y", "x")}, r"\['x_BA'\] are words of pairclf's own"),
         ({"swap_fields": ("a", "b")}, "together or not at all"),
         ({"swap_fields": ("a", "x"), "swap_classes": ("u", "v")}, "must be among fields"),
         ({"swap_fields": ("a", "b"), "swap_classes": ("u", "x")}, "must be among classes"),

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/tasks.md"
 BLOCKS = dict(re.findall(r"```yaml\n# configs/examples/(\w+)\.yaml\n(.*?)```", PAGE.read_text(), re.DOTALL))
 ROWS = 150
+SIBLINGS = {"sentiment": "topics", "answers": "verdicts"}
+"""Examples with fewer classes than another one of their kind, which the suite takes from its files to a notebook."""
 
 Cli = Callable[..., tuple[int, str]]
 
@@ -52,7 +54,9 @@ def test_the_commands_that_are_printed_stand_on_the_page() -> None:
 
 
 @pytest.mark.usefixtures("quick_workers")
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name in SIBLINGS)) for name in EXAMPLES]
+)
 def test_an_example_goes_from_its_files_to_a_notebook(
     name: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

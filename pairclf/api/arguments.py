@@ -19,7 +19,7 @@ EXPECTED = {"AnyConfig": "the path of a YAML file, or a dict of its sections", "
 """What an alias of types means to a user."""
 
 OTHERWISE = {"--fold": "folds", "--figures-only": "out=None"}
-"""Options that arguments stand for under another name."""
+"""By option, the argument of another name that stands for it."""
 
 _OPTION = re.compile(
     r"(?P<command>pairclf [a-z][^;)`\n]*)"  # a remedy's command stays one
@@ -29,7 +29,7 @@ _OPTION = re.compile(
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, with one `ConfigError` for an argument of a wrong type, and its own arguments in its errors."""
+    """The function; an argument of a wrong type is a `ConfigError`, and errors name arguments in place of options."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -47,8 +47,10 @@ def _check_types(function: Callable[..., Any], given: inspect.BoundArguments) ->
     hints, parameters = _hints(function), given.signature.parameters
     for name, value in _single_arguments(given):
         hint = hints.get(name, Any)
+        permitted = {hint, *get_args(hint)}
         # A config is checked already, and pydantic would check it as if it were written by hand.
-        if {Any, type(value)} & {hint, *get_args(hint)} or parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+        is_fine = Any in permitted or type(value) in permitted
+        if is_fine or parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             continue
         try:
             _adapter(hint).validate_python(_plain(value))
@@ -90,12 +92,12 @@ def in_python(text: str, hints: Mapping[str, Any]) -> str:
     """
 
     def argument(match: re.Match[str]) -> str:
-        name = OTHERWISE.get(str(match["option"]), str(match["name"]).replace("-", "_"))
-        if match["command"] or name.partition("=")[0] not in hints:
+        own_name = str(match["name"]).replace("-", "_")
+        name, _, constant = OTHERWISE.get(str(match["option"]), own_name).partition("=")
+        if match["command"] or name not in hints:
             return match[0]
-        kinds = {hints[name.partition("=")[0]], *get_args(hints[name.partition("=")[0]])}
-        if match["value"]:
-            return f"{name}=[{match['value']}]" if name == "folds" else f"{name}={match['value']}"
-        return f"{name}={not match['no']}" if bool in kinds else name
+        if value := constant or match["value"]:
+            return f"{name}=[{value}]" if name == "folds" else f"{name}={value}"
+        return f"{name}={not match['no']}" if bool in {hints[name], *get_args(hints[name])} else name
 
     return _OPTION.sub(argument, text)

@@ -163,6 +163,7 @@ def evaluate(
     return ReportedEvaluation.of(judged, settings.task)
 
 
+@checked
 def report(
     *runs: AnyConfig, out: str | os.PathLike[str] | None = None, config: str | os.PathLike[str] | None = None
 ) -> Path:

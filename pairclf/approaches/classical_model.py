@@ -1,12 +1,12 @@
 """The classical model: one of `MODELS` or a stack of several, their fit on a fold's rows, and their safetensors file.
 
-A stack adds the logits of its members, or has boosted trees read them beside the features. `knn` is a stack of itself:
-mean labels need a temperature. Weights and trees are fitted to logits of training rows that members gave which saw no
-row of the same group: equal and nearly equal prompts share one, as in the outer folds. The IDF and the SVD are those of
-all training rows there, as they know no labels.
+A stack adds the logits of its members, or has boosted trees read them beside the features. `knn` is fitted as a stack
+of itself alone, because its mean labels need a temperature. A stack's weights and trees are fitted to logits of
+training rows, each by members that saw no row of the same group: equal and nearly equal prompts share one, as in the
+outer folds. The IDF and the SVD there are those of all training rows, as they know no labels.
 
 A saved model is one safetensors file of float64 arrays: the IDF of each hashed n-gram, the directions of the SVD, the
-arrays of each member, and the weights of the sum. LightGBM's text files lie beside it.
+arrays of each member, and the weights of a stack. LightGBM's text files lie beside it.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class ModelKind(NamedTuple):
         topics: whether it reads the SVD.
         columns: whether it reads the columns of trees.
         folds: whether it needs inner folds.
-        pooled: whether its probabilities are no good as they are, and it gets a temperature and biases by itself, as
-            a stack of it alone has them.
+        pooled: whether its probabilities need a calibration: it is then fitted as a stack of itself alone, with one
+            weight (a temperature) and biases.
     """
 
     fit: Fit

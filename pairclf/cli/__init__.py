@@ -80,9 +80,9 @@ def keep_folder_out() -> None:
 def set_waiting() -> None:
     """Set how OpenMP's threads wait for each other, here and in the processes that are started, unless the user did.
 
-    By default they spin for milliseconds. On a busy machine they so wait for threads that are not running, ten times as
-    long as sleeping ones; on a free one, threads that sleep at once lose up to half the speed of a small model. A spin
-    of microseconds costs nothing there (`benchmarks/busy.py`).
+    By default they spin for milliseconds. On a busy machine they then wait for threads that are not running, and take
+    ten times as long as threads that sleep. On a free machine, threads that sleep at once cost a small model up to half
+    of its speed, and a spin of microseconds costs nothing (`benchmarks/busy.py`).
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         if os.getloadavg()[0] < (os.cpu_count() or 1) / 2:

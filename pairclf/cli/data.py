@@ -13,9 +13,9 @@ from pairclf.cli.options import (
     Group,
     Overrides,
     TrustRemoteCode,
-    is_override,
     load,
     permit,
+    repeat_option,
     split_overrides,
 )
 from pairclf.console import console, counted, stdout
@@ -30,18 +30,6 @@ class CheckCommand(Command):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, repeat_option("--exclude-overlap", args))
-
-
-def repeat_option(name: str, args: list[str]) -> list[str]:
-    """The arguments with `name a b` spelled out as `name a name b`, up to the next option, setting or `--`."""
-    spelled: list[str] = []
-    several = False
-    for place, arg in enumerate(args):
-        several = arg == name or (several and not arg.startswith("-") and not is_override(arg))
-        if several and arg != name and args[place - 1] != name:
-            spelled.append(name)
-        spelled.append(arg)
-    return spelled
 
 
 @GROUP.command("pairclf check data/lmsys/train.csv --task lmsys data.rules.duplicate_row=drop", cls=CheckCommand)
@@ -98,7 +86,7 @@ def check(
         write=write,
     )
     stdout.print(render(findings))
-    console.print(f"wrote {out}")
+    console.print(f"wrote {out}; docs/data.md says what each rule finds")
     if message := refusal(findings, write):
         console.print(message)
         raise typer.Exit(1)

@@ -115,6 +115,18 @@ def without_set(arguments: Sequence[str]) -> list[str]:
     return others + overrides
 
 
+def repeat_option(name: str, args: list[str]) -> list[str]:
+    """The arguments with `name a b` spelled out as `name a name b`, up to the next option, setting or `--`."""
+    spelled: list[str] = []
+    several = False
+    for place, arg in enumerate(args):
+        several = arg == name or (several and not arg.startswith("-") and not is_override(arg))
+        if several and arg != name and args[place - 1] != name:
+            spelled.append(name)
+        spelled.append(arg)
+    return spelled
+
+
 def one_fold(folds: Sequence[int] | None, instead: str) -> int | None:
     """The fold that is given; None without one.
 

@@ -125,16 +125,19 @@ def rank(
 @GROUP.command("pairclf try runs/lmsys/gemma2-9b-qlora/fold0/bundle --data train.csv", name="try")
 def try_(
     members: Members,
-    data: Annotated[Path | None, typer.Option("--data", help="file whose rows can be loaded by their ids")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="file of rows, such as train.csv: the page loads a row by its id")
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="port of 127.0.0.1; 0: any that is free")] = 0,
     browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
     base: BaseFolder = None,
     trust_remote_code: TrustRemoteCode = False,
     linked_files: LinkedFiles = False,
 ) -> None:
-    """Serve a page on this machine that scores what you type: P of each class in both orders, or a ranking.
+    """Serve a local web page that scores the texts you type: probabilities in both orders, or a ranking.
 
-    It is at a random address of 127.0.0.1, and what is typed is not kept. Needs pairclf[try]. See docs/try.md.
+    Only this machine reaches the page, at a random address of 127.0.0.1, and nothing that you type is kept. It needs
+    `pip install 'pairclf[try]'`. See docs/try.md.
     """
     from pairclf.playground.server import require_extra, serve
 

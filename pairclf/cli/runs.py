@@ -205,7 +205,7 @@ def evaluate(
     ] = None,
     baseline: Annotated[
         Path | None,
-        typer.Option(help="run folder or scores of a simpler model to compare with; default: a classical run beside"),
+        typer.Option(help="run folder or scores of a simpler model; default: a classical run beside this one"),
     ] = None,
     calibrated: Annotated[
         Path | None,
@@ -215,7 +215,7 @@ def evaluate(
         Path | None, typer.Option("--losses", help="parquet file to write with each row's probabilities and losses")
     ] = None,
     figures: Annotated[
-        Path | None, typer.Option("--figures", help="parquet file to write with the figures of --json, a line each")
+        Path | None, typer.Option("--figures", help="parquet file to write with all figures of --json, one a row")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print all figures as JSON in place of the tables")] = False,
     in_sample: Annotated[

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,10 +72,12 @@ def blend(
     method: Annotated[
         str | None, typer.Option(help="the blend to write, by its name in the table; default: the lowest log loss")
     ] = None,
-    out: Annotated[Path, typer.Option(help="the ensemble's file")] = Path("ensemble.yaml"),
-    figures_only: Annotated[bool, typer.Option("--figures-only", help="write no ensemble's file")] = False,
+    out: Annotated[Path, typer.Option(help="the ensemble's file to write")] = Path("ensemble.yaml"),
+    figures_only: Annotated[
+        bool, typer.Option("--figures-only", help="print the tables alone, and write no ensemble's file")
+    ] = False,
     scores: Annotated[
-        Path | None, typer.Option(help="parquet file for the blend's held-out scores, by weights of other folds")
+        Path | None, typer.Option(help="parquet file to write with the blend's scores by weights of other folds")
     ] = None,
     deadline: Deadline = None,
     device: Device = None,
@@ -86,8 +89,8 @@ def blend(
 ) -> None:
     """Fit weights and temperatures to held-out scores, judge them on other folds, and write an ensemble's file.
 
-    With `--deadline`, as in `pairclf blend RUN RUN --deadline 8h30m --device t4x2`, it is the blend with the lowest log
-    loss that is in time. `pairclf predict` and `pairclf package` take the file. See docs/compare.md.
+    `pairclf predict` and `pairclf package` take the file. With `--deadline` it is the blend with the lowest log loss
+    that is done in time: `pairclf blend RUN RUN --deadline 8h30m --device t4x2`. See docs/compare.md.
     """
     from pairclf.files import check_file_target
     from pairclf.inference.ensemble import SUFFIXES
@@ -151,12 +154,13 @@ def report(
     runs: Runs,
     config: LabelsFrom = None,
     out: Annotated[
-        Path | None, typer.Option(help="the file; default: report.html in the folder of the first run")
+        Path | None, typer.Option(help="HTML file to write; default: report.html in the folder of the first run")
     ] = None,
 ) -> None:
-    """Write one HTML file about a run: figures, plots, checks, and rows to look at; others are compared with it.
+    """Write an HTML report about a run: figures, plots, checks, and rows to look at.
 
-    The file needs no network. It holds texts of rows: share it as you may share these. See docs/report.md.
+    Further runs are compared with the first one. The file needs no network. It holds texts of your rows: share it only
+    with people who may read them. See docs/report.md.
     """
     from pairclf.console import console
     from pairclf.reports.report import write_report
@@ -212,7 +216,8 @@ def forecast_score(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="run folders, config files of runs, ensembles' files that `blend` wrote, or files of scores",
+            help="run folders, config files of runs, files of scores, or files that `blend` or `evaluate --calibrated` "
+            "wrote",
         ),
     ],
     public_share: Annotated[
@@ -233,23 +238,24 @@ def forecast_score(
         typer.Option("--rows", min=2, help="rows of the hidden test; default: the file's, or the competition's"),
     ] = None,
     ledger: Annotated[
-        Path | None,
-        typer.Option(help="file that lists all submissions: write the intervals into the lines of these runs' ones"),
+        Path | None, typer.Option(help="file of the ledger: write the intervals beside the submissions of these runs")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Forecast the public and the private score of runs with 90% intervals, and suggest two final picks.
 
-    A blend is forecast by weights of other folds. If the test file has enough rows, a shift between its texts and the
-    held-out ones is measured and taken into account. `pairclf ledger` says how many scores lay in their intervals. See
-    docs/last-week.md.
+    A blend is judged on each row with weights that were fitted to other folds. If the test file has enough rows, the
+    forecast measures how its texts differ from the held-out ones, and corrects for it. After `--ledger`, the command
+    `pairclf ledger` says how many real scores lay in their intervals. See docs/last-week.md.
     """
     from pairclf.console import console, counted
-    from pairclf.publish.ledger import ForecastIntervals, add_forecasts
+    from pairclf.publish.ledger import ForecastIntervals, add_forecasts, refuse_empty
     from pairclf.runs.blended import open_runs_and_ensembles, seals_of
     from pairclf.runs.score_forecast import forecast_scores
     from pairclf.scores.score_forecast import LEVEL
 
+    if ledger is not None:
+        refuse_empty(ledger)
     rows = open_runs_and_ensembles(runs, config, folds=fold or [], common=common)
     forecast = forecast_scores(rows, public_share=public_share, data=data, hidden_rows=hidden_rows)
     if as_json:
@@ -259,13 +265,11 @@ def forecast_score(
     for remark in [] if as_json else forecast.remarks:
         stdout.print(remark, soft_wrap=True)
     if ledger is not None:
-        intervals = [
-            ForecastIntervals(
-                level=LEVEL, public=(own.public.low, own.public.high), private=(own.private.low, own.private.high)
-            )
-            for own in forecast.runs
+        known = [
+            (*seals_of(run), ForecastIntervals(level=LEVEL, public=own.public.ends, private=own.private.ends))
+            for run, own in zip(rows.runs, forecast.runs, strict=True)
+            if isfinite(own.public.mean + own.private.mean)  # no draw of few rows may have a score
         ]
-        known = [(*seals_of(run), own) for run, own in zip(rows.runs, intervals, strict=True)]
         found = add_forecasts(ledger, known)
         console.print(f"{ledger} has {counted(found, 'submission')} of these runs: see `pairclf ledger`")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,13 +67,17 @@ def run_folder(path: Path) -> Path:
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, merged into that of the file that its `extends` names (relative to it)."""
+    """The mapping in a YAML file, merged into that of the file that its `extends` names."""
     path = or_shipped(path)
     try:
         whole = path.resolve()
         if whole in seen:
             raise ConfigError(f"extends comes back to {path}", where=seen[0])
         text = read_plain(path, MAX_YAML)
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(path.name, [file.name for file in or_shipped(path.parent).glob("*.yaml")], n=1)
+        remedy = "give the path of a YAML file" + "".join(f"; the nearest is {path.with_name(name)}" for name in near)
+        raise ConfigError(f"there is no config {cut(path)}", remedy=remedy) from error
     except (OSError, ValueError) as error:
         of_run = sorted(path.glob("*/config.yaml"))[:1] if os.path.isdir(path) else []
         remedy = "give the path of a YAML file" + "".join(f"; of this run: {name}" for name in of_run)
@@ -83,7 +88,14 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"a config is a mapping of sections, not a {type(tree).__name__}", where=path)
     parent = tree.pop("extends", None)
-    return tree if parent is None else _merge(_read(path.parent / str(parent), (*seen, whole)), tree)
+    return tree if parent is None else _merge(_read(_extended(path, str(parent)), (*seen, whole)), tree)
+
+
+def _extended(path: Path, name: str) -> Path:
+    """The file that a config extends: relative to the config; without one, `configs/...` is what it is in a command."""
+    beside = path.parent / name
+    own = Path(name).parts[:1] == ("configs",) and not os.path.lexists(beside)
+    return or_shipped(Path(name)) if own else beside
 
 
 def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

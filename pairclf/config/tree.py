@@ -51,8 +51,8 @@ class Config(Section):
     )
     approach: Literal["finetune", "prompt", "classical"] = Field(
         "finetune",
-        description="kind of model: a fine-tuned language model, one that is prompted and not trained, or TF-IDF with "
-        "logistic regression",
+        description="kind of model: a language model or encoder that is trained, one that is prompted and not trained, "
+        "or TF-IDF and measures of the texts with linear models, neighbours or trees",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="random seed of folds, row order, head initialisation and dropout")
     output_dir: Path | None = Field(

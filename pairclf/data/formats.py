@@ -237,7 +237,8 @@ def check_is_file(path: Path) -> None:
         raise DataError(
             "there is no such file",
             where=path,
-            remedy="check the path; names in a config are relative to its data.folder",
+            remedy="check the path; names in a config are relative to its data.folder. data/README.md says where the "
+            "competitions' files are",
         )
 
 

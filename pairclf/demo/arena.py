@@ -391,7 +391,7 @@ def _joined(turns: Turns) -> str:
 
 
 def mean_traits(answers: Sequence[Answer]) -> tuple[float, ...]:
-    """The traits of a response of several turns."""
+    """The mean traits of a synthetic response, over its turns."""
     return tuple(float(value) for value in np.mean([answer.traits for answer in answers], axis=0))
 
 

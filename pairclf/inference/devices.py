@@ -13,6 +13,7 @@ from typing import NamedTuple
 from pairclf.config import Predict
 from pairclf.errors import ConfigError, ModelError, quoted
 from pairclf.hardware import GIB, HEADROOM, has_gpu_driver
+from pairclf.signals import work_for_parent
 
 _DEVICE = re.compile(r"(cpu|cuda)(?::([0-9]{1,3}))?")
 
@@ -143,7 +144,7 @@ def _too_large(size: int, description: str) -> ModelError:
 
 def _query_gpus() -> list[Gpu]:
     """All CUDA devices, queried in a subprocess: a query creates a CUDA context, which occupies GPU memory."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), work_for_parent) as pool:
         return pool.submit(_list_gpus).result()
 
 

@@ -1,4 +1,4 @@
-"""What predicts: the bundles that were named, or an ensemble's file with weights and temperatures; and their blend.
+"""What predicts: the bundles that were named, or an ensemble's file with weights and calibrations; and their blend.
 
     members:
       - bundle: runs/a/fold0/bundle      # relative to the file's folder
@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -56,20 +57,53 @@ model took .893 to .891 there. These are guesses; set `gain` to the gain measure
 SUFFIXES = (".yaml", ".yml")
 
 
-class MemberFile(Section):
-    """An entry of `members`."""
+class CalibrationFile(Section):
+    """The keys of a calibration, of a member or of the blend."""
 
-    bundle: Path = Field(description="folder of the bundle, relative to this file's")
-    weight: float = Field(1.0, ge=1e-9, le=1e9, description="weight of its probabilities in the mean")
     temperature: Scale | list[Scale] | None = Field(
         None,
-        description="its logits are divided by it; with several labels per row also one a label; null: the bundle's "
-        "predict.temperature",
+        description="the logits are divided by it; with several labels per row also one a label; null: a member's is "
+        "its bundle's predict.temperature, that of the blend is 1",
     )
     tie_scale: Scale = Field(
         1.0, description="factor of the distance of a tie's logit from the mean of the sides' logits"
     )
     tie_bias: float = Field(0.0, ge=-1000, le=1000, description="nats that are added to a tie's logit")
+
+    def calibration(self, task: Task, what: object, temperature: float = 1.0) -> Calibration:
+        """The calibration; `what` names what it is of, and `temperature` is that of null.
+
+        Raises:
+            ConfigError: the task has no tie to be scaled, or not this number of labels.
+        """
+        if (self.tie_scale, self.tie_bias) != (1, 0) and not has_tie(task):
+            raise ConfigError(
+                f"tie_scale or tie_bias of {what} changes nothing: task {task.name!r} has no tie of two sides",
+                remedy="remove them",
+            )
+        given = temperature if self.temperature is None else self.temperature
+        if isinstance(given, list):
+            if not task.multi_label or len(given) != len(task.classes):
+                raise ConfigError(
+                    f"temperature {given} of {what} must be one number"
+                    + (f", or one for each of the {len(task.classes)} labels" if task.multi_label else ""),
+                    remedy="take it from `pairclf evaluate` or `blend`",
+                )
+            return Calibration(tuple(given))
+        return Calibration(given, self.tie_scale, self.tie_bias)
+
+
+def calibration_keys(calibration: Calibration) -> dict[str, Any]:
+    """The values of `CalibrationFile`."""
+    given = calibration.temperature
+    return {**calibration._asdict(), "temperature": list(given) if isinstance(given, tuple) else given}
+
+
+class MemberFile(CalibrationFile):
+    """An entry of `members`."""
+
+    bundle: Path = Field(description="folder of the bundle, relative to this file's")
+    weight: float = Field(1.0, ge=1e-9, le=1e9, description="weight of its probabilities in the mean")
     base: Path | None = Field(
         None, description="folder of its base model, relative to this file's; null: as --base says"
     )
@@ -105,11 +139,10 @@ class NestedFigures(Section):
         return self.raw - self.nested
 
 
-class EnsembleFile(Section):
-    """The file: members in the order in which they run."""
+class EnsembleFile(CalibrationFile):
+    """The file: members in the order in which they run; the calibration is that of the blend."""
 
     members: list[MemberFile] = Field(min_length=1, description="the models, in the order in which they run")
-    temperature: Scale = Field(1.0, description="of the blend; above 1: less sure")
     mean: Mean = Field("arithmetic", description="mean of the members' probabilities")
     out_of_fold: dict[str, float] = Field(
         default_factory=dict, description="metrics of the blend on held-out rows, as `pairclf blend` measured them"
@@ -160,7 +193,7 @@ class Ensemble:
 
     Attributes:
         members: in the order in which they run.
-        temperature: of the blend.
+        calibration: of the blend.
         task: of all members.
         settings: `predict` of all members, as far as `RUN_SETTINGS` goes.
         prior: `(C,)`, the weighted mean of the members' priors, for rows without scores.
@@ -168,7 +201,7 @@ class Ensemble:
     """
 
     members: tuple[EnsembleMember, ...]
-    temperature: float
+    calibration: Calibration
     task: Task
     settings: Predict
     prior: Floats
@@ -201,7 +234,7 @@ class Ensemble:
         """Blend the members' probabilities, `(N, C)` each, as `probabilities.blend`."""
         weights = [member.weight for member in self.members]
         return blend(
-            per_member, self.task, weights=weights, prior=self.prior, temperature=self.temperature, kind=self.mean
+            per_member, self.task, weights=weights, prior=self.prior, calibration=self.calibration, kind=self.mean
         )
 
 
@@ -238,7 +271,7 @@ def open_ensemble(paths: Sequence[Path], base: Path | None, overrides: Sequence[
     prior = np.average(
         [entry.bundle.manifest.prior for entry in members], axis=0, weights=[entry.weight for entry in members]
     )
-    return Ensemble(members, file.temperature, task, settings, prior, file.mean)
+    return Ensemble(members, file.calibration(task, "the blend"), task, settings, prior, file.mean)
 
 
 def read_ensemble(paths: Sequence[Path]) -> EnsembleFile:
@@ -294,7 +327,7 @@ def _open_member(entry: MemberFile, place: int, base: Path | None, overrides: Se
         bundle=replace(bundle, config=config),
         base=base if entry.base is None else entry.base,
         weight=entry.weight,
-        calibration=_calibration_of(entry, config),
+        calibration=entry.calibration(config.task, entry.bundle, config.predict.temperature),
         share=entry.share,
         swap_share=entry.swap_share,
         # What was measured, was measured with the share; what is known for all rows counts in part.
@@ -314,29 +347,6 @@ def _refuse_idle_swap_shares(file: EnsembleFile, members: Sequence[EnsembleMembe
                 f"members.{place}.swap_share={entry.swap_share:g} changes nothing: {why}",
                 remedy="remove it; or set predict.swap=full, where rows have two orders",
             )
-
-
-def _calibration_of(entry: MemberFile, config: Config) -> Calibration:
-    """A member's calibration.
-
-    Raises:
-        ConfigError: the task has no tie to be scaled, or not this number of labels.
-    """
-    task, given = config.task, entry.temperature
-    if (entry.tie_scale, entry.tie_bias) != (1, 0) and not has_tie(task):
-        raise ConfigError(
-            f"tie_scale or tie_bias of {entry.bundle} changes nothing: task {task.name!r} has no tie of two sides",
-            remedy="remove them",
-        )
-    if isinstance(given, list):
-        if not task.multi_label or len(given) != len(task.classes):
-            raise ConfigError(
-                f"temperature {given} of {entry.bundle} must be one number"
-                + (f", or one for each of the {len(task.classes)} labels" if task.multi_label else ""),
-                remedy="take it from `pairclf evaluate`",
-            )
-        return Calibration(tuple(given))
-    return Calibration(config.predict.temperature if given is None else given, entry.tie_scale, entry.tie_bias)
 
 
 def _told_apart(members: Sequence[EnsembleMember]) -> tuple[EnsembleMember, ...]:

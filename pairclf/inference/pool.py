@@ -28,7 +28,7 @@ from pairclf.inference.deadline import format_duration
 from pairclf.inference.messages import Clock, Event, Job, WorkerFailure, WorkerReady
 from pairclf.inference.worker import load_bundle, main, max_in_flight
 from pairclf.inputs.sequences import Item, LargestPass
-from pairclf.signals import leave_to_parent
+from pairclf.signals import work_for_parent
 from pairclf.trust import granted
 
 MAX_SOCKET_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
@@ -131,8 +131,11 @@ def forked(function: Callable[..., T], *arguments: object) -> T:
     Args:
         function: one that a new process can import.
         arguments: what it is called with; they are pickled.
+
+    Raises:
+        BrokenProcessPool: the process was killed.
     """
-    with ProcessPoolExecutor(1, get_context("forkserver"), leave_to_parent) as pool:
+    with ProcessPoolExecutor(1, get_context("forkserver"), work_for_parent) as pool:
         with _without_script():
             result = pool.submit(function, *arguments)
         return result.result()

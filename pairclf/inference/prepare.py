@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Container, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,7 +128,9 @@ def costs_of(members: Sequence[EnsembleMember]) -> list[ModelCost]:
     modules = {approach_of(bundle.config).module for bundle, _ in models}
     if modules <= sys.modules.keys() or has_gpu_driver() or not warm_up(modules):
         return _costs(models, granted())
-    return forked(_costs, models, granted())
+    with suppress(BrokenProcessPool):  # it was killed; no model is lost, and nothing is scored yet
+        return forked(_costs, models, granted())
+    return _costs(models, granted())
 
 
 def _costs(models: Sequence[tuple[Bundle, Path | None]], trust: Trust) -> list[ModelCost]:

@@ -48,6 +48,7 @@ from pairclf.inference.prepare import PreparationTime, verify_in_time, warm_up_w
 from pairclf.inference.state import PredictionState
 from pairclf.inputs.cache import RowDigest
 from pairclf.scores.metrics import Floats
+from pairclf.scores.probabilities import Calibration
 from pairclf.scores.strengths import fit_strengths
 from pairclf.signals import Signals, signals
 from pairclf.task import AB, REWARD, Task
@@ -169,13 +170,19 @@ def ensemble_of_contest(ensemble: Ensemble) -> Ensemble:
     pointwise = ensemble.members[0].bundle.config.model.one_sided
     if pointwise:
         task, prior = task.pointwise, np.array([0.5])
+
+    def calibration_of(given: Calibration) -> Calibration:
+        """A reward has no tie to be scaled."""
+        return Calibration(given.temperature) if pointwise else given
+
     members = []
     for member in ensemble.members:
         config = member.bundle.config.pointwise() if pointwise else member.bundle.config
         data = config.data.model_copy(update={"test": Unlabelled()})
         bundle = replace(member.bundle, config=config.model_copy(update={"data": data}))
-        members.append(replace(member, bundle=bundle))
-    return replace(ensemble, members=tuple(members), task=task, prior=prior)
+        members.append(replace(member, bundle=bundle, calibration=calibration_of(member.calibration)))
+    calibration = calibration_of(ensemble.calibration)
+    return replace(ensemble, members=tuple(members), calibration=calibration, task=task, prior=prior)
 
 
 def _score(
@@ -218,7 +225,7 @@ def _rewards(contest: Contest, state: PredictionState) -> pl.DataFrame:
     ensemble, rows = contest.ensemble, contest.rows
     rewards = np.stack(
         [
-            state.logits(member)[:, 0, 0] / (np.asarray(calibration.temperature) * ensemble.temperature)
+            state.logits(member)[:, 0, 0] / (np.asarray(calibration.temperature) * ensemble.calibration.temperature)
             for member, calibration in enumerate(ensemble.calibrations)
         ]
     )  # (M, N)
@@ -233,8 +240,8 @@ def _rewards(contest: Contest, state: PredictionState) -> pl.DataFrame:
 def rewards_of_pairs(ensemble: Ensemble, state: PredictionState) -> Floats:
     """Rewards of the two sides of rows that reward models scored as pairs, `(N, 2)`: the mean of the models.
 
-    They are those of either answer alone where none is cut. `model.readout.RewardHead` makes logits of two rewards: the
-    logits of the two victories sum to the sum of the rewards.
+    Where no answer is cut, they are the rewards of each answer scored alone. `model.readout.RewardHead` makes logits of
+    two rewards, and the logits of the two victories have the same sum as the rewards.
     """
     task, rewards = ensemble.task, []
     sides = [task.classes.index(name) for name in task.swap_classes or ()]
@@ -245,7 +252,7 @@ def rewards_of_pairs(ensemble: Ensemble, state: PredictionState) -> Floats:
             # The log odds of a victory are a - b - log(theta), or b - a - log(theta).
             odds = [logits[:, side] - np.logaddexp.reduce(np.delete(logits, side, 1), axis=1) for side in sides]
             each = each.mean(axis=1, keepdims=True) + np.subtract(*odds)[:, None] / 4 * [1.0, -1.0]
-        rewards.append(each / (np.asarray(member.calibration.temperature) * ensemble.temperature))
+        rewards.append(each / (np.asarray(member.calibration.temperature) * ensemble.calibration.temperature))
     return np.asarray(np.average(rewards, axis=0, weights=[member.weight for member in ensemble.members]))
 
 

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import takewhile
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -31,7 +30,7 @@ from pairclf.files import atomic_folder, locked, parsed, read_plain, sha256_file
 from pairclf.inputs.render import Encoded, InputBuilder, TokenisedRow
 from pairclf.inputs.tokenise import TurnTokenizer
 from pairclf.inputs.truncate import Ids
-from pairclf.signals import leave_to_parent
+from pairclf.signals import work_for_parent
 
 FORMAT = 2  # goes into the name: raise it when what is stored changes
 TOKENS, MANIFEST = "tokens.arrow", "tokens.json"
@@ -335,18 +334,9 @@ _worker: list[tuple[TurnTokenizer, tuple[str, ...]]] = []
 
 
 def _start(tokenizer: str, fields: tuple[str, ...]) -> None:
-    leave_to_parent()
+    work_for_parent()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # the processes are the threads
-    Thread(target=_leave_with_parent, daemon=True).start()
     _worker.append((TurnTokenizer.from_json(tokenizer), fields))
-
-
-def _leave_with_parent() -> None:
-    """End with the parent: a pool process would otherwise wait for ever for a killed parent."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _work(chunk: pl.DataFrame) -> pa.Table:

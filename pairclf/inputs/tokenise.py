@@ -31,17 +31,17 @@ LARGEST_ID = 1 << 24
 in steps of one id, however few of them there are."""
 
 WORTH_TRYING = 256
-"""Texts that fastokens is worth its trial for."""
+"""The fewest texts of a call for which fastokens is tried."""
 
 TRIALS = 512
-"""Texts of the trial: a tenth of a second."""
+"""Texts of the trial, which takes a tenth of a second."""
 
 _WORD = re.compile(r"[^\W_]([^<>\[\]{}|｜]*)")
 """An added token that is a word: it begins with a letter or digit, and no bracket or bar is in it."""
 
 _UP_TO_DIGITS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _BEHIND_DIGITS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""Two parts of a pattern of words, between which a tokenizer says how many digits go together."""
+"""Two parts of a pattern that splits words. Between them a tokenizer's pattern has the most digits of one word."""
 
 
 def _words(pattern: str, *, trim_offsets: bool) -> dict[str, Any]:
@@ -86,9 +86,9 @@ _PROVEN: tuple[dict[str, Any], ...] = (
         "model": _OF_PIECES,
     },
 )
-"""Tokenizers, but for vocabulary and merges, of which fastokens (0.3.5) is proven to give the same ids, token by token:
-of 20,000 turns of arena3 and arena2 and of 10,000 random texts, with the vocabularies of SmolLM2 and Mistral v3
-(Gemma's too), and the first two with that of DeepSeek."""
+"""Tokenizers, without vocabulary and merges, for which fastokens (0.3.5) gave the same ids as tokenizers for 20,000
+turns of arena3 and arena2 and for 10,000 random texts. The vocabularies were those of SmolLM2 and Mistral v3 (for
+Gemma's, too), and for the first two that of DeepSeek."""
 
 
 class TurnTokenizer:
@@ -280,10 +280,10 @@ def _bare(settings: dict[str, Any]) -> Tokenizer:
 
 
 def _faster(backend: Tokenizer, control: Sequence[str]) -> Any:
-    """fastokens' tokenizer of the same ids; None: it is not installed, or not proven to give the same ids.
+    """fastokens' tokenizer with the same ids; None: it is not installed, or not known to give the same ids.
 
-    Its proof is of some vocabularies. With any other it must pass a trial, as it reads a name of a byte (`<0x0A>`) as
-    that byte where the vocabulary lacks the characters of the name.
+    `_PROVEN` says nothing about other vocabularies, so this one must pass a trial: where a vocabulary lacks the
+    characters of a byte's name (`<0x0A>`), fastokens reads the name as that byte.
     """
     settings = json.loads(backend.to_str())
     model = {name: value for name, value in settings["model"].items() if value and name not in ("vocab", "merges")}
@@ -303,15 +303,15 @@ def _faster(backend: Tokenizer, control: Sequence[str]) -> Any:
 
 def _trials(backend: Tokenizer, control: Sequence[str]) -> list[str]:
     """Random texts: of the vocabulary's tokens and their names, control tokens, blanks, and characters of Unicode."""
-    lot, names = random.Random(0), sorted(backend.get_vocab(with_added_tokens=False))
+    draw, names = random.Random(0), sorted(backend.get_vocab(with_added_tokens=False))
     ranges = (0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x30000)
     pieces: tuple[Callable[[], str], ...] = (
-        lambda: backend.decode([lot.randrange(len(names)) for _ in range(lot.randint(1, 4))]),
-        lambda: lot.choice(names),
-        lambda: lot.choice((" ", "\n", "\t", "\r\n", "\u00a0", *control)) * lot.randint(1, 3),
-        lambda: "".join(chr(lot.randrange(*lot.choice(ranges))) for _ in range(lot.randint(1, 4))),
+        lambda: backend.decode([draw.randrange(len(names)) for _ in range(draw.randint(1, 4))]),
+        lambda: draw.choice(names),
+        lambda: draw.choice((" ", "\n", "\t", "\r\n", "\u00a0", *control)) * draw.randint(1, 3),
+        lambda: "".join(chr(draw.randrange(*draw.choice(ranges))) for _ in range(draw.randint(1, 4))),
     )
-    return ["".join(lot.choice(pieces)() for _ in range(lot.randint(1, 20))) for _ in range(TRIALS)]
+    return ["".join(draw.choice(pieces)() for _ in range(draw.randint(1, 20))) for _ in range(TRIALS)]
 
 
 def _same(backend: Tokenizer, faster: Any, texts: list[str], *, special: bool) -> bool:

@@ -1,8 +1,8 @@
 """Estimate the memory of a prediction before its first batch.
 
 The largest forward pass is run with fake tensors, which have a shape and no contents, and the bytes alive at once are
-counted. Nothing is computed, and nothing is fitted to an architecture or a layout. A pass that is computed sooner than
-that is computed.
+counted. Nothing is computed, and nothing is fitted to an architecture or a layout. A small pass is run with real
+tensors, because that is faster.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ USABLE_SHARE = {"cpu": 1.0, "cuda": 0.95}
 """Usable share of the available memory: CUDA's allocator fragments it, by how much is a guess."""
 
 SMALL = 2e10
-"""Operations of a pass that a CPU computes in less than a second; on fake tensors one takes seconds of Python."""
+"""Operations of a pass that a CPU computes in less than a second. On fake tensors a pass takes seconds of Python."""
 
 _NOT_REHEARSED = (
     DataDependentOutputException,

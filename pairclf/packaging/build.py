@@ -220,6 +220,7 @@ def _link(source: str, target: str) -> None:
 def _fill_wheels(folder: Path, settings: Package) -> Wheelhouse:
     """Fill `folder/wheels-HASH`, and check that nothing else is needed. One version of pairclf has many builds."""
     unnamed = folder / "wheels"
+    console.print(f"wheels for Python {', '.join(settings.python_versions)}: resolving, fetching, checking")
     wheels = fill_wheelhouse(unnamed, settings.python_versions, settings.image_freezes, settings.extra_packages)
     for note in wheels.notes:
         console.print(f"note: {note}")

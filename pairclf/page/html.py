@@ -175,6 +175,5 @@ def _hash(source: str) -> str:
 def _json(value: object) -> Html:
     """JSON that no parser of HTML takes for an element, and that UTF-8 can hold."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_IN_JSON)
-    return Html(
-        text.encode("utf-8", "backslashreplace").decode("utf-8")
-    )  # half a surrogate pair as \ud83d, which JSON reads
+    # Half of a surrogate pair becomes an escape such as \ud83d, which JSON reads.
+    return Html(text.encode("utf-8", "backslashreplace").decode("utf-8"))

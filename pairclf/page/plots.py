@@ -192,9 +192,13 @@ def _axes(x_axis: _Axis, y_axis: _Axis, x: str, y: str) -> Iterator[Html]:
 
 
 def _numbers_below(x_axis: _Axis, bottom: float, top: float, title: str) -> Iterator[Html]:
+    free = 0.0  # from where on no number stands; one that would cover another is left out
     for value in x_axis.numbers():
-        yield _line(x_axis.at(value), top, x_axis.at(value), bottom, "grid")
-        yield _text(x_axis.at(value), bottom + 16, _number(value), anchor="middle")
+        place, half = x_axis.at(value), _width(_number(value)) / 2
+        yield _line(place, top, place, bottom, "grid")
+        if place - half >= free:
+            yield _text(place, bottom + 16, _number(value), anchor="middle")
+            free = place + half + _LETTER
     yield _text((x_axis.start + x_axis.stop) / 2, bottom + 36, title, anchor="middle")
 
 

@@ -94,19 +94,20 @@ const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(4)
 
 function drawClasses(classes) {
   const orders = classes[0].probabilities.length > 1;
-  const titles = ["class", "P", ...(orders ? ["P, AB", "P, BA"] : [])];
-  if (loaded?.means) titles.push("change from the loaded row");
-  const rows = classes.map(({ name, probabilities }, place) => {
-    const bar = element("meter", { min: 0, max: 1, value: probabilities[0], "aria-label": `P(${name})` });
-    const moved = loaded?.means ? [signed(probabilities[0] - loaded.means[place])] : [];
-    return [element("span", {}, named(name), bar), ...probabilities, ...moved];
+  const titles = ["class", "P", ...(loaded?.means ? ["change"] : []), ...(orders ? ["P, AB", "P, BA"] : [])];
+  const rows = classes.map(({ name, probabilities: [mean, ...others] }, place) => {
+    const bar = element("meter", { min: 0, max: 1, value: mean, "aria-label": `P(${name})` });
+    const moved = loaded?.means ? [signed(mean - loaded.means[place])] : [];
+    return [element("span", {}, named(name), bar), mean, ...moved, ...others];
   });
-  return table(titles, rows);
+  const notes = orders ? ["P: the mean of both orders; AB: as above; BA: with the sides exchanged"] : [];
+  if (loaded?.means) notes.push("change: of P, from the loaded row");
+  return [table(titles, rows), ...notes.map((note) => element("p", { class: "quiet" }, note))];
 }
 
 function drawVerdict({ classes, ranking, score, rewards, cut, seconds }) {
   const parts = [element("h2", {}, "Verdict")];
-  if (classes) parts.push(drawClasses(classes));
+  if (classes) parts.push(...drawClasses(classes));
   if (ranking) {
     const rows = ranking.map((answer, place) => [letter(place), answer.score, String(answer.rank)]);
     parts.push(table(["answer", score, "rank"], rows));

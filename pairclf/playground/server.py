@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import socket
 import webbrowser
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pairclf.console import console, stdout
 from pairclf.errors import ConfigError, PairclfError
+from pairclf.files import parsed
 from pairclf.playground.page import page
 from pairclf.playground.verdict import Json, Playground
 from pairclf.signals import signals
@@ -55,10 +55,10 @@ def require_extra() -> None:
 
 
 class Guard:
-    """Answers requests of the page itself alone, and gives each answer the headers `HEADERS`.
+    """Answers the requests of its own page alone, and adds `HEADERS` to each answer.
 
-    A page of another site can send requests to 127.0.0.1 too. Its `Origin` is another one; so is its `Host`, where its
-    name was made to lead here (DNS rebinding).
+    Pages of other sites can send requests to 127.0.0.1 too. Their header `Origin` names the other site. If such a site
+    resolves its own name to 127.0.0.1 (DNS rebinding), the header `Host` has that name.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -73,8 +73,9 @@ class Guard:
             return
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        own = host.partition(":")[0] in (HOST, "localhost")
-        if not own or (origin != f"http://{host}" and (origin is not None or scope["method"] == "POST")):
+        is_own = host.partition(":")[0] in (HOST, "localhost")
+        has_own_origin = origin == f"http://{host}" if origin is not None else scope["method"] != "POST"
+        if not (is_own and has_own_origin):
             await PlainTextResponse("this page answers its own address alone", 403)(scope, receive, send)
             return
 
@@ -95,6 +96,7 @@ def create_app(playground: Playground, token: str) -> Starlette:
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+    from starlette.requests import ClientDisconnect
     from starlette.responses import HTMLResponse, JSONResponse
     from starlette.routing import Mount, Route
 
@@ -106,10 +108,9 @@ def create_app(playground: Playground, token: str) -> Starlette:
 
     def answered_by(work: Callable[[Any], Json]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> JSONResponse:
-            body = await request.body()
             try:
-                asked = json.loads(body)
-            except (ValueError, RecursionError):  # what is nested too deeply is no request either
+                asked = parsed(await request.body())
+            except (ValueError, ClientDisconnect):  # of who has gone away, nobody reads the answer
                 return JSONResponse({"error": "the request is no JSON"}, 400)
             try:
                 # Abandoned when the server ends, which may be long before a large model is done.

@@ -95,9 +95,8 @@ class Playground:
 
         Returns:
             `classes`, each with its `name` and `probabilities` (the mean, then those of both orders), and `rewards` of
-            both sides, if there are any; or `ranking`, the `rank` and `score` of each answer, and `score`, what it is
-            called. `cut`: the tokens that each text
-            loses, by bundle; and `seconds`.
+            both sides, if there are any; or `ranking`, the `rank` and `score` of each answer, and `score`, the name of
+            that score. `cut`, the tokens that each text loses, by bundle; and `seconds`.
 
         Raises:
             DataError: the request is no row of the task.

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from pairclf.config import Section, checked
 from pairclf.console import console, number, table
-from pairclf.errors import PackagingError
+from pairclf.errors import ConfigError, PackagingError
 from pairclf.files import check_file_target, locked, parsed, write_text
 from pairclf.inference.ensemble import NestedFigures
 from pairclf.page.html import document, printed
@@ -133,6 +133,19 @@ def update(path: Path, submission: int, answer: Mapping[str, Any]) -> None:
                 row.public = _score(answer.get("publicScore"), row.public)
                 row.private = _score(answer.get("privateScore"), row.private)
         _write(path, entries)
+
+
+def refuse_empty(path: Path) -> None:
+    """Check that the ledger lists a submission, before a long calculation that is to be written into it.
+
+    Raises:
+        ConfigError: it lists none, or there is no such file; or as `rows`.
+        PackagingError: as `rows`.
+    """
+    if not rows(path):
+        raise ConfigError(
+            f"--ledger {path} lists no submission", remedy="give the file that `pairclf submit` wrote, or leave it out"
+        )
 
 
 def add_forecasts(path: Path, forecasts: Sequence[tuple[Collection[str], bool, ForecastIntervals]]) -> int:

@@ -142,6 +142,7 @@ def _install_environment(
     """Install the environment; `pins.txt` in it lists what it holds."""
     if folder.exists():  # of a process that was killed
         shutil.rmtree(folder)
+    console.print(f"Python {python}: installing the image's packages in {folder}: up to 5 GB, some minutes, once")
     chosen = compile_pins(python, sorted(names), pins)
     for name, version in chosen.items():
         if pins.get(name, version) != version and not is_of_the_driver(name):  # those come with the registry's torch

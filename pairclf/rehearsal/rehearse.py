@@ -16,7 +16,8 @@ from pathlib import Path
 from threading import current_thread, main_thread
 
 from pairclf import __version__
-from pairclf.console import Advance, console, progress
+from pairclf.console import Advance, console, counted, progress
+from pairclf.data.formats import as_text
 from pairclf.errors import ModelError, PackagingError
 from pairclf.files import atomic_file, is_regular, locked, private_folder, refuse_special_files, sha256_file
 from pairclf.hardware import MACHINES
@@ -178,6 +179,7 @@ def _construct(folder: Path, options: Options) -> _Rehearsal:
             raise PackagingError(f"{path} is no file", remedy="give --test and --sample as Kaggle mounts them")
         if not read_raw(path).height:
             raise PackagingError(f"{path} has no rows: there is nothing to rehearse with", remedy="give some rows")
+    _check_ids(build, test, sample)
     machine = MACHINES[build.package.machine_shape]
     return _Rehearsal(
         folder=folder,
@@ -191,6 +193,20 @@ def _construct(folder: Path, options: Options) -> _Rehearsal:
         disk=round(GB * (options.disk_gb or machine.disk_gb)),
         deadline=seconds_until(build.package.due, datetime.now(UTC)),
     )
+
+
+def _check_ids(build: Build, test: Path, sample: Path) -> None:
+    """Refuse files of different rows now, and not minutes later, in the notebook. Absent columns are its matter."""
+    names = {test: build.columns.get("id") or "id", sample: build.submission.id or "id"}
+    frames = {path: read_raw(path) for path in names}
+    if any(name not in frames[path] for path, name in names.items()):
+        return
+    own, expected = (as_text(frames[path][name]) for path, name in names.items())
+    if missing := expected.filter(~expected.is_in(own.to_list())).to_list():
+        raise PackagingError(
+            f"{sample} has {counted(len(missing), 'id')} that {test} has not, such as {missing[0]}",
+            remedy="give the sample submission of this test file with --sample",
+        )
 
 
 def _without_strange_paths(build: Build) -> Build:

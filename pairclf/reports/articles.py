@@ -57,7 +57,11 @@ def _remarks(
         yield f"{counted(examples, 'example')} stood before each row. "
     yield f"Of longer fields about {limit:,} characters are in this file. Keys: "
     keys = {"j": "next", "k": "previous", "x": "tick", "c": "copy the id", "/": "search"}
-    yield join(part for key, word in keys.items() for part in (element("kbd", key), f" {word}; "))
+    yield join(
+        part
+        for place, (key, word) in enumerate(keys.items(), 1)
+        for part in (element("kbd", key), f" {word}{', ' if place < len(keys) else '.'}")
+    )
 
 
 def _filter(rows: Sequence[ShownRow], sources: Sequence[str], task: Task) -> Html:
@@ -81,7 +85,7 @@ def _filter(rows: Sequence[ShownRow], sources: Sequence[str], task: Task) -> Htm
         "form",
         *selects,
         element("label", "search ", element("input", type="search", name="search")),
-        element("label", element("input", type="checkbox", name="ticked"), " ticked alone"),
+        element("label", element("input", type="checkbox", name="ticked"), " only ticked"),
         *(element("button", words, type="button", data_action=name) for name, words in buttons.items()),
         element("output", counted(len(rows), "row"), id="count", aria_live="polite"),
         id="filter",

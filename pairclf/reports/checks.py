@@ -16,11 +16,11 @@ from pairclf.runs.truncation import MADE_EQUAL
 from pairclf.scores.intervals import Estimate
 
 MIN_BIAS = 0.02
-"""The least bias for the side that stands first that is reported, a probability: with many rows a smaller one is no
-chance either, and costs nothing."""
+"""The least bias for the side that stands first that is reported, a probability. With many rows a smaller one can be
+more than chance, but it costs nothing."""
 
 
-class Verdict(NamedTuple):
+class CheckResult(NamedTuple):
     """What a check says: `found` something to act upon, `fine`, or `unknown`; and why."""
 
     state: Literal["found", "fine", "unknown"]
@@ -38,7 +38,7 @@ class Check:
     """
 
     title: str
-    look: Callable[[Contents], Verdict]
+    look: Callable[[Contents], CheckResult]
     remedy: str
 
 
@@ -49,85 +49,84 @@ def interval(found: Estimate, digits: int = 4) -> str:
     return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
 
 
-def _prior(contents: Contents) -> Verdict:
+def _prior(contents: Contents) -> CheckResult:
     gain = contents.evaluation.gain
     text = f"gain over the class prior {interval(gain)} nats a row"
     if math.isnan(gain.low):
-        return Verdict("unknown" if gain.value > 0 else "found", f"{text}; one prompt has no interval")
-    return Verdict("fine" if gain.low > 0 else "found", text)
+        return CheckResult("unknown" if gain.value > 0 else "found", f"{text}; one prompt has no interval")
+    return CheckResult("fine" if gain.low > 0 else "found", text)
 
 
-def _baseline(contents: Contents) -> Verdict:
+def _baseline(contents: Contents) -> CheckResult:
     baseline = contents.evaluation.baseline
     if contents.config.approach == "classical" and not contents.is_foreign:
-        return Verdict("unknown", "this run is classical itself")
+        return CheckResult("unknown", "this run is classical itself")
     if baseline is None:
-        return Verdict("unknown", "no classical run in the same parent folder has scored these rows")
+        return CheckResult("unknown", "no classical run in the same parent folder has scored these rows")
     text = f"gain over the classical baseline {interval(baseline.gain)} nats a row"
-    return Verdict("fine" if baseline.gain.low > 0 else "found", text)
+    return CheckResult("fine" if baseline.gain.low > 0 else "found", text)
 
 
-def _folds(contents: Contents) -> Verdict:
+def _folds(contents: Contents) -> CheckResult:
     folds = [part for part in contents.evaluation.slices if part.trait == "fold"]
     if not folds:
-        return Verdict("unknown", "fewer than two folds with 30 rows or more were scored")
+        return CheckResult("unknown", "fewer than two folds with 30 rows or more were scored")
     if outstanding := [part for part in folds if part.stands_out]:
         gaps = ", ".join(f"{part.name} by {interval(part.gap)}" for part in outstanding)
-        return Verdict("found", f"log loss less that of the other folds: {gaps}")
-    return Verdict("fine", f"the log losses of {counted(len(folds), 'fold')} differ by chance alone")
+        return CheckResult("found", f"log loss less that of the other folds: {gaps}")
+    return CheckResult("fine", f"the log losses of {counted(len(folds), 'fold')} differ by chance alone")
 
 
-def _position(contents: Contents) -> Verdict:
+def _position(contents: Contents) -> CheckResult:
     orders = contents.evaluation.orders
     if orders is None:
-        return Verdict("unknown", "the scores of both orders are not known, or the task has no two sides")
+        return CheckResult("unknown", "the scores of both orders are not known, or the task has no two sides")
     bias = orders.figures["first_position_bias"]
     is_found = bias.excludes_zero and abs(bias.value) >= MIN_BIAS
-    return Verdict("found" if is_found else "fine", f"surplus of the side that stands first: {interval(bias)}")
+    return CheckResult("found" if is_found else "fine", f"surplus of the side that stands first: {interval(bias)}")
 
 
-def _selection(contents: Contents) -> Verdict:
+def _selection(contents: Contents) -> CheckResult:
     train = contents.config.train
     if contents.is_foreign:
-        return Verdict("unknown", "a file of scores does not say how its models were trained")
-    chosen = ["the weights"] * (train.keep_weights == "best") + ["the end"] * (
-        train.early_stopping_patience is not None
-    )
+        return CheckResult("unknown", "a file of scores does not say how its models were trained")
+    choices = {"the weights": train.keep_weights == "best", "the end": train.early_stopping_patience is not None}
+    chosen = [what for what, by_held_out_rows in choices.items() if by_held_out_rows]
     if contents.config.approach != "finetune" or not chosen:
-        return Verdict("fine", "nothing of the training was chosen by held-out rows")
+        return CheckResult("fine", "nothing of the training was chosen by held-out rows")
     looks = max((sum(_is_look(line) for line in lines) for lines in contents.curves.values()), default=0)
     by = f"{train.metric_for_best_model} on held-out rows, in up to {counted(looks, 'evaluation')} a fold"
-    return Verdict("found", f"{' and '.join(chosen)} of the training were chosen by {by}")
+    return CheckResult("found", f"{' and '.join(chosen)} of the training were chosen by {by}")
 
 
 def _is_look(line: object) -> bool:
     return isinstance(line, dict) and any(str(name).startswith("held_out_") for name in line)
 
 
-def _mass(contents: Contents) -> Verdict:
+def _mass(contents: Contents) -> CheckResult:
     if not contents.label_mass:
-        return Verdict("unknown", "the logits are not those of tokens, or the training did not note it")
+        return CheckResult("unknown", "the logits are not those of tokens, or the training did not note it")
     fold, mass = min(contents.label_mass.items(), key=lambda item: item[1])
     text = f"the labels hold {mass:.3f} of all tokens' probability in fold {fold}, the least of the folds"
-    return Verdict("found" if mass < LOW_MASS else "fine", text)
+    return CheckResult("found" if mass < LOW_MASS else "fine", text)
 
 
-def _equal_sides(contents: Contents) -> Verdict:
+def _equal_sides(contents: Contents) -> CheckResult:
     by_row = contents.evaluation.by_row
     if MADE_EQUAL not in by_row.columns or contents.config.task.swap_fields is None:
-        return Verdict("unknown", "what truncation cut is not known, or the task has no two sides")
+        return CheckResult("unknown", "what truncation cut is not known, or the task has no two sides")
     equal = by_row.filter(MADE_EQUAL)["id"].to_list()
     text = f"{counted(len(equal), 'pair differs', 'pairs differ')} only in what truncation cut"
-    return Verdict("found" if equal else "fine", text + (f": {', '.join(equal[:3])}" if equal else ""))
+    return CheckResult("found" if equal else "fine", text + (f": {', '.join(equal[:3])}" if equal else ""))
 
 
-def _sources(contents: Contents) -> Verdict:
+def _sources(contents: Contents) -> CheckResult:
     rows = contents.evaluation.by_row.select("id", "group").join(contents.labelled.select("id", "file"), on="id")
     if rows["file"].n_unique() < 2:
-        return Verdict("fine", "all rows are of one file")
+        return CheckResult("fine", "all rows are of one file")
     shared = rows.group_by("group").agg(pl.len(), pl.col("file").n_unique()).filter(pl.col("file") > 1)
     text = f"{counted(len(shared), 'prompt')} in {counted(int(shared['len'].sum()), 'row')} stand in more than one file"
-    return Verdict("found" if len(shared) else "fine", text)
+    return CheckResult("found" if len(shared) else "fine", text)
 
 
 CHECKS: dict[str, Check] = {
@@ -182,6 +181,6 @@ CHECKS: dict[str, Check] = {
 """The checks by code, in the order in which they are shown. A new check is a new record; docs/report.md lists them."""
 
 
-def check(contents: Contents) -> dict[str, Verdict]:
+def check(contents: Contents) -> dict[str, CheckResult]:
     """What each check says, by code."""
     return {code: record.look(contents) for code, record in CHECKS.items()}

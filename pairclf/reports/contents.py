@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import polars as pl
 from pairclf.approaches.protocol import LABEL_MASS
 from pairclf.config import Config
 from pairclf.errors import ConfigError, DataError
-from pairclf.run import TRAINING, Paths, output_of
+from pairclf.run import TRAINING, Paths, output_of, training_log
 from pairclf.runs.blend import BlendReport, blend_runs
 from pairclf.runs.compare import Comparison, compare_runs
 from pairclf.runs.evaluate import Evaluation, evaluate_run
@@ -114,13 +113,9 @@ def _curves(config: Config, folds: Sequence[int], missing: dict[str, str]) -> di
     """The lines of each fold's metrics.jsonl."""
     curves = {}
     for fold in folds:
-        path = Paths(output_of(config), fold).folder / "metrics.jsonl"
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except FileNotFoundError:  # classical models and prompts train no steps
-            continue
-        except (OSError, ValueError) as error:
-            missing[f"learning curve of fold {fold}"] = f"{path} can't be read: {error}"
-            continue
-        curves[fold] = [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+            if lines := training_log(Paths(output_of(config), fold)):
+                curves[fold] = [line for line in lines if isinstance(line.get("step"), int)]
+        except DataError as error:
+            missing[f"learning curve of fold {fold}"] = error.what
     return curves

@@ -8,9 +8,10 @@ from pathlib import Path
 from pairclf.console import progress
 from pairclf.errors import cut
 from pairclf.files import check_file_target, write_text
+from pairclf.own_files import or_shipped
 from pairclf.page.html import Html, document, element
 from pairclf.reports.articles import rows_section
-from pairclf.reports.checks import CHECKS, Verdict, check, interval
+from pairclf.reports.checks import CHECKS, CheckResult, check, interval
 from pairclf.reports.contents import Contents, gather
 from pairclf.reports.rows import ShownRow, shown_rows
 from pairclf.reports.sections import figures_section, plots_section, runs_section
@@ -35,7 +36,7 @@ def write_report(paths: Sequence[Path], out: Path | None = None, labels: Path | 
         ConfigError, DataError, LeakError: as `gather`; or the file can't be written.
     """
     if out is None:
-        own = config_of_run(paths[0]) if paths[0].exists() else None
+        own = config_of_run(paths[0]) if or_shipped(paths[0]).exists() else None
         out = (paths[0].parent if own is None else output_of(own)) / REPORT
     check_file_target(out, ".html")
     contents = gather(paths, labels)
@@ -61,7 +62,7 @@ def render(contents: Contents, rows: Sequence[ShownRow], why_whole: str) -> str:
     sections["Rows"] = [*rows_section(contents, rows, why_whole)]
     links = (element("li", element("a", name, href=f"#{name.lower()}")) for name in sections)
     body = [
-        element("p", verdict(contents, findings), class_="verdict"),
+        element("p", summary(contents, findings), class_="verdict"),
         element("nav", element("ul", *links), aria_label="sections"),
         *(element("section", element("h2", name), *parts, id=name.lower()) for name, parts in sections.items()),
     ]
@@ -71,7 +72,7 @@ def render(contents: Contents, rows: Sequence[ShownRow], why_whole: str) -> str:
     return document(f"Report of {cut(name)}", body, data={"ids": ids}, scripts=[script], style=style)
 
 
-def verdict(contents: Contents, findings: Mapping[str, Verdict]) -> str:
+def summary(contents: Contents, findings: Mapping[str, CheckResult]) -> str:
     """What the report comes to, in one line."""
     evaluation = contents.evaluation
     gain, baseline = evaluation.gain, evaluation.baseline
@@ -95,7 +96,7 @@ def verdict(contents: Contents, findings: Mapping[str, Verdict]) -> str:
     return "; ".join(parts) + "."
 
 
-def _checks(findings: Mapping[str, Verdict]) -> Html:
+def _checks(findings: Mapping[str, CheckResult]) -> Html:
     """A line a check, those that found something first, with what to do."""
     words = {"found": ("bad", "look"), "fine": ("good", "fine"), "unknown": ("quiet", "not checked")}
     lines = []

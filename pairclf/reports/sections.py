@@ -104,9 +104,7 @@ def _reliability(contents: Contents) -> Iterator[Html]:
 def _confusion(contents: Contents) -> Html:
     """Labels against decisions; of several labels a row, and of many classes, the commonest confusions."""
     task, rows = contents.config.task, contents.evaluation.by_row
-    judged = judge(
-        matrix_of(rows, "p", task), matrix_of(rows, "target", task), task, rows["weight"].to_numpy()
-    )  # fmt: skip
+    judged = judge(matrix_of(rows, "p", task), matrix_of(rows, "target", task), task, rows["weight"].to_numpy())
     weights = judged.weights[:, None]
     if task.multi_label:
         held, chosen = judged.held > 0.5, judged.chosen > 0.5

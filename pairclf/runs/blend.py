@@ -1,9 +1,9 @@
-"""Blend runs: fit weights and temperatures to held-out scores, judge them on other folds, and write `ensemble.yaml`."""
+"""Blend runs: fit weights and calibrations to held-out scores, judge them on other folds, and write `ensemble.yaml`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from pairclf.console import Tables, console, counted, number, progress, table
 from pairclf.data.scores import scores_frame, write_scores
 from pairclf.errors import ConfigError, DataError, quoted
 from pairclf.files import write_text
-from pairclf.inference.ensemble import EnsembleFile, MemberFile, NestedFigures, open_ensemble
+from pairclf.inference.ensemble import EnsembleFile, MemberFile, NestedFigures, calibration_keys, open_ensemble
 from pairclf.runs.compare import half_width
+from pairclf.runs.evaluation_report import describe
 from pairclf.runs.held_out import CommonRows, ScoredRun
-from pairclf.scores.blend import BLENDS, Blend, HeldOutRows, cross_fit, gains
+from pairclf.scores.blend import BLENDS, CALIBRATED, Blend, HeldOutRows, blends_of, cross_fit, gains
+from pairclf.scores.calibration import at_bound
 from pairclf.scores.figures import finite, measure, title
 from pairclf.scores.intervals import Estimate, difference
 from pairclf.scores.metrics import Floats, row_losses
+from pairclf.scores.probabilities import Calibration
 from pairclf.scores.significance import Decision, decide
 from pairclf.task import Task
 
@@ -68,7 +71,7 @@ class BlendReport(Tables):
         runs: as they were given.
         rows: number of rows.
         folds: number of folds that they were judged on.
-        judged: by the names of `BLENDS`.
+        judged: by the names of `blends_of(task)`.
         chosen: the name of the one to use.
         ordered: place of the run in `runs`, and its gain in nats over those before it, for members of the chosen blend.
         decision: whether the chosen blend is better than the best single member.
@@ -104,7 +107,7 @@ class BlendReport(Tables):
         gap = judged.against_single
         return {
             "weights": dict(zip(self.runs, judged.blend.weights.tolist(), strict=True)),
-            "temperature": judged.blend.temperature,
+            **calibration_keys(judged.blend.calibration),
             "mean": judged.blend.mean,
             "nested": judged.nested,
             "flattering_log_loss": judged.flattering,
@@ -114,24 +117,26 @@ class BlendReport(Tables):
 
 
 def blend_runs(common: CommonRows, *, method: str | None = None, scores: Path | None = None) -> BlendReport:
-    """Fit every way of `BLENDS`, and judge each on folds that it was not fitted to.
+    """Fit every way of `blends_of(task)`, and judge each on folds that it was not fitted to.
 
     Args:
         common: the runs on their common rows.
-        method: a name of `BLENDS` to use; None: the one with the lowest nested log loss.
+        method: the name of the way to use; None: the one with the lowest nested log loss, and of `CALIBRATED` only if
+            it is really better than all others.
         scores: parquet file for the chosen blend's nested scores.
 
     Raises:
         ConfigError: there is no such method.
         DataError: all rows have one prompt.
     """
-    if method is not None and method not in BLENDS:
-        raise ConfigError(f"--method {quoted(method)} is unknown", remedy=f"one of {'; '.join(BLENDS)}")
     task, runs = common.task, common.runs
+    if method is not None and method not in (known := blends_of(task)):
+        raise ConfigError(f"--method {quoted(method)} is unknown", remedy=f"one of {'; '.join(known)}")
     rows = HeldOutRows(np.stack([run.probabilities for run in runs]), common.targets, common.weights, task)
     folds = judging_folds(common)
     judged = _judged(rows, folds, common.groups)
-    chosen = method or min(judged, key=lambda name: judged[name].nested["log_loss"])
+    best, remarks = _chosen(judged)
+    chosen = method or best
     if scores is not None:
         _write_scores(scores, common, judged[chosen].scores)
     return BlendReport(
@@ -143,8 +148,39 @@ def blend_runs(common: CommonRows, *, method: str | None = None, scores: Path | 
         chosen=chosen,
         ordered=gains(judged[chosen].blend, rows),
         decision=decide(judged[chosen].against_single, len(common.ids), noise=None),
-        notes=[*_notes(common)],
+        notes=[*remarks, *_notes(common)],
     )
+
+
+def _chosen(judged: Mapping[str, JudgedBlend]) -> tuple[str, list[str]]:
+    """The name of the blend to write, and what more than a temperature is worth."""
+
+    def loss(name: str) -> float:
+        return judged[name].nested["log_loss"]
+
+    plain = min((name for name in judged if name not in CALIBRATED), key=loss)
+    worth, remarks = list[str](), list[str]()
+    for name in filter(CALIBRATED.__contains__, judged):
+        own, other = judged[name].against_single, judged[plain].against_single  # they share their draws
+        gap, calibration = Estimate(own.value - other.value, own.draws - other.draws), judged[name].blend.calibration
+        if is_worth_it(gap, calibration):
+            worth.append(name)
+        remarks.append(note_of_calibration(name, plain, gap, calibration))
+    return min(worth, key=loss, default=plain), remarks
+
+
+def is_worth_it(gap: Estimate, calibration: Calibration) -> bool:
+    """Whether a calibration is really better than a simpler one: `gap`, its log loss less the other's, says so, and the
+    fit is inside its range."""
+    return gap.high < 0 and not at_bound(calibration)
+
+
+def note_of_calibration(name: str, other: str, gap: Estimate, calibration: Calibration) -> str:
+    """What a calibration is worth against a simpler one."""
+    verdict = "better than" if is_worth_it(gap, calibration) else "no better than"
+    if at_bound(calibration):
+        verdict = "at the bound of its range, so not used in place of"
+    return f"{name}: {verdict} {other} ({gap.value:+.4f} {half_width(gap)}); {describe(calibration)}"
 
 
 def judging_folds(common: CommonRows) -> NDArray[np.int64]:
@@ -169,8 +205,9 @@ def judging_folds(common: CommonRows) -> NDArray[np.int64]:
 def _judged(rows: HeldOutRows, folds: NDArray[np.int64], groups: NDArray[np.str_]) -> dict[str, JudgedBlend]:
     task = rows.task
     fits, scores = {}, {}
-    with progress("fitting blends", len(BLENDS) * (len(np.unique(folds)) + 1)) as advance:
-        for name, fit in BLENDS.items():
+    ways = blends_of(task)
+    with progress("fitting blends", len(ways) * (len(np.unique(folds)) + 1)) as advance:
+        for name, fit in ways.items():
             fits[name] = fit(rows)
             advance(note=name)
             scores[name] = cross_fit(fit, rows, folds, advance)
@@ -252,7 +289,7 @@ def write_ensemble(out: Path, report: BlendReport, runs: Sequence[ScoredRun]) ->
     open_ensemble([bundle for bundle, _ in members], None, [])
     file = EnsembleFile(
         members=[entry for _, entry in members],
-        temperature=round(chosen.blend.temperature, 6),
+        **calibration_keys(chosen.blend.calibration),
         mean=chosen.blend.mean,
         out_of_fold={name: round(value, 6) for name, value in chosen.nested.items()},
         nested=_nested_figures(report),
@@ -307,7 +344,7 @@ def member_entry(out: Path, run: ScoredRun, *, turn: int, weight: float, gain: f
     fitted_at = own if run.config is None else run.config.predict.temperature
     return MemberFile(
         bundle=Path(os.path.relpath(bundles[turn].resolve(), out.resolve().parent)),
-        weight=round(weight, 6),
+        weight=weight,
         temperature=None if fitted_at == own else fitted_at,
         gain=None if gain is None else round(max(gain, 0.0), 6),
     )
@@ -334,7 +371,7 @@ def render(report: BlendReport) -> list[Table]:
             number(judged.flattering),
             f"{judged.optimism:+.4f}",
             *(["", ""] if name == "best single" else [f"{gap.value:+.4f}", half_width(gap)]),
-            number(judged.blend.temperature, 3),
+            number(given, 3) if isinstance(given := judged.blend.calibration.temperature, float) else "per label",
             style="bold" if name == report.chosen else None,
         )
     notes = [

@@ -18,7 +18,7 @@ from pairclf.runs.evaluate import out_of_fold
 from pairclf.runs.held_out import CommonRows, ScoredRun, is_ensemble, open_runs, positions
 from pairclf.runs.plan import plannable
 from pairclf.scores.blend import BLENDS, cross_fit
-from pairclf.scores.calibration import METHODS, Method, fit, of_rows
+from pairclf.scores.calibration import METHODS, Method, fit, method_of, of_rows
 from pairclf.scores.metrics import Floats
 from pairclf.scores.plans import PlannableRows, Seconds, Use, fit_plan, probabilities_of
 
@@ -52,7 +52,8 @@ def seals_of(run: ScoredRun) -> tuple[list[str], bool]:
 
 def _read(path: Path) -> EnsembleFile:
     file = read_ensemble([path])
-    if _calibrated_by(file) or path.read_text(encoding="utf-8").startswith(HEADER):
+    is_known = file.nested is None or file.nested.method in BLENDS
+    if _calibrated_by(file) or (is_known and path.read_text(encoding="utf-8").startswith(HEADER)):
         return file
     raise ConfigError(
         f"{path} was not written by `pairclf blend` or `evaluate --calibrated`, so its weights can't be fitted to "
@@ -87,9 +88,10 @@ def _held_out(path: Path, file: EnsembleFile, common: CommonRows, runs: dict[Pat
     else:  # written for a deadline
         plan = tuple(Use(place, entry.share, entry.swap_share) for place, entry in enumerate(members.values()))
         data, scores = _rows(own), np.empty_like(common.targets)
+        method = method_of(file.calibration(common.task, "the blend"))
         for fold in np.unique(folds):
             rest = data.only(folds != fold)
-            scores[folds == fold] = probabilities_of(plan, data.only(folds == fold), fit_plan(plan, rest))
+            scores[folds == fold] = probabilities_of(plan, data.only(folds == fold), fit_plan(plan, rest, method))
     return ScoredRun(name=str(path), path=path, probabilities=scores, flips=None, config=None, trained={})
 
 

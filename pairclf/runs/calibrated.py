@@ -11,7 +11,7 @@ import yaml
 from pairclf.config import Config
 from pairclf.errors import ConfigError
 from pairclf.files import check_file_target, write_text
-from pairclf.inference.ensemble import SUFFIXES, EnsembleFile, MemberFile, NestedFigures
+from pairclf.inference.ensemble import SUFFIXES, EnsembleFile, MemberFile, NestedFigures, calibration_keys
 from pairclf.run import bundles_of
 from pairclf.runs.evaluate import Evaluation
 from pairclf.scores.figures import finite
@@ -46,13 +46,10 @@ def write_calibrated(evaluation: Evaluation, config: Config, folds: Sequence[int
     """
     if (advised := evaluation.advised) is None:
         return False
-    temperature, tie_scale, tie_bias = advised.fitted.calibration
     members = [
         MemberFile(
             bundle=Path(os.path.relpath(bundle.resolve(), path.resolve().parent)),
-            temperature=list(temperature) if isinstance(temperature, tuple) else temperature,
-            tie_scale=tie_scale,
-            tie_bias=tie_bias,
+            **calibration_keys(advised.fitted.calibration),
         )
         for bundle in bundles_of(config, folds)
     ]

@@ -17,14 +17,14 @@ from rich.table import Table
 from pairclf.approaches.protocol import MEMORY_GB
 from pairclf.bundles.bundle import Bundle, open_bundle
 from pairclf.config import deciding_settings
-from pairclf.console import Tables, counted, number, progress, table
-from pairclf.errors import ConfigError, PairclfError
+from pairclf.console import Tables, console, counted, number, progress, table
+from pairclf.errors import ConfigError, DataError, PairclfError
 from pairclf.files import atomic_file, write_json
 from pairclf.inference.forecast import total_seconds
-from pairclf.run import SCORED_ROWS, SCORED_SECONDS, TRAINING, Paths, output_of
+from pairclf.run import SCORED_ROWS, SCORED_SECONDS, TRAINING, Paths, output_of, training_log
 from pairclf.runs.evaluation_report import write_figures
 from pairclf.runs.held_out import CommonRows, ScoredRun
-from pairclf.scores.figures import METRICS, as_numbers, finite, judge, metrics_of, values_of
+from pairclf.scores.figures import METRICS, estimates_as_json, finite, judge, metrics_of, values_of
 from pairclf.scores.intervals import Estimate, Statistic, estimate, mean_of
 from pairclf.scores.metrics import row_losses
 from pairclf.scores.significance import Decision, SeedNoise, decide, pareto_front, seed_noise
@@ -160,9 +160,9 @@ class Comparison(Tables):
             "runs": [
                 {
                     "name": run.name,
-                    "figures": as_numbers(run.figures, limits),
+                    "figures": estimates_as_json(run.figures, limits),
                     "to_best": {
-                        **as_numbers({"to_best": run.to_best}, {})["to_best"],
+                        **estimates_as_json({"to_best": run.to_best}, {})["to_best"],
                         "p_better": finite(run.to_best.share_below_zero),
                         "leaderboard_noise": finite(self.leaderboard_noise(run.to_best)),
                     },
@@ -342,11 +342,13 @@ def _peak_memory(run: ScoredRun) -> float | None:
     peaks = []
     for fold, record in run.trained.items():
         peaks.append((record.get(TRAINING) or {}).get(MEMORY_GB))
-        path = Paths(output_of(run.config), fold).folder / "metrics.jsonl" if run.config else None
-        if path is not None and path.is_file():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            peaks += [line.get(MEMORY_GB) for line in lines]
-    return max((1e9 * float(peak) for peak in peaks if peak), default=None)
+        try:
+            lines = training_log(Paths(output_of(run.config), fold)) if run.config else []
+        except DataError as error:  # the figures of the run stand without it
+            console.print(f"note: {error.what}")
+            lines = []
+        peaks += [line.get(MEMORY_GB) for line in lines]
+    return max((1e9 * peak for peak in peaks if isinstance(peak, int | float) and peak > 0), default=None)
 
 
 def _forecast(run: ScoredRun, bundle: Bundle, language_models: bool) -> tuple[float | None, str]:

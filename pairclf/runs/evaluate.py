@@ -44,12 +44,13 @@ from pairclf.scores.calibration import (
     Scores,
     fit_nested,
     methods_of,
+    scores_of,
 )
 from pairclf.scores.figures import Judged, judge, measure, reliability, statistics_of, values_of
 from pairclf.scores.intervals import Estimate, Statistic, estimate_families, mean_of
 from pairclf.scores.metrics import Floats, class_prior, entropy, row_losses, way_to_best
 from pairclf.scores.orders import TwoOrders, gain_curve, order_statistics, shift_quantiles, two_orders
-from pairclf.scores.probabilities import Calibration, logits_of, mean_of_orders, probabilities
+from pairclf.scores.probabilities import Calibration, mean_of_orders
 from pairclf.scores.slices import Look, Slice, looks_at, slices_of, surplus_of
 from pairclf.task import Task
 
@@ -313,17 +314,9 @@ def scored(path: Path, task: Task) -> Scored:
         DataError: as `read_scores`.
     """
     frame = read_scores(path, task, foreign=True)
-    values = class_matrix(frame, task)
-    logits = logits_of(values, task)
-
-    def at(calibration: Calibration | float, rows: Rows | None = None, /) -> Floats:
-        if calibration in (1.0, Calibration()):
-            return values if rows is None else values[rows]
-        return probabilities(logits if rows is None else logits[rows], task, calibration)
-
     return Scored(
         rows=frame.select("id", *HASHES),
-        at=at,
+        at=scores_of(class_matrix(frame, task), task),
         temperature=1.0,
         logits=None,
         methods=("temperature",),
@@ -545,6 +538,7 @@ def _by_row(
     if orders is not None:
         losses |= {"loss_ab": _losses(orders.first, judged), "loss_ba": _losses(orders.second, judged)}
         matrices |= {"p_ab": orders.first, "p_ba": orders.second}
+    cut = [] if lost is None else [lost[name].alias(f"cut_{name}") for name in judged.task.fields] + [lost[MADE_EQUAL]]
     return rows.select(
         "id",
         pl.Series("fold", split.folds, dtype=pl.Int64),
@@ -556,11 +550,7 @@ def _by_row(
             for column, name in enumerate(classes)
         ),
         *(pl.Series(name, values, dtype=pl.Float64) for name, values in losses.items()),
-        *(
-            []
-            if lost is None
-            else [*(lost[name].alias(f"cut_{name}") for name in judged.task.fields), lost[MADE_EQUAL]]
-        ),
+        *cut,
     )
 
 

@@ -16,7 +16,7 @@ from pairclf.console import Tables, counted, number, table
 from pairclf.files import atomic_file
 from pairclf.runs.evaluate import Evaluation
 from pairclf.scores.calibration import NestedCalibration, at_bound
-from pairclf.scores.figures import METRICS, as_numbers, labels_hint, title
+from pairclf.scores.figures import METRICS, estimates_as_json, finite, labels_hint, title
 from pairclf.scores.intervals import Estimate
 from pairclf.scores.orders import ORDER_TITLES
 from pairclf.scores.probabilities import Calibration
@@ -131,9 +131,9 @@ def _slices(slices: Sequence[Slice]) -> Table | str:
     )
     if not outstanding:
         return f"No gap stands out among {looks}."
-    slices_table = table(
-        f"{len(outstanding)} of {looks} stand out", "", "rows", "log loss", "gap", "95% interval"
-    )  # fmt: skip
+    shown = f"; the {MOST_SLICES} with the largest gaps" * (len(outstanding) > MOST_SLICES)
+    title = f"{len(outstanding)} of {looks} stand out{shown}"
+    slices_table = table(title, "", "rows", "log loss", "gap", "95% interval")
     for part in outstanding[:MOST_SLICES]:
         label = f"{part.trait} {part.name}" if part.trait == BIAS else f"{part.trait}: {part.name}"
         slices_table.add_row(
@@ -222,16 +222,16 @@ def _on_calibration(evaluation: Evaluation) -> Iterator[str]:
     if not evaluation.calibrations:
         yield "no calibration: all rows are in one fold, and it could not be measured on others"
         return
-    for found in evaluation.calibrations:
-        method, calibration = found.fitted.method, found.fitted.calibration
-        if at_bound(calibration):
-            yield (
-                f"{method}: the fit is at the bound of its range ({describe(calibration)}): the scores are no "
-                "probabilities, or there are too few rows; do not use it"
-            )
+    bounded = [found.fitted for found in evaluation.calibrations if at_bound(found.fitted.calibration)]
+    for fitted in bounded:
+        yield (
+            f"{fitted.method}: the fit is at the bound of its range ({describe(fitted.calibration)}): the scores are "
+            "no probabilities, or there are too few rows; do not use it"
+        )
     advised = evaluation.advised
     if advised is None:
-        yield "no calibration is worth it: no nested gain has an interval above 0; leave the scores as they are"
+        gain = "no other nested gain" if bounded else "no nested gain"
+        yield f"no calibration is worth it: {gain} has an interval above 0; leave the scores as they are"
         return
     method, calibration = advised.fitted.method, advised.fitted.calibration
     of_run = evaluation.setting == "predict.temperature"  # in a config it would be a setting of the training
@@ -253,7 +253,7 @@ def as_tree(evaluation: Evaluation) -> dict[str, Any]:
         )
     }  # fmt: skip
     tree |= {
-        "figures": as_numbers(evaluation.figures, {name: figure.limits for name, figure in METRICS.items()}),
+        "figures": estimates_as_json(evaluation.figures, {name: figure.limits for name, figure in METRICS.items()}),
         "gain_over_prior": _estimate(evaluation.gain),
         "calibrations": [_calibration(found) for found in evaluation.calibrations],
         "advised_calibration": None if advised is None else advised.fitted.method,
@@ -338,4 +338,4 @@ def _finite(value: Any) -> Any:
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite(value)

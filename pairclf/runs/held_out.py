@@ -118,11 +118,6 @@ def open_runs(
         raise ConfigError("a run is given twice", remedy="give each run once")
     if missing := [str(path) for path in paths if not or_shipped(path).exists()]:
         raise ConfigError(f"there is no {', '.join(missing)}", remedy="give run folders, configs or files of scores")
-    if files := [str(path) for path in paths if is_ensemble(path)]:
-        raise ConfigError(
-            f"{files[0]} is an ensemble's file, and no run: its weights were fitted to the rows that would judge it",
-            remedy="give the runs that it averages, or the file that `pairclf blend RUN... --scores FILE` writes",
-        )
     configs = [config_of_run(path) for path in paths]
     config = load_config(labels) if labels is not None else next((own for own in configs if own is not None), None)
     if config is None:
@@ -185,7 +180,16 @@ def is_ensemble(path: Path) -> bool:
 
 
 def config_of_run(path: Path) -> Config | None:
-    """The config of a run, from its file or as its folds keep it; None: a file of scores."""
+    """The config of a run, from its file or as its folds keep it; None: a file of scores.
+
+    Raises:
+        ConfigError: it can't be read, a folder holds no finished training, or it is an ensemble's file.
+    """
+    if is_ensemble(path):
+        raise ConfigError(
+            f"{path} is an ensemble's file, and no run: its weights were fitted to the rows that would judge it",
+            remedy="give the runs that it averages, or the file that `pairclf blend RUN... --scores FILE` writes",
+        )
     if path.suffix in SUFFIXES and not path.is_dir():
         return load_config(path)
     if not path.is_dir():

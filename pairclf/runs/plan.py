@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,25 @@ from pairclf.console import console, counted, number, progress, table
 from pairclf.errors import ConfigError
 from pairclf.files import write_text
 from pairclf.inference.deadline import format_duration
-from pairclf.inference.ensemble import EnsembleFile, open_ensemble
+from pairclf.inference.ensemble import EnsembleFile, calibration_keys, open_ensemble
 from pairclf.inference.forecast import SPARE, pass_seconds
 from pairclf.page.html import document, printed
 from pairclf.page.plots import Series, plot
-from pairclf.runs.blend import HEADER, check_target, judging_folds, member_entry, write_file
+from pairclf.runs.blend import (
+    HEADER,
+    check_target,
+    is_worth_it,
+    judging_folds,
+    member_entry,
+    note_of_calibration,
+    write_file,
+)
 from pairclf.runs.held_out import CommonRows, ScoredRun
 from pairclf.scores.blend import Blend, HeldOutRows
+from pairclf.scores.calibration import METHODS, Method, methods_of
 from pairclf.scores.figures import measure
-from pairclf.scores.metrics import class_prior
+from pairclf.scores.intervals import difference
+from pairclf.scores.metrics import Floats, class_prior, row_losses
 from pairclf.scores.plans import (
     FoundPlan,
     Plan,
@@ -50,7 +60,7 @@ class JudgedPlan:
 
     Attributes:
         found: the plan with its seconds, chosen on all rows.
-        blend: weights and temperature, fitted to all rows.
+        blend: weights and calibration, fitted to all rows.
         nested: metrics where plan and weights were chosen without a row's fold, within the same time.
         flattering: log loss of the plan and its blend on the rows that they were chosen on.
     """
@@ -124,7 +134,7 @@ class PlanReport:
                 {"run": self.runs[use.member], "share": use.share, "swap_share": use.swap_share, "weight": weight}
                 for use, weight in zip(judged.found.plan, weights, strict=True)
             ],
-            "temperature": judged.blend.temperature,
+            **calibration_keys(judged.blend.calibration),
             "nested": judged.nested,
             "flattering_log_loss": judged.flattering,
             "optimism": judged.optimism,
@@ -199,10 +209,12 @@ def plan_blend(
                 remedy="give a quicker run (pairclf distill, export), more time, or a faster --device",
             )
         limits = [limit if entry is best else entry.seconds for entry in curve]
-        nested = nested_scores(rows, folds, limits, longest, advance)
+        nested = nested_scores(rows, folds, limits, longest, methods_of(common.task), advance)
+    place = curve.index(best)
+    method, remarks = _calibration(common, best.plan, rows, {name: scores[place] for name, scores in nested.items()})
     judged = []
-    for entry, scores in zip(curve, nested, strict=True):
-        blend = fit_plan(entry.plan, rows)
+    for entry, scores in zip(curve, nested[method], strict=True):
+        blend = fit_plan(entry.plan, rows, method)
         figures = measure(scores, common.targets, common.task, common.weights)
         judged.append(JudgedPlan(entry, blend, figures, rows.rows.loss(probabilities_of(entry.plan, rows, blend))))
     return PlanReport(
@@ -213,10 +225,25 @@ def plan_blend(
         deadline=deadline,
         seconds=seconds,
         curve=judged,
-        chosen=curve.index(best),
-        gains=_gains(best.plan, rows),
-        notes=_notes(common, judged[curve.index(best)], limit),
+        chosen=place,
+        gains=_gains(best.plan, rows, method),
+        notes=[*remarks, *_notes(common, judged[place], limit)],
     )
+
+
+def _calibration(
+    common: CommonRows, plan: Plan, rows: PlannableRows, nested: Mapping[Method, Floats]
+) -> tuple[Method, list[str]]:
+    """The method of the plan's calibration, and what the others than a temperature are worth."""
+    losses = {name: row_losses(of, common.targets, multi_label=common.task.multi_label) for name, of in nested.items()}
+    chosen, remarks = METHODS[0], list[str]()
+    for method in [*losses][1:]:
+        gap = difference(losses[method], losses[METHODS[0]], common.groups, common.weights)
+        calibration = fit_plan(plan, rows, method).calibration
+        if is_worth_it(gap, calibration):
+            chosen = method
+        remarks.append(note_of_calibration(method, "a temperature", gap, calibration))
+    return chosen, remarks
 
 
 def plannable(common: CommonRows, seconds: Sequence[Seconds]) -> PlannableRows:
@@ -254,13 +281,13 @@ def _forecast(run: ScoredRun, data: Path | None, device: str, rows: int) -> Seco
     return Seconds(*pass_seconds(run.bundles[0], file, device=device, rows=rows))
 
 
-def _gains(plan: Plan, rows: PlannableRows) -> list[float]:
+def _gains(plan: Plan, rows: PlannableRows, method: Method) -> list[float]:
     """What each model brings over those before it, in nats a row; the first one over the class prior."""
     prior = np.tile(class_prior(rows.rows.targets, rows.rows.weights), (len(rows.rows.targets), 1))
     losses = [rows.rows.loss(prior)]
     for models in range(1, len(plan) + 1):
         part = plan[:models]
-        losses.append(rows.rows.loss(probabilities_of(part, rows, fit_plan(part, rows))))
+        losses.append(rows.rows.loss(probabilities_of(part, rows, fit_plan(part, rows, method))))
     return [-step for step in np.diff(losses).tolist()]
 
 
@@ -296,7 +323,7 @@ def write_planned(out: Path, report: PlanReport, runs: Sequence[ScoredRun]) -> E
     open_ensemble([runs[use.member].bundles[0] for use in judged.found.plan], None, [])
     file = EnsembleFile(
         members=members,
-        temperature=round(judged.blend.temperature, 6),
+        **calibration_keys(judged.blend.calibration),
         out_of_fold={name: round(value, 6) for name, value in judged.nested.items()},
     )
     comment = (

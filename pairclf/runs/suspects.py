@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -156,50 +157,55 @@ def other_labels(
         nearly: of `_same`, at the threshold of near duplicates; None: it is found.
     """
     nearly = nearly or _same(common, common.config.folds.near_duplicate_threshold)
-    given, equal = likeliest(common.targets), _same(common, None)[0]
+    given, swapped = likeliest(common.targets), np.array(common.task.swapped_columns)
+    labels, texts = np.where(nearly[1], swapped[given], given).tolist(), _same(common, None)[0].tolist()
     reasons: list[list[str]] = [[] for _ in common.ids]
-    swapped = np.array(common.task.swapped_columns)
-    upright = np.where(nearly[1], swapped[given], given)
-    groups: dict[int, dict[int, dict[int, list[int]]]] = {}  # group, label, number of equal texts: rows
-    for row, (group, label, texts) in enumerate(zip(nearly[0].tolist(), upright.tolist(), equal.tolist(), strict=True)):
-        groups.setdefault(group, {}).setdefault(label, {}).setdefault(texts, []).append(row)
-    for labels in groups.values():
-        for rows, words in _other_labels_of(labels, common.ids) if len(labels) > 1 else ():
-            for row in rows:
+    groups: dict[int, list[int]] = defaultdict(list)
+    for row, group in enumerate(nearly[0].tolist()):
+        groups[group].append(row)
+    for rows in groups.values():
+        for alike, words in _other_labels_of(rows, labels, texts, common.ids) if len(rows) > 1 else ():
+            for row in alike:
                 reasons[row] += words
     return reasons
 
 
 def _other_labels_of(
-    labels: Mapping[int, Mapping[int, Sequence[int]]], ids: Sequence[str]
+    rows: Sequence[int], labels: Sequence[int], texts: Sequence[int], ids: Sequence[str]
 ) -> Iterator[tuple[Sequence[int], list[str]]]:
-    """Rows of one group, and what others of it say of their label; of thousands, too: rows are counted, not compared.
+    """Rows of one group with equal texts and one label, and what the group's other labels say against theirs.
+
+    A group can have thousands of rows: they are counted, and no two of them are compared.
 
     Args:
-        labels: rows of the group, by label and by number of equal texts.
+        rows: of the group.
+        labels, texts: of all rows; equal texts have one number.
         ids: of all rows.
     """
-    sizes = {label: sum(map(len, rows_of.values())) for label, rows_of in labels.items()}
-    for label, rows_of in labels.items():
-        others = [label_rows for other, label_rows in labels.items() if other != label]
-        for texts, rows in rows_of.items():
-            with_texts = sum(len(label_rows.get(texts, ())) for label_rows in others)
-            nearly = chain.from_iterable(at for by in others for other, at in by.items() if other != texts)
-            equal = chain.from_iterable(by.get(texts, ()) for by in others)
-            near_total = sum(sizes.values()) - with_texts - len(rows)
-            yield (
-                rows,
-                [
-                    f"another label in {against} of {total} rows with {words}: "
-                    + ", ".join(ids[row] for row in islice(named, IDS))
-                    + ", ..." * (against > IDS)
-                    for against, total, words, named in (
-                        (with_texts, with_texts + len(rows) - 1, "the same texts", equal),
-                        (sum(sizes.values()) - sizes[label] - with_texts, near_total, "nearly the same texts", nearly),
-                    )
-                    if against
-                ],
-            )
+    by_label: dict[int, list[int]] = defaultdict(list)
+    by_texts: dict[int, list[int]] = defaultdict(list)
+    by_both: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for row in rows:
+        by_label[labels[row]].append(row)
+        by_texts[texts[row]].append(row)
+        by_both[labels[row], texts[row]].append(row)
+    for (label, text), alike in by_both.items():
+        equal = [row for row in by_texts[text] if labels[row] != label]
+        others = chain.from_iterable(by_label[other] for other in by_label if other != label)
+        nearly = (row for row in others if texts[row] != text)
+        count, total = len(rows) - len(by_label[label]) - len(equal), len(rows) - len(by_texts[text])
+        words = []
+        if equal:
+            words.append(_contradiction(equal, len(equal), len(by_texts[text]) - 1, "the same texts", ids))
+        if count:
+            words.append(_contradiction(nearly, count, total, "nearly the same texts", ids))
+        yield alike, words
+
+
+def _contradiction(against: Iterable[int], count: int, total: int, texts: str, ids: Sequence[str]) -> str:
+    """How many of the rows with these texts have another label, and the ids of the first."""
+    named = ", ".join(ids[row] for row in islice(against, IDS))
+    return f"another label in {count} of {total} rows with {texts}: {named}{', ...' * (count > IDS)}"
 
 
 def _reasons(common: CommonRows, nearly: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> list[list[str]]:

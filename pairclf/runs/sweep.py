@@ -29,6 +29,7 @@ from pairclf.config import MAX_YAML, Config, Section, checked, load_config, pars
 from pairclf.console import Tables, console, counted, number, table
 from pairclf.errors import ConfigError, quoted
 from pairclf.files import read_plain, write_json
+from pairclf.own_files import or_shipped
 from pairclf.run import (
     FOLDS,
     TRAINING,
@@ -158,7 +159,7 @@ def plan_sweep(path: Path, entries: Sequence[str] = (), folds: Sequence[int] = (
     Raises:
         ConfigError: an entry or a combination can't be used, or nothing is varied.
     """
-    tree = parse_yaml(_read(path), path)
+    tree = parse_yaml(_read(or_shipped(path)), path)
     axes = [_axis(entry) for entry in entries]
     if isinstance(tree, dict) and "axes" in tree:
         tree["axes"] = [*tree["axes"], *axes] if isinstance(tree["axes"], list) else tree["axes"]

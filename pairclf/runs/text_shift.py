@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pairclf.approaches.classical_features import MEASURES, MeasuredText
 from pairclf.console import progress
@@ -54,8 +54,9 @@ def text_features(frame: pl.DataFrame, task: Task) -> Any:
 def chances_of(features: Any, hidden: NDArray[np.bool_], folds: NDArray[np.int64], lengths: int) -> Floats:
     """The probability that a row is hidden, `(N,)`, were both kinds equally frequent, by models of the other folds.
 
-    Logistic regressions on TF-IDF and splines of lengths, one for each of `STRENGTHS`, and that with the lowest log
-    loss is used; a further one, on the logit alone, takes back overconfidence.
+    Logistic regressions on curves of lengths and others on TF-IDF, of each the one of `STRENGTHS` with the lowest log
+    loss; a further one on the two logits takes back overconfidence, chosen and fitted on other folds, too. Lengths and
+    words are separate as one penalty can't suit both: scaled lengths would leave words no weight.
 
     Args:
         features: sparse `(N, F)`, as `text_features`.
@@ -63,39 +64,75 @@ def chances_of(features: Any, hidden: NDArray[np.bool_], folds: NDArray[np.int64
         folds: `(N,)`; rows of one prompt share theirs, and the rows outside each have both kinds.
         lengths: number of leading columns that are lengths.
     """
+    from sklearn.feature_extraction.text import TfidfTransformer
+    from sklearn.linear_model import LogisticRegression
+
+    sizes, words = features[:, :lengths].toarray(), features[:, lengths:]
+    used = words.getnnz(axis=0) > 0  # of the hashes few are words of these texts, and a fit looks at each column
+    used[:1] = True  # texts without a word still make a matrix
+    words, logits = words[:, used], np.zeros((2, len(STRENGTHS), len(hidden)))
+    for fold in np.unique(folds):
+        rest = folds != fold
+        weighted = TfidfTransformer(sublinear_tf=True).fit(words[rest]).transform(words)
+        for kind, rows in enumerate((curves_of(sizes, rest), weighted)):
+            for place, strength in enumerate(STRENGTHS):
+                model = LogisticRegression(C=strength, solver="liblinear", class_weight="balanced")
+                logits[kind, place, ~rest] = model.fit(rows[rest], hidden[rest]).decision_function(rows[~rest])
+    chances = np.empty(len(hidden))
+    for fold in np.unique(folds):
+        chances[folds == fold] = _combined(logits, hidden, folds != fold)[folds == fold]
+    return chances
+
+
+def _combined(logits: Floats, hidden: NDArray[np.bool_], fitted: NDArray[np.bool_]) -> Floats:
+    """Probabilities `(N,)` by logits `(2, S, N)`, of the choice and the combination that suit some of the rows best."""
+    from scipy.special import expit
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
 
-    used = features.getnnz(axis=0) > 0  # of the hashes few are words of these texts, and a fit looks at each column
-    used[:lengths] = True
-    features, logits = features[:, used], np.zeros((len(hidden), len(STRENGTHS)))
-    for fold in np.unique(folds):
-        rest = folds != fold
-        rows = _columns(features, rest, lengths)
-        for place, strength in enumerate(STRENGTHS):
-            model = LogisticRegression(C=strength, solver="liblinear", class_weight="balanced")
-            logits[~rest, place] = model.fit(rows[rest], hidden[rest]).decision_function(rows[~rest])
     balance = np.where(hidden, 1 / hidden.mean(), 1 / (~hidden).mean())
-    chances: list[Floats] = []
-    for own in np.split(logits, len(STRENGTHS), axis=1):
-        calibration = LogisticRegression(class_weight="balanced", C=1e6).fit(own, hidden)
+
+    def calibrated(*columns: Floats) -> Floats:
+        rows = np.stack(columns, axis=1)
+        model = LogisticRegression(class_weight="balanced", C=1e6).fit(rows[fitted], hidden[fitted])
         # A falling curve means that the classifier learnt nothing: turned round, it would show a shift that is none.
-        known = calibration.coef_[0, 0] > 0
-        chances.append(calibration.predict_proba(own)[:, 1] if known else np.full(len(hidden), 0.5))
-    return min(chances, key=lambda own: float(log_loss(hidden, own, sample_weight=balance)))
+        own: Floats = model.decision_function(rows) if (model.coef_ > 0).all() else np.zeros(len(rows))
+        return own
+
+    def loss(own: Floats) -> float:
+        return float(log_loss(hidden[fitted], expit(own[fitted]), sample_weight=balance[fitted]))
+
+    best = [min(map(calibrated, kind), key=loss) for kind in logits]
+    chances: Floats = expit(min((*best, calibrated(*best)), key=loss))
+    return chances
 
 
-def _columns(features: Any, fitted: NDArray[np.bool_], lengths: int) -> Any:
-    """Sparse columns of splines of the lengths and of TF-IDF, both fitted to some of the rows."""
-    from scipy.sparse import csr_matrix, hstack
-    from sklearn.feature_extraction.text import TfidfTransformer
+def curves_of(sizes: Floats, fitted: NDArray[np.bool_]) -> Floats:
+    """Piecewise linear curves of lengths `(N, L)`, as `(N, K)` columns, scaled to a standard deviation of 1; knots and
+    scale are fitted to some of the rows."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import SplineTransformer, StandardScaler
 
-    sizes, words = features[:, :lengths].toarray(), features[:, lengths:]
-    curves = make_pipeline(SplineTransformer(n_knots=6, knots="quantile"), StandardScaler()).fit(sizes[fitted])
-    weighting = TfidfTransformer(sublinear_tf=True).fit(words[fitted])
-    return hstack([csr_matrix(curves.transform(sizes)), weighting.transform(words)], format="csr")
+    curves = make_pipeline(SplineTransformer(n_knots=6, degree=1, knots="quantile"), StandardScaler())
+    columns: Floats = curves.fit(sizes[fitted]).transform(sizes)
+    return columns
+
+
+def shift_of_features(
+    features: Any, hidden: NDArray[np.bool_], groups: ArrayLike, folds: NDArray[np.int64], lengths: int
+) -> TextShift:
+    """The shift between hidden and held-out rows, whose weighted lengths are then as the hidden ones'.
+
+    Args:
+        features: as `chances_of`, and so are `hidden`, `folds` and `lengths`.
+        hidden: `(N,)`.
+        groups: `(N,)` keys, equal for rows of one prompt.
+        folds: `(N,)`.
+        lengths: number of columns.
+    """
+    chances = chances_of(features, hidden, folds, lengths)
+    curves = curves_of(features[:, :lengths].toarray(), np.ones(len(hidden), dtype=bool))
+    return shift_of(chances, hidden, groups, curves)
 
 
 def measure_shift(held_out: pl.DataFrame, hidden: pl.DataFrame, task: Task) -> TextShift | None:
@@ -109,5 +146,4 @@ def measure_shift(held_out: pl.DataFrame, hidden: pl.DataFrame, task: Task) -> T
         if len(np.unique(is_hidden[folds != fold])) < 2:
             return None
     lengths = len(LENGTHS) * len(task.fields)
-    chances = chances_of(text_features(frame, task), is_hidden, folds, lengths)
-    return shift_of(chances, is_hidden, groups.to_numpy().astype(np.str_))
+    return shift_of_features(text_features(frame, task), is_hidden, groups.to_numpy().astype(np.str_), folds, lengths)

@@ -19,7 +19,7 @@ from pairclf.data.rows import targets_of
 from pairclf.run import folds_of, labelled_rows, output_of
 from pairclf.runs.evaluate import out_of_fold, scored
 from pairclf.runs.evaluation_report import interval_of
-from pairclf.scores.figures import METRICS, as_numbers, judge
+from pairclf.scores.figures import METRICS, estimates_as_json, judge
 from pairclf.scores.intervals import Estimate, Statistic, estimate
 from pairclf.scores.metrics import Floats
 from pairclf.scores.thresholds import (
@@ -62,7 +62,7 @@ class LabelThresholds:
         return {
             "labels": [dict(zip(("name", "share", "f1_as_set", "f1_nested"), line, strict=True)) for line in by_label],
             "f1_as_set": self.means_as_set,
-            "f1_nested": None if self.means_nested is None else as_numbers(self.means_nested, {}),
+            "f1_nested": None if self.means_nested is None else estimates_as_json(self.means_nested, {}),
             "thresholds": {average: self.setting(average) for average in self.thresholds},
         }
 

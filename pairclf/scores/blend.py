@@ -8,15 +8,16 @@ pool, which holds a temperature). `cross_fit` judges them on folds that they wer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pairclf.scores.calibration import RANGE, temperature_of
+from pairclf.scores.calibration import RANGE, Method, methods_of, scores_of, temperature_of
+from pairclf.scores.calibration import fit as fit_calibration
 from pairclf.scores.metrics import Floats, class_prior, log_loss
-from pairclf.scores.probabilities import Mean, blend, logits_of, probabilities
+from pairclf.scores.probabilities import Calibration, Mean, blend, logits_of, probabilities
 from pairclf.task import Task
 
 SMALLEST = 0.01
@@ -60,12 +61,12 @@ class Blend:
 
     Attributes:
         weights: `(M,)`, from 0 up, with the sum 1.
-        temperature: of the mean.
+        calibration: of the mean.
         mean: its kind.
     """
 
     weights: Floats
-    temperature: float = 1.0
+    calibration: Calibration = field(default=Calibration())
     mean: Mean = "arithmetic"
 
     def of(self, members: Floats, task: Task) -> Floats:
@@ -76,7 +77,7 @@ class Blend:
             task,
             weights=self.weights[used],
             prior=np.zeros(members.shape[2]),
-            temperature=self.temperature,
+            calibration=self.calibration,
             kind=self.mean,
         )
 
@@ -151,11 +152,13 @@ def _arithmetic_in_part(rows: HeldOutRows) -> Blend:
     return Blend(weights / weights.sum())
 
 
-def arithmetic_tempered(rows: HeldOutRows) -> Blend:
-    """`arithmetic`, and then the temperature of its mean."""
+def arithmetic_calibrated(rows: HeldOutRows, method: Method = "temperature") -> Blend:
+    """`arithmetic`, and then a calibration of its mean: a method that the task can use."""
     fitted = arithmetic(rows)
-    mean = fitted.of(rows.members, rows.task)
-    return Blend(fitted.weights, temperature_of(mean, rows.targets, rows.task, rows.weights))
+    mean, known = fitted.of(rows.members, rows.task), (rows.targets, rows.task, rows.weights)
+    if method == "temperature":
+        return Blend(fitted.weights, Calibration(temperature_of(mean, *known)))
+    return Blend(fitted.weights, fit_calibration(method, scores_of(mean, rows.task), *known))
 
 
 def geometric(rows: HeldOutRows) -> Blend:
@@ -175,8 +178,8 @@ def geometric(rows: HeldOutRows) -> Blend:
     exponents = _minimised(objective, len(logits), upper=1 / RANGE[0])
     total = float(exponents.sum())
     if total < 1 / RANGE[1]:  # no member knows anything: nearly uniform probabilities are best
-        return Blend(np.full(len(logits), 1 / len(logits)), RANGE[1], "geometric")
-    return Blend(exponents / total, 1 / total, "geometric")
+        return Blend(np.full(len(logits), 1 / len(logits)), Calibration(RANGE[1]), "geometric")
+    return Blend(exponents / total, Calibration(1 / total), "geometric")
 
 
 Fit = Callable[[HeldOutRows], Blend]
@@ -191,19 +194,35 @@ def without_small(fit: Fit, rows: HeldOutRows) -> Blend:
         if kept.all():
             weights = np.zeros(len(rows.members))
             weights[used] = fitted.weights
-            return Blend(weights, fitted.temperature, fitted.mean)
+            return replace(fitted, weights=weights)
         used = used[kept]
 
+
+CALIBRATED: dict[str, Method] = {
+    "arithmetic, temperature per label": "temperature per label",
+    "arithmetic, tied vector scaling": "tied vector scaling",
+}
+"""Blends whose mean gets more than a temperature, and the method, which the task must be able to use."""
 
 BLENDS: dict[str, Fit] = {
     "best single": best_single,
     "uniform": uniform,
     "greedy": partial(without_small, greedy),
     "arithmetic": partial(without_small, arithmetic),
-    "arithmetic, tempered": partial(without_small, arithmetic_tempered),
+    "arithmetic, tempered": partial(without_small, arithmetic_calibrated),
     "geometric": partial(without_small, geometric),
+    **{
+        name: partial(without_small, partial(arithmetic_calibrated, method=method))
+        for name, method in CALIBRATED.items()
+    },
 }
-"""Ways to fit a blend, the simplest first. All of them are printed, and the best on held-out folds is written."""
+"""Ways to fit a blend, the simplest first."""
+
+
+def blends_of(task: Task) -> dict[str, Fit]:
+    """The ways that a task can use. All of them are printed, and the best on held-out folds is written."""
+    usable = methods_of(task)
+    return {name: fit for name, fit in BLENDS.items() if CALIBRATED.get(name, "temperature") in usable}
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
@@ -248,7 +267,7 @@ def _loss_of_some(fitted: Blend, rows: HeldOutRows, members: Sequence[int]) -> f
     """The log loss while these members alone have scored the rows."""
     weights = np.zeros_like(fitted.weights)
     weights[members] = fitted.weights[members]
-    return rows.loss(Blend(weights, fitted.temperature, fitted.mean).of(rows.members, rows.task))
+    return rows.loss(replace(fitted, weights=weights).of(rows.members, rows.task))
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------

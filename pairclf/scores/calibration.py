@@ -58,6 +58,25 @@ class Scores(Protocol):
     def __call__(self, calibration: Calibration | float, rows: Rows | None = None, /) -> Floats: ...
 
 
+def scores_of(values: Floats, task: Task) -> Scores:
+    """The scores of a table of probabilities `(N, C)`, whose logits are calibrated."""
+    logits = logits_of(values, task)
+
+    def at(calibration: Calibration | float, rows: Rows | None = None, /) -> Floats:
+        if calibration in (1.0, Calibration()):
+            return values if rows is None else values[rows]
+        return probabilities(logits if rows is None else logits[rows], task, calibration)
+
+    return at
+
+
+def method_of(calibration: Calibration) -> Method:
+    """The simplest method that can fit this."""
+    if isinstance(calibration.temperature, tuple):
+        return "temperature per label"
+    return "temperature" if calibration == Calibration(calibration.temperature) else "tied vector scaling"
+
+
 def methods_of(task: Task) -> list[Method]:
     """The methods that a task can use, the simplest first."""
     several, tie = task.multi_label and len(task.classes) > 1, has_tie(task)

@@ -481,7 +481,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_numbers(estimates: Mapping[str, Estimate], limits: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+def estimates_as_json(estimates: Mapping[str, Estimate], limits: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     """Estimates for JSON: value, low and high of each, within the limits; null where one is not known."""
     tree: dict[str, Any] = {}
     for name, found in estimates.items():

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pairclf.scores.blend import Blend, HeldOutRows, arithmetic_tempered
+from pairclf.scores.blend import Blend, HeldOutRows, arithmetic_calibrated
+from pairclf.scores.calibration import Method
 from pairclf.scores.metrics import Floats, entropy_of
 
 SHARES = (1.0, 0.5, 0.2)
@@ -28,11 +29,12 @@ EXACT = 1000
 """With no more possible plans than these, all are fitted; else neighbours of the best plans are, until none is new."""
 
 STEP = 1000
-"""About so many neighbours of the best plans are fitted before these are judged anew; those of three plans at least."""
+"""About so many neighbours of the best plans are fitted before the best are chosen again; those of three plans at
+least."""
 
 SEARCHED_ROWS, LOCAL_ROWS = 20_000, 2_000
-"""Plans are compared on so many rows at most; the many of a local search on fewer, and the best of them then on the
-others. Figures are of all rows."""
+"""Plans are compared on so many rows at most. A local search fits more plans: it compares them on `LOCAL_ROWS`, and the
+best of them then on `SEARCHED_ROWS`. Figures are of all rows."""
 
 LEAST_GAIN = 5e-5
 """Nats a row. A plan that takes longer than another one must be better by this: a smaller gain is no reason to wait."""
@@ -126,15 +128,15 @@ def _most_uncertain(
     candidates: NDArray[np.int64], share: float, per_model: Floats, models: int, blend: Blend, rows: HeldOutRows
 ) -> NDArray[np.int64]:
     """The share of the candidates of which the blend of the first models is least sure."""
-    first = Blend(blend.weights[:models], blend.temperature)
+    first = Blend(blend.weights[:models], blend.calibration)
     uncertainty = entropy_of(first.of(per_model[:models], rows.task), multi_label=rows.task.multi_label)
     ranked = candidates[np.argsort(-uncertainty[candidates], kind="stable")]
     return ranked[: round(share * len(candidates))]
 
 
-def fit_plan(plan: Plan, data: PlannableRows) -> Blend:
-    """The weights of a plan's models and the temperature of their mean, fitted to the rows as the plan scores them."""
-    return arithmetic_tempered(_as_scored(plan, data))
+def fit_plan(plan: Plan, data: PlannableRows, method: Method = "temperature") -> Blend:
+    """The weights of a plan's models and the calibration of their mean, fitted to the rows as the plan scores them."""
+    return arithmetic_calibrated(_as_scored(plan, data), method)
 
 
 def _as_scored(plan: Plan, data: PlannableRows, fitted: Blend | None = None) -> HeldOutRows:
@@ -154,7 +156,7 @@ def expected_loss(plan: Plan, data: PlannableRows) -> float:
     that are too sure is softer than each of them, which is no merit once a temperature is fitted to either.
     """
     rows = _as_scored(plan, data)
-    return rows.loss(arithmetic_tempered(rows).of(rows.members, rows.task)) + len(plan) / (2 * len(rows.targets))
+    return rows.loss(arithmetic_calibrated(rows).of(rows.members, rows.task)) + len(plan) / (2 * len(rows.targets))
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
@@ -264,8 +266,9 @@ def nested_scores(
     folds: NDArray[np.int64],
     limits: Sequence[float],
     longest: float,
+    methods: Sequence[Method],
     done: Callable[[], object] = lambda: None,
-) -> list[Floats]:
+) -> dict[Method, list[Floats]]:
     """Probabilities `(N, C)` of each fold's rows by the plan that was chosen, and weights that were fitted, without it.
 
     Args:
@@ -273,14 +276,16 @@ def nested_scores(
         folds: `(N,)`, two or more different ones.
         limits: seconds that a plan may take: one result each.
         longest: seconds; plans that take longer are not looked at.
+        methods: of the calibration, which is fitted with the weights: results for each.
         done: is called after each plan that is looked at.
     """
-    results = [np.empty_like(data.rows.targets) for _ in limits]
+    results = {method: [np.empty_like(data.rows.targets) for _ in limits] for method in methods}
     for fold in np.unique(folds):
         held_out = folds == fold
         training, judged = data.only(~held_out), data.only(held_out)
         front = search(training, longest, done)
-        for limit, result in zip(limits, results, strict=True):
+        for (method, scores), (place, limit) in product(results.items(), enumerate(limits)):
             found = best_within(front, limit) or front[0]
-            result[held_out] = probabilities_of(found.plan, judged, fit_plan(found.plan, training))
+            fitted = fit_plan(found.plan, training, method)
+            scores[place][held_out] = probabilities_of(found.plan, judged, fitted)
     return results

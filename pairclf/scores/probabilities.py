@@ -1,7 +1,7 @@
 """The one way from logits to probabilities: calibration, softmax or sigmoid, un-swap, mean of orders, mean of models.
 
 The steps for each model and order are the calibration, softmax or sigmoid, and the swap undone. Then follow the mean of
-both orders for each model, the weighted mean of the models, and the temperature of the ensemble. Training, `evaluate`,
+both orders for each model, the weighted mean of the models, and the calibration of the ensemble. Training, `evaluate`,
 `predict` and the inference server all use these functions.
 """
 
@@ -141,10 +141,10 @@ def blend(
     *,
     weights: ArrayLike,
     prior: ArrayLike,
-    temperature: float = 1.0,
+    calibration: Calibration | float = 1.0,
     kind: Mean = "arithmetic",
 ) -> Floats:
-    """Finite probabilities `(N, C)` for all rows: the mean of the models, then the temperature.
+    """Finite probabilities `(N, C)` for all rows: the mean of the models, then the calibration.
 
     A row that no model scored gets the prior. Rows sum to one, unless the task has several labels per row.
 
@@ -152,7 +152,7 @@ def blend(
         per_model, weights: as `mean_of_models`.
         task: whether a row has several labels.
         prior: `(C,)`.
-        temperature: of the mean.
+        calibration: of the mean's logits; a number is a temperature.
         kind: of the mean; geometric: of each label and its complement, with several labels per row.
     """
     if kind == "geometric":  # a mean of logits
@@ -163,8 +163,8 @@ def blend(
     result: Floats = np.where(is_scored[:, None], mean, np.asarray(prior, dtype=np.float64))
     if not task.multi_label:
         result /= result.sum(axis=1, keepdims=True)
-    if temperature != 1:
-        result[is_scored] = apply_temperature(result[is_scored], temperature, task)
+    if calibration not in (1.0, Calibration()):
+        result[is_scored] = probabilities(logits_of(result[is_scored], task), task, calibration)
     return result
 
 

@@ -363,6 +363,11 @@ def test_the_command_serves_until_ctrl_c(classical_bundles: list[Path], data: Pa
         request = Request(f"{address}verdict", json.dumps(PAIR).encode(), own)
         with urlopen(request) as response:
             assert len(json.load(response)["classes"]) == 3
+        gone = HTTPConnection(urlsplit(address).netloc)  # closed in the middle of a body
+        gone.request("POST", urlsplit(address).path + "verdict", "{", own | {"Content-Length": "9"})
+        gone.close()
+        with urlopen(address):  # the server has seen it
+            pass
         process.send_signal(signal.SIGINT)
         _, messages = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, messages
@@ -448,8 +453,9 @@ def test_a_browser_shows_verdicts_of_typed_and_loaded_rows(
         browser.find("textarea")[1].send_keys(" and bad")
         press("Score")
         wait()
-        assert texts("#verdict th")[-1] == "change from the loaded row"
-        assert texts("#verdict td")[4].startswith(("+0.", "−0."))
+        assert texts("#verdict th") == ["class", "P", "change", "P, AB", "P, BA"]
+        assert texts("#verdict td")[2].startswith(("+0.", "−0."))
+        assert texts("#verdict p.quiet")[1] == "change: of P, from the loaded row"
         assert [text for text in texts("h3") if text.endswith("changed")] == ["A: response_a changed"]
 
         assert browser.overflow() == 0

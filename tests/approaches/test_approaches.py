@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -202,9 +202,11 @@ CASES += [("finetune", "labels", "yes or no"), ("prompt", "labels", "yes or no, 
 CASES += [("classical", "pairs", name) for name in [*MODELS][1:]]
 """A model with a head does not know what its classes mean: two or three are the same to it."""
 
-THOROUGH = [("prompt", "pairs", "rationale"), ("prompt", "labels", "yes or no, few-shot")]
+THOROUGH = [("classical", task, "stack") for task in ("no ties", "labels")]
+THOROUGH += [("finetune", "pairs", name) for name in ("label_tokens", "t5-head")] + [("prompt", "pairs", "zero-shot")]
+THOROUGH += [("prompt", "pairs", "rationale"), ("prompt", "labels", "yes or no, few-shot")]
 THOROUGH += [("classical", "pairs", name) for name in [*MODELS][1:]]
-"""Cases with siblings: other prompts, labels in training, and other classical models."""
+"""Cases with siblings: each task, readout and way to prompt is in a case that is left, all classical models in one."""
 
 
 @pytest.fixture(
@@ -414,13 +416,21 @@ def test_every_point_has_an_approach_that_breaks_it() -> None:
     assert [broken.fails[0] for broken in BROKEN.values()] == list(CHECKS)
 
 
-def failing(case: Case) -> list[str]:
-    """Names of the checks that the approach does not pass."""
+DEAR = {
+    "out_of_fold_rows_are_the_held_out_ones",
+    "workers_give_the_logits_of_the_fitted_model",
+    "a_package_holds_a_bundle_that_verifies",
+}
+"""Checks that take two thirds of the time: in the suite, a broken approach meets those alone that it must fail."""
+
+
+def failing(case: Case, checks: Iterable[str] = tuple(CHECKS)) -> list[str]:
+    """Names of those checks that the approach does not pass."""
     names = []
     assert len(case.first.logits)
-    for name, check in CHECKS.items():
+    for name in checks:
         try:
-            check(case)
+            CHECKS[name](case)
         except (Exception, pytest.fail.Exception):  # noqa: BLE001 - an approach may break in any way
             names.append(name)
     return names
@@ -432,9 +442,12 @@ def test_a_sound_one_passes_in_one_process(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_approach_fails_its_check(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_approach_fails_its_check(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
     broken = BROKEN[name]
+    left_out = set() if pytestconfig.getoption("--thorough") else DEAR - {*broken.fails}
     case, approach = make_case("classical", "pairs", tmp_path, None, here=True), broken.make()
     monkeypatch.setattr(approaches, "_made", lambda _: approach)
     broken.patch(monkeypatch)
-    assert set(failing(case)) == set(broken.fails)
+    assert set(failing(case, [check for check in CHECKS if check not in left_out])) == set(broken.fails)

@@ -49,8 +49,15 @@ def test_every_kind_is_a_value_of_the_setting_and_has_a_test() -> None:
     assert {name for name in MODELS if reads_groups(SMALL[name])} == {"svm", "nb", "knn"}
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        pytest.param(name, task, marks=[pytest.mark.thorough] * (name != "stack" and task not in (LMSYS, LABELS)))
+        for name in SMALL
+        for task in TASKS.values()
+    ],
+    ids=[f"{name}-{task}" for name in SMALL for task in TASKS],
+)
 def test_swaps_are_exact_rows_are_alone_and_a_file_gives_the_same_bits(name: str, task: Task, tmp_path: Path) -> None:
     model, path = fitted(task, 90, SMALL[name]), tmp_path / "classical.safetensors"
     rows, _ = rows_of(task, 24, seed=1)

@@ -17,7 +17,7 @@ from tests_support import strange_file
 from typer.testing import CliRunner
 
 from pairclf.cli import app
-from pairclf.cli.data import repeat_option
+from pairclf.cli.options import repeat_option
 from pairclf.config import Config, Rules, Source, resolve
 from pairclf.data.audit import IDS_KEPT, audit, clean, exclude_overlap, legal_actions, render, write_audit
 from pairclf.data.formats import Flaw

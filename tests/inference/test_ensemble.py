@@ -46,7 +46,7 @@ def test_folders_alone_count_alike(folder: Path) -> None:
     assert [one.bundle.manifest.name for one in ensemble.members] == ["a", "b"]
     assert [(one.weight, one.calibration.temperature, one.share) for one in ensemble.members] == [(1.0, 1.5, 1.0)] * 2
     assert [one.base for one in ensemble.members] == [folder / "base"] * 2
-    assert (ensemble.temperature, ensemble.task) == (1.0, LMSYS)
+    assert (ensemble.calibration, ensemble.task) == (Calibration(), LMSYS)
     assert ensemble.prior == pytest.approx([0.3, 0.3, 0.4])
 
 
@@ -81,7 +81,7 @@ def test_a_file_says_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (b.weight, b.calibration, b.share) == (0.25, Calibration(), 0.3)
     assert (a.gain_member, b.gain_member) == (DEFAULT_MEMBER_GAINS[0], 0.004)
     assert (a.gain_swap, b.gain_swap) == (pytest.approx(0.012), pytest.approx(0.3 * DEFAULT_SWAP_GAIN / 2))
-    assert ensemble.temperature == 1.02
+    assert ensemble.calibration == Calibration(1.02)
     assert ensemble.prior == pytest.approx([0.4, 0.3, 0.3])
     assert {one.bundle.config.model.dtype for one in ensemble.members} == {"float32"}
 
@@ -102,6 +102,12 @@ def test_a_member_may_scale_its_tie_or_each_label(folder: Path) -> None:
     text = "members: [{bundle: tags, temperature: [1.5, 0.7, 1]}]"
     (member,) = open_ensemble(written(folder, text), None, []).members
     assert member.calibration == Calibration((1.5, 0.7, 1.0))
+    text = "members: [{bundle: tags}]\ntemperature: [1.5, 0.7, 1]"
+    assert open_ensemble(written(folder, text), None, []).calibration == Calibration((1.5, 0.7, 1.0))
+    text = "members: [{bundle: a}]\ntie_bias: -0.3"
+    assert open_ensemble(written(folder, text), None, []).calibration == Calibration(1.0, 1.0, -0.3)
+    with pytest.raises(ConfigError, match="tie_scale or tie_bias of the blend changes nothing"):
+        open_ensemble(written(folder, "members: [{bundle: tags}]\ntie_bias: -0.3"), None, [])
     for entry, words in (
         ("temperature: [1.5]", "or one for each of the 3 labels"),
         ("tie_bias: 0.1", "tie_scale or tie_bias of .*tags changes nothing: task 'tags' has no tie"),
@@ -260,7 +266,7 @@ def test_thresholds_that_are_not_of_the_labels_are_refused(tmp_path: Path, task:
 def ensemble_of(weights: list[float], temperature: float = 1.0, task: Task = LMSYS) -> Ensemble:
     nothing: Any = None
     members = tuple(EnsembleMember("m", nothing, None, weight, Calibration(), 1.0, 0.0, 0.0) for weight in weights)
-    return Ensemble(members, temperature, task, Predict(), np.array([0.5, 0.3, 0.2]))
+    return Ensemble(members, Calibration(temperature), task, Predict(), np.array([0.5, 0.3, 0.2]))
 
 
 @st.composite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+from clocks_support import PATIENCE
 from support.runs import random_bundle, run_config
 from tests_support import make_rows, write_csv
 
@@ -82,6 +84,36 @@ def test_costs_are_the_same_from_the_process_that_the_server_forks(
     assert prepare.costs_of(members) == here
     assert len(asked) == 1
     assert approach.module not in sys.modules
+
+
+def test_costs_are_counted_here_if_that_process_is_killed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = open_ensemble([bundle], None, ()).members
+    approach = approach_of(members[0].bundle.config)
+    here = [approach.cost(member.bundle, member.base) for member in members]
+    monkeypatch.delitem(sys.modules, approach.module)
+    monkeypatch.setattr(prepare, "warm_up", lambda modules: True)
+    monkeypatch.setattr(prepare, "forked", lambda *call: forked(_die))
+    assert prepare.costs_of(members) == here
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+ORPHAN = """
+from pairclf.inference.pool import forked, warm_up
+
+warm_up([])
+forked(exec, "import time; print('begun', flush=True); time.sleep(120)")
+"""
+
+
+def test_nothing_is_left_of_a_forked_process_whose_parent_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "begun\n"
+        parent.kill()
+        parent.communicate(timeout=PATIENCE)  # until nobody is left who could write, nor the server
 
 
 def _raise(trust: Trust) -> None:

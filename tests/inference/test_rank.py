@@ -166,6 +166,10 @@ def test_rewards_of_models_are_averaged_and_predict_ranks_pairs_alike(
     each = [rank([one], data, tmp_path / "r.csv")["reward"].to_numpy() for one in (reward, other)]
     both = rank([reward, other], data, tmp_path / "r.csv", overrides=["predict.temperature=2"])["reward"].to_numpy()
     assert np.abs(both - np.mean(each, axis=0) / 2).max() <= 1e-6
+    file = tmp_path / "ensemble.yaml"
+    file.write_text(f"members: [{{bundle: {reward}, tie_bias: -0.3}}]\ntemperature: 2\ntie_scale: 0.5\n")
+    alone = rank([file], data, tmp_path / "r.csv")["reward"].to_numpy()  # a reward has no tie to be scaled
+    assert np.abs(alone - each[0] / 2).max() <= 1e-6
     texts = canonical(["Then?", "How?"]).with_columns(response_a=pl.Series([["b"], ["c"]]))
     texts = texts.with_columns(response_b=pl.Series([["a"], ["d"]]))
     texts.select("id", "prompt", "response_a", "response_b").write_parquet(tmp_path / "test.parquet")

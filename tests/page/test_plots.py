@@ -117,6 +117,15 @@ def test_points_lie_where_their_values_are() -> None:
     assert log[1][0] - log[0][0] == pytest.approx(log[2][0] - log[1][0], abs=0.2)
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_no_number_below_covers_another(log: bool) -> None:
+    figure = plot("Costs", [Series("runs", [1_400_000, 6_600_000], [0.98, 0.91])], x="weights", y="loss", log=log)
+    below = [mark for mark in tree(figure).iter("text") if "," in str(mark.text)]
+    ends = [(float(mark.attrib["x"]), 3.7 * len(str(mark.text))) for mark in below]
+    assert len(ends) >= 2
+    assert all(first + half < second - other for (first, half), (second, other) in pairwise(ends))
+
+
 def test_a_reference_widens_no_axis() -> None:
     points = Series("runs", [0.9, 0.91], [0.95, 0.96], ["first", "second"], style="points")
     wide = Series("equal", [0, 9], [0, 9], style="reference")

@@ -116,7 +116,11 @@ def test_environment_holds_the_images_own_versions(
     assert pins == ["alone==1.0", "below==1.0", "gone==2.0", "runner==1.0"]
     assert all(imports(python, name) for name in ("alone", "below", "runner"))
     assert not any(imports(python, name) for name in ("lacking", "unrelated", "pairclf", "polars"))
-    assert "gone 2.0 stands for the image's 1.0, which can't be had" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith(f"Python {HERE}: installing the image's packages in ")
+    assert "gone 2.0 stands for the image's 1.0, which can't be had" in said
+    image_environment(HERE, profile, tmp_path / "cache")
+    assert capsys.readouterr().err == ""
 
 
 def test_modules_that_a_project_claims_and_lacks_are_none(profile: Path, tmp_path: Path) -> None:

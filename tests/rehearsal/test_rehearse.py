@@ -365,6 +365,18 @@ def test_package_that_was_changed_is_not_rehearsed(packaged: Packager) -> None:
         run(package)
 
 
+def test_a_sample_of_other_rows_is_refused_before_the_notebook(
+    packaged: Packager, competition: tuple[Path, Path]
+) -> None:
+    package = packaged({"check": FIND, "predict": PREDICT})
+    test, sample = competition
+    lines = test.read_text().splitlines()
+    test.write_text("\n".join([lines[0], *lines[2:]]))
+    dropped = lines[1].split(",")[0]
+    with pytest.raises(PackagingError, match=rf"{sample.name} has 1 id that .*{test.name} has not, such as {dropped}"):
+        run(package)
+
+
 def test_no_rows_are_nothing_to_rehearse_with(packaged: Packager, competition: tuple[Path, Path]) -> None:
     package = packaged({"check": FIND, "predict": PREDICT})
     competition[0].write_text("id,prompt,response_a,response_b\n")

@@ -14,7 +14,7 @@ import pytest
 
 from pairclf.reports.checks import CHECKS, MIN_BIAS, check
 from pairclf.reports.contents import Contents
-from pairclf.reports.report import verdict
+from pairclf.reports.report import summary
 from pairclf.runs.evaluate import Baseline, Orders
 from pairclf.runs.truncation import MADE_EQUAL
 from pairclf.scores.intervals import Estimate
@@ -145,7 +145,7 @@ def test_selection_says_how_many_evaluations_chose(contents: Contents) -> None:
 def test_the_verdict_says_what_the_figures_say(change: Change, words: str, contents: Contents) -> None:
     changed = change(contents)
     findings = check(changed)
-    line = verdict(changed, findings)
+    line = summary(changed, findings)
     assert words in line
     for code, finding in findings.items():
         assert (code in line) == (finding.state == "found")

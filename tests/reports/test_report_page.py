@@ -27,7 +27,7 @@ from pairclf.reports import articles
 from pairclf.reports.articles import fitting
 from pairclf.reports.checks import CHECKS, check
 from pairclf.reports.contents import Contents, gather
-from pairclf.reports.report import render, verdict, write_report
+from pairclf.reports.report import render, summary, write_report
 from pairclf.reports.rows import Piece, ShownRow, shown_rows
 from pairclf.task import LMSYS, Row
 
@@ -116,7 +116,7 @@ def test_every_section_is_there(page: str, contents: Contents) -> None:
     text = "\n".join(Parsed(page).texts)
     for words in ("log loss", "Calibration: log loss", "Reliability: the decision", "Labels and decisions", *CHECKS):
         assert words in text, words
-    assert verdict(contents, check(contents)) in text
+    assert summary(contents, check(contents)) in text
     assert "suspect labels" in " ".join(contents.missing) or contents.suspicions
 
 
@@ -257,6 +257,8 @@ def test_a_run_that_can_not_be_reported_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "ensemble.yaml").write_text("members: []\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="is an ensemble's file, and no run"):
         write_report([scores, tmp_path / "ensemble.yaml"], None, config)
+    with pytest.raises(ConfigError, match="is an ensemble's file, and no run"):
+        write_report([tmp_path / "ensemble.yaml"])
     with pytest.raises(PairclfError, match=r"must end in \.html"):
         write_report([scores], tmp_path / "report.txt", config)
     with pytest.raises(DataError):

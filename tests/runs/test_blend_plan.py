@@ -24,6 +24,7 @@ from pairclf.runs.held_out import open_runs
 from pairclf.runs.plan import hours_of, plan_blend, plannable, write_planned
 from pairclf.scores import plans
 from pairclf.scores.blend import Blend, HeldOutRows, arithmetic
+from pairclf.scores.calibration import Method
 from pairclf.scores.plans import (
     LEAST_GAIN,
     PlannableRows,
@@ -31,11 +32,12 @@ from pairclf.scores.plans import (
     Use,
     best_within,
     expected_loss,
+    fit_plan,
     probabilities_of,
     scored,
     search,
 )
-from pairclf.scores.probabilities import probabilities
+from pairclf.scores.probabilities import Calibration, probabilities
 from pairclf.task import LMSYS
 
 Cli = Callable[..., tuple[int, str]]
@@ -153,6 +155,30 @@ def test_the_file_has_the_plan_and_predict_reads_it(arms: Path, tmp_path: Path, 
         hours_of(["plain=1", "plain=2"], common.runs)
 
 
+@pytest.mark.parametrize("bias", [0.0, 1.5], ids=["calibrated model", "ties are overrated"])
+def test_a_plan_is_calibrated_at_the_end_if_that_is_really_better(arms: Path, tmp_path: Path, bias: float) -> None:
+    """By a fit to the other folds; one to all rows, which the deliberately wrong judge takes, flatters."""
+    common = open_runs([arms / "runs" / "plain"])
+    logits = np.random.default_rng(0).normal(size=common.targets.shape) + common.targets + [0, 0, bias]
+    values = probabilities(logits, LMSYS)
+    common = replace(common, runs=[replace(common.runs[0], probabilities=values, first_order=values)])
+    report = plan_blend(common, deadline=36_000, device="t4x2", hours=["plain=1,1"])
+    file = write_planned(tmp_path / "ensemble.yaml", report, common.runs)
+    assert (file.tie_bias < -0.5) == (bias > 0)
+    assert any(f"{'better' if bias else 'no better'} than a temperature" in note for note in report.notes)
+    method: Method = "tied vector scaling" if bias else "temperature"
+    data, folds = plannable(common, report.seconds), common.folds
+    assert folds is not None
+    plan, nested, wrong = report.plan.found.plan, np.empty_like(values), np.empty_like(values)
+    for fold in np.unique(folds):
+        held_out = data.only(folds == fold)
+        nested[folds == fold] = probabilities_of(plan, held_out, fit_plan(plan, data.only(folds != fold), method))
+        wrong[folds == fold] = probabilities_of(plan, held_out, fit_plan(plan, data, method))
+    assert report.plan.nested["log_loss"] == pytest.approx(data.rows.loss(nested), abs=1e-9)
+    assert report.plan.flattering == pytest.approx(data.rows.loss(wrong), abs=1e-9)
+    assert report.plan.optimism > 1e-4
+
+
 def test_hours_are_forecast_from_bundles(arms: Path) -> None:
     common = open_runs([arms / "runs" / name for name in ("plain", "strong")])
     small, large = (
@@ -227,7 +253,7 @@ def test_predict_has_the_scores_that_the_plan_foretold(
     hours = [f"{one.name}=1,1" for one in common.runs]
     report = plan_blend(common, deadline=36_000, device="t4x2", hours=hours)
     plan = (Use(1, 1.0, 1.0), Use(2, 0.5, 0.0), Use(0, 0.8, 0.4))
-    blend = Blend(np.array([0.3, 0.3, 0.4]), 1.1)
+    blend = Blend(np.array([0.3, 0.3, 0.4]), Calibration(1.1, 0.8, -0.2))
     judged = replace(report.plan, found=replace(report.plan.found, plan=plan), blend=blend)
     planned = replace(report, curve=[judged], chosen=0, gains=[0.1, 0.01, 0.01])
     write_planned(tmp_path / "ensemble.yaml", planned, common.runs)
@@ -241,6 +267,10 @@ def test_predict_has_the_scores_that_the_plan_foretold(
     scores = read_scores(tmp_path / "scores.parquet", LMSYS)
     found = class_matrix(pl.DataFrame({"id": ids}).join(scores, on="id", how="left", maintain_order="left"), LMSYS)
     data = plannable(common, report.seconds).only(held_out)
-    np.testing.assert_allclose(found, probabilities_of(plan, data, blend), atol=2e-4)
+    differ = (by_id["response_a"] != by_id["response_b"]).to_numpy()  # equal sides: one order is the other one, too
+    assert differ.sum() >= 16
+    np.testing.assert_allclose(found[differ], probabilities_of(plan, data, blend)[differ], atol=2e-4)
+    untied = probabilities_of(plan, data, replace(blend, calibration=Calibration(1.1)))
+    assert np.abs(found - untied)[differ].max() > 2e-3
     other = (Use(1, 1.0, 1.0), Use(2, 0.5, 0.0), Use(0, 0.8, 1.0))
     assert np.abs(found - probabilities_of(other, data, blend)).max() > 2e-3

@@ -13,12 +13,16 @@ import pytest
 from pairclf.data.scores import class_matrix, read_scores
 from pairclf.errors import ConfigError, DataError
 from pairclf.inference.ensemble import open_ensemble, read_ensemble
+from pairclf.inference.predict import predict
 from pairclf.runs.blend import BlendReport, blend_runs, judging_folds, write_ensemble
 from pairclf.runs.held_out import CommonRows, ScoredRun, open_runs
-from pairclf.scores.blend import BLENDS, HeldOutRows, arithmetic
+from pairclf.scores.blend import Blend, HeldOutRows, arithmetic, blends_of
 from pairclf.scores.figures import measure
 from pairclf.scores.metrics import row_losses
+from pairclf.scores.probabilities import Calibration, probabilities
 from pairclf.task import LMSYS
+
+TIED = "arithmetic, tied vector scaling"
 
 Cli = Callable[..., tuple[int, str]]
 
@@ -52,7 +56,7 @@ def part(common: CommonRows, rows: slice, members: list[np.ndarray] | None = Non
 
 
 def test_each_figure_says_on_which_rows_it_was_fitted(common: CommonRows, report: BlendReport) -> None:
-    assert list(report.judged) == list(BLENDS)
+    assert list(report.judged) == list(blends_of(LMSYS))
     assert common.folds is not None
     rows = HeldOutRows(np.stack([run.probabilities for run in common.runs]), common.targets, common.weights, LMSYS)
     scores = np.empty_like(common.targets)
@@ -84,7 +88,7 @@ def test_a_blend_is_compared_with_the_best_run_and_not_with_a_choice_fold_by_fol
         assert judged.against_single.value == pytest.approx(judged.nested["log_loss"] - min(losses))
 
 
-@pytest.mark.parametrize("method", ["uniform", "geometric"])
+@pytest.mark.parametrize("method", ["uniform", "geometric", TIED])
 def test_the_file_predicts_what_was_judged(arms: Path, common: CommonRows, method: str) -> None:
     report = blend_runs(common, method=method)
     out = arms / f"{method}.yaml"
@@ -104,8 +108,43 @@ def test_the_file_predicts_what_was_judged(arms: Path, common: CommonRows, metho
     blend = report.judged[method].blend
     expected = blend.of(np.stack([run.probabilities for run in common.runs]), LMSYS)
     assert len(of_bundles) == 2 * np.count_nonzero(blend.weights)
-    assert ensemble.blend(of_bundles) == pytest.approx(expected, abs=1e-5)
-    assert ensemble.mean == blend.mean
+    assert ensemble.blend(of_bundles) == pytest.approx(expected, abs=1e-9)
+    assert (ensemble.mean, ensemble.calibration) == (blend.mean, blend.calibration)
+    assert (ensemble.calibration.tie_bias != 0) == (method == TIED)
+
+
+def test_predict_calibrates_the_blend_of_its_members(
+    arms: Path, common: CommonRows, tmp_path: Path, quick_workers: None
+) -> None:
+    """The file's prediction is the blend of the runs' own predictions, each the mean of its two folds."""
+    fitted, test = blend_runs(common, method=TIED), arms / "test.csv"
+    blend = Blend(np.array([0.6, 0.4]), Calibration(0.9, 0.5, -0.3))
+    judged = {**fitted.judged, TIED: replace(fitted.judged[TIED], blend=blend)}
+    report = replace(fitted, judged=judged, ordered=[(0, 0.1), (1, 0.01)])
+    write_ensemble(tmp_path / "ensemble.yaml", report, common.runs)
+
+    def predicted(name: str, bundles: list[Path]) -> np.ndarray:
+        predict(bundles, test, tmp_path / f"{name}.csv", scores=tmp_path / f"{name}.parquet", resume=False)
+        return class_matrix(read_scores(tmp_path / f"{name}.parquet", LMSYS).sort("id"), LMSYS)
+
+    members = np.stack([predicted(run.name, list(run.bundles)) for run in common.runs])
+    found = predicted("ensemble", [tmp_path / "ensemble.yaml"])
+    np.testing.assert_allclose(found, blend.of(members, LMSYS), atol=1e-9)
+    assert np.abs(found - replace(blend, calibration=Calibration()).of(members, LMSYS)).max() > 1e-3
+
+
+@pytest.mark.parametrize("bias", [0.0, 1.5], ids=["calibrated members", "ties are overrated"])
+def test_more_than_a_temperature_is_written_only_if_it_is_really_better(
+    common: CommonRows, tmp_path: Path, bias: float
+) -> None:
+    logits = np.random.default_rng(0).normal(size=(2, *common.targets.shape)) + common.targets
+    logits[..., 2] += bias
+    report = blend_runs(part(common, slice(None), list(probabilities(logits, LMSYS))))
+    assert (report.chosen == TIED) == (bias > 0)
+    (note,) = (note for note in report.notes if note.startswith(TIED))
+    assert ("no better than" in note) == (bias == 0)
+    file = write_ensemble(tmp_path / "ensemble.yaml", report, common.runs)
+    assert (file.tie_bias < -0.5) == (bias > 0)
 
 
 def test_the_first_bundle_of_each_run_comes_first_with_the_gain(
@@ -171,7 +210,7 @@ def test_the_command_writes_the_file_and_says_what_it_is_worth(arms: Path, tmp_p
     assert code == 0
     figures = json.loads(text[: text.rindex("}") + 1])
     assert figures["rows"] == 148
-    assert {*figures["blends"]} == {*BLENDS}
+    assert {*figures["blends"]} == {*blends_of(LMSYS)}
     code, text = cli("evaluate", arms / "plain.yaml", "--scores", scores)
     assert code == 0, text
 

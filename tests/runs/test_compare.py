@@ -17,7 +17,7 @@ from sklearn.metrics import f1_score
 from pairclf.bundles.bundle import open_bundle
 from pairclf.config import Config
 from pairclf.data.scores import read_scores
-from pairclf.errors import ConfigError
+from pairclf.errors import ConfigError, DataError
 from pairclf.run import Paths, output_of
 from pairclf.runs import compare as module
 from pairclf.runs.compare import Comparison, amount, compare_runs, seed_groups
@@ -177,6 +177,18 @@ def test_a_language_model_has_its_recorded_costs(trained_run: Callable[[str], Pa
     assert not cost.why_not
     assert rows.runs[0].flips is not None
     assert rows.runs[0].flips.any()
+
+
+def test_costs_are_known_without_a_log_that_is_damaged(
+    trained_run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(paths: Paths) -> list[dict[str, object]]:
+        raise DataError(f"{paths.folder} is damaged")
+
+    [run] = open_runs([trained_run("llama") / "run"]).runs
+    monkeypatch.setattr(module, "training_log", damaged)
+    assert module._peak_memory(replace(run, trained={0: {}})) is None
+    assert "fold0 is damaged" in capsys.readouterr().err
 
 
 def test_the_command_prints_tables_or_json(

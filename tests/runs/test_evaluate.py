@@ -782,7 +782,14 @@ def test_bad_scores_are_called_so(tmp_path: Path) -> None:
     labelled, _ = biased(tmp_path / "run", 30)
     wrong = 0.05 + 0.425 * (1 - np.array(labelled["target"].to_list()))
     for values, words in (
-        (wrong, ["worse than the class prior: log loss 2.9957 against", "is at the bound of its range"]),
+        (
+            wrong,
+            [
+                "worse than the class prior: log loss 2.9957 against",
+                "is at the bound of its range",
+                "no calibration is worth it: no other nested gain has",
+            ],
+        ),
         ((1.0 - wrong) / 2, ["no calibration is worth it", "on its own rows"]),
     ):
         frame = scores_frame(labelled["id"].to_list(), values / values.sum(axis=1, keepdims=True), LMSYS, 1, ["m"])

@@ -12,7 +12,7 @@ import sklearn.metrics as sk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pairclf.scores.figures import METRICS, TOP, as_numbers, judge, reliability, statistics_of, values_of
+from pairclf.scores.figures import METRICS, TOP, estimates_as_json, judge, reliability, statistics_of, values_of
 from pairclf.scores.intervals import estimate
 from pairclf.scores.metrics import Floats
 from pairclf.task import LMSYS, WSDM, Task
@@ -214,7 +214,7 @@ def test_equal_predictions_absent_classes_and_few_rows_have_figures(task: Task) 
     for rows in (1, 2, 10):
         p, t = np.full((rows, classes), 1 / classes), np.tile(np.eye(classes)[0], (rows, 1))
         found = estimate(statistics_of(judge(p, t, task)), range(rows))
-        numbers = as_numbers(found, {name: figure.limits for name, figure in METRICS.items()})
+        numbers = estimates_as_json(found, {name: figure.limits for name, figure in METRICS.items()})
         for name, cells in numbers.items():
             assert all(value is None or np.isfinite(value) for value in cells.values())
             assert name.startswith("roc_auc") or cells["value"] is not None or name == "map_at_3"

@@ -8,7 +8,7 @@ import pytest
 from pairclf.errors import DataError
 from pairclf.scores.intervals import mean_of
 from pairclf.scores.metrics import Floats
-from pairclf.scores.score_forecast import draw_scores, interval_of, pick_two, shift_of
+from pairclf.scores.score_forecast import balanced, draw_scores, interval_of, pick_two, shift_of
 
 SETS = 150
 
@@ -120,14 +120,55 @@ def test_one_run_has_no_second_pick_and_a_copy_no_gain() -> None:
 def test_weights_are_used_only_where_the_classifier_tells_the_texts_apart() -> None:
     generator = np.random.default_rng(3)
     hidden = np.arange(600) >= 400
-    alike = shift_of(generator.uniform(0.3, 0.7, 600), hidden, np.arange(600))
+    unknown = np.zeros((600, 1))
+    alike = shift_of(generator.uniform(0.3, 0.7, 600), hidden, np.arange(600), unknown)
     assert not alike.found
     assert alike.importance.tolist() == [1.0] * 400
     assert alike.effective_rows == pytest.approx(400)
     told = np.clip(generator.uniform(0.0, 0.8, 600) + 0.2 * hidden, 0, 1)
-    apart = shift_of(told, hidden, np.arange(600))
+    apart = shift_of(told, hidden, np.arange(600), unknown)
     assert apart.found
     assert apart.importance.mean() == pytest.approx(1)
     assert apart.importance.max() / apart.importance.min() <= 100 + 1e-9
     assert apart.effective_rows < 400
     assert (np.argsort(told[:400]) == np.argsort(told[:400] + 1e-3 * apart.importance)).all()
+
+
+def test_weights_take_the_whole_shift_where_the_classifier_takes_a_part() -> None:
+    """Long rows are three times as likely among the hidden ones, by odds; the chances have a third of that logit."""
+    long, hidden = np.arange(900) % 3 == 0, np.arange(900) >= 500
+    long[500:] = np.arange(400) % 5 < 3
+    chances = np.where(long, 0.59, 0.5)
+    known = ((long - long.mean()) / long.std())[:, None]
+    for columns, ratio in ((np.zeros((900, 1)), 1.44), (known, 3.0)):
+        importance = shift_of(chances, hidden, np.arange(900), columns).importance
+        found = importance[long[:500]].mean() / importance[~long[:500]].mean()
+        assert found == pytest.approx(ratio, rel=0.06)
+
+
+def test_balanced_weights_have_the_wanted_means_and_change_no_more_than_they_must() -> None:
+    generator = np.random.default_rng(4)
+    columns, weights = generator.normal(size=(2000, 3)), generator.uniform(0.5, 2, 2000)
+    means = weights @ columns / weights.sum()
+    np.testing.assert_allclose(balanced(weights, columns, means), weights / weights.mean(), rtol=1e-4)
+    wanted = means + np.array([0.5, 0.0, 0.0])
+    moved = balanced(weights, columns, wanted)
+    np.testing.assert_allclose(moved @ columns / moved.sum(), wanted, atol=0.02)
+    slopes = np.linalg.lstsq(np.column_stack([columns, np.ones(2000)]), np.log(moved / weights), rcond=None)[0]
+    assert slopes[:3] == pytest.approx([0.5, 0, 0], abs=0.05)  # a normal column's mean moves by its slope
+
+
+def test_a_classifier_in_folds_that_learns_nothing_seldom_finds_a_shift() -> None:
+    """Its folds share rows; an interval that ignores it is too narrow."""
+    found, naive = [], []
+    for seed in range(120):
+        generator = np.random.default_rng(seed)
+        rows, hidden, folds = generator.normal(size=(120, 8)), generator.random(120) < 0.5, np.arange(120) % 5
+        scores = np.zeros(120)
+        for fold in range(5):
+            rest, own = folds != fold, folds == fold
+            scores[own] = rows[own] @ (rows[rest & hidden].mean(axis=0) - rows[rest & ~hidden].mean(axis=0))
+        area = shift_of(1 / (1 + np.exp(-scores)), hidden, np.arange(120), np.zeros((120, 1))).area
+        found.append(area.low > 0.5)
+        naive.append(area.value - (area.value - area.low) / np.sqrt(2) > 0.5)
+    assert np.mean(found) <= 0.04 < np.mean(naive)

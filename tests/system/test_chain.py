@@ -144,7 +144,7 @@ def test_evaluate_calls_perfect_scores_the_best_possible(run: Path, tmp_path: Pa
     [
         (["train", "{config}", "train.epoch=2"], "nearest is train.num_train_epochs"),
         (["train", "{config}", "--fold", "2"], "fold 2 does not exist"),
-        (["train", "missing.yaml"], "can't be read"),
+        (["train", "missing.yaml"], "there is no config missing.yaml"),
         (["train", "{config}", "data.train=[gone.csv]"], "gone.csv"),
         (["train", "{config}", "data.train=[]"], "data.train names no file"),
         (["cv", "{config}", "folds.run=[5]"], "fold 5 does not exist"),

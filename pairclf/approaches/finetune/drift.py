@@ -195,8 +195,8 @@ def logits_of(bundle: Bundle, items: Sequence[list[Item]], base: Path | None) ->
     return scored
 
 
-def probabilities_of(bundle: Bundle, sample: HeldOutSample, logits: Floats) -> Floats:
-    """`(M, C)` logits of items -> `(N, C)` probabilities of rows, as for out-of-fold scores."""
+def sample_probabilities(bundle: Bundle, sample: HeldOutSample, logits: Floats) -> Floats:
+    """`(M, C)` logits of a sample's items -> `(N, C)` probabilities of its held-out rows."""
     task, orders = bundle.config.task, by_order(sample.items, logits, len(sample.rows))
     return mean_of_orders(orders, task, bundle.config.predict.temperature)
 
@@ -209,7 +209,7 @@ def reference(bundles: Sequence[Bundle], sample: HeldOutSample, base: Path | Non
     """
     if len(bundles) == 1 and sample.out_of_fold is not None:
         return sample.out_of_fold
-    scored = [probabilities_of(bundle, sample, logits_of(bundle, [sample.items], base)[0]) for bundle in bundles]
+    scored = [sample_probabilities(bundle, sample, logits_of(bundle, [sample.items], base)[0]) for bundle in bundles]
     return mean_of_models(scored)
 
 

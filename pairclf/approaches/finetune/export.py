@@ -20,10 +20,10 @@ from pairclf.approaches.finetune.drift import (
     HeldOutSample,
     compare,
     logits_of,
-    probabilities_of,
     reference,
     render,
     require_within,
+    sample_probabilities,
     sample_rows,
     sample_unseen_rows,
 )
@@ -99,7 +99,7 @@ def export(
         free_memory()
         probed = items_of(builder_of(source).encode([probe.row() for probe in source.manifest.probes]), orders=2)
         logits, of_probes = logits_of(open_bundle(new), [sample.items, probed], None)
-        after, task = probabilities_of(source, sample, logits), config.task
+        after, task = sample_probabilities(source, sample, logits), config.task
         drift = compare(sample, reference([source], sample, base), after, task, num_bundles=1, operation="exported")
         probes = _with_logits(source.manifest.probes, probed, of_probes)
         change = _largest_change(source.manifest.probes, probes)

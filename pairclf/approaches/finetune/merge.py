@@ -23,10 +23,10 @@ from pairclf.approaches.finetune.drift import (
     HeldOutSample,
     compare,
     logits_of,
-    probabilities_of,
     reference,
     render,
     require_within,
+    sample_probabilities,
     sample_rows,
 )
 from pairclf.bundles.bundle import Bundle, open_bundle, write_bundle
@@ -97,7 +97,7 @@ def merge(
         factor_error = _build(parts, new, name, average=average, into=into, base=base)
         free_memory()
         logits = logits_of(open_bundle(new), [sample.items], base)[0]
-        after = probabilities_of(bundles[0], sample, logits)
+        after = sample_probabilities(bundles[0], sample, logits)
         before = reference(bundles, sample, base)
         drift = compare(
             sample, before, after, config.task, num_bundles=len(parts), operation="merged", factor_error=factor_error
@@ -149,7 +149,7 @@ def check_target(folders: Sequence[Path], out: Path) -> None:
 
 
 def refuse_other_bundle(out: Path, name: str) -> None:
-    """Refuse to replace a bundle that was not made in the same way of the same bundles.
+    """Refuse to replace a bundle in `out` that is not an earlier result of the same merge or export.
 
     Raises:
         ConfigError: the bundle in `out` has another name.

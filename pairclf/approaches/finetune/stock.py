@@ -80,7 +80,7 @@ def export_stock(folder: Path, out: Path, *, base: Path | None = None) -> Path:
     bundle = open_bundle(folder)
     bundle.config.require("model", "export")
     if bundle.config.model.readout == "label_tokens":
-        raise _refusal(bundle, "model.readout=label_tokens reads the LM head, which that class has not")
+        raise _refusal(bundle, "model.readout=label_tokens reads the LM head, and that class has none")
     with atomic_folder(out, known_by=CONFIG) as new:
         classifier, _ = load_whole(bundle, new, "float32", base)
         classifier = without_adapter(classifier, torch.float32).eval()

@@ -41,7 +41,7 @@ from pairclf.model.inputs import open_inputs
 from pairclf.scores.figures import Metric
 from pairclf.scores.intervals import mean_of
 
-ROWS = make_rows(24)
+ROWS = make_rows(12)
 pytestmark = pytest.mark.usefixtures("without_forecast")
 ADAPTER = "fold0/bundle/adapter/adapter_model.safetensors"
 
@@ -98,7 +98,8 @@ DIALS: dict[str, dict[str, Any]] = {
 
 
 def config_of(config_for: Callable[..., Config], **train: Any) -> Config:
-    settings = {"num_train_epochs": 3, "save_steps": 2, "logging_steps": 3, "learning_rate": 1e-3, **train}
+    steps = {"global_batch_size": 4, "num_train_epochs": 3, "save_steps": 2, "logging_steps": 3}
+    settings = {**steps, "learning_rate": 1e-3, **train}
     return config_for("llama", model={"lora": {"r": 64, "lora_dropout": 0.3}}, train=settings)
 
 
