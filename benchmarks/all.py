@@ -32,7 +32,7 @@ from pairclf.files import write_json
 FOLDER = Path(__file__).parent
 LIMIT = 300
 """Seconds after which a benchmark is ended."""
-HELPERS = ("all", "steps")
+HELPERS = ("all", "peers", "steps")
 """Files in this folder that are no benchmarks."""
 
 

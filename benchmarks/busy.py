@@ -51,6 +51,8 @@ ARMS: dict[str, dict[str, str]] = {
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "spin_1000": {"GOMP_SPINCOUNT": "1000"},
+    "spin_2000": {"GOMP_SPINCOUNT": "2000"},
+    "spin_4000": {"GOMP_SPINCOUNT": "4000"},
     "spin_10000": {"GOMP_SPINCOUNT": "10000"},
     "one_thread": {"OMP_NUM_THREADS": "1"},
     "default_again": {},

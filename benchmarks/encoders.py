@@ -46,6 +46,7 @@ import numpy as np
 import torch
 from inference import FILE, lmsys_lengths, make_rows, quiet, texts_of
 from numpy.typing import NDArray
+from peers import watched_trainer
 from torch import Tensor, nn
 
 from pairclf.config import Config, resolve
@@ -229,18 +230,12 @@ SCORING: dict[str, Callable[[Path], Score]] = {
 
 def trainer(folder: Path) -> Train:
     """HF Trainer over the rows in the order they are given."""
-    from transformers import BertForSequenceClassification, Trainer, TrainingArguments
+    from transformers import BertForSequenceClassification, TrainingArguments
 
     model = BertForSequenceClassification.from_pretrained(folder)
     without_pooler(model)
     builder = open_inputs(config_of(folder, "packed")).builder
     losses: list[float] = []
-
-    class Watched(Trainer):  # its log rounds
-        def training_step(self, *arguments: Any, **named: Any) -> Tensor:
-            loss: Tensor = super().training_step(*arguments, **named)
-            losses.append(float(loss))
-            return loss
 
     def collate(batch: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
         ids = nn.utils.rnn.pad_sequence([ids for ids, _ in batch], batch_first=True)
@@ -272,7 +267,7 @@ def trainer(folder: Path) -> Train:
             (torch.from_numpy(orders[0].ids).long(), int(np.argmax(row.target or ())))
             for orders, row in zip(encoded, rows, strict=True)
         ]
-        Watched(model=model, args=arguments, train_dataset=data, data_collator=collate).train()
+        watched_trainer(losses)(model=model, args=arguments, train_dataset=data, data_collator=collate).train()
         return list(losses)
 
     return train

@@ -47,6 +47,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from peers import watched_trainer
 from safetensors import safe_open
 from steps import Figures, Run, Step, run_steps
 from torch import Tensor, nn
@@ -476,18 +477,12 @@ def peft_model(config: Config, device: torch.device) -> Any:
 
 def train_theirs(bench: Bench, steps: Sequence[Sequence[int]]) -> Timed:
     """HF Trainer with PEFT: the same base in NF4, adapters, head, rows in both orders and steps, padded."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
     config = qlora_config(bench, checkpointing=True)
     model, train = peft_model(config, bench.device), config.train
     rows, encoded = labelled(bench, sum(map(len, steps)))
     losses: list[float] = []
-
-    class Watched(Trainer):  # its log rounds
-        def training_step(self, *arguments: Any, **named: Any) -> Tensor:
-            loss: Tensor = super().training_step(*arguments, **named)
-            losses.append(float(loss))
-            return loss
 
     def collate(batch: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         ids = [torch.from_numpy(encoded[row][order].ids).long() for row, order in batch]
@@ -517,7 +512,7 @@ def train_theirs(bench: Bench, steps: Sequence[Sequence[int]]) -> Timed:
             logging_strategy="no",
         )
         flat: Any = [(row, order) for step in steps for row in step for order in (0, 1)]
-        Watched(model=model, args=arguments, train_dataset=flat, data_collator=collate).train()
+        watched_trainer(losses)(model=model, args=arguments, train_dataset=flat, data_collator=collate).train()
         synchronize(bench.device)
 
     forget_peak(bench.device)

@@ -45,6 +45,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
+from peers import watched_trainer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -81,18 +82,12 @@ class Rows:
 
 def trainer_arm(folder: Path, rows: Rows, options: argparse.Namespace) -> Arm:
     """HF Trainer over the steps in the order they are given."""
-    from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
+    from transformers import LlamaForSequenceClassification, TrainingArguments
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     model = LlamaForSequenceClassification.from_pretrained(folder, num_labels=CLASSES, pad_token_id=0)
     losses: list[float] = []
-
-    class Watched(Trainer):  # its log rounds
-        def training_step(self, *arguments: Any, **named: Any) -> Tensor:
-            loss: Tensor = super().training_step(*arguments, **named)
-            losses.append(float(loss))
-            return loss
 
     def collate(batch: Sequence[int]) -> dict[str, Tensor]:
         width = max(len(rows.ids[row]) for row in batch)
@@ -122,7 +117,7 @@ def trainer_arm(folder: Path, rows: Rows, options: argparse.Namespace) -> Arm:
             logging_strategy="no",
         )
         flat: Any = [row for step in steps for row in step]
-        Watched(model=model, args=arguments, train_dataset=flat, data_collator=collate).train()
+        watched_trainer(losses)(model=model, args=arguments, train_dataset=flat, data_collator=collate).train()
         return list(losses)
 
     return run
